@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All checks, in the order in which they are cheap. Stops at the first that fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# A missing adapter fails the GPU tests instead of skipping them.
+export FOLIO_REQUIRE_GPU=1
+
+section() { printf '\n=== %s ===\n' "$*"; }
+
+section "Adapter"
+scripts/install_adapter.sh
+
+section "Format"
+cargo fmt --check
+
+section "Lints, all features"
+cargo clippy --all-targets --all-features -- -D warnings
+
+section "Lints, no default features"
+cargo clippy --lib --no-default-features -- -D warnings
+
+# The dev profile is optimised (see Cargo.toml): it compiles faster than release, and the tests spend most of their time in
+# the driver's shader compiler.
+section "Tests (library, host, GPU, examples)"
+cargo test --all-features --lib --tests --examples
+
+section "Tests in the documentation"
+cargo test --all-features --doc
+
+section "Documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+
+section "All checks passed"

@@ -1,0 +1,33 @@
+{% from "shared/kv_rows.wgsl" import element_type, load %}
+// gather: a sequence's rows are read out of its blocks into contiguous f32.
+// One invocation reads 8 elements of one row of K and the same of V. No loops.
+{% include "shared/cache_params.wgsl" %}
+
+@group(0) @binding(0) var<storage, read> k_cache: array<{{ element_type(k_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
+@group(0) @binding(1) var<storage, read> v_cache: array<{{ element_type(v_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
+@group(0) @binding(2) var<storage, read> step: array<u32>;  // block table, at params.list_offset
+@group(0) @binding(3) var<storage, read_write> k_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+@group(0) @binding(4) var<storage, read_write> v_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+@group(0) @binding(5) var<uniform> params: CacheParams;
+
+{{ load("k_cache", k_format) }}
+{{ load("v_cache", v_format) }}
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+  let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
+  let chunk = idx % CHUNKS;
+  let row = idx / CHUNKS;
+  let kv_head = row % NUM_KV_HEADS;
+  let token = row / NUM_KV_HEADS;
+  if (token >= params.num_tokens) {
+    return;
+  }
+  let block = min(step[params.list_offset + token / BLOCK_SIZE], params.num_blocks - 1u);
+  let source = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * CHUNKS + chunk;
+  let k = load_k_cache(source);
+  k_out[2u * idx] = k.lo;
+  k_out[2u * idx + 1u] = k.hi;
+  let v = load_v_cache(source);
+  v_out[2u * idx] = v.lo;
+  v_out[2u * idx + 1u] = v.hi;
+}

@@ -1,0 +1,341 @@
+{% from "shared/gpu_kv.wgsl" import kv_element, kv_wide_dims %}
+{# ---- How the work is cut; Rust chooses workgroup_size and tile_kv (multiple of 4). ---- #}
+{% set k_dims = 8 if k_format == "f16" else 4 %}
+{# 8 dims per invocation double its sums: with many heads, V is read in narrower elements. #}
+{% set v_dims = 8 if v_format == "f16" and group_size <= 2 else 4 %}
+{% set k_row = head_dim // k_dims %}
+{% set v_row = head_dim // v_dims %}
+{% set quads = tile_kv // 4 %}
+{# Scores: `lanes` invocations per key, as few as keep all of them busy, but at least 64 bytes wide. #}
+{% set lanes = 1 if k_row < 2 else 2 if k_row < 3 else 4 if k_row < 8 or workgroup_size < 8 * tile_kv else 8 %}
+{% set key_slots = workgroup_size // lanes %}
+{% set keys_per_lane = [1, tile_kv // key_slots]|max %}
+{% set chunks = (k_row + lanes - 1) // lanes %}
+{# Neighbours that add their parts of a score by shuffles: any subgroup has at least 4 invocations. #}
+{% set known_lanes = subgroup_size if subgroup_size > 0 else 4 %}
+{% set butterfly = ([lanes, known_lanes]|min) if subgroups else 1 %}
+{% set writers = [butterfly, 4]|min %}
+{% set parts = lanes // butterfly %}
+{# Values: `streams` sets of invocations, each over its own quads of keys. #}
+{% set fit = [workgroup_size // v_row, workgroup_size // group_size, quads]|min %}
+{% set streams = 32 if fit >= 32 else 16 if fit >= 16 else 8 if fit >= 8 else 4 if fit >= 4 else 2 if fit >= 2 else 1 %}
+{% set stream_quads = quads // streams %}
+{% set value_lanes = streams * v_row %}
+{# Merge: heads whose sums go through workgroup memory at once. #}
+{% set head_sums = streams * head_dim // 4 %}
+{% set q_len = group_size * chunks * lanes * k_dims // 4 %}
+{% set merge_heads = [group_size, [1, q_len // head_sums]|max]|min %}
+{% set k_parts = range(0, k_dims, 4) %}
+{% set v_parts = range(0, v_dims, 4) %}
+// Decode attention for GPUs: one query token per sequence, over a paged KV cache.
+//
+// A workgroup serves one work item (a range of keys) for one KV head and all the query heads that
+// share it, so each element of K and V is read once. Keys pass in tiles of TILE_KV. In a tile
+//   - scores: LANES neighbouring invocations read one key side by side and multiply it with all heads;
+//   - softmax: one invocation per head and stream turns logits to weights. A stream is every
+//     STREAMS-th quad (4 keys), and has its own running maximum until the end;
+//   - values: V_ROW neighbouring invocations per stream read its values side by side.
+// K of the next tile is on its way during softmax and values, V of this tile during scores, and the
+// block table is read a further tile ahead. Two barriers a tile.
+//
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV)
+//     + GROUP_SIZE * CHUNKS * LANES * K_DIMS / 4 / WORKGROUP_SIZE + HEAD_VEC4S + 2 * STREAMS + 8
+
+{{ kv_element("k", k_format, k_dims) }}
+{{ kv_element("v", v_format, v_dims) }}
+{% include "shared/gpu_interface.wgsl" %}
+
+const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
+const TILE_KV: u32 = {{ tile_kv }}u;
+const QUADS: u32 = {{ quads }}u;
+// Invocations per key, and keys that all of them take at a time.
+const LANES: u32 = {{ lanes }}u;
+const KEY_SLOTS: u32 = {{ key_slots }}u;
+// vec4s of a query row, padded so that every lane has the same number of elements.
+const Q_ROW: u32 = {{ chunks * lanes * k_dims // 4 }}u;
+// Neighbouring lanes that add up their parts of a score by shuffles, and the parts left then.
+const BUTTERFLY: u32 = {{ butterfly }}u;
+// Row of logits of a head, padded against bank conflicts between heads.
+const LOGITS_ROW: u32 = {{ tile_kv + 8 }}u;
+const STREAMS: u32 = {{ streams }}u;
+const MERGE_HEADS: u32 = {{ merge_heads }}u;
+
+// [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
+var<workgroup> tile: array<vec4<f32>, {{ [q_len, merge_heads * head_sums]|max }}>;
+// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights
+var<workgroup> logits: array<f32, {{ parts * group_size * (tile_kv + 8) }}>;
+// [GROUP_SIZE, QUADS]
+var<workgroup> weights: array<vec4<f32>, {{ group_size * quads }}>;
+// [STREAMS, GROUP_SIZE] what the sums so far are multiplied with
+var<workgroup> rescale: array<f32, {{ streams * group_size }}>;
+// [TILE_KV] cache rows
+var<workgroup> rows: array<u32, {{ tile_kv }}>;
+
+// Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
+fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32) -> vec4<f32> {
+    var products = vec4<f32>(0.0);
+{% for part in range(parts) %}
+    let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
+    products += vec4<f32>(logits[at_{{ part }}], logits[at_{{ part }} + 1u], logits[at_{{ part }} + 2u], logits[at_{{ part }} + 3u]);
+{% endfor %}
+    let query = item.context_len;
+    let key = tile_begin + 4u * quad;
+    let distance = vec4<f32>(f32(key), f32(key + 1u), f32(key + 2u), f32(key + 3u)) - f32(query);
+    let visible = vec4<bool>(
+        is_visible(item, key, query), is_visible(item, key + 1u, query),
+        is_visible(item, key + 2u, query), is_visible(item, key + 3u, query),
+    );
+    return select(vec4<f32>(LOGIT_FLOOR), logits_of(products, distance, vec4<f32>(slope)), visible);
+}
+
+@compute @workgroup_size({{ workgroup_size }})
+fn decode(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(local_invocation_index) local_idx: u32,
+) {
+    let item_idx = workgroup.x + workgroup.z * params.grid_x;
+    if (item_idx >= params.num_items) {
+        return;
+    }
+    let item = read_item(item_idx);
+    let kv_head = workgroup.y;
+    let first_head = kv_head * GROUP_SIZE;
+
+    // Scores: this invocation's keys of a tile are key_slot + i * KEY_SLOTS.
+    let lane = local_idx % LANES;
+    let key_slot = local_idx / LANES;
+    // Softmax and values: this invocation's head, stream and element of the row.
+    let softmax_head = local_idx / STREAMS;
+    let softmax_stream = local_idx % STREAMS;
+    let stream = local_idx / V_ROW;
+    let v_idx = local_idx % V_ROW;
+
+    for (var i = local_idx; i < GROUP_SIZE * Q_ROW; i += WORKGROUP_SIZE) {
+        let d = i % Q_ROW;
+        let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW) * HEAD_VEC4S;
+        tile[i] = select(vec4<f32>(0.0), q[head + min(d, HEAD_VEC4S - 1u)] * params.qk_scale, d < HEAD_VEC4S);
+    }
+
+{% for i in range(keys_per_lane) %}
+    var next_entry_{{ i }} = 0u;
+{% for c in range(chunks) %}
+    var k_load_{{ i }}_{{ c }}: KElement;
+{% endfor %}
+{% endfor %}
+{# Reads this invocation's elements of K from the tile at `begin`, whose table entries are there. #}
+{% macro load_keys(begin) %}
+{% for i in range(keys_per_lane) %}
+        {
+            let key = min({{ begin }} + key_slot + {{ i }}u * KEY_SLOTS, last_key);
+            let row = cache_row(next_entry_{{ i }}, kv_head, key);
+            next_entry_{{ i }} = table_entry(item, min(key + TILE_KV, last_key));
+{% for c in range(chunks) %}
+{% if (c + 1) * lanes > k_row %}
+            // Past the end of the row the query is zero: any element of the same key will do.
+            k_load_{{ i }}_{{ c }} = k_cache[row * K_ROW + min(lane + {{ c * lanes }}u, K_ROW - 1u)];
+{% else %}
+            k_load_{{ i }}_{{ c }} = k_cache[row * K_ROW + lane + {{ c * lanes }}u];
+{% endif %}
+{% endfor %}
+            if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
+                rows[key_slot + {{ i }}u * KEY_SLOTS] = row;
+            }
+        }
+{% endfor %}
+{% endmacro %}
+    // Keys past the range are read as its last key, and get no weight.
+    let last_key = item.kv_end - 1u;
+    if (item.kv_begin < item.kv_end) {
+{% for i in range(keys_per_lane) %}
+        next_entry_{{ i }} = table_entry(item, min(item.kv_begin + key_slot + {{ i }}u * KEY_SLOTS, last_key));
+{% endfor %}
+{{ load_keys("item.kv_begin") }}
+    }
+
+    var logit_max = LOGIT_FLOOR;
+    var p_sum = 0.0;
+    var slope = 0.0;
+    if (ALIBI) {
+        slope = head_slope(first_head + min(softmax_head, GROUP_SIZE - 1u));
+    }
+{% for h in range(group_size) %}
+{% for d in v_parts %}
+    var sum_{{ h }}_{{ d }} = vec4<f32>(0.0);
+{% endfor %}
+{% endfor %}
+    workgroupBarrier();
+
+    for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
+        // Values of this tile: on their way while the scores are computed.
+{% for j in range(stream_quads) %}
+{% for e in range(4) %}
+        var v_load_{{ j }}_{{ e }}: VElement;
+{% endfor %}
+{% endfor %}
+        {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
+{% for j in range(stream_quads) %}
+{% for e in range(4) %}
+            v_load_{{ j }}_{{ e }} = v_cache[rows[4u * stream + {{ 4 * j * streams + e }}u] * V_ROW + v_idx];
+{% endfor %}
+{% endfor %}
+        }
+
+        // Scores.
+{% for i in range(keys_per_lane) %}
+        {
+{% for h in range(group_size) %}
+            var score_{{ h }} = 0.0;
+{% endfor %}
+{% for c in range(chunks) %}
+{% for d in k_parts %}
+            let k_{{ c }}_{{ d }} = k_dims_{{ d }}(k_load_{{ i }}_{{ c }});
+{% for h in range(group_size) %}
+            score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + lane * {{ k_dims // 4 }}u + {{ (c * lanes * k_dims + d) // 4 }}u], k_{{ c }}_{{ d }}, score_{{ h }});
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% for step in [1, 2, 4] if step < butterfly %}
+{% for h in range(group_size) %}
+            score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ step }}u);
+{% endfor %}
+{% endfor %}
+            let logit = (lane / BUTTERFLY) * GROUP_SIZE * LOGITS_ROW + key_slot + {{ i }}u * KEY_SLOTS;
+            {{ "if (key_slot < TILE_KV) " if key_slots > tile_kv }}{
+{% if butterfly == 1 %}
+{% for h in range(group_size) %}
+                logits[logit + {{ h }}u * LOGITS_ROW] = score_{{ h }};
+{% endfor %}
+{% else %}
+                // Each lane holds all the sums: every one writes another head's.
+                let writer = lane % BUTTERFLY;
+{% for base in range(0, group_size, writers) %}
+                if (writer < {{ [writers, group_size - base]|min }}u) {
+                    logits[logit + (writer + {{ base }}u) * LOGITS_ROW] = vec4<f32>({% for w in range(4) %}score_{{ [base + [w, writers - 1]|min, group_size - 1]|min }}{{ ", " if not loop.last }}{% endfor %})[writer];
+                }
+{% endfor %}
+{% endif %}
+            }
+        }
+{% endfor %}
+        workgroupBarrier();
+
+        // Keys of the next tile: on their way until its scores.
+        if (item.kv_end - tile_begin > TILE_KV) {
+{{ load_keys("tile_begin + TILE_KV") }}
+        }
+
+        // Softmax.
+        if (softmax_head < GROUP_SIZE) {
+            var new_max = logit_max;
+{% for j in range(stream_quads) %}
+            let quad_{{ j }} = softmax_stream + {{ j * streams }}u;
+            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope);
+            new_max = max(new_max, max(max(logits_{{ j }}.x, logits_{{ j }}.y), max(logits_{{ j }}.z, logits_{{ j }}.w)));
+{% endfor %}
+            let factor = exp2(logit_max - new_max);
+            logit_max = new_max;
+            p_sum *= factor;
+            rescale[softmax_stream * GROUP_SIZE + softmax_head] = factor;
+{% for j in range(stream_quads) %}
+            let p_{{ j }} = weights_of(logits_{{ j }}, vec4<f32>(new_max));
+            p_sum += (p_{{ j }}.x + p_{{ j }}.y) + (p_{{ j }}.z + p_{{ j }}.w);
+            weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }};
+{% endfor %}
+        }
+        workgroupBarrier();
+
+        // Values.
+        {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
+{% for h in range(group_size) %}
+            let factor_{{ h }} = rescale[stream * GROUP_SIZE + {{ h }}u];
+{% for d in v_parts %}
+            sum_{{ h }}_{{ d }} *= factor_{{ h }};
+{% endfor %}
+{% endfor %}
+{% for j in range(stream_quads) %}
+            {
+{% for e in range(4) %}
+{% for d in v_parts %}
+                let v_{{ e }}_{{ d }} = v_dims_{{ d }}(v_load_{{ j }}_{{ e }});
+{% endfor %}
+{% endfor %}
+{% for h in range(group_size) %}
+                let p_{{ h }} = weights[{{ h * quads + j * streams }}u + stream];
+{% for e in range(4) %}
+{% for d in v_parts %}
+                sum_{{ h }}_{{ d }} = fma(vec4<f32>(p_{{ h }}.{{ "xyzw"[e] }}), v_{{ e }}_{{ d }}, sum_{{ h }}_{{ d }});
+{% endfor %}
+{% endfor %}
+{% endfor %}
+            }
+{% endfor %}
+        }
+    }
+
+    // Merge the streams: first the weight of each, then their weighted sums, some heads at a time.
+    if (softmax_head < GROUP_SIZE) {
+        logits[local_idx] = logit_max;
+        logits[GROUP_SIZE * STREAMS + local_idx] = p_sum;
+    }
+    workgroupBarrier();
+    let is_split = item.part_row != NOT_SPLIT;
+    if (local_idx < GROUP_SIZE) {
+        let q_head = first_head + local_idx;
+        var item_max = LOGIT_FLOOR;
+        for (var s = 0u; s < STREAMS; s++) {
+            item_max = max(item_max, logits[local_idx * STREAMS + s]);
+        }
+        var item_sum = 0.0;
+        if (SINKS && !is_split) {
+            let sink = head_sink(q_head);
+            item_max = max(item_max, sink);
+            item_sum = exp2(sink - item_max);
+        }
+        for (var s = 0u; s < STREAMS; s++) {
+            let weight = exp2(logits[local_idx * STREAMS + s] - item_max);
+            item_sum = fma(logits[(GROUP_SIZE + local_idx) * STREAMS + s], weight, item_sum);
+            rescale[s * GROUP_SIZE + local_idx] = weight;
+        }
+        if (is_split) {
+            partials[(item.part_row + q_head + 1u) * (HEAD_VEC4S + 1u) - 1u] = vec4<f32>(item_max, item_sum, 0.0, 0.0);
+        } else {
+            // A query that sees nothing has all sums zero.
+            let normalise = 1.0 / select(1.0, item_sum, item_sum > 0.0);
+            for (var s = 0u; s < STREAMS; s++) {
+                rescale[s * GROUP_SIZE + local_idx] *= normalise;
+            }
+{% if lse %}
+            lse[item.query_start * NUM_Q_HEADS + q_head] = natural_lse(item_max, item_sum);
+{% endif %}
+        }
+    }
+    workgroupBarrier();
+{% for base in range(0, group_size, merge_heads) %}
+{% set heads = [merge_heads, group_size - base]|min %}
+    {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
+{% for h in range(base, base + heads) %}
+{% for d in v_parts %}
+        tile[({{ h - base }}u * STREAMS + stream) * HEAD_VEC4S + v_idx * {{ v_dims // 4 }}u + {{ d // 4 }}u] = sum_{{ h }}_{{ d }} * rescale[stream * GROUP_SIZE + {{ h }}u];
+{% endfor %}
+{% endfor %}
+    }
+    workgroupBarrier();
+    for (var i = local_idx; i < {{ heads }}u * HEAD_VEC4S; i += WORKGROUP_SIZE) {
+        let head = i / HEAD_VEC4S;
+        let d = i % HEAD_VEC4S;
+        var sum = vec4<f32>(0.0);
+        for (var s = 0u; s < STREAMS; s++) {
+            sum += tile[(head * STREAMS + s) * HEAD_VEC4S + d];
+        }
+        let q_head = first_head + {{ base }}u + head;
+        if (is_split) {
+            partials[(item.part_row + q_head) * (HEAD_VEC4S + 1u) + d] = sum;
+        } else {
+            out[(item.query_start * NUM_Q_HEADS + q_head) * HEAD_VEC4S + d] = sum;
+        }
+    }
+{% if not loop.last %}
+    workgroupBarrier();
+{% endif %}
+{% endfor %}
+}

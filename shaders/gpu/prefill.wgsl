@@ -1,0 +1,405 @@
+{% from "shared/gpu_kv.wgsl" import kv_element %}
+{# ---- How the work is cut; Rust chooses workgroup_size, tile_q and tile_kv. ---- #}
+{% set k_dims = 8 if k_format == "f16" else 4 %}
+{% set v_dims = 8 if v_format == "f16" else 4 %}
+{% set head_vec4s = head_dim // 4 %}
+{# An invocation has 4 rows, and every `lanes`th key of the tile and vec4 of the head. #}
+{% set row_sets = tile_q // 4 %}
+{% set lanes = workgroup_size // row_sets %}
+{% set keys_per_lane = tile_kv // lanes %}
+{% set cols = (head_vec4s + lanes - 1) // lanes %}
+{# Dims pass in chunks of 4 vec4s, values in chunks of keys of about that size. #}
+{% set chunk = 4 %}
+{% set num_chunks = (head_vec4s + chunk - 1) // chunk %}
+{% set is_padded = num_chunks * chunk > head_vec4s %}
+{% set v_keys = 8 if head_vec4s <= 16 else 4 %}
+{% set num_v_chunks = tile_kv // v_keys %}
+{# Elements that an invocation moves to workgroup memory per chunk. #}
+{% set k_row = head_dim // k_dims %}
+{% set v_row = head_dim // v_dims %}
+{% set k_cols = chunk * 4 // k_dims %}
+{% set q_count = tile_q * chunk %}
+{% set k_count = tile_kv * k_cols %}
+{% set v_count = v_keys * v_row %}
+{% set q_loads = (q_count + workgroup_size - 1) // workgroup_size %}
+{% set k_loads = (k_count + workgroup_size - 1) // workgroup_size %}
+{% set v_loads = (v_count + workgroup_size - 1) // workgroup_size %}
+{# Lanes that combine their rows by shuffles: any subgroup has at least 4 invocations. #}
+{% set known_lanes = subgroup_size if subgroup_size > 0 else 4 %}
+{% set butterfly = ([lanes, known_lanes]|min) if subgroups else 1 %}
+{% set parts = lanes // butterfly %}
+{# Workgroup memory, in vec4s: two buffers of Q and K share it with weights and two buffers of V. #}
+{% set score_len = (tile_q + tile_kv) * (chunk + 1) %}
+{% set weights_len = tile_kv * (row_sets + 1) %}
+{% set value_len = v_keys * head_vec4s %}
+{% set lane_parts = weights_len + value_len %}
+{% set tile_len = [2 * score_len, weights_len + 2 * value_len, lane_parts + parts * row_sets]|max %}
+// Prefill attention for GPUs: tiles of query rows over a paged KV cache.
+//
+// A workgroup serves one work item: TILE_Q rows (row = token * GROUP_SIZE + head in the group) of one
+// KV head over a range of keys, TILE_KV keys at a time. It multiplies like a blocked matrix product:
+// an invocation has ROWS = 4 neighbouring rows and, in lane x of LANES, the keys x, x + LANES, ... of
+// the tile (scores), then the vec4s x, x + LANES, ... of the head (values). Running maximum and sums
+// of its rows stay in its registers.
+//   - scores: Q and K pass through workgroup memory CHUNK vec4s of the head at a time;
+//   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
+//   - values: V passes through workgroup memory V_KEYS keys at a time.
+// While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
+//
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS)
+
+{{ kv_element("k", k_format, k_dims) }}
+{{ kv_element("v", v_format, v_dims) }}
+{% include "shared/gpu_interface.wgsl" %}
+
+const TILE_Q: u32 = {{ tile_q }}u;
+const TILE_KV: u32 = {{ tile_kv }}u;
+const LANES: u32 = {{ lanes }}u;
+const ROWS: u32 = 4u;
+const ROW_SETS: u32 = {{ row_sets }}u;
+// vec4s of the head that are multiplied at a time. Rows in workgroup memory have one more: an odd
+// number keeps lanes that read different rows on different banks.
+const CHUNK: u32 = {{ chunk }}u;
+const CHUNK_ROW: u32 = {{ chunk + 1 }}u;
+const NUM_CHUNKS: u32 = {{ num_chunks }}u;
+// Keys whose values are multiplied at a time.
+const V_KEYS: u32 = {{ v_keys }}u;
+const NUM_V_CHUNKS: u32 = {{ num_v_chunks }}u;
+const WEIGHTS_ROW: u32 = {{ row_sets + 1 }}u;
+{% if butterfly > 1 %}
+// Neighbouring lanes that combine by shuffles.
+const BUTTERFLY: u32 = {{ butterfly }}u;
+{% endif %}
+
+// During scores [2, TILE_Q + TILE_KV, CHUNK_ROW]: rows of queries, then of keys, in two buffers.
+// Then [TILE_KV, WEIGHTS_ROW] weights of 4 rows, [2, V_KEYS, HEAD_VEC4S] values in two buffers, and
+// in place of the second [LANES / BUTTERFLY, ROW_SETS] what the lanes of 4 rows combine.
+const SCORE_LEN: u32 = {{ score_len }}u;
+const K_TILE: u32 = {{ tile_q * (chunk + 1) }}u;
+const V_TILE: u32 = {{ weights_len }}u;
+const VALUE_LEN: u32 = {{ value_len }}u;
+{% if parts > 1 %}
+const LANE_PARTS: u32 = {{ lane_parts }}u;
+{% endif %}
+var<workgroup> tile: array<vec4<f32>, {{ tile_len }}>;
+// [2, TILE_KV] cache rows of this tile and the next
+var<workgroup> rows: array<u32, {{ 2 * tile_kv }}>;
+
+// Row of q, and of out, that a row of the sequence is.
+fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
+    let last_row = item.query_len * GROUP_SIZE - 1u;
+    let r = min(row, last_row);
+    return (item.query_start + r / GROUP_SIZE) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
+}
+
+{# Combines `value` (a vec4 variable, of 4 rows) over their lanes. #}
+{% macro combine_lanes(value, op) %}
+{% for step in [1, 2, 4, 8, 16, 32] if step < butterfly %}
+{% if op == "max" %}
+        {{ value }} = max({{ value }}, subgroupShuffleXor({{ value }}, {{ step }}u));
+{% else %}
+        {{ value }} += subgroupShuffleXor({{ value }}, {{ step }}u);
+{% endif %}
+{% endfor %}
+{% if parts > 1 %}
+{% if butterfly > 1 %}
+        if (lane % BUTTERFLY == 0u) {
+            tile[LANE_PARTS + lane / BUTTERFLY * ROW_SETS + row_set] = {{ value }};
+        }
+{% else %}
+        tile[LANE_PARTS + lane * ROW_SETS + row_set] = {{ value }};
+{% endif %}
+        workgroupBarrier();
+{% for part in range(parts) %}
+{% set at = "tile[LANE_PARTS + %du + row_set]"|format(part * row_sets) %}
+{% if loop.first %}
+        {{ value }} = {{ at }};
+{% elif op == "max" %}
+        {{ value }} = max({{ value }}, {{ at }});
+{% else %}
+        {{ value }} += {{ at }};
+{% endif %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+{# Reads a chunk of Q and K, from vec4 `d` of the head on, to registers. #}
+{% macro load_chunk(d) %}
+{% for n in range(q_loads) %}
+{% if is_padded %}
+            q_load_{{ n }} = select(vec4<f32>(0.0), q[q_at_{{ n }} + min({{ d }} + q_col, HEAD_VEC4S - 1u)], {{ d }} + q_col < HEAD_VEC4S);
+{% else %}
+            q_load_{{ n }} = q[q_at_{{ n }} + {{ d }} + q_col];
+{% endif %}
+{% endfor %}
+{% set k_first = "(%s) / 2u"|format(d) if k_dims == 8 else d %}
+{% for n in range(k_loads) %}
+{% if is_padded %}
+            // Past the end of the head the query is zero: any element of the same key will do.
+            k_load_{{ n }} = k_cache[k_at_{{ n }} + min({{ k_first }} + k_col, K_ROW - 1u)];
+{% else %}
+            k_load_{{ n }} = k_cache[k_at_{{ n }} + {{ k_first }} + k_col];
+{% endif %}
+{% endfor %}
+{% endmacro %}
+{# Moves it on to the buffer at `buffer` of the tile. #}
+{% macro store_chunk(buffer) %}
+{% for n in range(q_loads) %}
+            {{ "if (local_idx + %du < TILE_Q * CHUNK) "|format(n * workgroup_size) if (n + 1) * workgroup_size > q_count }}{
+                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // chunk * (chunk + 1) }}u] = q_load_{{ n }};
+            }
+{% endfor %}
+{% for n in range(k_loads) %}
+            {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, k_count) if (n + 1) * workgroup_size > k_count }}{
+{% for d in range(0, k_dims, 4) %}
+                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // k_cols * (chunk + 1) + d // 4 }}u] = k_dims_{{ d }}(k_load_{{ n }});
+{% endfor %}
+            }
+{% endfor %}
+{% endmacro %}
+{# The same for a chunk of V, from key `first_key` of the tile on. #}
+{% macro load_values(first_key) %}
+{% for n in range(v_loads) %}
+            v_load_{{ n }} = v_cache[rows[tile_rows + {{ first_key }} + v_key_{{ n }}] * V_ROW + v_col_{{ n }}];
+{% endfor %}
+{% endmacro %}
+{% macro store_values(buffer) %}
+{% for n in range(v_loads) %}
+            {{ "if (local_idx + %du < V_KEYS * V_ROW) "|format(n * workgroup_size) if (n + 1) * workgroup_size > v_count }}{
+{% for d in range(0, v_dims, 4) %}
+                tile[{{ buffer }} + local_idx * {{ v_dims // 4 }}u + {{ n * workgroup_size * v_dims // 4 + d // 4 }}u] = v_dims_{{ d }}(v_load_{{ n }});
+{% endfor %}
+            }
+{% endfor %}
+{% endmacro %}
+@compute @workgroup_size({{ workgroup_size }})
+fn prefill(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(local_invocation_index) local_idx: u32,
+) {
+    let item_idx = workgroup.x + workgroup.z * params.grid_x;
+    if (item_idx >= params.num_items) {
+        return;
+    }
+    let item = read_item(item_idx);
+    let kv_head = workgroup.y;
+    let first_head = kv_head * GROUP_SIZE;
+    let num_rows = item.query_len * GROUP_SIZE;
+    let lane = local_idx % LANES;
+    let row_set = local_idx / LANES;
+
+    // What this invocation moves to workgroup memory; rows past the end are read as the last row.
+    let q_col = local_idx % CHUNK;
+    let q_slot = local_idx / CHUNK * CHUNK_ROW + q_col;
+{% for n in range(q_loads) %}
+    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / CHUNK + {{ n * workgroup_size // chunk }}u) * HEAD_VEC4S;
+    var q_load_{{ n }}: vec4<f32>;
+{% endfor %}
+    let k_col = local_idx % {{ k_cols }}u;
+    let k_slot = K_TILE + local_idx / {{ k_cols }}u * CHUNK_ROW + k_col * {{ k_dims // 4 }}u;
+{% for n in range(k_loads) %}
+    let k_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > k_count }}local_idx / {{ k_cols }}u + {{ n * workgroup_size // k_cols }}u{{ ", TILE_KV - 1u)" if (n + 1) * workgroup_size > k_count }};
+    var k_load_{{ n }}: KElement;
+{% endfor %}
+{% for n in range(v_loads) %}
+    let v_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > v_count }}(local_idx + {{ n * workgroup_size }}u) / V_ROW{{ ", V_KEYS - 1u)" if (n + 1) * workgroup_size > v_count }};
+    let v_col_{{ n }} = (local_idx + {{ n * workgroup_size }}u) % V_ROW;
+    var v_load_{{ n }}: VElement;
+{% endfor %}
+
+    // The rows of this invocation.
+    let first_row = item.row_start + row_set * ROWS;
+    let query = item.context_len + vec4<u32>(first_row, first_row + 1u, first_row + 2u, first_row + 3u) / GROUP_SIZE;
+    var slope = vec4<f32>(0.0);
+    if (ALIBI) {
+        slope = vec4<f32>({% for r in range(4) %}head_slope(first_head + (first_row + {{ r }}u) % GROUP_SIZE){{ ", " if not loop.last }}{% endfor %});
+    }
+    var logit_max = vec4<f32>(LOGIT_FLOOR);
+    // Of this invocation's keys only, until the end.
+    var p_sum = vec4<f32>(0.0);
+{% for c in range(cols) %}
+{% for r in range(4) %}
+    var sum_{{ r }}_{{ c }} = vec4<f32>(0.0);
+{% endfor %}
+{% endfor %}
+    // Positions of the first and last row: tiles of keys that all rows see need no mask.
+    let first_query = item.context_len + item.row_start / GROUP_SIZE;
+    let last_query = item.context_len + (min(item.row_start + TILE_Q, num_rows) - 1u) / GROUP_SIZE;
+
+    // Keys past the range are read as its last key, and get no weight. The block table is read a
+    // tile ahead of the cache rows, these a tile ahead of V.
+    let last_key = item.kv_end - 1u;
+    var tile_rows = 0u;
+    var next_entry = 0u;
+    if (item.kv_begin < item.kv_end) {
+        if (local_idx < TILE_KV) {
+            let key = min(item.kv_begin + local_idx, last_key);
+            rows[local_idx] = cache_row(table_entry(item, key), kv_head, key);
+            next_entry = table_entry(item, min(key + TILE_KV, last_key));
+        }
+        workgroupBarrier();
+    }
+
+    for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
+        // Scores.
+{% for j in range(keys_per_lane) %}
+        var score_{{ j }} = vec4<f32>(0.0);
+{% endfor %}
+{% for n in range(k_loads) %}
+        let k_at_{{ n }} = rows[tile_rows + k_key_{{ n }}] * K_ROW;
+{% endfor %}
+        {
+{{ load_chunk("0u") }}
+{{ store_chunk("0u") }}
+        }
+        workgroupBarrier();
+        var buffer = 0u;
+        for (var d = 0u; d < NUM_CHUNKS * CHUNK; d += CHUNK) {
+            let has_next = d + CHUNK < NUM_CHUNKS * CHUNK;
+            if (has_next) {
+{{ load_chunk("d + CHUNK") }}
+            }
+{% for i in range(chunk) %}
+            {
+{% for r in range(4) %}
+                let q_{{ r }} = tile[buffer + (row_set * ROWS + {{ r }}u) * CHUNK_ROW + {{ i }}u];
+{% endfor %}
+{% for j in range(keys_per_lane) %}
+                let k_{{ j }} = tile[buffer + K_TILE + (lane + {{ j * lanes }}u) * CHUNK_ROW + {{ i }}u];
+{% for r in range(4) %}
+                score_{{ j }}.{{ "xyzw"[r] }} = fma_dot(q_{{ r }}, k_{{ j }}, score_{{ j }}.{{ "xyzw"[r] }});
+{% endfor %}
+{% endfor %}
+            }
+{% endfor %}
+            buffer = SCORE_LEN - buffer;
+            if (has_next) {
+{{ store_chunk("buffer") }}
+            }
+            workgroupBarrier();
+        }
+
+        // Softmax. The first values are on their way meanwhile.
+{{ load_values("0u") }}
+{% for j in range(keys_per_lane) %}
+        let key_{{ j }} = tile_begin + lane + {{ j * lanes }}u;
+        var logits_{{ j }} = logits_of(score_{{ j }} * params.qk_scale, f32(key_{{ j }}) - vec4<f32>(query), slope);
+{% endfor %}
+        var is_masked = MASK || tile_begin + TILE_KV > item.kv_end;
+        if (CAUSAL) {
+            is_masked = is_masked || tile_begin + TILE_KV > first_query + 1u;
+        }
+        if (WINDOW) {
+            is_masked = is_masked || tile_begin + params.window <= last_query;
+        }
+        if (is_masked) {
+{% for j in range(keys_per_lane) %}
+            logits_{{ j }} = select(vec4<f32>(LOGIT_FLOOR), logits_{{ j }}, vec4<bool>(
+                is_visible(item, key_{{ j }}, query.x), is_visible(item, key_{{ j }}, query.y),
+                is_visible(item, key_{{ j }}, query.z), is_visible(item, key_{{ j }}, query.w),
+            ));
+{% endfor %}
+        }
+        var tile_max = logits_0;
+{% for j in range(1, keys_per_lane) %}
+        tile_max = max(tile_max, logits_{{ j }});
+{% endfor %}
+{{ combine_lanes("tile_max", "max") }}
+        let new_max = max(logit_max, tile_max);
+        let factor = exp2(logit_max - new_max);
+        logit_max = new_max;
+        p_sum *= factor;
+{% for j in range(keys_per_lane) %}
+        let p_{{ j }} = weights_of(logits_{{ j }}, new_max);
+        p_sum += p_{{ j }};
+        tile[(lane + {{ j * lanes }}u) * WEIGHTS_ROW + row_set] = p_{{ j }};
+{% endfor %}
+{% for c in range(cols) %}
+{% for r in range(4) %}
+        sum_{{ r }}_{{ c }} *= factor.{{ "xyzw"[r] }};
+{% endfor %}
+{% endfor %}
+        let next_rows = TILE_KV - tile_rows;
+        if (local_idx < TILE_KV) {
+            let key = min(tile_begin + TILE_KV + local_idx, last_key);
+            rows[next_rows + local_idx] = cache_row(next_entry, kv_head, key);
+            next_entry = table_entry(item, min(key + TILE_KV, last_key));
+        }
+
+        // Values.
+        {
+{{ store_values("V_TILE") }}
+        }
+        workgroupBarrier();
+        buffer = 0u;
+        for (var first_key = 0u; first_key < TILE_KV; first_key += V_KEYS) {
+            let has_next = first_key + V_KEYS < TILE_KV;
+            if (has_next) {
+{{ load_values("first_key + V_KEYS") }}
+            }
+{% for e in range(v_keys) %}
+            {
+                let p = tile[(first_key + {{ e }}u) * WEIGHTS_ROW + row_set];
+{% for c in range(cols) %}
+{% if (c + 1) * lanes > head_vec4s %}
+                // Lanes past the end of the head compute what nobody stores.
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + min(lane + {{ c * lanes }}u, HEAD_VEC4S - 1u)];
+{% else %}
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + lane + {{ c * lanes }}u];
+{% endif %}
+{% for r in range(4) %}
+                sum_{{ r }}_{{ c }} = fma(vec4<f32>(p.{{ "xyzw"[r] }}), v_{{ c }}, sum_{{ r }}_{{ c }});
+{% endfor %}
+{% endfor %}
+            }
+{% endfor %}
+            buffer = VALUE_LEN - buffer;
+            if (has_next) {
+{{ store_values("V_TILE + buffer") }}
+            }
+            workgroupBarrier();
+        }
+        tile_rows = next_rows;
+    }
+
+{{ combine_lanes("p_sum", "sum") }}
+{% for r in range(4) %}
+    if (first_row + {{ r }}u < num_rows && row_set * ROWS + {{ r }}u < TILE_Q) {
+        let row = first_row + {{ r }}u;
+        let q_head = first_head + row % GROUP_SIZE;
+        let out_row = (item.query_start + row / GROUP_SIZE) * NUM_Q_HEADS + q_head;
+        let partial_row = (item.part_row + kv_head * num_rows + row) * (HEAD_VEC4S + 1u);
+        var row_max = logit_max.{{ "xyzw"[r] }};
+        var row_sum = p_sum.{{ "xyzw"[r] }};
+        if (item.part_row != NOT_SPLIT) {
+{% for c in range(cols) %}
+            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * lanes) if (c + 1) * lanes > head_vec4s }}{
+                partials[partial_row + lane + {{ c * lanes }}u] = sum_{{ r }}_{{ c }};
+            }
+{% endfor %}
+            if (lane == 0u) {
+                partials[partial_row + HEAD_VEC4S] = vec4<f32>(row_max, row_sum, 0.0, 0.0);
+            }
+        } else {
+            var factor = 1.0;
+            if (SINKS) {
+                let sink = head_sink(q_head);
+                row_max = max(row_max, sink);
+                factor = exp2(logit_max.{{ "xyzw"[r] }} - row_max);
+                row_sum = fma(row_sum, factor, exp2(sink - row_max));
+            }
+            // A row that sees nothing has all sums zero.
+            factor /= select(1.0, row_sum, row_sum > 0.0);
+{% for c in range(cols) %}
+            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * lanes) if (c + 1) * lanes > head_vec4s }}{
+                out[out_row * HEAD_VEC4S + lane + {{ c * lanes }}u] = sum_{{ r }}_{{ c }} * factor;
+            }
+{% endfor %}
+{% if lse %}
+            if (lane == 0u) {
+                lse[out_row] = natural_lse(row_max, row_sum);
+            }
+{% endif %}
+        }
+    }
+{% endfor %}
+}

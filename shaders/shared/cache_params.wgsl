@@ -1,0 +1,17 @@
+{# Parameters of append, copy_blocks and gather, and the linear index that they share. #}
+struct CacheParams {
+  num_tokens: u32,
+  num_copies: u32,
+  list_offset: u32,    // words
+  copies_offset: u32,  // words
+  num_blocks: u32,
+  grid_x: u32,         // workgroups along x; the linear index goes on along y
+  reserved0: u32,
+  reserved1: u32,
+}
+
+const HEAD_DIM: u32 = {{ head_dim }}u;
+const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
+const BLOCK_SIZE: u32 = {{ block_size }}u;
+const CHUNKS: u32 = HEAD_DIM / 8u;  // a chunk is 8 elements of a row
+const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;

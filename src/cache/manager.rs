@@ -1,0 +1,276 @@
+//! Sequences over the pool: everything about the cache that needs no GPU.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use super::layout::KvCacheConfig;
+use super::pool::{BlockId, BlockPool};
+use super::table::{BlockTable, Growth};
+use crate::error::{Error, Result};
+use crate::plan::{Batch, BatchEntry};
+
+/// A sequence of a cache. Ids are never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(u64);
+
+impl fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sequence #{}", self.0)
+    }
+}
+
+/// How full a pool is, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Blocks of the pool.
+    pub total: u32,
+    /// Blocks that no sequence and no open step holds.
+    pub free: u32,
+    /// Blocks that some sequence or open step holds, each counted once.
+    pub used: u32,
+    /// Used blocks with more than one holder.
+    pub shared: u32,
+    /// Sequences.
+    pub sequences: u32,
+}
+
+#[derive(Debug, Default)]
+struct Sequence {
+    table: BlockTable,
+    in_step: bool,
+}
+
+/// What committing a step does to one sequence.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    sequence: SequenceId,
+    /// The copy that replaces the shared last block.
+    replacement: Option<BlockId>,
+    new_blocks: Vec<BlockId>,
+    len: u32,
+}
+
+/// A reserved step, before anything is uploaded.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    pub(crate) batch: Batch,
+    pub(crate) pending: Vec<Pending>,
+    /// Slot (block * block_size + offset) of every new token.
+    pub(crate) slots: Vec<u32>,
+    /// Blocks to copy before anything is appended: source, destination.
+    pub(crate) copies: Vec<[u32; 2]>,
+}
+
+pub(crate) type SharedState = Arc<Mutex<Manager>>;
+
+/// Sequences, their tables and the pool.
+#[derive(Debug)]
+pub(crate) struct Manager {
+    config: KvCacheConfig,
+    pool: BlockPool,
+    sequences: HashMap<SequenceId, Sequence>,
+    next_id: u64,
+    /// Counts `clear`s: steps of an earlier epoch are void.
+    epoch: u64,
+}
+
+impl Manager {
+    pub(crate) fn new(config: KvCacheConfig) -> Self {
+        let pool = BlockPool::new(config.num_blocks);
+        Self { config, pool, sequences: HashMap::new(), next_id: 0, epoch: 0 }
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(crate) fn usage(&self) -> PoolUsage {
+        let (total, free) = (self.pool.num_blocks(), self.pool.num_free());
+        PoolUsage {
+            total,
+            free,
+            used: total - free,
+            shared: self.pool.num_shared(),
+            sequences: self.sequences.len() as u32,
+        }
+    }
+
+    pub(crate) fn create(&mut self) -> SequenceId {
+        self.insert(BlockTable::default())
+    }
+
+    fn insert(&mut self, table: BlockTable) -> SequenceId {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        self.sequences.insert(id, Sequence { table, in_step: false });
+        id
+    }
+
+    pub(crate) fn table(&self, id: SequenceId) -> Result<&BlockTable> {
+        self.sequences.get(&id).map(|s| &s.table).ok_or(Error::UnknownSequence(id))
+    }
+
+    /// Fails if the sequence is unknown or in an open step.
+    fn check_idle(&self, id: SequenceId) -> Result<&Sequence> {
+        let sequence = self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?;
+        if sequence.in_step { Err(Error::SequenceInStep(id)) } else { Ok(sequence) }
+    }
+
+    pub(crate) fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
+        self.check_idle(id)?;
+        let table = self.sequences[&id].table.fork(&mut self.pool);
+        Ok(self.insert(table))
+    }
+
+    pub(crate) fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
+        let have = self.check_idle(id)?.table.len();
+        if len > have {
+            return Err(Error::argument("len", len, format!("at most the sequence's length, {have}")));
+        }
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.table.truncate(len, self.config.block_size, &mut self.pool);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn free(&mut self, id: SequenceId) -> Result<()> {
+        self.truncate(id, 0)?;
+        self.sequences.remove(&id);
+        Ok(())
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.pool = BlockPool::new(self.config.num_blocks);
+        self.sequences.clear();
+        self.epoch += 1;
+    }
+
+    /// Checks the batch, then takes all blocks that it needs, or none.
+    pub(crate) fn reserve(&mut self, requests: &[(SequenceId, u32)]) -> Result<Reservation> {
+        let block_size = self.config.block_size;
+        if requests.is_empty() {
+            return Err(Error::argument("batch", "no sequences", "at least one (sequence, query_len)"));
+        }
+        let mut seen = std::collections::HashSet::with_capacity(requests.len());
+        let mut num_tokens = 0_u32;
+        for &(id, query_len) in requests {
+            let len = self.check_idle(id)?.table.len();
+            if !seen.insert(id) {
+                return Err(Error::argument("batch", format!("{id} twice"), "each sequence once"));
+            }
+            if query_len == 0 {
+                return Err(Error::argument("query_len", format!("0 for {id}"), "at least 1"));
+            }
+            // Positions are compared as i32 by hosts' frameworks and as u32 sums by the kernels: keep both safe.
+            let fits = len.checked_add(query_len).is_some_and(|len| len <= i32::MAX as u32);
+            if !fits {
+                let got = format!("{query_len} for {id} of {len} tokens");
+                return Err(Error::argument("query_len", got, "a sequence length below 2^31"));
+            }
+            num_tokens = num_tokens
+                .checked_add(query_len)
+                .filter(|&n| n <= i32::MAX as u32)
+                .ok_or_else(|| Error::argument("batch", "2^31 or more new tokens", "fewer than 2^31 in all"))?;
+        }
+
+        // Of several sequences that write into the same shared block, the last one may have it when all others take copies
+        // and nobody else holds it.
+        let mut leaving: HashMap<BlockId, u32> = HashMap::new();
+        let mut growths = Vec::with_capacity(requests.len());
+        let mut need = 0_u64;
+        for &(id, query_len) in requests {
+            let table = &self.sequences[&id].table;
+            let last = table.partial_block(block_size);
+            let shared =
+                last.is_some_and(|block| self.pool.ref_count(block) - leaving.get(&block).copied().unwrap_or(0) > 1);
+            let growth = table.growth(query_len, block_size, shared);
+            if let (true, Some(block)) = (growth.copy_last, last) {
+                *leaving.entry(block).or_default() += 1;
+            }
+            need += u64::from(growth.blocks());
+            growths.push(growth);
+        }
+        let out_of_blocks = |pool: &BlockPool| Error::OutOfBlocks {
+            need: u32::try_from(need).unwrap_or(u32::MAX),
+            free: pool.num_free(),
+            total: pool.num_blocks(),
+        };
+        let count = u32::try_from(need).map_err(|_| out_of_blocks(&self.pool))?;
+        let taken = self.pool.allocate(count).ok_or_else(|| out_of_blocks(&self.pool))?;
+        Ok(self.reserve_blocks(requests, &growths, taken, num_tokens))
+    }
+
+    /// The part of [`Manager::reserve`] that can't fail.
+    fn reserve_blocks(
+        &mut self,
+        requests: &[(SequenceId, u32)],
+        growths: &[Growth],
+        taken: Vec<BlockId>,
+        num_tokens: u32,
+    ) -> Reservation {
+        let block_size = self.config.block_size;
+        let mut taken = taken.into_iter();
+        let mut reservation = Reservation {
+            batch: Batch::default(),
+            pending: Vec::with_capacity(requests.len()),
+            slots: Vec::with_capacity(num_tokens as usize),
+            copies: Vec::new(),
+        };
+        for (&(id, query_len), growth) in requests.iter().zip(growths) {
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            sequence.in_step = true;
+            let table = &sequence.table;
+            let context_len = table.len();
+            let len = context_len + query_len;
+            let replacement = if growth.copy_last { taken.next() } else { None };
+            let new_blocks: Vec<_> = taken.by_ref().take(growth.new_blocks as usize).collect();
+
+            let tables = &mut reservation.batch.tables;
+            let start = tables.len();
+            tables.extend(table.blocks().iter().map(|b| b.0));
+            if let (Some(copy), Some(last)) = (replacement, tables.last_mut()) {
+                reservation.copies.push([*last, copy.0]);
+                *last = copy.0;
+            }
+            tables.extend(new_blocks.iter().map(|b| b.0));
+            let range = start..tables.len();
+            let blocks = &tables[range.clone()];
+            reservation.slots.extend(
+                (context_len..len)
+                    .map(|position| blocks[(position / block_size) as usize] * block_size + position % block_size),
+            );
+            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range });
+            reservation.pending.push(Pending { sequence: id, replacement, new_blocks, len });
+        }
+        reservation
+    }
+
+    /// Lengths advance, new blocks join their tables, replaced blocks lose a holder.
+    pub(crate) fn commit(&mut self, pending: Vec<Pending>) {
+        for change in pending {
+            // A sequence in a step can't be freed, and a cleared cache refuses the step: it is there.
+            let Some(sequence) = self.sequences.get_mut(&change.sequence) else { continue };
+            sequence.in_step = false;
+            if let Some(replaced) = sequence.table.grow(change.replacement, &change.new_blocks, change.len) {
+                self.pool.release(replaced);
+            }
+        }
+    }
+
+    /// Gives a dropped step's blocks back. Nothing to do if the cache has been cleared since: its pool is another one.
+    pub(crate) fn roll_back(&mut self, epoch: u64, pending: Vec<Pending>) {
+        if epoch != self.epoch {
+            return;
+        }
+        // In reverse, so that the next step takes the same blocks in the same order.
+        for change in pending.into_iter().rev() {
+            for &block in change.new_blocks.iter().rev().chain(&change.replacement) {
+                self.pool.release(block);
+            }
+            if let Some(sequence) = self.sequences.get_mut(&change.sequence) {
+                sequence.in_step = false;
+            }
+        }
+    }
+}

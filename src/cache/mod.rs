@@ -1,0 +1,204 @@
+//! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
+
+mod format;
+mod layout;
+mod manager;
+mod pool;
+mod record;
+mod step;
+mod storage;
+mod table;
+
+pub use format::KvFormat;
+pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM};
+pub use manager::{PoolUsage, SequenceId};
+pub use pool::{BlockId, BlockPool};
+pub use record::KvRows;
+pub(crate) use record::{PARAM_BLOCK_WORDS, params_binding, push_params};
+pub(crate) use step::StepTicket;
+pub use step::{Committed, Step};
+pub use table::{BlockTable, Growth};
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::gpu::Gpu;
+use manager::Manager;
+pub(crate) use manager::SharedState;
+use record::CacheKernels;
+pub(crate) use storage::{LayerStorage, layer as layer_storage};
+
+/// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
+///
+/// One step of a decoder:
+/// 1. [`begin_step`](Self::begin_step) reserves room for the new tokens of a batch (host only; nothing waits for the GPU),
+/// 2. for each layer, [`append`](Self::append) and [`Attention::attend`](crate::Attention::attend) record into the host's encoder,
+/// 3. the host submits,
+/// 4. [`commit`](Self::commit) makes the new lengths valid; dropping the [`Step`] instead leaves every sequence as it was.
+///
+/// **Order.** Blocks move between sequences as soon as they are freed, so submit recorded steps in the order in which they
+/// began. Several steps may be open, and several may be recorded before one submit.
+///
+/// Methods take `&self`; the cache may be shared between threads.
+#[derive(Debug)]
+pub struct KvCache {
+    gpu: Gpu,
+    config: KvCacheConfig,
+    state: SharedState,
+    layers: Arc<Vec<LayerStorage>>,
+    kernels: CacheKernels,
+}
+
+impl KvCache {
+    /// Allocates the pool on the GPU and compiles the append, copy and gather kernels.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a side of a layer is larger than a
+    /// storage binding or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
+    pub async fn new(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
+        config.validate()?;
+        let layers = Arc::new(storage::allocate(gpu, &config).await?);
+        let kernels = CacheKernels::new(gpu, &config).await?;
+        Ok(Self { gpu: gpu.clone(), config, state: Arc::new(Mutex::new(Manager::new(config))), layers, kernels })
+    }
+
+    /// [`KvCache::new`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`KvCache::new`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new_blocking(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
+        pollster::block_on(Self::new(gpu, config))
+    }
+
+    fn state(&self) -> MutexGuard<'_, Manager> {
+        // The manager checks before it changes anything, so a panic elsewhere never leaves it half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device that the cache lives on.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The shape of the cache.
+    #[must_use]
+    pub fn config(&self) -> &KvCacheConfig {
+        &self.config
+    }
+
+    /// The K and V buffers of a layer, laid out as [`KvLayout`] says, for a host that wants to read them in a shader of its own.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer that isn't there.
+    pub fn layer_buffers(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
+        self.layer(layer).map(|storage| (&storage.k, &storage.v))
+    }
+
+    fn layer(&self, layer: u32) -> Result<&LayerStorage> {
+        storage::layer(&self.layers, layer)
+    }
+
+    /// A new, empty sequence. Takes no block.
+    pub fn create_sequence(&self) -> SequenceId {
+        self.state().create()
+    }
+
+    /// A new sequence with the same tokens, sharing all blocks. Costs O(blocks) on the host and nothing on the GPU; the first of the
+    /// two that appends into a shared, partly filled block gets a copy of that block, made on the GPU within its step.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    pub fn fork(&self, sequence: SequenceId) -> Result<SequenceId> {
+        self.state().fork(sequence)
+    }
+
+    /// Forgets the tokens from `len` on, for example rejected speculative ones, and gives blocks that are no longer needed back.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    pub fn truncate(&self, sequence: SequenceId, len: u32) -> Result<()> {
+        self.state().truncate(sequence, len)
+    }
+
+    /// Ends a sequence. Its blocks return to the pool, except those that a fork still holds.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    pub fn free(&self, sequence: SequenceId) -> Result<()> {
+        self.state().free(sequence)
+    }
+
+    /// Ends all sequences. Open steps become stale: committing them is refused.
+    pub fn clear(&self) {
+        self.state().clear();
+    }
+
+    /// Tokens of a sequence, open steps not counted.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn seq_len(&self, sequence: SequenceId) -> Result<u32> {
+        Ok(self.state().table(sequence)?.len())
+    }
+
+    /// Blocks of a sequence in the order of its tokens.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn block_table(&self, sequence: SequenceId) -> Result<Vec<BlockId>> {
+        Ok(self.state().table(sequence)?.blocks().to_vec())
+    }
+
+    /// How full the pool is.
+    #[must_use]
+    pub fn usage(&self) -> PoolUsage {
+        self.state().usage()
+    }
+
+    /// Reserves room for `query_len` new tokens of each sequence, and uploads what the append kernel needs to know.
+    ///
+    /// The tokens of the batch stand one after another, in this order, in the k, v, q and out buffers of the step.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBlocks`] if the pool has too few free blocks (retry after freeing some);
+    /// [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
+    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; [`Error::Wgpu`].
+    /// In every case nothing has changed.
+    pub fn begin_step(&self, batch: &[(SequenceId, u32)]) -> Result<Step> {
+        let (reservation, epoch) = {
+            let mut state = self.state();
+            (state.reserve(batch)?, state.epoch())
+        };
+        // From here on, dropping the step rolls back.
+        let mut step = Step {
+            state: Arc::clone(&self.state),
+            layers: Arc::clone(&self.layers),
+            epoch,
+            config: self.config,
+            sequences: batch.iter().map(|&(id, _)| id).collect(),
+            batch: reservation.batch,
+            pending: reservation.pending,
+            num_copies: reservation.copies.len() as u32,
+            upload: None,
+            status: Step::open_status(),
+        };
+        let (slots, copies) = (&reservation.slots, &reservation.copies);
+        step.upload = Some(self.kernels.upload(&self.gpu, &self.config, slots, copies)?);
+        Ok(step)
+    }
+
+    /// Makes the step's tokens part of their sequences. Record the step's commands first; whether they have been submitted yet does
+    /// not matter here, but see [`Committed::recycle`].
+    ///
+    /// # Errors
+    /// [`Error::StaleStep`] for a step of another cache, or from before [`KvCache::clear`].
+    pub fn commit(&self, mut step: Step) -> Result<Committed> {
+        step.check_usable(&self.state)?;
+        self.state().commit(std::mem::take(&mut step.pending));
+        Ok(Committed(step.finish()))
+    }
+}

@@ -1,0 +1,170 @@
+//! [`Step`]: the reservation of one batch of new tokens.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use super::manager::{Pending, SharedState};
+use super::{KvCacheConfig, LayerStorage, SequenceId};
+use crate::error::{Error, Result};
+use crate::plan::Batch;
+use crate::upload::Upload;
+
+const OPEN: u8 = 0;
+const COMMITTED: u8 = 1;
+const ROLLED_BACK: u8 = 2;
+
+/// Whether the step is still open.
+#[derive(Clone, Debug)]
+pub(super) struct StepStatus(Arc<AtomicU8>);
+
+impl StepStatus {
+    /// Fails unless the step is open.
+    fn check_open(&self) -> Result<()> {
+        match self.0.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            COMMITTED => Err(Error::StaleStep { reason: "it has been committed" }),
+            _ => Err(Error::StaleStep { reason: "it has been rolled back" }),
+        }
+    }
+
+    fn set(&self, status: u8) {
+        self.0.store(status, Ordering::Release);
+    }
+}
+
+/// Tells whether a step is still open, without holding it.
+#[derive(Clone, Debug)]
+pub(crate) struct StepTicket {
+    state: SharedState,
+    epoch: u64,
+    status: StepStatus,
+}
+
+impl StepTicket {
+    /// Fails if the step has ended, or the cache has been cleared since it began.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.epoch != self.state.lock().unwrap_or_else(PoisonError::into_inner).epoch() {
+            return Err(Error::StaleStep { reason: "the cache has been cleared since it began" });
+        }
+        self.status.check_open()
+    }
+}
+
+/// New tokens of some sequences, with the blocks reserved that they need. Made by [`KvCache::begin_step`](super::KvCache::begin_step).
+///
+/// Nothing changes for a sequence until [`KvCache::commit`](super::KvCache::commit). Dropping the step instead rolls back: the
+/// blocks return to the pool. Drop it only if its recorded commands will never be submitted, or have been submitted
+/// already: blocks that returned may belong to another sequence by then.
+#[derive(Debug)]
+pub struct Step {
+    pub(super) state: SharedState,
+    pub(super) epoch: u64,
+    pub(super) layers: Arc<Vec<LayerStorage>>,
+    pub(super) config: KvCacheConfig,
+    pub(super) sequences: Vec<SequenceId>,
+    pub(super) batch: Batch,
+    /// What commit does to each sequence; drained by commit and by drop.
+    pub(super) pending: Vec<Pending>,
+    pub(super) num_copies: u32,
+    /// Parameters, slot of every token, and (source, destination) of every block to copy; see `cache::record`.
+    pub(super) upload: Option<Upload>,
+    pub(super) status: StepStatus,
+}
+
+impl Step {
+    pub(super) fn open_status() -> StepStatus {
+        StepStatus(Arc::new(AtomicU8::new(OPEN)))
+    }
+
+    /// The sequences, in the order of their tokens.
+    #[must_use]
+    pub fn sequences(&self) -> &[SequenceId] {
+        &self.sequences
+    }
+
+    /// Query lengths, context lengths and block tables, as plain data.
+    #[must_use]
+    pub fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    /// Tokens of all sequences: the first axis of q, k, v and out.
+    #[must_use]
+    pub fn num_tokens(&self) -> u32 {
+        self.batch.num_tokens()
+    }
+
+    /// Exclusive prefix sum of the query lengths: the tokens of sequence `i` are `query_start[i] .. query_start[i + 1]`.
+    #[must_use]
+    pub fn query_start(&self) -> Vec<u32> {
+        self.batch.query_start()
+    }
+
+    /// Shared blocks that this step replaces by copies (copy-on-write).
+    #[must_use]
+    pub fn num_copies(&self) -> u32 {
+        self.num_copies
+    }
+
+    /// Fails unless the step is open and belongs to the cache of this state.
+    pub(crate) fn check_usable(&self, cache: &SharedState) -> Result<()> {
+        if !self.is_of(cache) {
+            return Err(Error::StaleStep { reason: "it belongs to another cache" });
+        }
+        self.ticket().check()
+    }
+
+    /// What a plan keeps in order to notice that its step is over.
+    pub(crate) fn ticket(&self) -> StepTicket {
+        StepTicket { state: Arc::clone(&self.state), epoch: self.epoch, status: self.status.clone() }
+    }
+
+    pub(crate) fn config(&self) -> &KvCacheConfig {
+        &self.config
+    }
+
+    pub(crate) fn shared_layers(&self) -> &Arc<Vec<LayerStorage>> {
+        &self.layers
+    }
+
+    /// Whether the step belongs to the cache of this state.
+    pub(crate) fn is_of(&self, cache: &SharedState) -> bool {
+        Arc::ptr_eq(&self.state, cache)
+    }
+
+    pub(super) fn upload(&self) -> Result<&Upload> {
+        self.upload.as_ref().ok_or(Error::StaleStep { reason: "it has no upload" })
+    }
+
+    pub(super) fn finish(&mut self) -> Option<Upload> {
+        self.status.set(COMMITTED);
+        self.upload.take()
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if self.status.check_open().is_ok() {
+            self.status.set(ROLLED_BACK);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.roll_back(self.epoch, std::mem::take(&mut self.pending));
+        }
+    }
+}
+
+/// What is left of a committed step: its upload buffer.
+///
+/// Call [`Committed::recycle`] once the step's commands have been submitted, and later steps use the buffer again instead of
+/// allocating one; a decode loop then allocates nothing. Or ignore it: the buffer is freed when the GPU is done with it.
+#[derive(Debug)]
+pub struct Committed(pub(super) Option<Upload>);
+
+impl Committed {
+    /// Gives the step's upload buffer to later steps. **Only after the step's commands have been submitted**: wgpu applies buffer
+    /// writes before the next submit, so a later step's data would replace this one's.
+    pub fn recycle(self) {
+        if let Some(upload) = self.0 {
+            upload.recycle();
+        }
+    }
+}

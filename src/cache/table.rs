@@ -1,0 +1,96 @@
+//! [`BlockTable`]: the blocks of one sequence. Host only.
+
+use super::pool::{BlockId, BlockPool};
+
+/// The blocks of one sequence in order, and its length. Every block but the last is full.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockTable {
+    blocks: Vec<BlockId>,
+    len: u32,
+}
+
+/// What a table needs in order to grow; see [`BlockTable::growth`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Growth {
+    /// The last block is shared and partly filled: it must be replaced by a copy before it is written to.
+    pub copy_last: bool,
+    /// Blocks to add at the end.
+    pub new_blocks: u32,
+}
+
+impl Growth {
+    /// Blocks to take from the pool.
+    #[must_use]
+    pub fn blocks(self) -> u32 {
+        self.new_blocks + u32::from(self.copy_last)
+    }
+}
+
+impl BlockTable {
+    /// Tokens.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether the sequence has no token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The blocks, in the order of the tokens.
+    #[must_use]
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// The last block if it has room, so that the next token would be written into it.
+    #[must_use]
+    pub fn partial_block(&self, block_size: u32) -> Option<BlockId> {
+        if self.len.is_multiple_of(block_size) { None } else { self.blocks.last().copied() }
+    }
+
+    /// What `count` more tokens need. `shared` says whether the partly filled last block has other holders.
+    #[must_use]
+    pub fn growth(&self, count: u32, block_size: u32, shared: bool) -> Growth {
+        let have = self.blocks.len() as u32;
+        let need = (self.len + count).div_ceil(block_size);
+        let copy_last = shared && count > 0 && self.partial_block(block_size).is_some();
+        Growth { copy_last, new_blocks: need - have }
+    }
+
+    /// Replaces the last block (its copy), adds `new`, and grows to `len` tokens: with what [`BlockTable::growth`] asks
+    /// for. Returns the replaced block, which the pool still counts as held: the caller releases it.
+    pub fn grow(&mut self, replacement: Option<BlockId>, new: &[BlockId], len: u32) -> Option<BlockId> {
+        let replaced = match (replacement, self.blocks.last_mut()) {
+            (Some(copy), Some(last)) => Some(std::mem::replace(last, copy)),
+            _ => None,
+        };
+        self.blocks.extend_from_slice(new);
+        self.len = len;
+        replaced
+    }
+
+    /// A table of the same blocks; the pool counts one more holder for each.
+    #[must_use]
+    pub fn fork(&self, pool: &mut BlockPool) -> Self {
+        for &block in &self.blocks {
+            let held = pool.retain(block);
+            debug_assert!(held, "a table holds its blocks");
+        }
+        self.clone()
+    }
+
+    /// Shortens to `len` tokens and gives the blocks behind it back. Does nothing if the table isn't longer.
+    pub fn truncate(&mut self, len: u32, block_size: u32, pool: &mut BlockPool) {
+        if len >= self.len {
+            return;
+        }
+        self.len = len;
+        for block in self.blocks.drain(len.div_ceil(block_size) as usize..) {
+            let held = pool.release(block);
+            debug_assert!(held, "a table holds its blocks");
+        }
+    }
+}

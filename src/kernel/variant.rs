@@ -1,0 +1,159 @@
+//! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
+
+use crate::cache::{KvCacheConfig, KvFormat};
+use crate::gpu::{Gpu, Profile};
+
+/// The kernels. Each is an entry point of the same name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// Writes new K and V rows into their slots.
+    Append,
+    /// Copies whole blocks, for copy-on-write.
+    CopyBlocks,
+    /// Reads a sequence out of its blocks into contiguous f32 rows.
+    Gather,
+    /// Attention of single-token sequences.
+    Decode,
+    /// Attention of tiles of query rows.
+    Prefill,
+    /// Joins the partial states of split key ranges.
+    Merge,
+}
+
+impl Kernel {
+    /// All kernels.
+    pub const ALL: [Self; 6] = [Self::Append, Self::CopyBlocks, Self::Gather, Self::Decode, Self::Prefill, Self::Merge];
+
+    /// Entry point and file name.
+    #[must_use]
+    pub const fn entry_point(self) -> &'static str {
+        match self {
+            Self::Append => "append",
+            Self::CopyBlocks => "copy_blocks",
+            Self::Gather => "gather",
+            Self::Decode => "decode",
+            Self::Prefill => "prefill",
+            Self::Merge => "merge",
+        }
+    }
+}
+
+/// What the adapter offers to the shader compiler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// The kernel family.
+    pub profile: Profile,
+    /// Subgroup operations.
+    pub subgroups: bool,
+    /// The size of every subgroup, or 0 if it varies or there are none.
+    pub subgroup_size: u32,
+    /// 64-bit integers.
+    pub int64: bool,
+    /// Whether the text must say `enable subgroups;`: browsers demand it, naga refuses it.
+    pub enable_directives: bool,
+}
+
+impl Target {
+    /// What a device offers.
+    #[must_use]
+    pub fn of(gpu: &Gpu) -> Self {
+        Self {
+            profile: gpu.profile(),
+            subgroups: gpu.has_subgroups(),
+            subgroup_size: gpu.subgroup_size().unwrap_or(0),
+            int64: gpu.features().contains(wgpu::Features::SHADER_INT64),
+            enable_directives: gpu.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
+        }
+    }
+}
+
+/// The options of an attention call that are compiled in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct AttendFlags {
+    /// A query sees no key behind its own position.
+    pub causal: bool,
+    /// A query sees only the newest keys.
+    pub window: bool,
+    /// Logits pass through `c * tanh(x / c)`.
+    pub softcap: bool,
+    /// A slope per query head times the distance is added to the logits.
+    pub alibi: bool,
+    /// A logit per query head joins the softmax denominator.
+    pub sinks: bool,
+    /// A bit per query and key says what is visible.
+    pub mask: bool,
+    /// The logarithm of the softmax denominator is written.
+    pub lse: bool,
+}
+
+/// Every compile-time choice of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// What the adapter offers.
+    pub target: Target,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Heads of K and V.
+    pub num_kv_heads: u32,
+    /// Query heads per KV head; 1 for kernels that see no queries.
+    pub group_size: u32,
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// How K is stored.
+    pub k_format: KvFormat,
+    /// How V is stored.
+    pub v_format: KvFormat,
+    /// Options of the attention call.
+    pub flags: AttendFlags,
+    /// Invocations of a workgroup.
+    pub workgroup_size: u32,
+    /// Query rows of a workgroup (decode and prefill).
+    pub tile_q: u32,
+    /// Keys that a workgroup stages at a time (prefill).
+    pub tile_kv: u32,
+}
+
+/// Largest group that the decode kernel serves in one workgroup. It keeps the state of every head of the group in registers; larger
+/// groups go to the prefill kernel, whose rows are (token, head in group) and which reads each K and V element once for all of them.
+pub const MAX_DECODE_GROUP: u32 = 8;
+
+impl Variant {
+    /// A kernel for a cache, with the sizes that suit the target; see [`super::tuning`].
+    #[must_use]
+    pub fn new(kernel: Kernel, target: Target, config: &KvCacheConfig, group_size: u32, flags: AttendFlags) -> Self {
+        let mut variant = Self {
+            kernel,
+            target,
+            head_dim: config.head_dim,
+            num_kv_heads: config.num_kv_heads,
+            group_size,
+            block_size: config.block_size,
+            k_format: config.k_format,
+            v_format: config.v_format,
+            flags,
+            workgroup_size: 0,
+            tile_q: 0,
+            tile_kv: 0,
+        };
+        super::tuning::choose(&mut variant);
+        variant
+    }
+
+    /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.
+    #[must_use]
+    pub fn workgroup_bytes(&self) -> u32 {
+        super::tuning::workgroup_bytes(self)
+    }
+
+    /// wgpu features that the text needs.
+    #[must_use]
+    pub fn features(&self) -> wgpu::Features {
+        let attends = matches!(self.kernel, Kernel::Decode | Kernel::Prefill);
+        let mut features = wgpu::Features::empty();
+        features.set(wgpu::Features::SUBGROUP, attends && self.target.subgroups);
+        features.set(wgpu::Features::SHADER_INT64, attends && self.target.profile == Profile::Cpu && self.target.int64);
+        features
+    }
+}

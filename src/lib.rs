@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+
+pub mod attention;
+pub mod cache;
+mod error;
+mod gpu;
+pub mod kernel;
+pub mod plan;
+mod readback;
+mod record;
+pub mod reference;
+mod upload;
+
+pub use attention::{Attention, AttentionConfig, AttentionPlan};
+pub use cache::{BlockId, Committed, KvCache, KvCacheConfig, KvFormat, KvRows, PoolUsage, SequenceId, Step};
+pub use error::{Error, ErrorKind, Result};
+#[cfg(feature = "open")]
+pub use gpu::GpuOptions;
+pub use gpu::{Gpu, Profile, ShaderChecks, required_limits, useful_features};
+pub use record::{BufferRef, Recorder};
+pub use wgpu;

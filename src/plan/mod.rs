@@ -1,0 +1,295 @@
+//! Who does what in one step: work lists and sizes, as plain data. No handle, no GPU.
+
+mod batch;
+mod split;
+
+pub use batch::{Batch, BatchEntry};
+pub use split::{SPLIT_GRANULE, SplitPolicy};
+
+use bytemuck::{Pod, Zeroable};
+use std::ops::Range;
+
+/// Marks a work item that is alone: it writes its result, not a partial state.
+pub const NO_PARTIAL: u32 = u32::MAX;
+
+/// Work of one workgroup per KV head: a tile of query rows against a range of keys. The layout is the kernels'.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct WorkItem {
+    /// First token of the sequence in q, out and lse.
+    pub query_start: u32,
+    /// New tokens of the sequence.
+    pub query_len: u32,
+    /// Cached tokens: query token `i` is at position `context_len + i`.
+    pub context_len: u32,
+    /// First row of the tile; the rows of a sequence are `token * group_size + head_in_group`.
+    pub row_start: u32,
+    /// First key.
+    pub kv_begin: u32,
+    /// End of the keys, exclusive. Not above `kv_begin`: nothing to see, only an empty state is written.
+    pub kv_end: u32,
+    /// Where the sequence's block table starts, in words of the upload.
+    pub table_offset: u32,
+    /// Row index of the partial state of KV head 0, row 0, or [`NO_PARTIAL`].
+    pub part_row: u32,
+    /// Where the sequence's mask bits start, in words of the upload.
+    pub mask_offset: u32,
+    /// Words of the mask per token.
+    pub mask_stride: u32,
+    /// Keeps items three `vec4<u32>` long.
+    pub reserved: [u32; 2],
+}
+
+/// Merging the partial states of one token: one workgroup per query head. The layout is the merge kernel's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MergeItem {
+    /// Row in out and lse.
+    pub token: u32,
+    /// Row index of the partial state of split 0, KV head 0, first head of the group.
+    pub part_row: u32,
+    /// Number of splits.
+    pub num_splits: u32,
+    /// Partial rows from one split to the next.
+    pub split_stride: u32,
+    /// Partial rows from one KV head to the next.
+    pub head_stride: u32,
+    /// Keeps items two `vec4<u32>` long.
+    pub reserved: [u32; 3],
+}
+
+/// Words of a [`WorkItem`].
+pub const WORK_ITEM_WORDS: u32 = size_of::<WorkItem>() as u32 / 4;
+/// Words of a [`MergeItem`].
+pub const MERGE_ITEM_WORDS: u32 = size_of::<MergeItem>() as u32 / 4;
+
+/// Shapes and options that a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanShape {
+    /// Heads of K and V.
+    pub num_kv_heads: u32,
+    /// Query heads per KV head.
+    pub group_size: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Whether a query sees only keys up to its own position.
+    pub causal: bool,
+    /// Newest keys that a query sees, its own position included.
+    pub window: Option<u32>,
+    /// Whether single-token sequences go to the decode kernel.
+    pub has_decode: bool,
+    /// Query rows of a prefill tile.
+    pub tile_q: u32,
+}
+
+/// Items that use the workspace at the same time. Rounds run one after another.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Round {
+    /// Range of [`StepPlan::decode`].
+    pub decode: Range<usize>,
+    /// Range of [`StepPlan::prefill`].
+    pub prefill: Range<usize>,
+    /// Range of [`StepPlan::merge`].
+    pub merge: Range<usize>,
+}
+
+/// The work of one attention call of a step. The same for every layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// Items of the decode kernel: one token, all query heads of a KV head.
+    pub decode: Vec<WorkItem>,
+    /// Items of the prefill kernel.
+    pub prefill: Vec<WorkItem>,
+    /// Items of the merge kernel.
+    pub merge: Vec<MergeItem>,
+    /// What runs together.
+    pub rounds: Vec<Round>,
+    /// Keys of a split.
+    pub split_len: u32,
+    /// Rows of partial states that the workspace must hold: the most of any round.
+    pub num_partial_rows: u64,
+}
+
+/// Bytes of the partial state of one row: the unnormalised sum, then (max, sum, 0, 0).
+#[must_use]
+pub fn partial_row_bytes(head_dim: u32) -> u64 {
+    (u64::from(head_dim) + 4) * 4
+}
+
+/// A tile of query rows of one sequence and the keys that it sees.
+#[derive(Clone, Copy)]
+struct Tile {
+    row_start: u32,
+    keys: (u32, u32),
+}
+
+/// The range that covers all the given ones.
+fn key_range(keys: impl Iterator<Item = (u32, u32)>) -> (u32, u32) {
+    keys.fold((u32::MAX, 0), |(begin, end), k| (begin.min(k.0), end.max(k.1)))
+}
+
+impl PlanShape {
+    fn uses_decode(&self, entry: &BatchEntry) -> bool {
+        self.has_decode && entry.query_len == 1
+    }
+
+    /// Tiles of a sequence, the one with the most keys first: long workgroups that start last would run alone at the end.
+    fn tiles(&self, entry: &BatchEntry) -> impl Iterator<Item = Tile> + Clone {
+        let (shape, entry) = (*self, entry.clone());
+        let rows = entry.query_len * self.group_size;
+        let tile_q = if self.uses_decode(&entry) { rows } else { self.tile_q };
+        (0..rows.div_ceil(tile_q)).rev().map(move |tile| {
+            let (row_start, row_end) = (tile * tile_q, ((tile + 1) * tile_q).min(rows));
+            Tile { row_start, keys: shape.visible(&entry, row_start, row_end) }
+        })
+    }
+
+    /// Range of the keys that any of the rows can see.
+    fn visible(&self, entry: &BatchEntry, row_start: u32, row_end: u32) -> (u32, u32) {
+        let first = entry.context_len + row_start / self.group_size;
+        let last = entry.context_len + (row_end - 1) / self.group_size;
+        let end = if self.causal { last + 1 } else { entry.seq_len() };
+        let begin = match self.window {
+            Some(window) => (first + 1).saturating_sub(window),
+            None => 0,
+        };
+        (begin, end)
+    }
+}
+
+impl StepPlan {
+    /// Plans a batch.
+    ///
+    /// `table_offset` is where [`Batch::tables`] starts in the upload, in words; `mask_offsets` where the mask bits of each sequence
+    /// start (empty if there is no mask).
+    ///
+    /// A sequence whose keys exceed the split length is cut on a grid of it: *all* tiles of a chunk of it get an item for every range
+    /// that any of them sees, some of them empty, so that the merge kernel finds the same number of partial states for each token.
+    #[must_use]
+    pub fn new(
+        shape: &PlanShape,
+        policy: &SplitPolicy,
+        batch: &Batch,
+        table_offset: u32,
+        mask_offsets: &[u32],
+    ) -> Self {
+        let split_len = policy.split_len(
+            batch.entries.iter().flat_map(|e| shape.tiles(e)).map(|t| t.keys.1 - t.keys.0),
+            shape.num_kv_heads,
+        );
+        let mut plan = Self { split_len, ..Self::default() };
+        let max_rows = (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).max(1);
+        // Long prefill tiles first, over all sequences, for the same reason as within one.
+        let mut order: Vec<usize> = (0..batch.entries.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(batch.entries[i].seq_len()));
+        let starts = batch.query_start();
+        let mut round = Round::default();
+        let mut rows_used = 0;
+        for i in order {
+            let entry = &batch.entries[i];
+            let base = WorkItem {
+                query_start: starts[i],
+                query_len: entry.query_len,
+                context_len: entry.context_len,
+                table_offset: table_offset + entry.table.start as u32,
+                part_row: NO_PARTIAL,
+                mask_offset: mask_offsets.get(i).copied().unwrap_or(0),
+                mask_stride: entry.seq_len().div_ceil(32),
+                ..WorkItem::default()
+            };
+            let decode = shape.uses_decode(entry);
+            let (begin, end) = key_range(shape.tiles(entry).map(|t| t.keys));
+            // A single short range needs no merge, wherever it lies; longer ones are cut where the grid says, so that a fixed
+            // split length makes each token's sum independent of the tokens beside it.
+            let direct = match policy.fixed_split_len {
+                Some(_) => begin / split_len == (end - 1) / split_len,
+                None => end - begin <= split_len,
+            };
+            if direct {
+                let list = if decode { &mut plan.decode } else { &mut plan.prefill };
+                list.extend(shape.tiles(entry).map(|t| WorkItem {
+                    row_start: t.row_start,
+                    kv_begin: t.keys.0,
+                    kv_end: t.keys.1,
+                    ..base
+                }));
+                continue;
+            }
+            // Chunks of tokens whose partial states fit into the workspace. Each is planned like a sequence of its own, with the same
+            // keys and fewer queries, and is computed and merged within one round.
+            let token_rows = u64::from(shape.num_kv_heads) * u64::from(shape.group_size);
+            let most_splits = u64::from((end - 1) / split_len - begin / split_len + 1);
+            let chunk_len = (max_rows / (token_rows * most_splits)).clamp(1, entry.query_len.into()) as u32;
+            let mut chunk_start = 0;
+            while chunk_start < entry.query_len {
+                let chunk = BatchEntry {
+                    query_len: chunk_len.min(entry.query_len - chunk_start),
+                    context_len: entry.context_len + chunk_start,
+                    table: entry.table.clone(),
+                };
+                // Without a causal mask every query sees the keys behind its chunk as well.
+                let keys = |t: Tile| if shape.causal { t.keys } else { (t.keys.0, end) };
+                let (begin, end) = key_range(shape.tiles(&chunk).map(keys));
+                let (first, last) = (begin / split_len, (end - 1) / split_len);
+                let num_splits = last - first + 1;
+                let rows = chunk.query_len * shape.group_size;
+                let need = token_rows * u64::from(chunk.query_len) * u64::from(num_splits);
+                if rows_used + need > max_rows && rows_used > 0 {
+                    let done = plan.close(&mut round);
+                    plan.rounds.push(done);
+                    rows_used = 0;
+                }
+                let part_row = rows_used as u32;
+                let split_stride = shape.num_kv_heads * rows;
+                let base = WorkItem {
+                    query_start: base.query_start + chunk_start,
+                    query_len: chunk.query_len,
+                    context_len: chunk.context_len,
+                    mask_offset: base.mask_offset + chunk_start * base.mask_stride,
+                    ..base
+                };
+                let list = if decode { &mut plan.decode } else { &mut plan.prefill };
+                for tile in shape.tiles(&chunk) {
+                    let (tile_begin, tile_end) = keys(tile);
+                    list.extend((0..num_splits).map(|split| {
+                        let grid = (first + split) * split_len;
+                        WorkItem {
+                            row_start: tile.row_start,
+                            kv_begin: grid.max(tile_begin),
+                            kv_end: grid.saturating_add(split_len).min(tile_end),
+                            part_row: part_row + split * split_stride,
+                            ..base
+                        }
+                    }));
+                }
+                plan.merge.extend((0..chunk.query_len).map(|token| MergeItem {
+                    token: base.query_start + token,
+                    part_row: part_row + token * shape.group_size,
+                    num_splits,
+                    split_stride,
+                    head_stride: rows,
+                    ..MergeItem::default()
+                }));
+                rows_used += need;
+                plan.num_partial_rows = plan.num_partial_rows.max(rows_used);
+                chunk_start += chunk.query_len;
+            }
+        }
+        let last = plan.close(&mut round);
+        plan.rounds.push(last);
+        plan
+    }
+
+    /// Ends the round at the lists' present ends and starts the next one there.
+    fn close(&self, round: &mut Round) -> Round {
+        let done = Round {
+            decode: round.decode.start..self.decode.len(),
+            prefill: round.prefill.start..self.prefill.len(),
+            merge: round.merge.start..self.merge.len(),
+        };
+        round.decode = done.decode.end..done.decode.end;
+        round.prefill = done.prefill.end..done.prefill.end;
+        round.merge = done.merge.end..done.merge.end;
+        done
+    }
+}
