@@ -1,0 +1,170 @@
+//! folio inside a host program: the host owns the instance, the device, the encoder and every buffer. Its own shader makes q, k and v out of hidden
+//! states, folio appends and attends, and the host's shader adds the result to the hidden states: one pass, one submit.
+//!
+//! `cargo run --release --example embed`
+#![allow(clippy::print_stdout, reason = "an example shows what it did")]
+
+use std::error::Error;
+
+use folio::reference::{self, Problem};
+use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
+use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, wgpu};
+
+const TOKENS: u32 = 48;
+const NUM_HEADS: u32 = 4;
+const HEAD_DIM: u32 = 32;
+const LEN: u32 = TOKENS * NUM_HEADS * HEAD_DIM;
+
+/// The host's shaders. `before`: three cheap "projections". `after`: the residual connection.
+const SHADERS: &str = "
+@group(0) @binding(0) var<storage, read_write> hidden: array<f32>;
+@group(0) @binding(1) var<storage, read_write> q: array<f32>;
+@group(0) @binding(2) var<storage, read_write> k: array<f32>;
+@group(0) @binding(3) var<storage, read_write> v: array<f32>;
+@group(0) @binding(4) var<storage, read_write> attended: array<f32>;
+
+@compute @workgroup_size(64) fn before(@builtin(global_invocation_id) id: vec3<u32>) {
+    if (id.x >= arrayLength(&hidden)) { return; }
+    let x = hidden[id.x];
+    q[id.x] = 2.0 * x;
+    k[id.x] = 1.0 - x;
+    v[id.x] = x * x;
+}
+
+@compute @workgroup_size(64) fn after(@builtin(global_invocation_id) id: vec3<u32>) {
+    if (id.x >= arrayLength(&hidden)) { return; }
+    hidden[id.x] += attended[id.x];
+}
+";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // The host opens its device as it likes; WebGPU's default limits and no features are enough for folio.
+    let instance = wgpu::Instance::default();
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
+    let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()))?;
+    let buffers = HostBuffers::new(&device);
+    let (before, after) = (buffers.pipeline(&device, "before"), buffers.pipeline(&device, "after"));
+
+    let gpu = Gpu::from_parts(device.clone(), queue.clone())?;
+    let config = KvCacheConfig {
+        num_layers: 1,
+        num_kv_heads: NUM_HEADS,
+        head_dim: HEAD_DIM,
+        block_size: 16,
+        num_blocks: 16,
+        k_format: KvFormat::F32,
+        v_format: KvFormat::F32,
+    };
+    let cache = KvCache::new_blocking(&gpu, config)?;
+    let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_HEADS))?;
+    let sequence = cache.create_sequence();
+    let step = cache.begin_step(&[(sequence, TOKENS)])?;
+    let plan = attention.plan(&step)?;
+
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("host frame") });
+    {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&before);
+        pass.set_bind_group(0, &buffers.bind_group, &[]);
+        pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
+
+        cache.append(&mut pass, &step, 0, &buffers.k, &buffers.v)?;
+        attention.attend(&mut pass, &plan, 0, &buffers.q, &buffers.attended)?;
+
+        pass.set_pipeline(&after);
+        pass.set_bind_group(0, &buffers.bind_group, &[]);
+        pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
+    }
+    queue.submit([encoder.finish()]);
+    cache.commit(step)?;
+
+    let got = gpu.read_blocking(&buffers.hidden)?;
+    let error = worst_error(&got)?;
+    println!("adapter: {}", gpu.adapter_info().name);
+    println!("{TOKENS} tokens through the host's shader, folio and the host's shader in one submit");
+    println!("worst error against the f64 oracle: {error:.2e}");
+    if error < 1e-5 { Ok(()) } else { Err("the result is wrong".into()) }
+}
+
+fn hidden_states() -> Vec<f32> {
+    (0..LEN).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+/// The same computation on the host, in f64 where it matters.
+fn worst_error(got: &[f32]) -> Result<f64, Box<dyn Error>> {
+    let hidden = hidden_states();
+    let q: Vec<f32> = hidden.iter().map(|x| 2.0 * x).collect();
+    let k: Vec<f32> = hidden.iter().map(|x| 1.0 - x).collect();
+    let v: Vec<f32> = hidden.iter().map(|x| x * x).collect();
+    let (heads, head_dim) = (NUM_HEADS as usize, HEAD_DIM as usize);
+    let options = reference::Options::default();
+    let problem = Problem { num_q_heads: heads, num_kv_heads: heads, head_dim, q: &q, k: &k, v: &v, options };
+    let out = reference::attention(&problem)?.out;
+    let want = hidden.iter().zip(&out).map(|(&x, out)| f64::from(x) + out);
+    Ok(got.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).fold(0.0, f64::max))
+}
+
+struct HostBuffers {
+    hidden: wgpu::Buffer,
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    attended: wgpu::Buffer,
+    layout: wgpu::BindGroupLayout,
+    bind_group: wgpu::BindGroup,
+}
+
+impl HostBuffers {
+    fn new(device: &wgpu::Device) -> Self {
+        let buffer = |values: &[f32]| {
+            device.create_buffer_init(&BufferInitDescriptor {
+                label: None,
+                contents: bytemuck::cast_slice(values),
+                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+            })
+        };
+        let empty = vec![0.0; LEN as usize];
+        let hidden = buffer(&hidden_states());
+        let [q, k, v, attended] = std::array::from_fn(|_| buffer(&empty));
+        let entry = |binding| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: false },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: None,
+            entries: &[entry(0), entry(1), entry(2), entry(3), entry(4)],
+        });
+        let resources = [&hidden, &q, &k, &v, &attended].map(|buffer| buffer.as_entire_binding());
+        let entries: Vec<_> =
+            (0..).zip(resources).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
+        let bind_group =
+            device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries });
+        Self { hidden, q, k, v, attended, layout, bind_group }
+    }
+
+    fn pipeline(&self, device: &wgpu::Device, entry_point: &str) -> wgpu::ComputePipeline {
+        let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: None,
+            bind_group_layouts: &[Some(&self.layout)],
+            immediate_size: 0,
+        });
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: Some("host shaders"),
+            source: wgpu::ShaderSource::Wgsl(SHADERS.into()),
+        });
+        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(entry_point),
+            layout: Some(&layout),
+            module: &module,
+            entry_point: Some(entry_point),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        })
+    }
+}

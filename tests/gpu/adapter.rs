@@ -1,0 +1,66 @@
+//! The adapter under test, opened once per way of opening it.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex};
+
+use folio::{Gpu, GpuOptions, Profile, ShaderChecks, wgpu};
+
+/// A way of opening the adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Open {
+    pub(crate) profile: Option<Profile>,
+    pub(crate) without: wgpu::Features,
+    pub(crate) checks: ShaderChecks,
+}
+
+/// The adapter as folio opens it by itself.
+pub(crate) const DEFAULT: Open =
+    Open { profile: None, without: wgpu::Features::empty(), checks: ShaderChecks::Trusted };
+
+/// Kernels for GPUs with subgroups.
+pub(crate) const GPU: Open = Open { profile: Some(Profile::Gpu), ..DEFAULT };
+
+/// Kernels for GPUs without subgroups: what browsers and FXC get.
+pub(crate) const GPU_PLAIN: Open = Open { without: wgpu::Features::SUBGROUP, ..GPU };
+
+/// Kernels for CPU adapters.
+pub(crate) const CPU: Open = Open { profile: Some(Profile::Cpu), ..DEFAULT };
+
+/// Kernels for CPU adapters without 64-bit integers.
+pub(crate) const CPU_NO_INT64: Open = Open { without: wgpu::Features::SHADER_INT64, ..CPU };
+
+/// Kernels for CPU adapters with neither subgroups nor 64-bit integers: llvmpipe's GL twin.
+pub(crate) const CPU_PLAIN: Open =
+    Open { without: wgpu::Features::SUBGROUP.union(wgpu::Features::SHADER_INT64), ..CPU };
+
+/// Every family of kernels.
+pub(crate) const ALL: [Open; 4] = [CPU, CPU_NO_INT64, GPU, GPU_PLAIN];
+
+static OPENED: LazyLock<Mutex<HashMap<Open, Gpu>>> = LazyLock::new(Mutex::default);
+
+/// Opens the adapter. `None`: there is none, and the test is to be skipped. `FOLIO_REQUIRE_GPU=1` makes that a failure;
+/// `FOLIO_ADAPTER` names the adapter.
+pub(crate) fn open(how: Open) -> Option<Gpu> {
+    let mut opened = OPENED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(gpu) = opened.get(&how) {
+        return Some(gpu.clone());
+    }
+    let options = GpuOptions {
+        adapter_name: std::env::var("FOLIO_ADAPTER").ok(),
+        profile: how.profile,
+        without: how.without,
+        shader_checks: how.checks,
+        ..GpuOptions::default()
+    };
+    match Gpu::open_blocking(options) {
+        Ok(gpu) => {
+            opened.insert(how, gpu.clone());
+            Some(gpu)
+        }
+        Err(error) => {
+            assert!(std::env::var("FOLIO_REQUIRE_GPU").as_deref() != Ok("1"), "FOLIO_REQUIRE_GPU=1, but: {error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Builds a cache with adversarial surroundings, runs one attention call, and compares it with the oracle.
+
+use fastrand::Rng;
+use folio::reference::compare::{self, Comparison};
+use folio::reference::{ErrorModel, Options, Problem, attention_with_bound};
+use folio::wgpu::{self, util::DeviceExt};
+use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId};
+
+/// One step over a ragged batch, and everything that shapes it.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    /// (context_len, query_len) of each sequence.
+    pub(crate) lens: Vec<(u32, u32)>,
+    pub(crate) num_kv_heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) block_size: u32,
+    pub(crate) k_format: KvFormat,
+    pub(crate) v_format: KvFormat,
+    /// Factor of q: large logits.
+    pub(crate) q_scale: f32,
+    pub(crate) config: AttentionConfig,
+    /// For `config.custom_mask`: probability that a bit is set.
+    pub(crate) mask_density: f32,
+    pub(crate) seed: u64,
+}
+
+/// The rows of one sequence.
+pub(crate) struct Rows {
+    /// `[query_len, num_q_heads, head_dim]`
+    pub(crate) q: Vec<f32>,
+    /// `[seq_len, num_kv_heads, head_dim]`
+    pub(crate) k: Vec<f32>,
+    /// `[seq_len, num_kv_heads, head_dim]`
+    pub(crate) v: Vec<f32>,
+    pub(crate) mask: Vec<u32>,
+}
+
+impl Case {
+    /// A causal F32 case with blocks of 16 tokens.
+    pub(crate) fn new(lens: &[(u32, u32)], num_q_heads: u32, num_kv_heads: u32, head_dim: u32) -> Self {
+        Self {
+            name: String::new(),
+            lens: lens.to_vec(),
+            num_kv_heads,
+            head_dim,
+            block_size: 16,
+            k_format: KvFormat::F32,
+            v_format: KvFormat::F32,
+            q_scale: 1.0,
+            config: AttentionConfig::new(num_q_heads),
+            mask_density: 0.5,
+            seed: 1,
+        }
+    }
+
+    pub(crate) fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    pub(crate) fn block_size(mut self, block_size: u32) -> Self {
+        self.block_size = block_size;
+        self
+    }
+
+    pub(crate) fn formats(mut self, k_format: KvFormat, v_format: KvFormat) -> Self {
+        (self.k_format, self.v_format) = (k_format, v_format);
+        self
+    }
+
+    pub(crate) fn config(mut self, change: impl FnOnce(&mut AttentionConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    pub(crate) fn q_scale(mut self, q_scale: f32) -> Self {
+        self.q_scale = q_scale;
+        self
+    }
+
+    /// Random rows, about normally distributed.
+    pub(crate) fn rows(&self) -> Vec<Rows> {
+        let mut rng = Rng::with_seed(self.seed);
+        let mut normal = |n: u32, scale: f32| -> Vec<f32> {
+            // The sum of four uniform numbers has variance 1/3.
+            (0..n).map(|_| (0..4).map(|_| rng.f32() - 0.5).sum::<f32>() * 1.732 * scale).collect()
+        };
+        let mut rows: Vec<Rows> = self
+            .lens
+            .iter()
+            .map(|&(context_len, query_len)| {
+                let row = self.num_kv_heads * self.head_dim;
+                let seq_len = context_len + query_len;
+                Rows {
+                    q: normal(query_len * self.config.num_q_heads * self.head_dim, self.q_scale),
+                    k: normal(seq_len * row, 1.0),
+                    v: normal(seq_len * row, 1.0),
+                    mask: Vec::new(),
+                }
+            })
+            .collect();
+        if self.config.custom_mask {
+            for (rows, &(context_len, query_len)) in rows.iter_mut().zip(&self.lens) {
+                let words = query_len * (context_len + query_len).div_ceil(32);
+                rows.mask = (0..words)
+                    .map(|_| (0..32).fold(0, |bits, bit| bits | u32::from(rng.f32() < self.mask_density) << bit))
+                    .collect();
+            }
+        }
+        rows
+    }
+
+    /// Runs the case on `gpu` and compares every row with the oracle.
+    #[track_caller]
+    pub(crate) fn check(&self, gpu: &Gpu) {
+        let rows = self.rows();
+        let (out, lse) = self.run(gpu, &rows);
+        self.compare(gpu, &rows, &out, lse.as_deref());
+    }
+
+    /// The oracle's view of one sequence, with K and V rounded the way that the formats say.
+    fn problem<'a>(&self, rows: &'a Rows, k: &'a [f32], v: &'a [f32]) -> Problem<'a> {
+        let config = &self.config;
+        Problem {
+            num_q_heads: config.num_q_heads as usize,
+            num_kv_heads: self.num_kv_heads as usize,
+            head_dim: self.head_dim as usize,
+            q: &rows.q,
+            k,
+            v,
+            options: Options {
+                causal: config.causal,
+                softmax_scale: config.softmax_scale.map(f64::from),
+                softcap: config.softcap.map(f64::from),
+                window: config.window,
+                alibi_slopes: config.alibi_slopes.clone(),
+                sinks: config.sinks.clone(),
+                mask: config.custom_mask.then(|| rows.mask.clone()),
+            },
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
+        let (mut at, mut lse_at) = (0, 0);
+        for (i, rows) in rows.iter().enumerate() {
+            let (k, v) = (round(self.k_format, &rows.k), round(self.v_format, &rows.v));
+            let problem = self.problem(rows, &k, &v);
+            let expected = attention_with_bound(&problem, &ErrorModel::F32).expect("a valid problem");
+            let got = &out[at..at + rows.q.len()];
+            self.assert_within(gpu, i, &compare::out(&expected, got));
+            at += rows.q.len();
+            if let Some(lse) = lse {
+                let len = rows.q.len() / self.head_dim as usize;
+                self.assert_within(gpu, i, &compare::lse(&expected, &lse[lse_at..lse_at + len]));
+                lse_at += len;
+            }
+        }
+        assert_eq!(at, out.len());
+    }
+
+    #[track_caller]
+    fn assert_within(&self, gpu: &Gpu, sequence: usize, comparison: &Comparison) {
+        assert!(comparison.is_within(), "sequence {sequence}: {comparison}\n{self:#?}\n{gpu:?}");
+    }
+
+    /// Caches and attends; returns out and, if the config asks for it, lse.
+    pub(crate) fn run(&self, gpu: &Gpu, rows: &[Rows]) -> (Vec<f32>, Option<Vec<f32>>) {
+        let (cache, sequences) = self.fill(gpu, rows);
+        let attention = Attention::new_blocking(&cache, self.config.clone()).expect("attention");
+        self.attend(&cache, &attention, &sequences, rows)
+    }
+
+    /// The final step: appends the query tokens and attends.
+    pub(crate) fn attend(
+        &self,
+        cache: &KvCache,
+        attention: &Attention,
+        sequences: &[SequenceId],
+        rows: &[Rows],
+    ) -> (Vec<f32>, Option<Vec<f32>>) {
+        let gpu = cache.gpu();
+        let batch: Vec<_> = sequences.iter().copied().zip(self.lens.iter().map(|l| l.1)).collect();
+        let step = cache.begin_step(&batch).expect("step");
+        let masks: Vec<&[u32]> = rows.iter().map(|r| &r.mask[..]).collect();
+        let plan =
+            if self.config.custom_mask { attention.plan_with_masks(&step, &masks) } else { attention.plan(&step) }
+                .expect("plan");
+        let row = (self.num_kv_heads * self.head_dim) as usize;
+        let new = |rows: &[f32], i: usize| rows[self.lens[i].0 as usize * row..].to_vec();
+        let k: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.k, i)).collect();
+        let v: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.v, i)).collect();
+        let q: Vec<f32> = rows.iter().flat_map(|r| r.q.clone()).collect();
+        let (k, v) = (upload(gpu, &k), upload(gpu, &v));
+        // Results start as NaN, so that a row that nobody writes is noticed.
+        let out = upload(gpu, &vec![f32::NAN; q.len()]);
+        let lse = upload(gpu, &vec![f32::NAN; q.len() / self.head_dim as usize]);
+        let q = upload(gpu, &q);
+        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let layer = cache.config().num_layers - 1;
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            cache.append(&mut pass, &step, layer, &k, &v).expect("append");
+            if self.config.lse {
+                attention.attend_with_lse(&mut pass, &plan, layer, &q, &out, &lse).expect("attend");
+            } else {
+                attention.attend(&mut pass, &plan, layer, &q, &out).expect("attend");
+            }
+        }
+        gpu.queue().submit([encoder.finish()]);
+        cache.commit(step).expect("commit").recycle();
+        plan.recycle();
+        (gpu.read_blocking(&out).expect("out"), self.config.lse.then(|| gpu.read_blocking(&lse).expect("lse")))
+    }
+
+    /// A cache whose unused bytes are all NaN and whose free list is shuffled, with the context of every sequence in it.
+    pub(crate) fn fill(&self, gpu: &Gpu, rows: &[Rows]) -> (KvCache, Vec<SequenceId>) {
+        let blocks: u32 = self.lens.iter().map(|&(c, q)| (c + q).div_ceil(self.block_size)).sum();
+        let config = KvCacheConfig {
+            num_layers: 1,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            block_size: self.block_size,
+            num_blocks: blocks + 3,
+            k_format: self.k_format,
+            v_format: self.v_format,
+        };
+        let cache = KvCache::new_blocking(gpu, config).expect("cache");
+        poison(&cache);
+        shuffle(&cache, self.seed);
+        let sequences: Vec<_> = self.lens.iter().map(|_| cache.create_sequence()).collect();
+        let row = (self.num_kv_heads * self.head_dim) as usize;
+        // Sequences grow in turns of a few tokens where that is cheap, so that their blocks interleave.
+        let mut done = vec![0; self.lens.len()];
+        loop {
+            let mut batch = Vec::new();
+            let (mut k, mut v) = (Vec::new(), Vec::new());
+            for (i, &(context_len, _)) in self.lens.iter().enumerate() {
+                let turn = (context_len / 3).max(self.block_size + 1).min(context_len - done[i]);
+                if turn > 0 {
+                    let range = done[i] as usize * row..(done[i] + turn) as usize * row;
+                    k.extend_from_slice(&rows[i].k[range.clone()]);
+                    v.extend_from_slice(&rows[i].v[range]);
+                    batch.push((sequences[i], turn));
+                    done[i] += turn;
+                }
+            }
+            if batch.is_empty() {
+                return (cache, sequences);
+            }
+            append(&cache, &batch, 0, &k, &v);
+        }
+    }
+}
+
+/// Appends rows in a step of their own and submits.
+pub(crate) fn append(cache: &KvCache, batch: &[(SequenceId, u32)], layer: u32, k: &[f32], v: &[f32]) {
+    let gpu = cache.gpu();
+    let step = cache.begin_step(batch).expect("step");
+    let (k, v) = (upload(gpu, k), upload(gpu, v));
+    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    cache.append(&mut encoder, &step, layer, &k, &v).expect("append");
+    gpu.queue().submit([encoder.finish()]);
+    cache.commit(step).expect("commit").recycle();
+}
+
+/// Fills all of the pool with bits that are NaN in every format.
+pub(crate) fn poison(cache: &KvCache) {
+    for layer in 0..cache.config().num_layers {
+        let (k, v) = cache.layer_buffers(layer).expect("layer");
+        for buffer in [k, v] {
+            let nan = vec![0xff_u8; buffer.size() as usize];
+            cache.gpu().queue().write_buffer(buffer, 0, &nan);
+        }
+    }
+}
+
+/// Takes all blocks and gives them back in random order: later tables are not contiguous.
+pub(crate) fn shuffle(cache: &KvCache, seed: u64) {
+    let block_size = cache.config().block_size;
+    let mut holders: Vec<_> = (0..cache.config().num_blocks).map(|_| cache.create_sequence()).collect();
+    for &holder in &holders {
+        let step = cache.begin_step(&[(holder, block_size)]).expect("step");
+        cache.commit(step).expect("commit").recycle();
+    }
+    Rng::with_seed(seed).shuffle(&mut holders);
+    for holder in holders {
+        cache.free(holder).expect("free");
+    }
+}
+
+/// What the cache keeps of `rows`.
+pub(crate) fn round(format: KvFormat, rows: &[f32]) -> Vec<f32> {
+    match format {
+        KvFormat::F16 => rows.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect(),
+        _ => rows.to_vec(),
+    }
+}
+
+pub(crate) fn upload(gpu: &Gpu, data: &[f32]) -> wgpu::Buffer {
+    gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+        label: None,
+        contents: bytemuck::cast_slice(data),
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+    })
+}

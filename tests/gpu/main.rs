@@ -1,0 +1,11 @@
+//! Tests that need an adapter. Without one they are skipped, or fail if `FOLIO_REQUIRE_GPU=1`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "a test may fail and may say why it was skipped"
+)]
+
+mod adapter;
+mod attend;
+mod case;

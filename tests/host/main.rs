@@ -1,0 +1,13 @@
+//! Tests that need no GPU.
+#![allow(clippy::print_stdout, reason = "the shader tests say how many variants they looked at")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod errors;
+mod fixtures;
+mod layout;
+mod plan;
+mod pool;
+mod shaders;
+mod variants;
