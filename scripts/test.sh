@@ -20,13 +20,12 @@ cargo clippy --all-targets --all-features -- -D warnings
 section "Lints, no default features"
 cargo clippy --lib --no-default-features -- -D warnings
 
-# The dev profile is optimised (see Cargo.toml): it compiles faster than release, and the tests spend most of their time in
-# the driver's shader compiler.
+# In release, which the benches and the demo share: wgpu is compiled once, and the oracle is fast.
 section "Tests (library, host, GPU, examples)"
-cargo test --all-features --lib --tests --examples
+cargo test --release --all-features --lib --tests --examples
 
 section "Tests in the documentation"
-cargo test --all-features --doc
+cargo test --release --all-features --doc
 
 section "Documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features

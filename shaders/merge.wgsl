@@ -1,17 +1,7 @@
 // merge: the partial states of a row's key ranges become its result (FlashDecoding's reduction).
 // One workgroup per token and query head; a lane owns every WORKGROUP_SIZE-th vec4 of the row.
 // Loop iterations per invocation: num_splits * (1 + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE)) + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE).
-struct AttendParams {
-  items_offset: u32,  // words
-  num_items: u32,
-  grid_x: u32,        // item = workgroup.x + workgroup.z * grid_x
-  head_offset: u32,   // words; num_q_heads slopes, then num_q_heads sinks
-  qk_scale: f32,
-  softcap_log2e: f32,
-  window: u32,
-  num_blocks: u32,
-  reserved: vec4<u32>,
-}
+{% include "shared/attend_params.wgsl" %}
 
 const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
 const STATE_VEC4S: u32 = HEAD_VEC4S + 1u;  // the sum, then (max, sum of weights, 0, 0)

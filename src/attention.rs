@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{
-    KvCache, KvCacheConfig, LayerStorage, Step, StepTicket, layer_storage, params_binding, push_params,
+    KvCache, KvCacheConfig, LayerStorage, Step, StepTicket, layer_storage, owns_buffer, params_binding, push_params,
 };
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -40,6 +40,9 @@ pub struct AttentionConfig {
     /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
     /// speed with small batches of middling lengths.
     pub deterministic: bool,
+    /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
+    /// more on its own exceeds it.
+    pub max_workspace_bytes: u64,
 }
 
 impl AttentionConfig {
@@ -57,6 +60,7 @@ impl AttentionConfig {
             custom_mask: false,
             lse: false,
             deterministic: false,
+            max_workspace_bytes: 64 << 20,
         }
     }
 
@@ -91,9 +95,13 @@ impl AttentionConfig {
                 let got = format!("{} values", values.len());
                 return Err(Error::argument(argument, got, format!("one per query head, {heads}")));
             }
-            values.iter().try_for_each(|&value| finite(argument, value))?;
+            // The kernels take them in units of log2.
+            values.iter().try_for_each(|&value| finite(argument, value * std::f32::consts::LOG2_E))?;
         }
-        Ok(())
+        // So do they the scale, which a soft cap divides.
+        let params = self.params(cache, 0);
+        finite("softmax_scale", params.qk_scale)?;
+        finite("softcap", params.softcap_log2e)
     }
 
     fn flags(&self) -> AttendFlags {
@@ -142,6 +150,8 @@ pub struct Attention {
     merge: Pipeline,
     /// Partial states; replaced by a larger one when a plan needs it, never shrunk. Steps share it: the GPU runs them one after another.
     workspace: Mutex<wgpu::Buffer>,
+    /// Tells its plans from those of others.
+    identity: Arc<()>,
 }
 
 /// The work of one attention call of a step, uploaded. Use it for every layer, then drop it or [`recycle`](Self::recycle) it.
@@ -149,9 +159,9 @@ pub struct Attention {
 pub struct AttentionPlan {
     plan: StepPlan,
     ticket: StepTicket,
+    /// [`Attention::identity`] of the one that made it: its items fit no other kernel's tiles.
+    attention: Arc<()>,
     layers: Arc<Vec<LayerStorage>>,
-    cache: KvCacheConfig,
-    config: AttentionConfig,
     num_tokens: u32,
     upload: Upload,
     workspace: wgpu::Buffer,
@@ -210,7 +220,7 @@ impl Attention {
             has_decode: decode.is_some(),
             tile_q: prefill.variant().tile_q,
         };
-        let policy = tuning::split_policy(&gpu, config.deterministic);
+        let policy = tuning::split_policy(&gpu, config.deterministic, config.max_workspace_bytes);
         let workspace = create_workspace(&gpu, MIN_WORKSPACE_BYTES)?;
         Ok(Self {
             cache: geometry,
@@ -220,6 +230,7 @@ impl Attention {
             prefill,
             merge,
             workspace: Mutex::new(workspace),
+            identity: Arc::new(()),
             gpu,
             config,
         })
@@ -318,9 +329,8 @@ impl Attention {
         Ok(AttentionPlan {
             plan,
             ticket,
+            attention: Arc::clone(&self.identity),
             layers: Arc::clone(step.shared_layers()),
-            cache: self.cache,
-            config: self.config.clone(),
             num_tokens: batch.num_tokens(),
             upload,
             workspace,
@@ -467,7 +477,7 @@ impl Attention {
         lse: Option<BufferRef<'_>>,
     ) -> Result<()> {
         plan.ticket.check()?;
-        if plan.config != self.config || plan.cache != self.cache {
+        if !Arc::ptr_eq(&plan.attention, &self.identity) {
             return Err(Error::argument("plan", "a plan of another attention", "a plan that this attention made"));
         }
         let storage = layer_storage(&plan.layers, layer)?;
@@ -477,10 +487,10 @@ impl Attention {
         let out = out.check(&self.gpu, "out", elements, true)?;
         let lse = lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
         // WebGPU allows no buffer to be read and written in one dispatch, not even in disjoint ranges.
-        check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())], storage)?;
-        check_distinct("q", &q, &[("lse", lse.as_ref())], storage)?;
+        check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())], &plan.layers)?;
+        check_distinct("q", &q, &[("lse", lse.as_ref())], &plan.layers)?;
         if let Some(lse) = &lse {
-            check_distinct("lse", lse, &[], storage)?;
+            check_distinct("lse", lse, &[], &plan.layers)?;
         }
         let dispatches = self.dispatches(plan, storage, &q, &out, lse.as_ref())?;
         recorder.record("folio attend", &dispatches);
@@ -582,14 +592,14 @@ fn check_distinct(
     argument: &'static str,
     range: &BufferRef<'_>,
     others: &[(&str, Option<&BufferRef<'_>>)],
-    storage: &LayerStorage,
+    layers: &[LayerStorage],
 ) -> Result<()> {
     for (name, other) in others {
         if other.is_some_and(|other| other.buffer() == range.buffer()) {
             return Err(Error::argument(argument, format!("the buffer of {name}"), "a buffer of its own"));
         }
     }
-    if [&storage.k, &storage.v].contains(&range.buffer()) {
+    if owns_buffer(layers, range.buffer()) {
         return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
     }
     Ok(())

@@ -323,12 +323,7 @@ impl Gpu {
     pub(crate) fn scoped_now<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
         #[cfg(not(target_arch = "wasm32"))]
         {
-            let scope = self.0.device.push_error_scope(wgpu::ErrorFilter::Validation);
-            let value = f();
-            match pollster::block_on(scope.pop()) {
-                None => Ok(value),
-                Some(e) => Err(Error::Wgpu { during, message: e.to_string() }),
-            }
+            pollster::block_on(self.scoped(during, f))
         }
         #[cfg(target_arch = "wasm32")]
         {
@@ -342,7 +337,7 @@ impl Gpu {
 #[cfg(feature = "open")]
 async fn pick_adapter(instance: &wgpu::Instance, options: &GpuOptions) -> Result<wgpu::Adapter> {
     let mut adapters = instance.enumerate_adapters(options.backends).await;
-    if adapters.is_empty() && options.adapter_name.is_none() {
+    if cfg!(target_arch = "wasm32") && adapters.is_empty() && options.adapter_name.is_none() {
         // The web can't enumerate, but hands out its adapter on request.
         adapters.extend(instance.request_adapter(&wgpu::RequestAdapterOptions::default()).await.ok());
     }

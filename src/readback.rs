@@ -53,7 +53,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Argument`] if the buffer lacks usage `COPY_SRC`, or offset or size is not a multiple of 4 or outside the buffer;
-    /// [`Error::Wgpu`].
+    /// [`Error::Wgpu`], for example for a buffer of another device.
     pub async fn read<'b>(&self, range: impl Into<BufferRef<'b>>) -> Result<Vec<f32>> {
         let range = range.into().check_copy("buffer")?;
         if range.size() == 0 {
@@ -61,7 +61,9 @@ impl Gpu {
         }
         let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let readback = Readback::record(self, &mut encoder, &range)?;
-        self.queue().submit([encoder.finish()]);
+        // wgpu reports here what it has against the buffer: that it was destroyed, or is another device's.
+        let commands = self.scoped("reading back (is the buffer of this device?)", || encoder.finish()).await?;
+        self.scoped("reading back", || self.queue().submit([commands])).await?;
         readback.read().await
     }
 

@@ -1,206 +1,310 @@
-{% set lanes = subgroup_size %}
-{% set dim_lanes = x_l if x_l is defined else 8 %}
-{% set key_lanes = lanes // dim_lanes %}
-{% set unroll = x_t if x_t is defined else 2 %}
-{% set step = key_lanes * unroll %}
-{% set kv_lanes = dim_lanes %}
-{% set kv_keys = 1 %}
+{#
+Attention with the lanes over head_dim and all query rows of the tile in registers. For decode the rows are the query heads of one KV
+head, so that each K and V element is read once.
+
+Per iteration every lane loads its own part of `step` K rows, once for all query rows, and gets a partial sum for each score
+(row, key). Summing these across lanes also transposes them, so that lane i ends up with score i, and masks, bias and softmax
+are done for all scores at once. The weights then go back to all lanes, which add up their part of the V rows.
+
+tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES; 0 = this file's choice. It is 1 without
+subgroups.
+Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
+Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
+#}
+{% set lanes = workgroup_size %}
+{% set rows = tile_q %}
+{% set step = (tile_kv or (4 if rows <= 4 else 2)) if subgroups else 1 %}
 {% import "shared/cpu_kv.wgsl" as kv %}
-{% set k_rounds = (head_dim // kv.k_width + dim_lanes - 1) // dim_lanes %}
-{% set v_rounds = (head_dim // kv.v_width + dim_lanes - 1) // dim_lanes %}
-{% set k_vecs = kv.k_width // 4 %}
-{% set v_vecs = kv.v_width // 4 %}
-{% set k_ragged = head_dim // kv.k_width % dim_lanes != 0 %}
-{% set v_ragged = head_dim // kv.v_width % dim_lanes != 0 %}
+{% set k_vecs = kv.k_dims // 4 %}
+{% set v_vecs = kv.v_dims // 4 %}
+{% set k_loads = head_dim // kv.k_dims %}
+{% set v_loads = head_dim // kv.v_dims %}
+{% set k_rounds = (k_loads + lanes - 1) // lanes %}
+{% set v_rounds = (v_loads + lanes - 1) // lanes %}
+{% set scores = rows * step %}
+{% set vectors = (scores + lanes - 1) // lanes %}
+{% set lookups = 1 if block_size % step == 0 else step %}
 {% include "shared/cpu_bindings.wgsl" %}
-{{ kv.declare() }}
-const STEP = {{ step }}u;
+{% if not subgroups %}
+
+var<workgroup> partial_scores: array<vec4<f32>, {{ scores * lanes // 4 }}>;  // [score, lane/4]
+var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of the key, rescaling of the row
+{% endif %}
+
+{% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
+{# A lane's part of a cache row: declares the variables `x`, one vec4<f32> per i. #}
+{% macro load_part(x, cache, row, format, j, loads, vecs) %}
+{% if (j + 1) * lanes > loads %}
+            var {{ x }} = {{ kv.k_type if cache == "k_cache" else kv.v_type }}();
+            if lane < {{ loads - j * lanes }}u {
+                {{ x }} = {{ cache }}[{{ row }} * {{ loads }}u + {{ plus(j * lanes) }}lane];
+            }
+{% else %}
+            let {{ x }} = {{ cache }}[{{ row }} * {{ loads }}u + {{ plus(j * lanes) }}lane];
+{% endif %}
+{% for i in range(vecs) %}
+            let {{ x }}_{{ i }} = {{ kv.widen(format, x, i) }};
+{% endfor %}
+{% endmacro %}
+{# The value that the lane of score n holds in the per-score variable `name`, for all lanes. #}
+{% macro from_score(name, n) -%}
+    subgroupBroadcast({{ name }}{{ n // lanes }}, {{ n % lanes }}u)
+{%- endmacro %}
+{# Index of the vec4 of q or out that belongs to a lane's part j, i. #}
+{% macro vec_idx(j, i, loads, vecs) -%}
+    {% if (j + 1) * lanes > loads %}min({{ plus(j * lanes) }}lane, {{ loads - 1 }}u){% elif j %}({{ j * lanes }}u + lane){% else %}lane{% endif %} * {{ vecs }}u{% if i %} + {{ i }}u{% endif %}
+{%- endmacro %}
 
 @compute @workgroup_size({{ lanes }})
 fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let item_idx = workgroup.x + workgroup.z * params.grid_x;
-    if item_idx >= params.num_items { return; }
-    let item = params.items_offset + 12u * item_idx;
+    if item_idx >= params.num_items {
+        return;
+    }
+    let item = params.items_offset + ITEM_WORDS * item_idx;
     let kv_head = workgroup.y;
     let query_start = plan[item];
+    let query_len = plan[item + 1u];
     let context_len = plan[item + 2u];
+    let row_start = plan[item + 3u];
     let table_offset = plan[item + 6u];
     let part_row = plan[item + 7u];
-{% if mask %}
-    let mask_offset = plan[item + 8u];
-{% endif %}
+    let num_rows = query_len * GROUP_SIZE;
+    let last_row = min(row_start + TILE_Q, num_rows) - 1u;
+
+    // The keys that some row of this tile can see.
     var kv_begin = plan[item + 4u];
     var kv_end = plan[item + 5u];
 {% if causal %}
-    kv_end = min(kv_end, context_len + 1u);
+    kv_end = min(kv_end, context_len + last_row / GROUP_SIZE + 1u);
 {% endif %}
 {% if window %}
-    kv_begin = max(kv_begin, context_len + 1u - min(context_len + 1u, params.window));
+    let first_pos = context_len + row_start / GROUP_SIZE;
+    kv_begin = max(kv_begin, first_pos + 1u - min(first_pos + 1u, params.window));
 {% endif %}
-    let dim_lane = lane % {{ dim_lanes }}u;
-    let key_lane = lane / {{ dim_lanes }}u;
-    let q_row = (query_start * NUM_Q_HEADS + kv_head * GROUP_SIZE) * HEAD_VECS;
+    kv_end = select(0u, kv_end, kv_begin < kv_end);  // no iteration for an empty range
 
-{% for j in range(k_rounds) %}
-{% if k_ragged and loop.last %}
-    let k_own{{ j }} = dim_lane + {{ j * dim_lanes }}u < K_ROW;
-    let k_elem{{ j }} = min(dim_lane + {{ j * dim_lanes }}u, K_ROW - 1u);
-    let k_on{{ j }} = select(0.0, params.qk_scale, k_own{{ j }});
-{% else %}
-    let k_elem{{ j }} = dim_lane + {{ j * dim_lanes }}u;
-    let k_on{{ j }} = params.qk_scale;
-{% endif %}
-{% endfor %}
-{% for j in range(v_rounds) %}
-    let v_elem{{ j }} = {% if v_ragged and loop.last %}min(dim_lane + {{ j * dim_lanes }}u, V_ROW - 1u){% else %}dim_lane + {{ j * dim_lanes }}u{% endif %};
-{% endfor %}
-{% for h in range(group_size) %}
+    // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
+{% for r in range(rows) %}
+    let row{{ r }} = min({{ plus(r) }}row_start, last_row);
+    let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% for j in range(k_rounds) %}{% for i in range(k_vecs) %}
-    let q{{ h }}_{{ j }}_{{ i }} = q[q_row + {{ h }}u * HEAD_VECS + k_elem{{ j }} * {{ k_vecs }}u + {{ i }}u] * k_on{{ j }};
+    let q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, k_loads, k_vecs) }}] * params.qk_scale;
 {% endfor %}{% endfor %}
 {% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
-    var o{{ h }}_{{ j }}_{{ i }} = vec4<f32>();
+    var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
 {% endfor %}{% endfor %}
-    var m{{ h }} = MAX_FLOOR;
-    var l{{ h }} = 0.0;
+{% endfor %}
+
+    // What a lane needs to know about its scores: lane i of vector v has score v * LANES + i = row * STEP + key.
+{% if step > 1 %}
+    let score_key = lane % STEP;
+{% else %}
+    let score_key = 0u;
+{% endif %}
+{% for v in range(vectors) %}
+    let score_row{{ v }} = min(row_start + ({{ plus(v * lanes) }}lane) / STEP, last_row);
+    let score_pos{{ v }} = context_len + score_row{{ v }} / GROUP_SIZE;
+{% if alibi or sinks %}
+    let score_head{{ v }} = params.head_offset + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE;
+{% endif %}
 {% if alibi %}
-    let slope{{ h }} = bitcast<f32>(plan[params.head_offset + kv_head * GROUP_SIZE + {{ h }}u]);
+    let slope{{ v }} = bitcast<f32>(plan[score_head{{ v }}]);
+{% endif %}
+{% if mask %}
+    let mask_row{{ v }} = plan[item + 8u] + score_row{{ v }} / GROUP_SIZE * plan[item + 9u];
+{% endif %}
+    var row_max{{ v }} = MAX_FLOOR;
+    var row_sum{{ v }} = 0.0;
+{% endfor %}
+
+{% if subgroups %}
+{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
+    let swap{{ w }} = (lane & {{ w }}u) != 0u;
+{% endfor %}
+
+{% endif %}
+    for (var base = kv_begin{% if step > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
+        // Cache rows of the keys. Keys outside the range are read as their nearest neighbour inside and get weight zero.
+{% if not subgroups %}
+        let cache_row0 = cache_row(table_offset, kv_head, base);
+{% else %}
+        var looked_up = 0u;
+        if lane < {{ lookups }}u {
+            looked_up = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
+        }
+{% for t in range(step) %}
+{% if lookups == step %}
+        let cache_row{{ t }} = subgroupBroadcast(looked_up, {{ t }}u);
+{% elif t == 0 %}
+        let cache_row0 = subgroupBroadcast(looked_up, 0u);
+        let key0 = clamp(base, kv_begin, kv_end - 1u);
+{% else %}
+        let cache_row{{ t }} = cache_row0 + clamp(base + {{ t }}u, kv_begin, kv_end - 1u) - key0;
 {% endif %}
 {% endfor %}
-{% set chains = 4 if group_size == 1 else 2 if group_size <= 4 else 1 %}
-{% if x_c is defined %}{% set chains = x_c %}{% endif %}
-    for (var base = kv_begin - kv_begin % STEP; base < kv_end; base += STEP) {
-{% set lookups = 1 if block_size % step == 0 else step %}
-        var block_row = 0u;
-        if lane < {{ lookups }}u {
-            block_row = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
-        }
-{% if lookups == 1 %}
-        block_row = subgroupBroadcast(block_row, 0u);
-        let row_key = clamp(base, kv_begin, kv_end - 1u);
 {% endif %}
-{% for t in range(unroll) %}
-        let pos{{ t }} = base + {{ t * key_lanes }}u + key_lane;
-        let key{{ t }} = clamp(pos{{ t }}, kv_begin, kv_end - 1u);
-{% if lookups == 1 %}
-        let row{{ t }} = block_row + key{{ t }} - row_key;
-{% else %}
-        let row{{ t }} = subgroupShuffle(block_row, {{ t * key_lanes }}u + key_lane);
-{% endif %}
-        let visible{{ t }} = pos{{ t }} - kv_begin < kv_end - kv_begin{% if mask %} && ((plan[mask_offset + key{{ t }} / 32u] >> (key{{ t }} % 32u)) & 1u) != 0u{% endif %};
-{% for h in range(group_size) %}
-        var z{{ h }}_{{ t }} = {{ ["", "0.0", "vec2<f32>()", "", "vec4<f32>()"][chains] }};
+
+{% for t in range(step) %}
+{% for r in range(rows) %}
+        var z{{ r * step + t }} = 0.0;
 {% endfor %}
 {% for j in range(k_rounds) %}
         {
-            let x = k_cache[row{{ t }} * K_ROW + k_elem{{ j }}];
-{% for i in range(k_vecs) %}
-            let y{{ i }} = {{ kv.widen(k_format, kv.k_type, "x", i) }};
-{% for h in range(group_size) %}
-{% if chains == 4 %}
-            z{{ h }}_{{ t }} = fma(q{{ h }}_{{ j }}_{{ i }}, y{{ i }}, z{{ h }}_{{ t }});
-{% elif chains == 2 %}
-            z{{ h }}_{{ t }} = fma(q{{ h }}_{{ j }}_{{ i }}.zw, y{{ i }}.zw, fma(q{{ h }}_{{ j }}_{{ i }}.xy, y{{ i }}.xy, z{{ h }}_{{ t }}));
-{% else %}
-{% for c in "xyzw" %}
-            z{{ h }}_{{ t }} = fma(q{{ h }}_{{ j }}_{{ i }}.{{ c }}, y{{ i }}.{{ c }}, z{{ h }}_{{ t }});
-{% endfor %}
-{% endif %}
-{% endfor %}
-{% endfor %}
+{{ load_part("k", "k_cache", "cache_row" ~ t, k_format, j, k_loads, k_vecs) }}
+{%- for i in range(k_vecs) %}{% for r in range(rows) %}
+            z{{ r * step + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
+{% endfor %}{% endfor %}
         }
 {% endfor %}
-{% for h in range(group_size) %}
-        var s{{ h }}_{{ t }} = {% if chains == 4 %}(z{{ h }}_{{ t }}.x + z{{ h }}_{{ t }}.y) + (z{{ h }}_{{ t }}.z + z{{ h }}_{{ t }}.w){% elif chains == 2 %}z{{ h }}_{{ t }}.x + z{{ h }}_{{ t }}.y{% else %}z{{ h }}_{{ t }}{% endif %};
-{% for x in [1, 2, 4, 8, 16] if x < dim_lanes %}
-        s{{ h }}_{{ t }} += subgroupShuffleXor(s{{ h }}_{{ t }}, {{ x }}u);
 {% endfor %}
+
+        let key = base + score_key;
+{% for v in range(vectors) %}
+{% if subgroups %}
+        // Sum and transpose: each exchange halves the number of partial sums and doubles the lanes that they cover.
+{% set n = namespace(count=[scores - v * lanes, lanes] | min, at="z", first=v * lanes) %}
+{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
+{% set n.to = "z" ~ v ~ "_over" ~ 2 * w ~ "_" %}
+{% for i in range((n.count + 1) // 2) %}
+{% set a = n.at ~ (n.first + 2 * i) %}
+{% set b = n.at ~ (n.first + 2 * i + 1) if 2 * i + 1 < n.count else "0.0" %}
+        let {{ n.to }}{{ i }} = select({{ a }}, {{ b }}, swap{{ w }}) + subgroupShuffleXor(select({{ b }}, {{ a }}, swap{{ w }}), {{ w }}u);
+{% endfor %}
+{% set n.count = (n.count + 1) // 2 %}
+{% set n.at = n.to %}
+{% set n.first = 0 %}
+{% endfor %}
+        var s{{ v }} = {{ n.at }}0;
+{% else %}
+{% for n in range(v * lanes, [scores, v * lanes + lanes] | min) %}
+        partial_scores[{{ plus(n * lanes // 4) }}lane / 4u][lane % 4u] = z{{ n }};
+{% endfor %}
+{% endif %}
+{% endfor %}
+{% if not subgroups %}
+        workgroupBarrier();
+{% for v in range(vectors) %}
+        var parts{{ v }} = vec4<f32>();
+        if {{ plus(v * lanes) }}lane < {{ scores }}u {
+{% for i in range(lanes // 4) %}
+            parts{{ v }} += partial_scores[({{ plus(v * lanes) }}lane) * {{ lanes // 4 }}u + {{ i }}u];
+{% endfor %}
+        }
+        var s{{ v }} = (parts{{ v }}.x + parts{{ v }}.y) + (parts{{ v }}.z + parts{{ v }}.w);
+{% endfor %}
+{% endif %}
+{% for v in range(vectors) %}
+        let visible{{ v }} = key - kv_begin < kv_end - kv_begin
+            {%- if causal %} && key <= score_pos{{ v }}{% endif %}
+            {%- if window %} && key + params.window > score_pos{{ v }}{% endif %}
+            {%- if mask %} && (plan[mask_row{{ v }} + min(key, kv_end - 1u) / 32u] >> (key % 32u) & 1u) != 0u{% endif %};
 {% if softcap %}
-        s{{ h }}_{{ t }} = params.softcap_log2e * tanh(clamp(s{{ h }}_{{ t }}, -10.0, 10.0));
+        s{{ v }} = params.softcap_log2e * tanh(clamp(s{{ v }}, -10.0, 10.0));
 {% endif %}
 {% if alibi %}
-        s{{ h }}_{{ t }} += slope{{ h }} * (f32(key{{ t }}) - f32(context_len));
+        s{{ v }} += slope{{ v }} * (f32(key) - f32(score_pos{{ v }}));
 {% endif %}
-        s{{ h }}_{{ t }} = select(MAX_FLOOR, s{{ h }}_{{ t }}, visible{{ t }});
+        s{{ v }} = select(MAX_FLOOR, s{{ v }}, visible{{ v }});
+        var max{{ v }} = max(row_max{{ v }}, s{{ v }});
+{% for w in [1, 2, 4, 8, 16, 32] if w < step %}
+        max{{ v }} = max(max{{ v }}, subgroupShuffleXor(max{{ v }}, {{ w }}u));
+{% endfor %}
+        let scale{{ v }} = exp2(row_max{{ v }} - max{{ v }});
+        let p{{ v }} = select(0.0, exp2(s{{ v }} - max{{ v }}), visible{{ v }});
+        row_max{{ v }} = max{{ v }};
+        row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + p{{ v }};
+{% endfor %}
+{% if subgroups %}
+{% for r in range(rows) %}
+        let scale_row{{ r }} = {{ from_score("scale", r * step) }};
+{% for t in range(step) %}
+        let p{{ r }}_{{ t }} = {{ from_score("p", r * step + t) }};
 {% endfor %}
 {% endfor %}
-{% for h in range(group_size) %}
-        let m_new{{ h }} = max(m{{ h }}, {% for t in range(unroll) %}{% if not loop.last %}max({% endif %}s{{ h }}_{{ t }}{% if not loop.last %}, {% endif %}{% endfor %}{{ ")" * unroll }};
-        let c{{ h }} = exp2(m{{ h }} - m_new{{ h }});
-        m{{ h }} = m_new{{ h }};
-        l{{ h }} *= c{{ h }};
-{% for t in range(unroll) %}
-        let p{{ h }}_{{ t }} = select(0.0, exp2(s{{ h }}_{{ t }} - m_new{{ h }}), visible{{ t }});
-        l{{ h }} += p{{ h }}_{{ t }};
+{% else %}
+{% for v in range(vectors) %}
+        if {{ plus(v * lanes) }}lane < {{ scores }}u {
+            weights[{{ plus(v * lanes) }}lane] = vec2<f32>(p{{ v }}, scale{{ v }});
+        }
 {% endfor %}
+        workgroupBarrier();
+{% for r in range(rows) %}
+        let weight{{ r }} = weights[{{ r }}u];
+        let p{{ r }}_0 = weight{{ r }}.x;
+        let scale_row{{ r }} = weight{{ r }}.y;
 {% endfor %}
+{% endif %}
+
 {% for j in range(v_rounds) %}
         {
-{% for t in range(unroll) %}
-            let x{{ t }} = v_cache[row{{ t }} * V_ROW + v_elem{{ j }}];
-{% endfor %}
-{% for i in range(v_vecs) %}
-{% for t in range(unroll) %}
-            let y{{ i }}_{{ t }} = {{ kv.widen(v_format, kv.v_type, "x" ~ t, i) }};
-{% endfor %}
-{% for h in range(group_size) %}
-            o{{ h }}_{{ j }}_{{ i }} = {% for t in range(unroll) %}fma(vec4<f32>(p{{ h }}_{{ unroll - 1 - t }}), y{{ i }}_{{ unroll - 1 - t }}, {% endfor %}o{{ h }}_{{ j }}_{{ i }} * c{{ h }}{{ ")" * unroll }};
-{% endfor %}
-{% endfor %}
+{% for t in range(step) %}
+{{ load_part("v" ~ t, "v_cache", "cache_row" ~ t, v_format, j, v_loads, v_vecs) }}
+{%- endfor %}
+{% for i in range(v_vecs) %}{% for r in range(rows) %}
+            sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};
+{% endfor %}{% endfor %}
         }
 {% endfor %}
     }
 
-{% for x in [1, 2, 4, 8, 16] if x >= dim_lanes and x < lanes %}
-{% for h in range(group_size) %}
-    {
-        let m_all = max(m{{ h }}, subgroupShuffleXor(m{{ h }}, {{ x }}u));
-        let c = exp2(m{{ h }} - m_all);
-        m{{ h }} = m_all;
-        l{{ h }} *= c;
-        l{{ h }} += subgroupShuffleXor(l{{ h }}, {{ x }}u);
-{% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
-        o{{ h }}_{{ j }}_{{ i }} *= c;
-        o{{ h }}_{{ j }}_{{ i }} += subgroupShuffleXor(o{{ h }}_{{ j }}_{{ i }}, {{ x }}u);
-{% endfor %}{% endfor %}
+    // Finish the rows: partial states go out as they are, whole rows are divided by their sums.
+{% for v in range(vectors) %}
+{% for w in [1, 2, 4, 8, 16, 32] if w < step %}
+    row_sum{{ v }} += subgroupShuffleXor(row_sum{{ v }}, {{ w }}u);
+{% endfor %}
+    let owner{{ v }} = score_key == 0u && row_start + ({{ plus(v * lanes) }}lane) / STEP <= last_row{% if scores % lanes and loop.last %} && {{ plus(v * lanes) }}lane < {{ scores }}u{% endif %};
+    var scale{{ v }} = 1.0;
+    if part_row == DIRECT {
+{% if sinks %}
+        let sink = bitcast<f32>(plan[score_head{{ v }} + NUM_Q_HEADS]);
+        let max_with_sink = max(row_max{{ v }}, sink);
+        scale{{ v }} = exp2(row_max{{ v }} - max_with_sink);
+        row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + exp2(sink - max_with_sink);
+        row_max{{ v }} = max_with_sink;
+{% endif %}
+        scale{{ v }} = select(scale{{ v }} / row_sum{{ v }}, 0.0, row_sum{{ v }} == 0.0);
+{% if lse %}
+        if owner{{ v }} {
+            var lse_bits = 0xff800000u;  // -infinity
+            if row_sum{{ v }} != 0.0 {
+                lse_bits = bitcast<u32>((row_max{{ v }} + log2(row_sum{{ v }})) * LN_2);
+            }
+            lse[(query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = bitcast<f32>(lse_bits);
+        }
+{% endif %}
+    } else if owner{{ v }} {
+        partials[(part_row + kv_head * num_rows + score_row{{ v }}) * (ROW_VECS + 1u) + ROW_VECS] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
     }
 {% endfor %}
+{% if not subgroups %}
+    workgroupBarrier();
+{% for v in range(vectors) %}
+    if {{ plus(v * lanes) }}lane < {{ scores }}u {
+        weights[{{ plus(v * lanes) }}lane].y = scale{{ v }};
+    }
 {% endfor %}
-    let direct = part_row == 0xffffffffu;
-    let neg_inf_bits = 0xff800000u;
-{% for h in range(group_size) %}
+    workgroupBarrier();
+{% endif %}
+{% for r in range(rows) %}
     {
-        var scale = 1.0;
-        var at = (part_row + kv_head * GROUP_SIZE + {{ h }}u) * (HEAD_VECS + 1u);
-        if direct {
-            at = q_row + {{ h }}u * HEAD_VECS;
-{% if sinks %}
-            let sink = bitcast<f32>(plan[params.head_offset + NUM_Q_HEADS + kv_head * GROUP_SIZE + {{ h }}u]);
-            let m_all = max(m{{ h }}, sink);
-            scale = exp2(m{{ h }} - m_all);
-            l{{ h }} = l{{ h }} * scale + exp2(sink - m_all);
-            m{{ h }} = m_all;
-{% endif %}
-            scale = select(scale / l{{ h }}, 0.0, l{{ h }} == 0.0);
+        let scale_row = {% if subgroups %}{{ from_score("scale", r * step) }}{% else %}weights[{{ r }}u].y{% endif %};
+{% for j in range(v_rounds) %}
+        if {% if (j + 1) * lanes > v_loads %}lane < {{ v_loads - j * lanes }}u && {% endif %}{{ plus(r) }}row_start <= last_row {
+{% for i in range(v_vecs) %}
+            let result{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row;
+{% endfor %}
+            if part_row == DIRECT {
+{% for i in range(v_vecs) %}
+                out[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, v_loads, v_vecs) }}] = result{{ i }};
+{% endfor %}
+            } else {
+{% for i in range(v_vecs) %}
+                partials[(part_row + kv_head * num_rows + row{{ r }}) * (ROW_VECS + 1u) + {{ vec_idx(j, i, v_loads, v_vecs) }}] = result{{ i }};
+{% endfor %}
+            }
         }
-{% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
-        let r{{ j }}_{{ i }} = o{{ h }}_{{ j }}_{{ i }} * scale;
-{% endfor %}{% endfor %}
-        if direct {
-{% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
-            out[at + v_elem{{ j }} * {{ v_vecs }}u + {{ i }}u] = r{{ j }}_{{ i }};
-{% endfor %}{% endfor %}
-{% if lse %}
-            var bits = 0xff800000u;
-            if l{{ h }} != 0.0 { bits = bitcast<u32>((m{{ h }} + log2(l{{ h }})) * 0.6931471805599453); }
-            lse[query_start * NUM_Q_HEADS + kv_head * GROUP_SIZE + {{ h }}u] = bitcast<f32>(bits);
-{% endif %}
-        } else {
-{% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
-            partials[at + v_elem{{ j }} * {{ v_vecs }}u + {{ i }}u] = r{{ j }}_{{ i }};
-{% endfor %}{% endfor %}
-            if lane == 0u { partials[at + HEAD_VECS] = vec4<f32>(m{{ h }}, l{{ h }}, 0.0, 0.0); }
-        }
+{% endfor %}
     }
 {% endfor %}
 }

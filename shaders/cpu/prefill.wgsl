@@ -1,27 +1,72 @@
-{% set lanes = subgroup_size %}
-{% set rows = tile_q // lanes %}
-{% set step = x_t if x_t is defined else 2 %}
-{% set row_block = x_rb if x_rb is defined else 4 %}
-{% set kv_lanes = lanes %}
-{% set kv_keys = step %}
+{#
+Attention of many query rows, one row per lane and register set: lane i of the workgroup's one subgroup has rows i, i + LANES, ... of
+the tile. A load costs per lane and component (see shared/cpu_kv.wgsl), so the lanes load different parts of the K and V rows of a
+step, and each part reaches the other lanes by subgroupBroadcast.
+
+A larger tile shares each load among more rows; more keys per iteration save rescaling of the sums and llvmpipe's masking of all
+loop-carried variables. The price is JIT time, as all is unrolled: tile_q * head_dim = 4096 with two keys takes some 1.5 s, and twice
+that tile is up to 1.4 times as fast and takes 3 s.
+
+Without subgroups every lane loads the whole K and V rows itself: for few lanes that is cheaper than barriers and workgroup memory.
+
+tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 0 = this file's choice.
+It is 1 without subgroups.
+Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1 + head_dim / 2.
+Workgroup memory: none.
+#}
+{% set lanes = workgroup_size %}
 {% import "shared/cpu_kv.wgsl" as kv %}
-{% set k_elems = step * (head_dim // kv.k_width) %}
-{% set v_elems = step * (head_dim // kv.v_width) %}
-{% set k_rounds = (k_elems + lanes - 1) // lanes %}
-{% set v_rounds = (v_elems + lanes - 1) // lanes %}
-{% set k_vecs = kv.k_width // 4 %}
-{% set v_vecs = kv.v_width // 4 %}
+{% set rows = tile_q // lanes %}
+{% set step = (tile_kv or 2) if subgroups else 1 %}
 {% set vecs = head_dim // 4 %}
+{% set k_vecs = kv.k_dims // 4 %}
+{% set v_vecs = kv.v_dims // 4 %}
+{% set k_loads = head_dim // kv.k_dims %}
+{% set v_loads = head_dim // kv.v_dims %}
+{% set lookups = 1 if block_size % step == 0 else step %}
+{# Rows whose scores are summed together: some 8 sums fit the registers beside their operands. #}
+{% set row_block = [8 // step, 1] | max if subgroups else rows %}
 {% include "shared/cpu_bindings.wgsl" %}
 
-{{ kv.declare() }}
-const STEP = {{ step }}u;
+{% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
+{# Loads the rows of all keys of a step, spread over lanes and rounds: declares x{round}_{i}. #}
+{% macro load_rows(x, cache, type, format, loads, vecs) %}
+{% for j in range((step * loads + lanes - 1) // lanes) %}
+{% if lookups == step %}
+        let {{ x }}_row{{ j }} = subgroupShuffle(looked_up, {{ x }}_key{{ j }});
+{% else %}
+        let {{ x }}_row{{ j }} = block_row + clamp(base + {{ x }}_key{{ j }}, kv_begin, kv_end - 1u) - first_key;
+{% endif %}
+{% if (j + 1) * lanes > step * loads %}
+        var {{ x }}{{ j }} = {{ type }}();
+        if lane < {{ step * loads - j * lanes }}u {
+            {{ x }}{{ j }} = {{ cache }}[{{ x }}_row{{ j }} * {{ loads }}u + {{ x }}_part{{ j }}];
+        }
+{% else %}
+        let {{ x }}{{ j }} = {{ cache }}[{{ x }}_row{{ j }} * {{ loads }}u + {{ x }}_part{{ j }}];
+{% endif %}
+{% for i in range(vecs) %}
+        let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, x ~ j, i) }};
+{% endfor %}
+{% endfor %}
+{% endmacro %}
+{# Dims 4*e .. 4*e+4 of key t's row, in all lanes. #}
+{% macro all_lanes(x, t, e, format, loads, vecs) -%}
+    {%- if subgroups -%}
+    {%- set part = t * loads + e // vecs -%}
+    subgroupBroadcast({{ x }}{{ part // lanes }}_{{ e % vecs }}, {{ part % lanes }}u)
+    {%- else -%}
+    {{ kv.widen(format, x ~ "_cache[block_row * " ~ loads ~ "u + " ~ e // vecs ~ "u]", e % vecs) }}
+    {%- endif -%}
+{%- endmacro %}
 
 @compute @workgroup_size({{ lanes }})
 fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let item_idx = workgroup.x + workgroup.z * params.grid_x;
-    if item_idx >= params.num_items { return; }
-    let item = params.items_offset + 12u * item_idx;
+    if item_idx >= params.num_items {
+        return;
+    }
+    let item = params.items_offset + ITEM_WORDS * item_idx;
     let kv_head = workgroup.y;
     let query_start = plan[item];
     let query_len = plan[item + 1u];
@@ -29,14 +74,12 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     let row_start = plan[item + 3u];
     let table_offset = plan[item + 6u];
     let part_row = plan[item + 7u];
-{% if mask %}
-    let mask_offset = plan[item + 8u];
-    let mask_stride = plan[item + 9u];
-{% endif %}
+    let num_rows = query_len * GROUP_SIZE;
+    let last_row = min(row_start + TILE_Q, num_rows) - 1u;
+
+    // The keys that some row of this tile can see.
     var kv_begin = plan[item + 4u];
     var kv_end = plan[item + 5u];
-    let num_rows = query_len * GROUP_SIZE;
-    let last_row = min(row_start + {{ tile_q }}u, num_rows) - 1u;
 {% if causal %}
     kv_end = min(kv_end, context_len + last_row / GROUP_SIZE + 1u);
 {% endif %}
@@ -44,83 +87,99 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     let first_pos = context_len + row_start / GROUP_SIZE;
     kv_begin = max(kv_begin, first_pos + 1u - min(first_pos + 1u, params.window));
 {% endif %}
+    kv_end = select(0u, kv_end, kv_begin < kv_end);  // no iteration for an empty range
 
+    // This lane's rows; those beyond the tile repeat its last one and are not stored.
 {% for r in range(rows) %}
-    let row{{ r }} = min(row_start + {{ r * lanes }}u + lane, last_row);
+    let row{{ r }} = min(row_start + {{ plus(r * lanes) }}lane, last_row);
     let pos{{ r }} = context_len + row{{ r }} / GROUP_SIZE;
-    let head{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+    let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+{% if alibi or sinks %}
+    let head_param{{ r }} = params.head_offset + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+{% endif %}
+{% if alibi %}
+    let slope{{ r }} = bitcast<f32>(plan[head_param{{ r }}]);
+{% endif %}
+{% if mask %}
+    let mask_row{{ r }} = plan[item + 8u] + row{{ r }} / GROUP_SIZE * plan[item + 9u];
+{% endif %}
+    var max{{ r }} = MAX_FLOOR;
+    var sum{{ r }} = 0.0;
 {% for e in range(vecs) %}
     var q{{ r }}_{{ e }} = vec4<f32>();
     var o{{ r }}_{{ e }} = vec4<f32>();
 {% endfor %}
-    var m{{ r }} = MAX_FLOOR;
-    var l{{ r }} = 0.0;
-{% if alibi %}
-    let slope{{ r }} = bitcast<f32>(plan[params.head_offset + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE]);
-{% endif %}
-{% if mask %}
-    let mask{{ r }} = mask_offset + row{{ r }} / GROUP_SIZE * mask_stride;
-{% endif %}
 {% endfor %}
 
-    let head_vecs = select(HEAD_VECS, 0u, num_rows == 0u);
-    for (var e = 0u; e < head_vecs; e++) {
+    // A load or store compiles to much code, and registers can't be indexed: so one load per row in a loop that shifts the registers.
+    // (The bound hides its value, or the compiler would unroll the loop.)
+    let row_vecs = select(ROW_VECS, 0u, query_len == 0u);
+    for (var e = 0u; e < row_vecs; e++) {
 {% for r in range(rows) %}
 {% for e in range(vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
-        q{{ r }}_{{ vecs - 1 }} = q[head{{ r }} * HEAD_VECS + e] * params.qk_scale;
+        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * ROW_VECS + e] * params.qk_scale;
 {% endfor %}
     }
-{% set lookups = 1 if block_size % step == 0 else step %}
-    for (var base = kv_begin - kv_begin % STEP; base < kv_end; base += STEP) {
-        var block_row = 0u;
+
+{% if subgroups %}
+    // What this lane loads of the K and V rows of a step: which key, and which part of its row, in each round of loads.
+{% for x, loads in [("k", k_loads), ("v", v_loads)] %}
+{% for j in range((step * loads + lanes - 1) // lanes) %}
+    let {{ x }}_key{{ j }} = min(({{ plus(j * lanes) }}lane) / {{ loads }}u, STEP - 1u);
+    let {{ x }}_part{{ j }} = ({{ plus(j * lanes) }}lane) % {{ loads }}u;
+{% endfor %}
+{% endfor %}
+
+{% endif %}
+    for (var base = kv_begin{% if step > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
+        // Cache rows of the keys. Keys outside the range are read as their nearest neighbour inside and get weight zero.
+{% if not subgroups %}
+        let block_row = cache_row(table_offset, kv_head, base);
+{% else %}
+        var looked_up = 0u;
         if lane < {{ lookups }}u {
-            block_row = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
+            looked_up = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
         }
-{% if lookups == 1 %}
-        block_row = subgroupBroadcast(block_row, 0u);
+{% if lookups < step %}
+        let block_row = subgroupBroadcast(looked_up, 0u);
         let first_key = clamp(base, kv_begin, kv_end - 1u);
 {% endif %}
-{% macro load(name, type, row_elems, elems, rounds, vecs, format) %}
-{% for j in range(rounds) %}
-        let {{ name }}_elem{{ j }} = {% if j * lanes + lanes > elems %}min(lane + {{ j * lanes }}u, {{ elems - 1 }}u){% else %}lane + {{ j * lanes }}u{% endif %};
-{% if lookups == 1 %}
-        let {{ name }}_row{{ j }} = block_row + clamp(base + {{ name }}_elem{{ j }} / {{ row_elems }}u, kv_begin, kv_end - 1u) - first_key;
-{% else %}
-        let {{ name }}_row{{ j }} = subgroupShuffle(block_row, {{ name }}_elem{{ j }} / {{ row_elems }}u);
 {% endif %}
-        let {{ name }}_x{{ j }} = {{ name }}_cache[{{ name }}_row{{ j }} * {{ row_elems }}u + {{ name }}_elem{{ j }} % {{ row_elems }}u];
-{% for i in range(vecs) %}
-        let {{ name }}{{ j }}_{{ i }} = {{ kv.widen(format, type, name ~ "_x" ~ j, i) }};
-{% endfor %}
-{% endfor %}
-{% endmacro %}
-{{ load("k", kv.k_type, head_dim // kv.k_width, k_elems, k_rounds, k_vecs, k_format) }}
+
+        // Scores.
+{% if subgroups %}
+{{ load_rows("k", "k_cache", kv.k_type, k_format, k_loads, k_vecs) }}
+{%- endif %}
 {% for r in range(rows) %}{% for t in range(step) %}
-        var z{{ r }}_{{ t }} = 0.0;
+        var s{{ r }}_{{ t }} = 0.0;
 {% endfor %}{% endfor %}
-{% for rb in range(0, rows, row_block) %}
-{% for e in range(head_dim // kv.k_width) %}{% for i in range(k_vecs) %}{% for c in "xyzw" %}
+{% for first in range(0, rows, row_block) %}
+{% for e in range(vecs) %}
         {
 {% for t in range(step) %}
-{% set at = t * (head_dim // kv.k_width) + e %}
-            let b{{ t }} = subgroupBroadcast(k{{ at // lanes }}_{{ i }}.{{ c }}, {{ at % lanes }}u);
+            let k_{{ t }} = {{ all_lanes("k", t, e, k_format, k_loads, k_vecs) }};
+{% for r in range(first, [first + row_block, rows] | min) %}
+            s{{ r }}_{{ t }} += dot(q{{ r }}_{{ e }}, k_{{ t }});
 {% endfor %}
-{% for r in range(rb, [rb + row_block, rows] | min) %}{% for t in range(step) %}
-            z{{ r }}_{{ t }} = fma(q{{ r }}_{{ e * k_vecs + i }}.{{ c }}, b{{ t }}, z{{ r }}_{{ t }});
-{% endfor %}{% endfor %}
+{% endfor %}
         }
-{% endfor %}{% endfor %}{% endfor %}
 {% endfor %}
+{% endfor %}
+
+        // Weights: one running max and one rescaling per row and step.
 {% for t in range(step) %}
-        let key{{ t }} = base + {{ t }}u;
-        let inside{{ t }} = key{{ t }} - kv_begin < kv_end - kv_begin;
+        let key{{ t }} = {{ plus(t) }}base;
+        let in_range{{ t }} = key{{ t }} - kv_begin < kv_end - kv_begin;
 {% endfor %}
 {% for r in range(rows) %}
+        var new_max{{ r }} = max{{ r }};
 {% for t in range(step) %}
-        let visible{{ r }}_{{ t }} = inside{{ t }}{% if causal %} && key{{ t }} <= pos{{ r }}{% endif %}{% if window %} && key{{ t }} + params.window > pos{{ r }}{% endif %};
-        var s{{ r }}_{{ t }} = z{{ r }}_{{ t }};
+        let visible{{ r }}_{{ t }} = in_range{{ t }}
+            {%- if causal %} && key{{ t }} <= pos{{ r }}{% endif %}
+            {%- if window %} && key{{ t }} + params.window > pos{{ r }}{% endif %}
+            {%- if mask %} && (plan[mask_row{{ r }} + min(key{{ t }}, kv_end - 1u) / 32u] >> (key{{ t }} % 32u) & 1u) != 0u{% endif %};
 {% if softcap %}
         s{{ r }}_{{ t }} = params.softcap_log2e * tanh(clamp(s{{ r }}_{{ t }}, -10.0, 10.0));
 {% endif %}
@@ -128,65 +187,70 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         s{{ r }}_{{ t }} += slope{{ r }} * (f32(key{{ t }}) - f32(pos{{ r }}));
 {% endif %}
         s{{ r }}_{{ t }} = select(MAX_FLOOR, s{{ r }}_{{ t }}, visible{{ r }}_{{ t }});
+        new_max{{ r }} = max(new_max{{ r }}, s{{ r }}_{{ t }});
 {% endfor %}
-        let m_new{{ r }} = max(m{{ r }}, {% for t in range(step) %}{% if not loop.last %}max({% endif %}s{{ r }}_{{ t }}{% if not loop.last %}, {% endif %}{% endfor %}{{ ")" * step }};
-        let c{{ r }} = exp2(m{{ r }} - m_new{{ r }});
-        m{{ r }} = m_new{{ r }};
-        l{{ r }} *= c{{ r }};
+        let scale{{ r }} = exp2(max{{ r }} - new_max{{ r }});
+        max{{ r }} = new_max{{ r }};
+        sum{{ r }} *= scale{{ r }};
 {% for t in range(step) %}
-        let p{{ r }}_{{ t }} = select(0.0, exp2(s{{ r }}_{{ t }} - m_new{{ r }}), visible{{ r }}_{{ t }});
-        l{{ r }} += p{{ r }}_{{ t }};
+        let p{{ r }}_{{ t }} = select(0.0, exp2(s{{ r }}_{{ t }} - new_max{{ r }}), visible{{ r }}_{{ t }});
+        sum{{ r }} += p{{ r }}_{{ t }};
 {% endfor %}
 {% endfor %}
-{{ load("v", kv.v_type, head_dim // kv.v_width, v_elems, v_rounds, v_vecs, v_format) }}
-{% for rb in range(0, rows, row_block) %}
-{% for e in range(head_dim // kv.v_width) %}{% for i in range(v_vecs) %}{% for c in "xyzw" %}
+
+        // Weighted sum of values.
+{% if subgroups %}
+{{ load_rows("v", "v_cache", kv.v_type, v_format, v_loads, v_vecs) }}
+{%- endif %}
+{% for first in range(0, rows, row_block) %}
+{% for e in range(vecs) %}
         {
 {% for t in range(step) %}
-{% set at = t * (head_dim // kv.v_width) + e %}
-            let b{{ t }} = subgroupBroadcast(v{{ at // lanes }}_{{ i }}.{{ c }}, {{ at % lanes }}u);
+            let v_{{ t }} = {{ all_lanes("v", t, e, v_format, v_loads, v_vecs) }};
 {% endfor %}
-{% for r in range(rb, [rb + row_block, rows] | min) %}
-            o{{ r }}_{{ e * v_vecs + i }}.{{ c }} = {% for t in range(step) %}fma(p{{ r }}_{{ step - 1 - t }}, b{{ step - 1 - t }}, {% endfor %}o{{ r }}_{{ e * v_vecs + i }}.{{ c }} * c{{ r }}{{ ")" * step }};
+{% for r in range(first, [first + row_block, rows] | min) %}
+            o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
 {% endfor %}
         }
-{% endfor %}{% endfor %}{% endfor %}
+{% endfor %}
 {% endfor %}
     }
 
-    let direct = part_row == 0xffffffffu;
+    // Partial states go out as they are, whole rows are divided by their sums.
 {% for r in range(rows) %}
-    let live{{ r }} = row_start + {{ r * lanes }}u + lane <= last_row;
-    let at{{ r }} = (part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VECS + 1u);
+    let live{{ r }} = row_start + {{ plus(r * lanes) }}lane <= last_row;
+    let part{{ r }} = (part_row + kv_head * num_rows + row{{ r }}) * (ROW_VECS + 1u);
     var scale{{ r }} = 1.0;
-    if direct {
+    if part_row == DIRECT {
 {% if sinks %}
-        let sink = bitcast<f32>(plan[params.head_offset + NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE]);
-        let m_all = max(m{{ r }}, sink);
-        scale{{ r }} = exp2(m{{ r }} - m_all);
-        l{{ r }} = l{{ r }} * scale{{ r }} + exp2(sink - m_all);
-        m{{ r }} = m_all;
+        let sink = bitcast<f32>(plan[head_param{{ r }} + NUM_Q_HEADS]);
+        let max_with_sink = max(max{{ r }}, sink);
+        scale{{ r }} = exp2(max{{ r }} - max_with_sink);
+        sum{{ r }} = sum{{ r }} * scale{{ r }} + exp2(sink - max_with_sink);
+        max{{ r }} = max_with_sink;
 {% endif %}
-        scale{{ r }} = select(scale{{ r }} / l{{ r }}, 0.0, l{{ r }} == 0.0);
+        scale{{ r }} = select(scale{{ r }} / sum{{ r }}, 0.0, sum{{ r }} == 0.0);
 {% if lse %}
         if live{{ r }} {
-            var bits = 0xff800000u;
-            if l{{ r }} != 0.0 { bits = bitcast<u32>((m{{ r }} + log2(l{{ r }})) * 0.6931471805599453); }
-            lse[head{{ r }}] = bitcast<f32>(bits);
+            var lse_bits = 0xff800000u;  // -infinity
+            if sum{{ r }} != 0.0 {
+                lse_bits = bitcast<u32>((max{{ r }} + log2(sum{{ r }})) * LN_2);
+            }
+            lse[q_row{{ r }}] = bitcast<f32>(lse_bits);
         }
 {% endif %}
     } else if live{{ r }} {
-        partials[at{{ r }} + HEAD_VECS] = vec4<f32>(m{{ r }}, l{{ r }}, 0.0, 0.0);
+        partials[part{{ r }} + ROW_VECS] = vec4<f32>(max{{ r }}, sum{{ r }}, 0.0, 0.0);
     }
 {% endfor %}
-    for (var e = 0u; e < head_vecs; e++) {
+    for (var e = 0u; e < row_vecs; e++) {
 {% for r in range(rows) %}
         if live{{ r }} {
             let result = o{{ r }}_0 * scale{{ r }};
-            if direct {
-                out[head{{ r }} * HEAD_VECS + e] = result;
+            if part_row == DIRECT {
+                out[q_row{{ r }} * ROW_VECS + e] = result;
             } else {
-                partials[at{{ r }} + e] = result;
+                partials[part{{ r }} + e] = result;
             }
         }
 {% for e in range(vecs - 1) %}

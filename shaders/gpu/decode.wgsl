@@ -1,4 +1,4 @@
-{% from "shared/gpu_kv.wgsl" import kv_element, kv_wide_dims %}
+{% from "shared/gpu_kv.wgsl" import kv_element %}
 {# ---- How the work is cut; Rust chooses workgroup_size and tile_kv (multiple of 4). ---- #}
 {% set k_dims = 8 if k_format == "f16" else 4 %}
 {# 8 dims per invocation double its sums: with many heads, V is read in narrower elements. #}
@@ -37,9 +37,11 @@
 //   - values: V_ROW neighbouring invocations per stream read its values side by side.
 // K of the next tile is on its way during softmax and values, V of this tile during scores, and the
 // block table is read a further tile ahead. Two barriers a tile.
+{% if subgroups %}
+// Lanes of a key are neighbours by local_invocation_index, and so in their subgroup.
+{% endif %}
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV)
-//     + GROUP_SIZE * CHUNKS * LANES * K_DIMS / 4 / WORKGROUP_SIZE + HEAD_VEC4S + 2 * STREAMS + 8
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV), and at most 300 to begin and end.
 
 {{ kv_element("k", k_format, k_dims) }}
 {{ kv_element("v", v_format, v_dims) }}
@@ -90,15 +92,15 @@ fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32) ->
 
 @compute @workgroup_size({{ workgroup_size }})
 fn decode(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(workgroup_id) workgroup_id: vec3<u32>,
     @builtin(local_invocation_index) local_idx: u32,
 ) {
-    let item_idx = workgroup.x + workgroup.z * params.grid_x;
+    let item_idx = workgroup_id.x + workgroup_id.z * params.grid_x;
     if (item_idx >= params.num_items) {
         return;
     }
     let item = read_item(item_idx);
-    let kv_head = workgroup.y;
+    let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
 
     // Scores: this invocation's keys of a tile are key_slot + i * KEY_SLOTS.
@@ -149,7 +151,7 @@ fn decode(
 {% for i in range(keys_per_lane) %}
         next_entry_{{ i }} = table_entry(item, min(item.kv_begin + key_slot + {{ i }}u * KEY_SLOTS, last_key));
 {% endfor %}
-{{ load_keys("item.kv_begin") }}
+{{ load_keys("item.kv_begin")|trim("\n") }}
     }
 
     var logit_max = LOGIT_FLOOR;
@@ -199,7 +201,7 @@ fn decode(
             score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ step }}u);
 {% endfor %}
 {% endfor %}
-            let logit = (lane / BUTTERFLY) * GROUP_SIZE * LOGITS_ROW + key_slot + {{ i }}u * KEY_SLOTS;
+            let logit = lane / BUTTERFLY * GROUP_SIZE * LOGITS_ROW + key_slot + {{ i }}u * KEY_SLOTS;
             {{ "if (key_slot < TILE_KV) " if key_slots > tile_kv }}{
 {% if butterfly == 1 %}
 {% for h in range(group_size) %}
@@ -221,7 +223,7 @@ fn decode(
 
         // Keys of the next tile: on their way until its scores.
         if (item.kv_end - tile_begin > TILE_KV) {
-{{ load_keys("tile_begin + TILE_KV") }}
+{{ load_keys("tile_begin + TILE_KV")|trim("\n")|indent(4, true) }}
         }
 
         // Softmax.

@@ -44,6 +44,9 @@
 //   - scores: Q and K pass through workgroup memory CHUNK vec4s of the head at a time;
 //   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
 //   - values: V passes through workgroup memory V_KEYS keys at a time.
+{% if subgroups %}
+// Lanes of a row are neighbours by local_invocation_index, and so in their subgroup.
+{% endif %}
 // While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS)
@@ -173,15 +176,15 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
 {% endmacro %}
 @compute @workgroup_size({{ workgroup_size }})
 fn prefill(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(workgroup_id) workgroup_id: vec3<u32>,
     @builtin(local_invocation_index) local_idx: u32,
 ) {
-    let item_idx = workgroup.x + workgroup.z * params.grid_x;
+    let item_idx = workgroup_id.x + workgroup_id.z * params.grid_x;
     if (item_idx >= params.num_items) {
         return;
     }
     let item = read_item(item_idx);
-    let kv_head = workgroup.y;
+    let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
     let num_rows = item.query_len * GROUP_SIZE;
     let lane = local_idx % LANES;
@@ -208,7 +211,6 @@ fn prefill(
 
     // The rows of this invocation.
     let first_row = item.row_start + row_set * ROWS;
-    let query = item.context_len + vec4<u32>(first_row, first_row + 1u, first_row + 2u, first_row + 3u) / GROUP_SIZE;
     var slope = vec4<f32>(0.0);
     if (ALIBI) {
         slope = vec4<f32>({% for r in range(4) %}head_slope(first_head + (first_row + {{ r }}u) % GROUP_SIZE){{ ", " if not loop.last }}{% endfor %});
@@ -248,15 +250,15 @@ fn prefill(
         let k_at_{{ n }} = rows[tile_rows + k_key_{{ n }}] * K_ROW;
 {% endfor %}
         {
-{{ load_chunk("0u") }}
-{{ store_chunk("0u") }}
+{{ load_chunk("0u")|trim("\n") }}
+{{ store_chunk("0u")|trim("\n") }}
         }
         workgroupBarrier();
         var buffer = 0u;
         for (var d = 0u; d < NUM_CHUNKS * CHUNK; d += CHUNK) {
             let has_next = d + CHUNK < NUM_CHUNKS * CHUNK;
             if (has_next) {
-{{ load_chunk("d + CHUNK") }}
+{{ load_chunk("d + CHUNK")|trim("\n")|indent(4, true) }}
             }
 {% for i in range(chunk) %}
             {
@@ -273,13 +275,17 @@ fn prefill(
 {% endfor %}
             buffer = SCORE_LEN - buffer;
             if (has_next) {
-{{ store_chunk("buffer") }}
+{{ store_chunk("buffer")|trim("\n")|indent(4, true) }}
             }
             workgroupBarrier();
         }
 
         // Softmax. The first values are on their way meanwhile.
-{{ load_values("0u") }}
+        {
+{{ load_values("0u")|trim("\n") }}
+        }
+        // Computed here rather than once: it would hold registers during the products.
+        let query = item.context_len + vec4<u32>(first_row, first_row + 1u, first_row + 2u, first_row + 3u) / GROUP_SIZE;
 {% for j in range(keys_per_lane) %}
         let key_{{ j }} = tile_begin + lane + {{ j * lanes }}u;
         var logits_{{ j }} = logits_of(score_{{ j }} * params.qk_scale, f32(key_{{ j }}) - vec4<f32>(query), slope);
@@ -303,7 +309,7 @@ fn prefill(
 {% for j in range(1, keys_per_lane) %}
         tile_max = max(tile_max, logits_{{ j }});
 {% endfor %}
-{{ combine_lanes("tile_max", "max") }}
+{{ combine_lanes("tile_max", "max")|trim("\n") }}
         let new_max = max(logit_max, tile_max);
         let factor = exp2(logit_max - new_max);
         logit_max = new_max;
@@ -327,14 +333,14 @@ fn prefill(
 
         // Values.
         {
-{{ store_values("V_TILE") }}
+{{ store_values("V_TILE")|trim("\n") }}
         }
         workgroupBarrier();
         buffer = 0u;
         for (var first_key = 0u; first_key < TILE_KV; first_key += V_KEYS) {
             let has_next = first_key + V_KEYS < TILE_KV;
             if (has_next) {
-{{ load_values("first_key + V_KEYS") }}
+{{ load_values("first_key + V_KEYS")|trim("\n")|indent(4, true) }}
             }
 {% for e in range(v_keys) %}
             {
@@ -354,14 +360,14 @@ fn prefill(
 {% endfor %}
             buffer = VALUE_LEN - buffer;
             if (has_next) {
-{{ store_values("V_TILE + buffer") }}
+{{ store_values("V_TILE + buffer")|trim("\n")|indent(4, true) }}
             }
             workgroupBarrier();
         }
         tile_rows = next_rows;
     }
 
-{{ combine_lanes("p_sum", "sum") }}
+{{ combine_lanes("p_sum", "sum")|trim("\n")|replace("        ", "    ") }}
 {% for r in range(4) %}
     if (first_row + {{ r }}u < num_rows && row_set * ROWS + {{ r }}u < TILE_Q) {
         let row = first_row + {{ r }}u;

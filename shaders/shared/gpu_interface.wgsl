@@ -25,20 +25,7 @@ const LOGIT_FLOOR: f32 = -1e30;
 const NOT_SPLIT: u32 = 0xffffffffu;
 const ITEM_WORDS: u32 = 12u;
 
-struct Params {
-    items_offset: u32,  // word of the first work item in plan
-    num_items: u32,
-    grid_x: u32,        // item_idx = workgroup_id.x + workgroup_id.z * grid_x
-    head_offset: u32,   // word in plan: NUM_Q_HEADS ALiBi slopes, then NUM_Q_HEADS sinks, both times log2(e)
-    qk_scale: f32,      // takes q . k to log2 units; with a soft cap to units of the cap
-    softcap_log2e: f32,
-    window: u32,        // newest visible keys, the query's own position included
-    num_blocks: u32,    // of the pool
-    mask_stride: u32,
-    pad0: u32,
-    pad1: u32,
-    pad2: u32,
-}
+{% include "shared/attend_params.wgsl" %}
 
 // [num_tokens, num_q_heads, head_dim/4]
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -52,7 +39,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
 // [partial rows, head_dim/4 + 1]: sum of p * v, then (max, sum of p, 0, 0)
 @group(0) @binding(5) var<storage, read_write> partials: array<vec4<f32>>;
-@group(0) @binding(6) var<uniform> params: Params;
+@group(0) @binding(6) var<uniform> params: AttendParams;
 {% if lse %}
 // [num_tokens, num_q_heads]
 @group(0) @binding(7) var<storage, read_write> lse: array<f32>;

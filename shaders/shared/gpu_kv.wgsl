@@ -3,9 +3,6 @@
   elements of up to 16 bytes; every element holds whole vec4s of dims. A new format is a new branch here.
 #}
 
-{# Dims in the widest element (16 bytes) of a format. #}
-{% macro kv_wide_dims(format) %}{% if format == "f16" %}8{% else %}4{% endif %}{% endmacro %}
-
 {#
   An element type of `dims` dims for the cache `name`, and a function for each vec4 of dims in it:
   {name}_dims_0, {name}_dims_4.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex};
 
 use super::layout::KvCacheConfig;
@@ -10,13 +11,17 @@ use super::table::{BlockTable, Growth};
 use crate::error::{Error, Result};
 use crate::plan::{Batch, BatchEntry};
 
-/// A sequence of a cache. Ids are never used again.
+/// A sequence of a cache. Ids are never used again, and no other cache knows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SequenceId(u64);
+pub struct SequenceId {
+    /// Tells the caches of a process apart.
+    cache: u64,
+    number: u64,
+}
 
 impl fmt::Display for SequenceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sequence #{}", self.0)
+        write!(f, "sequence #{}", self.number)
     }
 }
 
@@ -70,15 +75,17 @@ pub(crate) struct Manager {
     config: KvCacheConfig,
     pool: BlockPool,
     sequences: HashMap<SequenceId, Sequence>,
-    next_id: u64,
+    next_id: SequenceId,
     /// Counts `clear`s: steps of an earlier epoch are void.
     epoch: u64,
 }
 
 impl Manager {
     pub(crate) fn new(config: KvCacheConfig) -> Self {
+        // std's per-map random keys: a number that no other cache has, without a global counter of our own.
+        let next_id = SequenceId { cache: RandomState::new().build_hasher().finish(), number: 0 };
         let pool = BlockPool::new(config.num_blocks);
-        Self { config, pool, sequences: HashMap::new(), next_id: 0, epoch: 0 }
+        Self { config, pool, sequences: HashMap::new(), next_id, epoch: 0 }
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -101,8 +108,8 @@ impl Manager {
     }
 
     fn insert(&mut self, table: BlockTable) -> SequenceId {
-        let id = SequenceId(self.next_id);
-        self.next_id += 1;
+        let id = self.next_id;
+        self.next_id.number += 1;
         self.sequences.insert(id, Sequence { table, in_step: false });
         id
     }
@@ -175,18 +182,23 @@ impl Manager {
         }
 
         // Of several sequences that write into the same shared block, the last one may have it when all others take copies
-        // and nobody else holds it.
-        let mut leaving: HashMap<BlockId, u32> = HashMap::new();
+        // and nobody else holds it. But not if another one's tokens reach further: should this step be submitted and then
+        // dropped, that sequence keeps the block, and its tokens must still be there. Holder count and furthest length:
+        let mut leaving: HashMap<BlockId, (u32, u32)> = HashMap::new();
         let mut growths = Vec::with_capacity(requests.len());
         let mut need = 0_u64;
         for &(id, query_len) in requests {
             let table = &self.sequences[&id].table;
             let last = table.partial_block(block_size);
-            let shared =
-                last.is_some_and(|block| self.pool.ref_count(block) - leaving.get(&block).copied().unwrap_or(0) > 1);
+            let shared = last.is_some_and(|block| {
+                let (count, furthest) = leaving.get(&block).copied().unwrap_or_default();
+                self.pool.ref_count(block) - count > 1 || furthest > table.len()
+            });
             let growth = table.growth(query_len, block_size, shared);
             if let (true, Some(block)) = (growth.copy_last, last) {
-                *leaving.entry(block).or_default() += 1;
+                let (count, furthest) = leaving.entry(block).or_default();
+                *count += 1;
+                *furthest = (*furthest).max(table.len());
             }
             need += u64::from(growth.blocks());
             growths.push(growth);

@@ -28,7 +28,7 @@ use crate::gpu::Gpu;
 use manager::Manager;
 pub(crate) use manager::SharedState;
 use record::CacheKernels;
-pub(crate) use storage::{LayerStorage, layer as layer_storage};
+pub(crate) use storage::{LayerStorage, layer as layer_storage, owns as owns_buffer};
 
 /// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
 ///
@@ -166,7 +166,8 @@ impl KvCache {
     /// # Errors
     /// [`Error::OutOfBlocks`] if the pool has too few free blocks (retry after freeing some);
     /// [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
-    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; [`Error::Wgpu`].
+    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; [`Error::Unsupported`] if the tables don't fit into a binding;
+    /// [`Error::Wgpu`].
     /// In every case nothing has changed.
     pub fn begin_step(&self, batch: &[(SequenceId, u32)]) -> Result<Step> {
         let (reservation, epoch) = {
@@ -195,7 +196,7 @@ impl KvCache {
     /// not matter here, but see [`Committed::recycle`].
     ///
     /// # Errors
-    /// [`Error::StaleStep`] for a step of another cache, or from before [`KvCache::clear`].
+    /// [`Error::StaleStep`] for a step of another cache, or from before [`KvCache::clear`]. The step is dropped, which rolls it back.
     pub fn commit(&self, mut step: Step) -> Result<Committed> {
         step.check_usable(&self.state)?;
         self.state().commit(std::mem::take(&mut step.pending));

@@ -1,6 +1,6 @@
 //! Recording append, copy-on-write and gather.
 
-use super::{KvCache, KvCacheConfig, LayerStorage, SequenceId, Step, layer_storage};
+use super::{KvCache, KvCacheConfig, LayerStorage, SequenceId, Step, layer_storage, owns_buffer};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{AttendFlags, CacheParams, Kernel, Pipeline, Target, Variant, linear_grid};
@@ -130,11 +130,7 @@ impl KvCache {
         let elements = u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim);
         let k = k.into().check(gpu, "k", elements, true)?;
         let v = v.into().check(gpu, "v", elements, true)?;
-        for (argument, range) in [("k", &k), ("v", &v)] {
-            if [&storage.k, &storage.v].contains(&range.buffer()) {
-                return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
-            }
-        }
+        self.check_foreign([("k", &k), ("v", &v)])?;
         let upload = step.upload()?.buffer();
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
@@ -157,6 +153,14 @@ impl KvCache {
         Ok(())
     }
 
+    /// Fails for a buffer of the cache's own: it can't be read and written in one dispatch, and nobody else may write it.
+    fn check_foreign(&self, ranges: [(&'static str, &BufferRef<'_>); 2]) -> Result<()> {
+        match ranges.into_iter().find(|(_, range)| owns_buffer(&self.layers, range.buffer())) {
+            Some((argument, _)) => Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's")),
+            None => Ok(()),
+        }
+    }
+
     fn copy_dispatch(&self, storage: &LayerStorage, upload: &wgpu::Buffer, count: u32) -> Result<Dispatch<'_>> {
         let (x, y) = grid(&self.kernels.copy_blocks, "batch", copy_chunks(&self.config, count))?;
         self.kernels.copy_blocks.dispatch(
@@ -173,6 +177,8 @@ impl KvCache {
 
     /// Records the copy of a sequence's committed rows of one layer into contiguous f32 buffers of the host's,
     /// `[seq_len, num_kv_heads, head_dim]` each. Returns the number of tokens. An empty sequence records nothing.
+    ///
+    /// The ranges need usage `STORAGE` and an aligned offset, may be larger than the rows, and may be of one buffer if they don't overlap.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::Wgpu`].
@@ -194,6 +200,7 @@ impl KvCache {
         let elements = u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim);
         let k_out = k_out.into().check(gpu, "k_out", elements, false)?;
         let v_out = v_out.into().check(gpu, "v_out", elements, false)?;
+        self.check_foreign([("k_out", &k_out), ("v_out", &v_out)])?;
         if k_out.overlaps(&v_out) {
             return Err(Error::argument("v_out", "a range that overlaps k_out", "ranges that don't overlap"));
         }

@@ -63,3 +63,8 @@ pub(crate) fn layer(layers: &[LayerStorage], layer: u32) -> Result<&LayerStorage
         .get(layer as usize)
         .ok_or_else(|| Error::argument("layer", layer, format!("below num_layers, {}", layers.len())))
 }
+
+/// Whether a buffer is one of the cache's own.
+pub(crate) fn owns(layers: &[LayerStorage], buffer: &wgpu::Buffer) -> bool {
+    layers.iter().any(|layer| layer.k == *buffer || layer.v == *buffer)
+}

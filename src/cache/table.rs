@@ -55,7 +55,8 @@ impl BlockTable {
     #[must_use]
     pub fn growth(&self, count: u32, block_size: u32, shared: bool) -> Growth {
         let have = self.blocks.len() as u32;
-        let need = (self.len + count).div_ceil(block_size);
+        // In u64: a length near 2^32 is refused elsewhere, but must not wrap here. The block count fits, whatever the block size.
+        let need = (u64::from(self.len) + u64::from(count)).div_ceil(block_size.into()) as u32;
         let copy_last = shared && count > 0 && self.partial_block(block_size).is_some();
         Growth { copy_last, new_blocks: need - have }
     }

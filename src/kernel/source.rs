@@ -27,6 +27,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "gpu/decode.wgsl",
     "gpu/prefill.wgsl",
     "merge.wgsl",
+    "shared/attend_params.wgsl",
     "shared/cache_params.wgsl",
     "shared/cpu_bindings.wgsl",
     "shared/cpu_kv.wgsl",

@@ -1,41 +1,124 @@
 //! The one table of tile sizes per profile, kernel and shape, and what they cost in workgroup memory.
 
 use super::variant::{Kernel, Variant};
-use crate::gpu::{Gpu, Profile};
+use crate::cache::KvFormat;
+use crate::gpu::{Gpu, Profile, is_cpu_adapter};
 use crate::plan::SplitPolicy;
 
-/// Sets the sizes of a variant from its kernel, target and shape.
+/// Sets the sizes of a variant from its kernel, target and shape. `docs/measurements.md` has the numbers behind the rows.
 pub(crate) fn choose(variant: &mut Variant) {
+    let (head_dim, group_size) = (variant.head_dim, variant.group_size);
     let lanes = cpu_lanes(variant);
-    (variant.workgroup_size, variant.tile_q, variant.tile_kv) = match (variant.kernel, variant.target.profile) {
-        (Kernel::Decode, Profile::Cpu) => (lanes, variant.group_size, 0),
-        (Kernel::Prefill, Profile::Cpu) => (lanes, lanes * if variant.head_dim <= 64 { 4 } else { 2 }, 0),
-        (Kernel::Decode, Profile::Gpu) => (64, variant.group_size, 32),
-        (Kernel::Prefill, Profile::Gpu) => (64, 32, 32),
-        (Kernel::Merge, Profile::Cpu) => (lanes, 0, 0),
-        (Kernel::Merge, Profile::Gpu) => (32, 0, 0),
-        (_, Profile::Cpu) => (lanes, 0, 0),
-        (_, Profile::Gpu) => (64, 0, 0),
+    let both_f16 = variant.k_format == KvFormat::F16 && variant.v_format == KvFormat::F16;
+    (variant.workgroup_size, variant.tile_q, variant.tile_kv) = match (variant.target.profile, variant.kernel) {
+        // Lanes over head_dim; all heads of the group in registers. 0: the kernel's own number of keys per iteration.
+        (Profile::Cpu, Kernel::Decode) => (lanes, group_size, 0),
+        (Profile::Cpu, Kernel::Prefill) => (lanes, cpu_tile_q(variant), 0),
+        // Twice the keys per tile costs a third of the occupancy on RDNA2 for 12 % fewer instructions per key.
+        (Profile::Gpu, Kernel::Decode) if head_dim <= 32 => (128, group_size, 64),
+        (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_f16) => (128, group_size, 32),
+        (Profile::Gpu, Kernel::Decode) => (128, group_size, 16),
+        // The largest tiles that keep 4 waves per SIMD on RDNA2 (112 to 128 VGPR) and stay within 16 KiB.
+        (Profile::Gpu, Kernel::Prefill) if head_dim <= 96 => (128, 64, 32),
+        (Profile::Gpu, Kernel::Prefill) if head_dim <= 192 => (128, 32, 64),
+        (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
+        // A row has at most 64 vec4s.
+        (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
+        (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::Gather) => (64, 0, 0),
+        (Profile::Cpu, Kernel::Append | Kernel::CopyBlocks | Kernel::Gather | Kernel::Merge) => (lanes, 0, 0),
     };
 }
 
+/// Invocations of a CPU kernel: one subgroup. Where subgroups can't be used, 8 invocations fill an AVX2 vector.
 fn cpu_lanes(variant: &Variant) -> u32 {
-    if variant.target.subgroup_size == 0 { 8 } else { variant.target.subgroup_size }
+    if variant.target.subgroups { variant.target.subgroup_size } else { 8 }
 }
 
-/// Bytes of workgroup memory that the kernel's text declares. A test compares it with naga's layout of every variant.
-pub(crate) fn workgroup_bytes(_variant: &Variant) -> u32 {
-    0
+/// Query rows of a prefill tile on a CPU adapter.
+fn cpu_tile_q(variant: &Variant) -> u32 {
+    cpu_lanes(variant) * if variant.head_dim <= 64 { 4 } else { 2 }
+}
+
+/// Bytes of workgroup memory that the kernel's text declares, each variable in whole 16 bytes as WebGPU counts. A test compares it with
+/// naga's layout of every variant.
+pub(crate) fn workgroup_bytes(variant: &Variant) -> u32 {
+    match (variant.target.profile, variant.kernel) {
+        (Profile::Gpu, Kernel::Decode) => gpu_decode_bytes(variant),
+        (Profile::Gpu, Kernel::Prefill) => gpu_prefill_bytes(variant),
+        (Profile::Cpu, Kernel::Decode) if !variant.target.subgroups => {
+            // One partial score per lane and row, and a weight and a scale per row.
+            let partial_scores = variant.tile_q * variant.workgroup_size * 4;
+            partial_scores.next_multiple_of(16) + (variant.tile_q * 8).next_multiple_of(16)
+        }
+        _ => 0,
+    }
+}
+
+/// Elements that an invocation of a GPU kernel takes of a row of this format in 16 bytes.
+fn wide_dims(format: KvFormat) -> u32 {
+    128 / format.element_bits()
+}
+
+/// Neighbouring lanes that share by shuffles: any subgroup has at least 4 invocations.
+fn butterfly(variant: &Variant, lanes: u32) -> u32 {
+    match (variant.target.subgroups, variant.target.subgroup_size) {
+        (false, _) => 1,
+        (true, 0) => lanes.min(4),
+        (true, size) => lanes.min(size),
+    }
+}
+
+/// The arrays of gpu/decode.wgsl, whose head derives these sizes in the same way.
+fn gpu_decode_bytes(variant: &Variant) -> u32 {
+    let (head_dim, group_size, tile_kv) = (variant.head_dim, variant.group_size, variant.tile_kv);
+    let workgroup_size = variant.workgroup_size;
+    let k_dims = wide_dims(variant.k_format);
+    let v_dims = if group_size <= 2 { wide_dims(variant.v_format) } else { 4 };
+    let (k_row, v_row) = (head_dim / k_dims, head_dim / v_dims);
+    let lanes = match k_row {
+        0..2 => 1,
+        2 => 2,
+        _ if k_row < 8 || workgroup_size < 8 * tile_kv => 4,
+        _ => 8,
+    };
+    let parts = lanes / butterfly(variant, lanes);
+    let fit = (workgroup_size / v_row).min(workgroup_size / group_size).min(tile_kv / 4).clamp(1, 32);
+    let streams = 1 << fit.ilog2();
+    let head_sums = streams * head_dim / 4;
+    let q_len = group_size * k_row.div_ceil(lanes) * lanes * k_dims / 4;
+    let merge_heads = group_size.min((q_len / head_sums).max(1));
+    let tile = 16 * q_len.max(merge_heads * head_sums);
+    let logits = 4 * parts * group_size * (tile_kv + 8);
+    let weights = 4 * group_size * tile_kv;
+    let rescale = 4 * streams * group_size;
+    [tile, logits, weights, rescale, 4 * tile_kv].iter().map(|bytes| bytes.next_multiple_of(16)).sum()
+}
+
+/// The arrays of gpu/prefill.wgsl, whose head derives these sizes in the same way.
+fn gpu_prefill_bytes(variant: &Variant) -> u32 {
+    const CHUNK_ROW: u32 = 5;
+    let (tile_q, tile_kv) = (variant.tile_q, variant.tile_kv);
+    let row_sets = tile_q / 4;
+    let lanes = variant.workgroup_size / row_sets;
+    let parts = lanes / butterfly(variant, lanes);
+    let v_keys = if variant.head_dim <= 64 { 8 } else { 4 };
+    let weights = tile_kv * (row_sets + 1);
+    let values = v_keys * variant.head_dim / 4;
+    let scores = 2 * CHUNK_ROW * (tile_q + tile_kv);
+    let combined = if parts > 1 { weights + values + parts * row_sets } else { 0 };
+    16 * scores.max(weights + 2 * values).max(combined) + (8 * tile_kv).next_multiple_of(16)
 }
 
 /// When a sequence's keys are split.
-pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool) -> SplitPolicy {
-    let max_workspace_bytes = (64 << 20).min(gpu.max_storage_bytes());
-    // llvmpipe stops counting an invocation's loop iterations at 65 535, all loops together; the kernels take at most two iterations per key,
-    // plus some per block. The cap is the adapter's, whichever profile runs on it.
-    let max_split_len = if crate::gpu::is_cpu_adapter(gpu.adapter_info()) { 12_288 } else { 1 << 30 };
-    let (target_workgroups, min_split_len, fixed) = match (gpu.profile(), gpu.adapter_info().device_type) {
-        (Profile::Cpu, _) => (8, 1024, 12_288),
+pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool, max_workspace_bytes: u64) -> SplitPolicy {
+    let device_type = gpu.adapter_info().device_type;
+    // llvmpipe stops counting an invocation's loop iterations at 65 535, all loops together. The kernels take at most one iteration per key
+    // (prefill for CPUs adds up to 130 before and after), so half of the cap is safe. It is the adapter's, whichever profile runs on it.
+    let max_split_len = if is_cpu_adapter(gpu.adapter_info()) { 32_768 } else { 1 << 30 };
+    let (target_workgroups, min_split_len, fixed_split_len) = match (gpu.profile(), device_type) {
+        // A workgroup runs on one core from start to end, so a few per core are enough; 64 splits cost 25 % where 8 fill two cores.
+        (Profile::Cpu, _) => (8, 1024, 4096),
+        // Some hundred compute units with several workgroups each, against a handful of them.
         (Profile::Gpu, wgpu::DeviceType::DiscreteGpu) => (1024, 256, 1024),
         (Profile::Gpu, _) => (256, 256, 1024),
     };
@@ -43,7 +126,7 @@ pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool) -> SplitPolicy {
         target_workgroups,
         min_split_len,
         max_split_len,
-        fixed_split_len: deterministic.then_some(fixed),
-        max_workspace_bytes,
+        fixed_split_len: deterministic.then_some(fixed_split_len),
+        max_workspace_bytes: max_workspace_bytes.min(gpu.max_storage_bytes()),
     }
 }

@@ -119,6 +119,10 @@ pub struct Variant {
 /// groups go to the prefill kernel, whose rows are (token, head in group) and which reads each K and V element once for all of them.
 pub const MAX_DECODE_GROUP: u32 = 8;
 
+/// Subgroup sizes that the CPU kernels are written for: 4 (SSE, NEON), 8 (AVX2), 16 (AVX-512) lanes of f32. With any other size, or a size that
+/// varies, they share through workgroup memory instead.
+const CPU_SUBGROUP_SIZES: [u32; 3] = [4, 8, 16];
+
 impl Variant {
     /// A kernel for a cache, with the sizes that suit the target; see [`super::tuning`].
     #[must_use]
@@ -137,6 +141,9 @@ impl Variant {
             tile_q: 0,
             tile_kv: 0,
         };
+        if target.profile == Profile::Cpu && !CPU_SUBGROUP_SIZES.contains(&target.subgroup_size) {
+            (variant.target.subgroups, variant.target.subgroup_size) = (false, 0);
+        }
         super::tuning::choose(&mut variant);
         variant
     }

@@ -133,13 +133,17 @@ impl PlanShape {
         self.has_decode && entry.query_len == 1
     }
 
+    /// Rows of a tile of a sequence: all that there are, or as many as a prefill workgroup has.
+    fn tile_rows(&self, entry: &BatchEntry) -> u32 {
+        if self.uses_decode(entry) { self.group_size } else { self.tile_q }
+    }
+
     /// Tiles of a sequence, the one with the most keys first: long workgroups that start last would run alone at the end.
-    fn tiles(&self, entry: &BatchEntry) -> impl Iterator<Item = Tile> + Clone {
+    fn tiles(&self, entry: &BatchEntry, tile_rows: u32) -> impl Iterator<Item = Tile> + Clone {
         let (shape, entry) = (*self, entry.clone());
         let rows = entry.query_len * self.group_size;
-        let tile_q = if self.uses_decode(&entry) { rows } else { self.tile_q };
-        (0..rows.div_ceil(tile_q)).rev().map(move |tile| {
-            let (row_start, row_end) = (tile * tile_q, ((tile + 1) * tile_q).min(rows));
+        (0..rows.div_ceil(tile_rows)).rev().map(move |tile| {
+            let (row_start, row_end) = (tile * tile_rows, ((tile + 1) * tile_rows).min(rows));
             Tile { row_start, keys: shape.visible(&entry, row_start, row_end) }
         })
     }
@@ -174,7 +178,7 @@ impl StepPlan {
         mask_offsets: &[u32],
     ) -> Self {
         let split_len = policy.split_len(
-            batch.entries.iter().flat_map(|e| shape.tiles(e)).map(|t| t.keys.1 - t.keys.0),
+            batch.entries.iter().flat_map(|e| shape.tiles(e, shape.tile_rows(e))).map(|t| t.keys.1 - t.keys.0),
             shape.num_kv_heads,
         );
         let mut plan = Self { split_len, ..Self::default() };
@@ -198,7 +202,9 @@ impl StepPlan {
                 ..WorkItem::default()
             };
             let decode = shape.uses_decode(entry);
-            let (begin, end) = key_range(shape.tiles(entry).map(|t| t.keys));
+            // A chunk of one token stays with the kernel of its sequence, and so do the tiles.
+            let tile_rows = shape.tile_rows(entry);
+            let (begin, end) = key_range(shape.tiles(entry, tile_rows).map(|t| t.keys));
             // A single short range needs no merge, wherever it lies; longer ones are cut where the grid says, so that a fixed
             // split length makes each token's sum independent of the tokens beside it.
             let direct = match policy.fixed_split_len {
@@ -207,7 +213,7 @@ impl StepPlan {
             };
             if direct {
                 let list = if decode { &mut plan.decode } else { &mut plan.prefill };
-                list.extend(shape.tiles(entry).map(|t| WorkItem {
+                list.extend(shape.tiles(entry, tile_rows).map(|t| WorkItem {
                     row_start: t.row_start,
                     kv_begin: t.keys.0,
                     kv_end: t.keys.1,
@@ -229,7 +235,7 @@ impl StepPlan {
                 };
                 // Without a causal mask every query sees the keys behind its chunk as well.
                 let keys = |t: Tile| if shape.causal { t.keys } else { (t.keys.0, end) };
-                let (begin, end) = key_range(shape.tiles(&chunk).map(keys));
+                let (begin, end) = key_range(shape.tiles(&chunk, tile_rows).map(keys));
                 let (first, last) = (begin / split_len, (end - 1) / split_len);
                 let num_splits = last - first + 1;
                 let rows = chunk.query_len * shape.group_size;
@@ -249,7 +255,7 @@ impl StepPlan {
                     ..base
                 };
                 let list = if decode { &mut plan.decode } else { &mut plan.prefill };
-                for tile in shape.tiles(&chunk) {
+                for tile in shape.tiles(&chunk, tile_rows) {
                     let (tile_begin, tile_end) = keys(tile);
                     list.extend((0..num_splits).map(|split| {
                         let grid = (first + split) * split_len;

@@ -11,7 +11,7 @@ pub struct SplitPolicy {
     pub target_workgroups: u32,
     /// A range shorter than this costs more in partial states and merging than it gains.
     pub min_split_len: u32,
-    /// Most keys that one workgroup may walk over; see the loop budget in the kernels.
+    /// Most keys that one workgroup may walk over; see the loop budget in the kernels. At least [`SPLIT_GRANULE`].
     pub max_split_len: u32,
     /// Always use this split length: results then don't depend on what else is in the batch.
     pub fixed_split_len: Option<u32>,

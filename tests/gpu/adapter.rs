@@ -34,7 +34,7 @@ pub(crate) const CPU_PLAIN: Open =
     Open { without: wgpu::Features::SUBGROUP.union(wgpu::Features::SHADER_INT64), ..CPU };
 
 /// Every family of kernels.
-pub(crate) const ALL: [Open; 4] = [CPU, CPU_NO_INT64, GPU, GPU_PLAIN];
+pub(crate) const ALL: [Open; 5] = [CPU, CPU_NO_INT64, CPU_PLAIN, GPU, GPU_PLAIN];
 
 static OPENED: LazyLock<Mutex<HashMap<Open, Gpu>>> = LazyLock::new(Mutex::default);
 
@@ -63,4 +63,12 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
             None
         }
     }
+}
+
+/// The adapter under test itself, for tests that open a device in their own way.
+pub(crate) fn raw() -> Option<wgpu::Adapter> {
+    let gpu = open(DEFAULT)?;
+    let info = gpu.adapter_info();
+    let adapters = wgpu::Instance::default().enumerate_adapters(info.backend.into());
+    futures::executor::block_on(adapters).into_iter().find(|adapter| adapter.get_info().name == info.name)
 }

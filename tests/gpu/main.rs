@@ -6,6 +6,15 @@
     reason = "a test may fail and may say why it was skipped"
 )]
 
+#[path = "../common/mod.rs"]
+mod common;
+
 mod adapter;
 mod attend;
+mod bad_input;
+mod cache;
 mod case;
+mod isolation;
+mod model_based;
+mod steady_state;
+mod tokens;

@@ -1,0 +1,272 @@
+//! Decode and prefill against plain read and multiply-add loops, on one adapter and in one run.
+//!
+//! `cargo bench --bench attention [-- FILTER] [-- --quick]`; `FOLIO_ADAPTER` names the adapter, `FOLIO_PROFILE=gpu|cpu` forces a kernel family.
+//!
+//! Every iteration times one attention call, by GPU timestamps where they make sense and by the wall clock (encode, submit and wait) elsewhere,
+//! and after it, untimed by criterion, the plain loop. The table at the end compares their medians: whatever else slows the machine down meets
+//! both alike.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::panic,
+    reason = "a benchmark prints what it measured, and stops where it can't"
+)]
+
+mod support {
+    pub(crate) mod adapter;
+    pub(crate) mod limits;
+    pub(crate) mod timer;
+}
+
+use std::time::Duration;
+
+use criterion::{Criterion, SamplingMode, Throughput};
+use fastrand::Rng;
+use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
+use folio::{Attention, AttentionConfig, AttentionPlan, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step, wgpu};
+
+use support::limits::{Loop, multiply_add_loop, read_loop};
+use support::timer::{Sample, Timer, median};
+use support::{adapter, timer};
+
+/// A batch of equal sequences.
+#[derive(Clone, Copy)]
+struct Shape {
+    id: &'static str,
+    batch: u32,
+    /// New tokens of a sequence: 1 is decode.
+    query_len: u32,
+    /// Keys of a sequence, those of the new tokens included.
+    seq_len: u32,
+    num_q_heads: u32,
+    num_kv_heads: u32,
+    head_dim: u32,
+}
+
+const SHAPES: [Shape; 6] = [
+    Shape { id: "D1", batch: 8, query_len: 1, seq_len: 2048, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 },
+    Shape { id: "D2", batch: 1, query_len: 1, seq_len: 8192, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 },
+    // Shapes for which ONNX Runtime (O1) and ggml (G1) publish figures.
+    Shape { id: "O1", batch: 2, query_len: 1, seq_len: 2048, num_q_heads: 32, num_kv_heads: 4, head_dim: 128 },
+    Shape { id: "G1", batch: 1, query_len: 1, seq_len: 7680, num_q_heads: 64, num_kv_heads: 8, head_dim: 64 },
+    Shape { id: "P1", batch: 1, query_len: 1024, seq_len: 1024, num_q_heads: 16, num_kv_heads: 16, head_dim: 64 },
+    Shape { id: "P2", batch: 1, query_len: 512, seq_len: 2048, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 },
+];
+
+const BLOCK_SIZE: u32 = 16;
+
+impl Shape {
+    fn is_decode(&self) -> bool {
+        self.query_len == 1
+    }
+
+    /// Bytes of all keys, which are also those of all values.
+    fn side_bytes(&self, format: KvFormat) -> u64 {
+        let elements = u64::from(self.batch * self.seq_len) * u64::from(self.num_kv_heads * self.head_dim);
+        elements * u64::from(format.element_bits()) / 8
+    }
+
+    /// Two multiply-adds per visible (query, key) pair, head and element.
+    fn flop(&self) -> u64 {
+        let (queries, keys) = (u64::from(self.query_len), u64::from(self.seq_len));
+        let pairs = queries * (keys - queries) + queries * (queries + 1) / 2;
+        u64::from(self.batch) * pairs * u64::from(self.num_q_heads) * u64::from(self.head_dim) * 4
+    }
+
+    /// What decode is bound by, or prefill: bytes, or floating-point operations.
+    fn work(&self, format: KvFormat) -> u64 {
+        if self.is_decode() { 2 * self.side_bytes(format) } else { self.flop() }
+    }
+
+    fn describe(&self) -> String {
+        let Self { id, batch, query_len, seq_len, num_q_heads, num_kv_heads, head_dim } = self;
+        let batch = if *batch == 1 { String::new() } else { format!("{batch} x ") };
+        format!("{id}  {batch}{query_len} over {seq_len}, {num_q_heads}/{num_kv_heads} heads, d {head_dim}")
+    }
+}
+
+/// A filled cache with a step that is open, planned, and appended.
+struct Prepared {
+    cache: KvCache,
+    attention: Attention,
+    plan: AttentionPlan,
+    q: wgpu::Buffer,
+    out: wgpu::Buffer,
+    /// The plan is good for as long as its step.
+    _step: Step,
+}
+
+impl Prepared {
+    fn new(gpu: &Gpu, shape: &Shape, format: KvFormat) -> folio::Result<Self> {
+        let mut rng = Rng::with_seed(1);
+        let cache = KvCache::new_blocking(
+            gpu,
+            KvCacheConfig {
+                num_layers: 1,
+                num_kv_heads: shape.num_kv_heads,
+                head_dim: shape.head_dim,
+                block_size: BLOCK_SIZE,
+                num_blocks: shape.batch * shape.seq_len.div_ceil(BLOCK_SIZE) + 16,
+                k_format: format,
+                v_format: format,
+            },
+        )?;
+        let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
+        shuffle_blocks(&cache, &mut rng)?;
+
+        let sequences: Vec<_> = (0..shape.batch).map(|_| cache.create_sequence()).collect();
+        let context_len = shape.seq_len - shape.query_len;
+        for begin in (0..context_len).step_by(256) {
+            let step = append(&cache, &sequences, 256.min(context_len - begin), &mut rng)?;
+            cache.commit(step)?.recycle();
+        }
+        let step = append(&cache, &sequences, shape.query_len, &mut rng)?;
+        let plan = attention.plan(&step)?;
+        let elements = step.num_tokens() * shape.num_q_heads * shape.head_dim;
+        let (q, out) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
+        Ok(Self { cache, attention, plan, q, out, _step: step })
+    }
+
+    fn measure(&self, timer: &Timer) -> Sample {
+        timer.measure(|pass| {
+            self.attention.attend(pass, &self.plan, 0, &self.q, &self.out).expect("a valid call");
+        })
+    }
+}
+
+/// Takes all blocks and gives them back in random order.
+fn shuffle_blocks(cache: &KvCache, rng: &mut Rng) -> folio::Result<()> {
+    let mut holders: Vec<_> = (0..cache.config().num_blocks).map(|_| (cache.create_sequence(), BLOCK_SIZE)).collect();
+    let step = cache.begin_step(&holders)?;
+    cache.commit(step)?.recycle();
+    rng.shuffle(&mut holders);
+    holders.into_iter().try_for_each(|(holder, _)| cache.free(holder))
+}
+
+/// Appends random rows to every sequence, and submits. The step stays open.
+fn append(cache: &KvCache, sequences: &[SequenceId], tokens: u32, rng: &mut Rng) -> folio::Result<Step> {
+    let gpu = cache.gpu();
+    let batch: Vec<_> = sequences.iter().map(|&sequence| (sequence, tokens)).collect();
+    let step = cache.begin_step(&batch)?;
+    let elements = step.num_tokens() * cache.config().num_kv_heads * cache.config().head_dim;
+    let (k, v) = (random(gpu, elements, rng), random(gpu, elements, rng));
+    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    cache.append(&mut encoder, &step, 0, &k, &v)?;
+    gpu.queue().submit([encoder.finish()]);
+    Ok(step)
+}
+
+fn random(gpu: &Gpu, elements: u32, rng: &mut Rng) -> wgpu::Buffer {
+    let values: Vec<f32> = (0..elements).map(|_| (rng.f32() - 0.5) * 3.0).collect();
+    gpu.device().create_buffer_init(&BufferInitDescriptor {
+        label: None,
+        contents: bytemuck::cast_slice(&values),
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+    })
+}
+
+/// A line of the table.
+struct Row {
+    shape: Shape,
+    format: KvFormat,
+    samples: Vec<Sample>,
+    limit: Vec<Sample>,
+    limit_work: f64,
+    limit_name: String,
+}
+
+impl Row {
+    fn print(&self) {
+        let time = median(&self.samples, Sample::time);
+        let wall = median(&self.samples, |sample| sample.wall);
+        let rate = self.shape.work(self.format) as f64 / time;
+        let limit = self.limit_work / median(&self.limit, Sample::time);
+        let unit = if self.shape.is_decode() { "GB/s" } else { "GFLOP/s" };
+        println!(
+            "{:<40} {:<4} {:>10.3} {:>10.3} {:>9.1} {:<7} {:>9.1} {:<13} {:>4.0} %",
+            self.shape.describe(),
+            self.format.to_string(),
+            time * 1e3,
+            wall * 1e3,
+            rate / 1e9,
+            unit,
+            limit / 1e9,
+            self.limit_name,
+            100.0 * rate / limit,
+        );
+    }
+}
+
+fn print_table(timer: &Timer, rows: &[Row]) {
+    println!("\nfolio attention on {}, timed by {}", adapter::describe(timer.gpu()), timer.clock());
+    println!(
+        "medians; blocks of {BLOCK_SIZE}, shuffled; rates count the K and V read by decode and the visible pairs of prefill\n"
+    );
+    println!(
+        "{:<40} {:<4} {:>10} {:>10} {:>17} {:>23} {:>6}",
+        "new tokens over keys", "KV", "time ms", "wall ms", "rate", "plain loop", "of it"
+    );
+    rows.iter().for_each(Row::print);
+}
+
+/// Times a shape, each iteration followed by one of the loop. `None` if the command line leaves it out.
+fn bench(
+    criterion: &mut Criterion,
+    timer: &Timer,
+    multiply_adds: &Loop,
+    shape: &Shape,
+    format: KvFormat,
+) -> Option<Row> {
+    let mut prepared: Option<(Prepared, Option<Loop>)> = None;
+    let (mut samples, mut limit) = (Vec::new(), Vec::new());
+    let mut group = criterion.benchmark_group(shape.id);
+    group.sampling_mode(SamplingMode::Flat);
+    let work = shape.work(format);
+    group.throughput(if shape.is_decode() { Throughput::Bytes(work) } else { Throughput::Elements(work) });
+    group.bench_function(format.to_string(), |bencher| {
+        let (prepared, read) = prepared.get_or_insert_with(|| {
+            let prepared = Prepared::new(timer.gpu(), shape, format)
+                .unwrap_or_else(|error| panic!("{}, {format}: {error}", shape.describe()));
+            let read = shape.is_decode().then(|| read_loop(timer, &prepared.cache, shape.side_bytes(format)));
+            // The driver's compiler runs at the first dispatch.
+            prepared.measure(timer);
+            (prepared, read)
+        });
+        bencher.iter_custom(|iterations| {
+            let mut total = Duration::ZERO;
+            for _ in 0..iterations {
+                let sample = prepared.measure(timer);
+                total += sample.time();
+                samples.push(sample);
+                limit.push(read.as_ref().unwrap_or(multiply_adds).measure(timer));
+            }
+            total
+        });
+    });
+    group.finish();
+    let (_, read) = prepared?;
+    let plain = read.as_ref().unwrap_or(multiply_adds);
+    Some(Row { shape: *shape, format, samples, limit, limit_work: plain.work, limit_name: plain.name.clone() })
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_millis(1500))
+        .nresamples(10_000)
+        .configure_from_args();
+    let Some(gpu) = adapter::open() else { return };
+    let mut timer = timer::Timer::new(&gpu);
+    let multiply_adds = multiply_add_loop(&mut timer);
+    let mut rows = Vec::new();
+    for shape in &SHAPES {
+        for format in [KvFormat::F32, KvFormat::F16] {
+            rows.extend(bench(&mut criterion, &timer, &multiply_adds, shape, format));
+        }
+    }
+    criterion.final_summary();
+    if !rows.is_empty() {
+        print_table(&timer, &rows);
+    }
+}

@@ -1,0 +1,248 @@
+//! Random operations on a cache, against a model that keeps each sequence's tokens in a vector.
+
+use std::collections::{HashMap, HashSet};
+
+use folio::{BlockId, Error, KvCache, KvCacheConfig, SequenceId, Step};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::adapter::{self, DEFAULT};
+use crate::case::poison;
+use crate::tokens::{SHAPE, assert_holds, run};
+
+const BLOCK_SIZE: u32 = 3;
+const NUM_BLOCKS: u32 = 14;
+
+#[derive(Clone, Copy, Debug)]
+enum Fate {
+    Commit,
+    Drop,
+    /// Stays open until [`Op::End`].
+    Hold,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Create,
+    /// New tokens for some sequences; commands are submitted at once, whatever becomes of the step.
+    Step(Vec<(Index, u32)>, Fate),
+    /// Ends the oldest open step.
+    End {
+        commit: bool,
+    },
+    /// Forks, then takes up to this many tokens off the fork, so that sequences of different lengths share a block.
+    Fork(Index, u32),
+    Truncate(Index, Index),
+    Free(Index),
+    Check(Index),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let fate = prop_oneof![3 => Just(Fate::Commit), 1 => Just(Fate::Drop), 1 => Just(Fate::Hold)];
+    let batch = prop::collection::vec((any::<Index>(), 1..8_u32), 1..6);
+    prop_oneof![
+        2 => Just(Op::Create),
+        8 => (batch, fate).prop_map(|(batch, fate)| Op::Step(batch, fate)),
+        2 => any::<bool>().prop_map(|commit| Op::End { commit }),
+        4 => (any::<Index>(), 0..3_u32).prop_map(|(s, less)| Op::Fork(s, less)),
+        3 => (any::<Index>(), any::<Index>()).prop_map(|(s, len)| Op::Truncate(s, len)),
+        1 => any::<Index>().prop_map(Op::Free),
+        1 => any::<Index>().prop_map(Op::Check),
+    ]
+}
+
+/// An open step, and the tokens that it brings to each of its sequences.
+struct Open {
+    step: Step,
+    new: Vec<(SequenceId, Vec<u32>)>,
+}
+
+struct Model<'a> {
+    cache: &'a KvCache,
+    sequences: Vec<(SequenceId, Vec<u32>)>,
+    open: Vec<Open>,
+    next_token: u32,
+}
+
+impl Model<'_> {
+    fn pick(&self, index: &Index) -> Option<usize> {
+        (!self.sequences.is_empty()).then(|| index.index(self.sequences.len()))
+    }
+
+    fn is_open(&self, sequence: SequenceId) -> bool {
+        self.open.iter().any(|open| open.new.iter().any(|(s, _)| *s == sequence))
+    }
+
+    fn table(&self, sequence: SequenceId) -> Vec<BlockId> {
+        self.cache.block_table(sequence).expect("table")
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Create => self.sequences.push((self.cache.create_sequence(), Vec::new())),
+            Op::Step(batch, fate) => self.step(batch, *fate),
+            Op::End { commit } => {
+                if !self.open.is_empty() {
+                    let open = self.open.remove(0);
+                    if *commit { self.commit(open) } else { drop(open) }
+                }
+            }
+            Op::Fork(index, less) => {
+                let Some(i) = self.pick(index) else { return };
+                let (sequence, mut tokens) = self.sequences[i].clone();
+                let fork = self.cache.fork(sequence);
+                if self.refused_in_step(sequence, fork.as_ref().err()) {
+                    return;
+                }
+                let fork = fork.expect("fork");
+                tokens.truncate(tokens.len().saturating_sub(*less as usize));
+                self.cache.truncate(fork, tokens.len() as u32).expect("truncate");
+                self.sequences.push((fork, tokens));
+            }
+            Op::Truncate(index, len) => {
+                let Some(i) = self.pick(index) else { return };
+                let (sequence, len) = (self.sequences[i].0, len.index(self.sequences[i].1.len() + 1));
+                let result = self.cache.truncate(sequence, len as u32);
+                if !self.refused_in_step(sequence, result.err().as_ref()) {
+                    self.sequences[i].1.truncate(len);
+                }
+            }
+            Op::Free(index) => {
+                let Some(i) = self.pick(index) else { return };
+                let sequence = self.sequences[i].0;
+                let result = self.cache.free(sequence);
+                if !self.refused_in_step(sequence, result.err().as_ref()) {
+                    self.sequences.swap_remove(i);
+                    assert!(matches!(self.cache.seq_len(sequence), Err(Error::UnknownSequence(s)) if s == sequence));
+                }
+            }
+            Op::Check(index) => {
+                let Some(i) = self.pick(index) else { return };
+                assert_holds(self.cache, self.sequences[i].0, &self.sequences[i].1);
+            }
+        }
+    }
+
+    /// A sequence in an open step can't be changed, and only then.
+    fn refused_in_step(&self, sequence: SequenceId, error: Option<&Error>) -> bool {
+        let open = self.is_open(sequence);
+        assert_eq!(open, error.is_some(), "{sequence}: {error:?}");
+        assert!(error.is_none_or(|error| matches!(error, Error::SequenceInStep(s) if *s == sequence)), "{error:?}");
+        open
+    }
+
+    fn step(&mut self, batch: &[(Index, u32)], fate: Fate) {
+        let mut new: Vec<(SequenceId, Vec<u32>)> = Vec::new();
+        for (index, len) in batch {
+            let Some(i) = self.pick(index) else { return };
+            let sequence = self.sequences[i].0;
+            if new.iter().all(|(s, _)| *s != sequence) && !self.is_open(sequence) {
+                new.push((sequence, (self.next_token..self.next_token + len).collect()));
+                self.next_token += len;
+            }
+        }
+        if new.is_empty() {
+            return;
+        }
+        // Without copies for shared blocks; each sequence needs at most one more for that.
+        let least: u32 = new
+            .iter()
+            .map(|(s, tokens)| {
+                let len = self.cache.seq_len(*s).expect("length") + tokens.len() as u32;
+                len.div_ceil(BLOCK_SIZE) - self.table(*s).len() as u32
+            })
+            .sum();
+        let most = least + new.len() as u32;
+        let before = self.cache.usage();
+        let lens: Vec<_> = new.iter().map(|(s, tokens)| (*s, tokens.len() as u32)).collect();
+        let step = match self.cache.begin_step(&lens) {
+            Ok(step) => step,
+            Err(Error::OutOfBlocks { need, free, total }) => {
+                assert_eq!((free, total), (before.free, NUM_BLOCKS));
+                assert!(need > free && (least..=most).contains(&need), "need {need}, {least} to {most}, {free} free");
+                assert_eq!(self.cache.usage(), before);
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let taken = before.free - self.cache.usage().free;
+        assert!((least..=most).contains(&taken), "took {taken}, {least} to {most}");
+        run(self.cache, &step, &new.iter().flat_map(|(_, tokens)| tokens).copied().collect::<Vec<_>>());
+        let open = Open { step, new };
+        match fate {
+            Fate::Commit => self.commit(open),
+            Fate::Drop => {
+                drop(open);
+                assert_eq!(self.cache.usage(), before);
+            }
+            Fate::Hold => self.open.push(open),
+        }
+    }
+
+    fn commit(&mut self, open: Open) {
+        self.cache.commit(open.step).expect("commit").recycle();
+        for (sequence, tokens) in open.new {
+            let known = self.sequences.iter_mut().find(|(s, _)| *s == sequence).expect("a sequence in a step stays");
+            known.1.extend(tokens);
+        }
+    }
+
+    /// Tables share only common prefixes, at the same place, and the pool counts what is reachable.
+    fn check_blocks(&self) {
+        let mut holders: HashMap<BlockId, Vec<(usize, &[u32])>> = HashMap::new();
+        for (sequence, tokens) in &self.sequences {
+            let table = self.table(*sequence);
+            assert_eq!(self.cache.seq_len(*sequence).expect("length"), tokens.len() as u32);
+            assert_eq!(table.len(), tokens.len().div_ceil(BLOCK_SIZE as usize));
+            for (i, (&block, part)) in table.iter().zip(tokens.chunks(BLOCK_SIZE as usize)).enumerate() {
+                holders.entry(block).or_default().push((i, part));
+            }
+        }
+        for (block, holders) in &holders {
+            for (i, part) in holders {
+                let (first_i, first) = holders[0];
+                let common = part.len().min(first.len());
+                assert!(*i == first_i && part[..common] == first[..common], "{block:?}: {holders:?}");
+            }
+        }
+        let reserved = self.open.iter().flat_map(|open| open.step.batch().tables.iter().copied());
+        let used: HashSet<u32> = holders.keys().map(|block| block.index()).chain(reserved).collect();
+        let usage = self.cache.usage();
+        assert_eq!((usage.used as usize, usage.total), (used.len(), NUM_BLOCKS));
+        assert_eq!(usage.free, NUM_BLOCKS - usage.used);
+        assert_eq!(usage.shared as usize, holders.values().filter(|holders| holders.len() > 1).count());
+        assert_eq!(usage.sequences as usize, self.sequences.len());
+    }
+}
+
+#[test]
+fn random_operations_agree_with_plain_vectors() {
+    let Some(gpu) = adapter::open(DEFAULT) else { return };
+    let config =
+        KvCacheConfig { num_layers: 1, num_kv_heads: 1, block_size: BLOCK_SIZE, num_blocks: NUM_BLOCKS, ..SHAPE };
+    let cache = KvCache::new_blocking(&gpu, config).expect("cache");
+    let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });
+    let result = runner.run(&prop::collection::vec(op(), 1..60), |ops| {
+        cache.clear();
+        poison(&cache);
+        let mut model = Model { cache: &cache, sequences: Vec::new(), open: Vec::new(), next_token: 0 };
+        for op in &ops {
+            model.apply(op);
+            model.check_blocks();
+        }
+        model.open.clear();
+        model.check_blocks();
+        for (sequence, tokens) in &model.sequences {
+            assert_holds(&cache, *sequence, tokens);
+        }
+        for (sequence, _) in model.sequences {
+            cache.free(sequence).expect("free");
+        }
+        prop_assert_eq!(cache.usage().free, NUM_BLOCKS);
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+}

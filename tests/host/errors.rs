@@ -1,0 +1,159 @@
+//! Errors say who has to act, what was given and what is needed. The errors that name a sequence need a cache, and so a
+//! device: the GPU tests have them.
+
+use folio::{AttentionConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
+
+#[test]
+fn kinds_say_who_has_to_act() {
+    let text = || String::from("text");
+    for (error, kind) in [
+        (Error::Argument { argument: "window", got: text(), need: text() }, ErrorKind::Caller),
+        (Error::StaleStep { reason: "it was dropped" }, ErrorKind::Caller),
+        (Error::Unsupported { what: "limit", need: text(), have: text(), hint: text() }, ErrorKind::Device),
+        (Error::NoAdapter { wanted: text(), found: text() }, ErrorKind::Device),
+        (Error::OutOfBlocks { need: 3, free: 2, total: 8 }, ErrorKind::Retry),
+        (Error::Wgpu { during: "compiling", message: text() }, ErrorKind::Wgpu),
+    ] {
+        assert_eq!(error.kind(), kind, "{error:?}");
+    }
+}
+
+#[test]
+fn texts_say_what_was_given_and_what_is_needed() {
+    let s = String::from;
+    for (error, want) in [
+        (
+            Error::Argument { argument: "window", got: s("0"), need: s("at least 1, or None") },
+            "window: got 0, need at least 1, or None",
+        ),
+        (
+            Error::StaleStep { reason: "the cache has been cleared" },
+            "step: the cache has been cleared; need an open step of this cache",
+        ),
+        (
+            Error::Unsupported {
+                what: "layer storage",
+                need: s("9 bytes"),
+                have: s("8 bytes"),
+                hint: s("; 3 blocks fit"),
+            },
+            "layer storage: need 9 bytes, have 8 bytes; 3 blocks fit",
+        ),
+        (
+            Error::OutOfBlocks { need: 3, free: 2, total: 8 },
+            "blocks: need 3, have 2 free of 8; free or truncate a sequence and try again",
+        ),
+        (
+            Error::Wgpu { during: "compiling a kernel", message: s("Validation Error") },
+            "compiling a kernel: Validation Error",
+        ),
+    ] {
+        assert_eq!(error.to_string(), want);
+    }
+}
+
+#[test]
+fn a_missing_adapter_comes_with_install_lines() {
+    let error = Error::NoAdapter { wanted: "no adapter named \"radeon\"".into(), found: "llvmpipe".into() }.to_string();
+    assert!(error.contains("radeon") && error.contains("found llvmpipe"), "{error}");
+    assert!(error.contains("`apt-get install mesa-vulkan-drivers libvulkan1` on Debian and Ubuntu"), "{error}");
+    assert!(error.contains("`dnf install mesa-vulkan-drivers vulkan-loader` on Fedora"), "{error}");
+}
+
+#[test]
+fn errors_cross_threads_and_boxes() {
+    fn needs<T: std::error::Error + Send + Sync + 'static>(_: &T) {}
+    needs(&Error::OutOfBlocks { need: 1, free: 0, total: 1 });
+}
+
+/// 2 KV heads.
+const CACHE: KvCacheConfig = KvCacheConfig {
+    num_layers: 1,
+    num_kv_heads: 2,
+    head_dim: 64,
+    block_size: 16,
+    num_blocks: 4,
+    k_format: KvFormat::F32,
+    v_format: KvFormat::F32,
+};
+
+/// The text of the error of a configuration with 8 query heads that `change` spoils.
+fn refusal(change: impl FnOnce(&mut AttentionConfig)) -> String {
+    let mut config = AttentionConfig::new(8);
+    change(&mut config);
+    let error = config.validate(&CACHE).expect_err("the rule is broken");
+    assert_eq!(error.kind(), ErrorKind::Caller);
+    error.to_string()
+}
+
+#[test]
+fn every_option_at_once_is_valid() {
+    let config = AttentionConfig {
+        num_q_heads: 8,
+        causal: false,
+        softmax_scale: Some(-0.5),
+        softcap: Some(50.0),
+        window: Some(1),
+        alibi_slopes: Some(vec![0.5; 8]),
+        sinks: Some(vec![-1e30; 8]),
+        custom_mask: true,
+        lse: true,
+        deterministic: true,
+        max_workspace_bytes: 0,
+    };
+    assert!(config.validate(&CACHE).is_ok());
+    assert!(AttentionConfig::new(2).validate(&CACHE).is_ok());
+    assert!(AttentionConfig::new(65_534).validate(&CACHE).is_ok());
+}
+
+#[test]
+fn query_heads_that_do_not_divide_among_kv_heads_are_refused() {
+    for heads in [0, 1, 7, 65_535, 65_536, u32::MAX] {
+        let text = refusal(|config| config.num_q_heads = heads);
+        let want = format!("num_q_heads: got {heads}, need a multiple of num_kv_heads, 2, from it to 65535");
+        assert_eq!(text, want);
+    }
+}
+
+#[test]
+fn scales_that_are_no_numbers_are_refused() {
+    for (scale, got) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+        let text = refusal(|config| config.softmax_scale = Some(scale));
+        assert_eq!(text, format!("softmax_scale: got {got}, need a finite number"));
+    }
+}
+
+#[test]
+fn soft_caps_that_cap_nothing_are_refused() {
+    for (cap, got) in [(0.0, "0"), (-30.0, "-30"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+        let text = refusal(|config| config.softcap = Some(cap));
+        assert_eq!(text, format!("softcap: got {got}, need a finite number above 0, or None"));
+    }
+}
+
+#[test]
+fn an_empty_window_is_refused() {
+    assert_eq!(refusal(|config| config.window = Some(0)), "window: got 0, need at least 1, or None");
+}
+
+#[test]
+fn lists_per_head_must_have_a_value_per_query_head() {
+    for len in [0, 2, 7, 9] {
+        let slopes = refusal(|config| config.alibi_slopes = Some(vec![0.0; len]));
+        assert_eq!(slopes, format!("alibi_slopes: got {len} values, need one per query head, 8"));
+        let sinks = refusal(|config| config.sinks = Some(vec![0.0; len]));
+        assert_eq!(sinks, format!("sinks: got {len} values, need one per query head, 8"));
+    }
+}
+
+#[test]
+fn lists_per_head_must_be_finite() {
+    for (value, got) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+        let mut values = vec![0.0; 8];
+        values[7] = value;
+        let slopes = refusal(|config| config.alibi_slopes = Some(values.clone()));
+        assert_eq!(slopes, format!("alibi_slopes: got {got}, need a finite number"));
+        let sinks = refusal(|config| config.sinks = Some(values.clone()));
+        assert_eq!(sinks, format!("sinks: got {got}, need a finite number"));
+    }
+}

@@ -1,0 +1,155 @@
+//! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
+
+use folio::cache::KvLayout;
+use folio::{Error, ErrorKind, KvCacheConfig, KvFormat};
+
+/// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
+const CONFIG: KvCacheConfig = KvCacheConfig {
+    num_layers: 2,
+    num_kv_heads: 3,
+    head_dim: 40,
+    block_size: 5,
+    num_blocks: 7,
+    k_format: KvFormat::F32,
+    v_format: KvFormat::F16,
+};
+
+/// The text of the error, which must be an argument error.
+fn refusal(config: KvCacheConfig) -> String {
+    let error = config.validate().expect_err("the rule is broken");
+    assert!(matches!(error, Error::Argument { .. }), "{error:?}");
+    assert_eq!(error.kind(), ErrorKind::Caller);
+    error.to_string()
+}
+
+#[test]
+fn valid_shapes_are_accepted() {
+    for head_dim in (8..=256).step_by(8) {
+        assert!(KvCacheConfig { head_dim, ..CONFIG }.validate().is_ok(), "{head_dim}");
+    }
+    for block_size in 1..=256 {
+        assert!(KvCacheConfig { block_size, ..CONFIG }.validate().is_ok(), "{block_size}");
+    }
+    for (num_layers, num_kv_heads, num_blocks) in [(1, 1, 1), (1000, 65_535, 1), (1, 1, u32::MAX / 5)] {
+        assert!(KvCacheConfig { num_layers, num_kv_heads, num_blocks, ..CONFIG }.validate().is_ok());
+    }
+}
+
+#[test]
+fn zero_layers_are_refused() {
+    assert_eq!(refusal(KvCacheConfig { num_layers: 0, ..CONFIG }), "num_layers: got 0, need at least 1");
+}
+
+#[test]
+fn head_counts_beyond_the_grid_are_refused() {
+    for num_kv_heads in [0, 65_536, u32::MAX] {
+        let want = format!("num_kv_heads: got {num_kv_heads}, need 1 to 65535");
+        assert_eq!(refusal(KvCacheConfig { num_kv_heads, ..CONFIG }), want);
+    }
+}
+
+#[test]
+fn head_dims_without_kernels_are_refused() {
+    for head_dim in [0, 1, 4, 12, 59, 255, 257, 264, u32::MAX] {
+        let want = format!("head_dim: got {head_dim}, need a multiple of 8 from 8 to 256");
+        assert_eq!(refusal(KvCacheConfig { head_dim, ..CONFIG }), want);
+    }
+}
+
+#[test]
+fn block_sizes_out_of_range_are_refused() {
+    for block_size in [0, 257, u32::MAX] {
+        let want = format!("block_size: got {block_size}, need 1 to 256 tokens");
+        assert_eq!(refusal(KvCacheConfig { block_size, ..CONFIG }), want);
+    }
+}
+
+#[test]
+fn an_empty_pool_is_refused() {
+    assert_eq!(refusal(KvCacheConfig { num_blocks: 0, ..CONFIG }), "num_blocks: got 0, need at least 1");
+}
+
+#[test]
+fn pools_whose_slots_overflow_u32_are_refused() {
+    let largest = KvCacheConfig { block_size: 256, num_blocks: (1 << 24) - 1, ..CONFIG };
+    assert!(largest.validate().is_ok());
+    assert_eq!(
+        refusal(KvCacheConfig { num_blocks: 1 << 24, ..largest }),
+        "num_blocks: got 16777216 (4294967296 slots), need num_blocks * block_size below 2^32"
+    );
+    let most = refusal(KvCacheConfig { num_blocks: u32::MAX, ..largest });
+    assert!(most.contains("4294967295 (1099511627520 slots)"), "{most}");
+}
+
+#[test]
+fn sizes_are_those_worked_out_by_hand() {
+    let (k, v) = (CONFIG.k_layout(), CONFIG.v_layout());
+    assert_eq!((k.format, v.format), (KvFormat::F32, KvFormat::F16));
+    // A row: 40 elements. A block: 3 heads of 5 rows.
+    assert_eq!((k.row_bytes(), v.row_bytes()), (160, 80));
+    assert_eq!((k.block_bytes(), v.block_bytes()), (2400, 1200));
+    assert_eq!((k.side_bytes(7), v.side_bytes(7)), (Some(16_800), Some(8400)));
+    // Two layers of three heads, K and V.
+    assert_eq!(CONFIG.token_bytes(), 1440);
+    assert_eq!(CONFIG.block_bytes(), 7200);
+    assert_eq!(CONFIG.pool_bytes(), 50_400);
+}
+
+#[test]
+fn a_block_takes_what_its_tokens_take() {
+    for block_size in [1, 5, 16, 256] {
+        let config = KvCacheConfig { block_size, ..CONFIG };
+        assert_eq!(config.block_bytes(), config.token_bytes() * u64::from(block_size));
+    }
+}
+
+#[test]
+fn rows_of_a_head_are_adjacent_within_a_block() {
+    let k = CONFIG.k_layout();
+    assert_eq!(k.row_offset(0, 0, 0), 0);
+    assert_eq!(k.row_offset(0, 0, 1), 160);
+    assert_eq!(k.row_offset(0, 1, 0), 5 * 160);
+    assert_eq!(k.row_offset(1, 0, 0), 3 * 5 * 160);
+    // ((6 * 3 + 2) * 5 + 4) * 160: the last row of the pool, which ends where the side ends.
+    assert_eq!(k.row_offset(6, 2, 4), 16_640);
+    assert_eq!(Some(k.row_offset(6, 2, 4) + k.row_bytes()), k.side_bytes(7));
+    assert_eq!(CONFIG.v_layout().row_offset(6, 2, 4), 8320);
+}
+
+#[test]
+fn offsets_of_large_caches_do_not_wrap() {
+    let layout = KvLayout { num_kv_heads: 65_535, head_dim: 256, block_size: 256, format: KvFormat::F32 };
+    // 65535 heads * 256 rows * 1024 bytes.
+    assert_eq!(layout.block_bytes(), 17_179_607_040);
+    assert_eq!(layout.row_offset(1 << 24, 0, 0), layout.block_bytes() << 24);
+    assert_eq!(layout.side_bytes(1 << 24), Some(layout.block_bytes() << 24));
+    assert_eq!(layout.side_bytes(u32::MAX), None);
+    let config = KvCacheConfig { num_layers: 1000, num_kv_heads: 65_535, head_dim: 256, block_size: 256, ..CONFIG };
+    assert_eq!(KvCacheConfig { num_blocks: u32::MAX, ..config }.pool_bytes(), u64::MAX);
+}
+
+#[test]
+fn max_blocks_is_the_most_that_fits() {
+    let v = CONFIG.v_layout();
+    assert_eq!((v.max_blocks(0), v.max_blocks(1199), v.max_blocks(1200), v.max_blocks(128 << 20)), (0, 0, 1, 111_848));
+}
+
+#[test]
+fn sequences_take_whole_blocks() {
+    let blocks = [0, 1, 4, 5, 6, 10, 11].map(|seq_len| CONFIG.blocks_for(seq_len));
+    assert_eq!(blocks, [0, 1, 1, 1, 2, 2, 3]);
+    assert_eq!(CONFIG.blocks_for(u32::MAX), u32::MAX / 5);
+}
+
+#[test]
+fn formats_state_their_size_and_error() {
+    assert_eq!((KvFormat::F32.element_bits(), KvFormat::F16.element_bits()), (32, 16));
+    assert_eq!((KvFormat::F32.relative_error(), KvFormat::F32.absolute_error()), (0.0, 0.0));
+    // The error of the worst value in the normal range, halfway between 1 and the next half.
+    let halfway = 1.0 + 1.0 / 2048.0;
+    let stored = f64::from(half::f16::from_f64(halfway));
+    assert!((stored - halfway).abs() <= KvFormat::F16.relative_error() * halfway);
+    assert!((stored - halfway).abs() > KvFormat::F16.relative_error() * halfway * 0.99);
+    assert_eq!(KvFormat::F16.absolute_error(), f64::from(half::f16::MIN_POSITIVE));
+    assert_eq!(format!("{:>4}/{:<4}", KvFormat::F32, KvFormat::F16), " F32/F16 ");
+}

@@ -1,0 +1,412 @@
+//! Every variant of every kernel, seen by naga as wgpu sees it: it composes, parses, validates with exactly the
+//! features that it claims, translates to every backend's language, and has the interface that Rust describes.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::mem::offset_of;
+
+use folio::kernel::{Access, AttendParams, CacheParams, Kernel, Variant, bindings, compose};
+use folio::wgpu::Features;
+use folio::{KvFormat, Profile};
+use naga::valid::{Capabilities, ModuleInfo, ValidationError, ValidationFlags, Validator};
+use naga::{AddressSpace, Module, Scalar, ShaderStage, StorageAccess, TypeInner, WithSpan, back};
+
+use crate::variants;
+
+/// WebGPU's defaults, which folio asks for nothing above.
+const MAX_WORKGROUP_BYTES: u32 = 16_384;
+const MAX_WORKGROUP_SIZE: u32 = 256;
+const MAX_STORAGE_BUFFERS: usize = 8;
+
+#[test]
+fn append_variants() {
+    check_all(Kernel::Append);
+}
+
+#[test]
+fn copy_blocks_variants() {
+    check_all(Kernel::CopyBlocks);
+}
+
+#[test]
+fn gather_variants() {
+    check_all(Kernel::Gather);
+}
+
+#[test]
+fn decode_variants() {
+    check_all(Kernel::Decode);
+}
+
+#[test]
+fn prefill_variants() {
+    check_all(Kernel::Prefill);
+}
+
+#[test]
+fn merge_variants() {
+    check_all(Kernel::Merge);
+}
+
+/// Checks a kernel's variants. Reports every kind of problem once, with one of the variants that have it.
+fn check_all(kernel: Kernel) {
+    let variants = variants::of_kernel(kernel);
+    // By check and first line: what follows it (code, variables) differs from variant to variant.
+    let mut found: BTreeMap<(&str, String), (String, Vec<&Variant>)> = BTreeMap::new();
+    for variant in &variants {
+        let mut problems = Problems::default();
+        check(variant, &mut problems);
+        for (check, message) in problems.0 {
+            let first_line = message.lines().next().unwrap_or_default().to_owned();
+            found.entry((check, first_line)).or_insert((message, Vec::new())).1.push(variant);
+        }
+    }
+    println!("{}: {} variants", kernel.entry_point(), variants.len());
+    let mut report = String::new();
+    let mut shown: BTreeMap<&str, usize> = BTreeMap::new();
+    for ((check, _), (message, variants)) in &found {
+        let shown = shown.entry(check).or_default();
+        *shown += 1;
+        // Enough to see the pattern.
+        if *shown <= 5 {
+            let _ = writeln!(report, "{check}: {message}\n  {} variants, such as {:?}", variants.len(), variants[0]);
+        }
+    }
+    assert!(found.is_empty(), "{}: problems with {shown:?}\n{report}", kernel.entry_point());
+    check_claims(kernel, &variants);
+}
+
+/// Features that are claimed are needed, in each profile by some variant at least. (A shape may happen to do without
+/// what its kernel uses. That keeps no device out: features are claimed only where the device has them.)
+fn check_claims(kernel: Kernel, variants: &[Variant]) {
+    for profile in [Profile::Cpu, Profile::Gpu] {
+        for (feature, _) in FEATURES {
+            let claims = |variant: &&Variant| variant.target.profile == profile && variant.features().contains(feature);
+            let needs = |variant: &Variant| {
+                let module = compose(variant).ok().and_then(|text| naga::front::wgsl::parse_str(&text).ok());
+                module.is_none_or(|module| validate(variant, &module, variant.features() - feature).is_err())
+            };
+            let name = kernel.entry_point();
+            let mut claiming = variants.iter().filter(claims).peekable();
+            let is_vain = claiming.peek().is_some() && !claiming.any(needs);
+            assert!(!is_vain, "{name} of {profile:?} claims {feature:?}, but no variant needs it");
+        }
+    }
+}
+
+/// What is wrong with a variant: which check failed, and how.
+#[derive(Default)]
+struct Problems(Vec<(&'static str, String)>);
+
+impl Problems {
+    fn add(&mut self, check: &'static str, message: impl Into<String>) {
+        self.0.push((check, message.into()));
+    }
+
+    fn expect_eq<T: PartialEq + std::fmt::Debug>(&mut self, check: &'static str, shader: T, rust: T) {
+        if shader != rust {
+            self.add(check, format!("the shader has {shader:?}, Rust says {rust:?}"));
+        }
+    }
+}
+
+fn check(variant: &Variant, problems: &mut Problems) {
+    let text = match compose(variant) {
+        Ok(text) => text,
+        Err(error) => return problems.add("compose", error.to_string()),
+    };
+    check_text(&text, problems);
+    let module = match naga::front::wgsl::parse_str(&text) {
+        Ok(module) => module,
+        Err(error) => return problems.add("parse", error.emit_to_string(&text)),
+    };
+    check_entry_point(variant, &module, problems);
+    check_bindings(variant, &module, problems);
+    check_params(variant, &module, problems);
+    check_workgroup_memory(variant, &module, problems);
+    if let Some(info) = check_features(variant, &text, &module, problems) {
+        check_translations(variant, &module, &info, problems);
+    }
+}
+
+/// Rules of `shaders/README.md` that naga doesn't know.
+fn check_text(text: &str, problems: &mut Problems) {
+    let code: String =
+        text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n");
+    for word in code.split(|c: char| !c.is_alphanumeric() && c != '_') {
+        if ["inf", "nan", "infinity"].contains(&word.to_lowercase().as_str()) {
+            problems.add("no infinity or NaN literals", word);
+        }
+        if ["enable", "requires", "override"].contains(&word) {
+            problems.add("no directives, no overrides", word);
+        }
+    }
+    // A constant expression, whose value browsers refuse if it isn't finite.
+    if code.split("bitcast<f32>(").skip(1).any(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+        problems.add("no infinity or NaN literals", "bitcast<f32> of a literal");
+    }
+    if ["{{", "}}", "{%", "%}", "{#", "#}"].iter().any(|mark| text.contains(mark)) {
+        problems.add("rendered", "template marks in the text");
+    }
+}
+
+fn check_entry_point(variant: &Variant, module: &Module, problems: &mut Problems) {
+    let names: Vec<_> = module.entry_points.iter().map(|entry| entry.name.as_str()).collect();
+    problems.expect_eq("entry points", names, vec![variant.kernel.entry_point()]);
+    for entry in &module.entry_points {
+        problems.expect_eq("workgroup size", entry.workgroup_size, [variant.workgroup_size, 1, 1]);
+    }
+    if !(1..=MAX_WORKGROUP_SIZE).contains(&variant.workgroup_size) {
+        problems.add("workgroup size", format!("{} is not within WebGPU's limit", variant.workgroup_size));
+    }
+}
+
+fn check_bindings(variant: &Variant, module: &Module, problems: &mut Problems) {
+    let mut found = Vec::new();
+    for (_, variable) in module.global_variables.iter() {
+        let access = match variable.space {
+            AddressSpace::Storage { access } if access == StorageAccess::LOAD => Access::Read,
+            AddressSpace::Storage { access } if access == StorageAccess::LOAD | StorageAccess::STORE => Access::Write,
+            AddressSpace::Uniform => Access::Uniform,
+            AddressSpace::WorkGroup | AddressSpace::Private => continue,
+            space => {
+                problems.add("bindings", format!("address space {space:?}"));
+                continue;
+            }
+        };
+        let place = variable.binding.map(|binding| (binding.group, binding.binding));
+        found.push((place, variable.name.clone().unwrap_or_default(), access));
+    }
+    found.sort_by_key(|&(place, ..)| place);
+    let table = bindings(variant);
+    let want = (0..).zip(&table).map(|(binding, b)| (Some((0, binding)), b.name.to_owned(), b.access));
+    problems.expect_eq("bindings", found, want.collect());
+    let num_storage = table.iter().filter(|binding| binding.access != Access::Uniform).count();
+    if num_storage > MAX_STORAGE_BUFFERS {
+        problems.add("bindings", format!("{num_storage} storage buffers"));
+    }
+}
+
+/// Name, offset and type of the fields that mean something.
+type Fields = Vec<(String, usize, Scalar)>;
+
+macro_rules! fields {
+    ($struct:ty { $($field:ident: $scalar:ident),* $(,)? }) => {{
+        let fields: Fields = vec![$((stringify!($field).to_owned(), offset_of!($struct, $field), Scalar::$scalar)),*];
+        assert_eq!(fields.len() * 4, offset_of!($struct, reserved), "a field is missing from the test's list");
+        (fields, size_of::<$struct>())
+    }};
+}
+
+fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
+    let (fields, size) = match variant.kernel {
+        Kernel::Append | Kernel::CopyBlocks | Kernel::Gather => fields!(CacheParams {
+            num_tokens: U32,
+            num_copies: U32,
+            list_offset: U32,
+            copies_offset: U32,
+            num_blocks: U32,
+            grid_x: U32,
+        }),
+        Kernel::Decode | Kernel::Prefill | Kernel::Merge => fields!(AttendParams {
+            items_offset: U32,
+            num_items: U32,
+            grid_x: U32,
+            head_offset: U32,
+            qk_scale: F32,
+            softcap_log2e: F32,
+            window: U32,
+            num_blocks: U32,
+        }),
+    };
+    let params = module.global_variables.iter().find(|(_, variable)| variable.space == AddressSpace::Uniform);
+    let Some(TypeInner::Struct { members, span }) = params.map(|(_, params)| &module.types[params.ty].inner) else {
+        return problems.add("params", "no uniform struct");
+    };
+    problems.expect_eq("size of params", *span as usize, size);
+    let mut found = Fields::new();
+    for member in members {
+        let name = member.name.clone().unwrap_or_default();
+        // Rust fills the rest with zeros: a shader may split it as it likes, but must not give it a meaning.
+        if name.starts_with("reserved") || name.starts_with("pad") {
+            continue;
+        }
+        match module.types[member.ty].inner {
+            TypeInner::Scalar(scalar) => found.push((name, member.offset as usize, scalar)),
+            ref inner => problems.add("params", format!("{name} is a {inner:?}")),
+        }
+    }
+    problems.expect_eq("params", found, fields);
+}
+
+/// Workgroup memory as WebGPU counts it: each variable's size, rounded up to 16 bytes.
+fn check_workgroup_memory(variant: &Variant, module: &Module, problems: &mut Problems) {
+    let mut layouter = naga::proc::Layouter::default();
+    if let Err(error) = layouter.update(module.to_ctx()) {
+        return problems.add("workgroup memory", error.to_string());
+    }
+    let variables = module.global_variables.iter().filter(|(_, variable)| variable.space == AddressSpace::WorkGroup);
+    let bytes: u32 = variables.map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16)).sum();
+    problems.expect_eq("workgroup memory", bytes, variant.workgroup_bytes());
+    if bytes > MAX_WORKGROUP_BYTES {
+        problems.add("workgroup memory", format!("{bytes} bytes are more than WebGPU's default limit"));
+    }
+}
+
+/// Features that shaders can claim, and what naga calls them.
+const FEATURES: [(Features, Capabilities); 2] =
+    [(Features::SUBGROUP, Capabilities::SUBGROUP), (Features::SHADER_INT64, Capabilities::SHADER_INT64)];
+
+/// What a variant may use without a feature. WebGPU always has `unpack2x16float`; a few old adapters of wgpu's lack it
+/// (`DownlevelFlags::SHADER_F16_IN_F32`), on which caches without F16 must still work.
+fn base_capabilities(variant: &Variant) -> Capabilities {
+    let f16 = [variant.k_format, variant.v_format].contains(&KvFormat::F16);
+    if f16 { Capabilities::SHADER_FLOAT16_IN_FLOAT32 } else { Capabilities::empty() }
+}
+
+fn validate(
+    variant: &Variant,
+    module: &Module,
+    features: Features,
+) -> Result<ModuleInfo, Box<WithSpan<ValidationError>>> {
+    let has = |(feature, capability): (Features, Capabilities)| features.contains(feature).then_some(capability);
+    let capabilities: Capabilities = FEATURES.into_iter().filter_map(has).collect();
+    Validator::new(ValidationFlags::all(), capabilities | base_capabilities(variant)).validate(module).map_err(Box::new)
+}
+
+fn check_features(variant: &Variant, text: &str, module: &Module, problems: &mut Problems) -> Option<ModuleInfo> {
+    let claimed = variant.features();
+    let known = FEATURES.iter().fold(Features::empty(), |known, &(feature, _)| known | feature);
+    if !known.contains(claimed) {
+        problems.add("features", format!("{:?} unknown to this test", claimed - known));
+    }
+    validate(variant, module, claimed).map_err(|error| problems.add("validate", error.emit_to_string(text))).ok()
+}
+
+/// Translates to the language of every backend that can have a device with the variant's features.
+///
+/// | Language | Plain | Subgroups | 64-bit integers |
+/// |---|---|---|---|
+/// | SPIR-V (Vulkan) | 1.0 | 1.3 | 1.0 |
+/// | MSL (Metal) | 2.0 | 2.4 | 2.4 |
+/// | HLSL (DX12) | shader model 5.1 (FXC) | 6.0 (DXC) | 6.0 (DXC) |
+/// | GLSL (GL) | ES 3.10 and 4.30 | ES 3.10 and 4.30 | not in GLSL ES, and naga doesn't write it |
+fn check_translations(variant: &Variant, module: &Module, info: &ModuleInfo, problems: &mut Problems) {
+    let entry_point = variant.kernel.entry_point();
+    let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
+    let subgroups = variant.features().contains(Features::SUBGROUP);
+    let int64 = variant.features().contains(Features::SHADER_INT64);
+
+    let lang_version = if subgroups { (1, 3) } else { (1, 0) };
+    let options = back::spv::Options { lang_version, ..Default::default() };
+    let pipeline = back::spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: entry_point.into() };
+    if let Err(error) = back::spv::write_vec(module, info, &options, Some(&pipeline)) {
+        problems.add("SPIR-V", error.to_string());
+    }
+
+    let lang_version = if subgroups || int64 { (2, 4) } else { (2, 0) };
+    let options = back::msl::Options { lang_version, ..Default::default() };
+    let pipeline = back::msl::PipelineOptions { entry_point: entry(), ..Default::default() };
+    match back::msl::write_string(module, info, &options, &pipeline) {
+        Ok((_, translation)) => {
+            translation
+                .entry_point_names
+                .into_iter()
+                .filter_map(Result::err)
+                .for_each(|e| problems.add("MSL", e.to_string()));
+        }
+        Err(error) => problems.add("MSL", error.to_string()),
+    }
+
+    let shader_model = if subgroups || int64 { back::hlsl::ShaderModel::V6_0 } else { back::hlsl::ShaderModel::V5_1 };
+    let options = back::hlsl::Options { shader_model, ..Default::default() };
+    let pipeline = back::hlsl::PipelineOptions { entry_point: entry() };
+    match back::hlsl::Writer::new(String::new(), &options, &pipeline).write(module, info, None) {
+        Ok(reflection) => {
+            reflection
+                .entry_point_names
+                .into_iter()
+                .filter_map(Result::err)
+                .for_each(|e| problems.add("HLSL", e.to_string()));
+        }
+        Err(error) => problems.add("HLSL", error.to_string()),
+    }
+
+    if int64 {
+        return;
+    }
+    for version in [back::glsl::Version::new_gles(310), back::glsl::Version::Desktop(430)] {
+        let options = back::glsl::Options { version, ..Default::default() };
+        let pipeline = back::glsl::PipelineOptions {
+            shader_stage: ShaderStage::Compute,
+            entry_point: entry_point.to_owned(),
+            multiview: None,
+        };
+        let mut glsl = String::new();
+        let policies = naga::proc::BoundsCheckPolicies::default();
+        let written = back::glsl::Writer::new(&mut glsl, module, info, &options, &pipeline, policies)
+            .and_then(|mut writer| writer.write());
+        if let Err(error) = written {
+            problems.add("GLSL", format!("{version}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn directives_are_added_for_browsers_and_nothing_else() {
+    for kernel in Kernel::ALL {
+        for variant in variants::of_kernel(kernel).iter().step_by(7) {
+            let mut browser = *variant;
+            browser.target.enable_directives = true;
+            let (Ok(native), Ok(browser)) = (compose(variant), compose(&browser)) else { continue };
+            let directive = if variant.features().contains(Features::SUBGROUP) { "enable subgroups;\n" } else { "" };
+            assert!(browser == format!("{directive}{native}"), "{variant:?}");
+        }
+    }
+}
+
+#[test]
+fn equal_variants_compose_equal_texts() {
+    for kernel in Kernel::ALL {
+        for variant in variants::of_kernel(kernel).iter().step_by(31) {
+            assert_eq!(compose(variant).ok(), compose(variant).ok(), "{variant:?}");
+        }
+    }
+}
+
+#[test]
+fn work_lists_have_the_word_counts_that_the_kernels_step_by() {
+    assert_eq!(folio::plan::WORK_ITEM_WORDS, 12);
+    assert_eq!(folio::plan::MERGE_ITEM_WORDS, 8);
+    assert_eq!(size_of::<folio::plan::WorkItem>(), 48);
+    assert_eq!(size_of::<folio::plan::MergeItem>(), 32);
+}
+
+#[test]
+fn work_lists_have_their_words_in_the_documented_order() {
+    use folio::plan::{MergeItem, WorkItem};
+    let words = |offsets: &[usize]| offsets.iter().map(|offset| offset / 4).collect::<Vec<_>>();
+    let item = [
+        offset_of!(WorkItem, query_start),
+        offset_of!(WorkItem, query_len),
+        offset_of!(WorkItem, context_len),
+        offset_of!(WorkItem, row_start),
+        offset_of!(WorkItem, kv_begin),
+        offset_of!(WorkItem, kv_end),
+        offset_of!(WorkItem, table_offset),
+        offset_of!(WorkItem, part_row),
+        offset_of!(WorkItem, mask_offset),
+        offset_of!(WorkItem, mask_stride),
+        offset_of!(WorkItem, reserved),
+    ];
+    assert_eq!(words(&item), (0..11).collect::<Vec<_>>());
+    let item = [
+        offset_of!(MergeItem, token),
+        offset_of!(MergeItem, part_row),
+        offset_of!(MergeItem, num_splits),
+        offset_of!(MergeItem, split_stride),
+        offset_of!(MergeItem, head_stride),
+        offset_of!(MergeItem, reserved),
+    ];
+    assert_eq!(words(&item), (0..6).collect::<Vec<_>>());
+}

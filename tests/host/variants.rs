@@ -1,0 +1,129 @@
+//! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
+
+use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant};
+use folio::{KvCacheConfig, KvFormat, Profile};
+
+const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
+const GROUP_SIZES: [u32; 5] = [1, 4, 7, 8, 32];
+const BLOCK_SIZES: [u32; 4] = [1, 5, 16, 256];
+const KV_HEADS: [u32; 3] = [1, 3, 8];
+const FORMATS: [KvFormat; 2] = [KvFormat::F32, KvFormat::F16];
+/// SwiftShader 4, lavapipe 8, Intel 8 to 32, NVIDIA and Apple 32, AMD 32 or 64; WARP varies, which is 0.
+const SUBGROUP_SIZES: [u32; 6] = [0, 4, 8, 16, 32, 64];
+
+/// Every combination that a device can have.
+pub(crate) fn targets() -> Vec<Target> {
+    let mut targets = Vec::new();
+    for profile in [Profile::Cpu, Profile::Gpu] {
+        for int64 in [false, true] {
+            let target = Target { profile, subgroups: false, subgroup_size: 0, int64, enable_directives: false };
+            targets.push(target);
+            targets.extend(SUBGROUP_SIZES.map(|size| Target { subgroups: true, subgroup_size: size, ..target }));
+        }
+    }
+    targets
+}
+
+/// No flag, each alone, all of them, and enough others that every two flags are met on and off together.
+fn flags() -> Vec<AttendFlags> {
+    let from = |on: &[usize]| {
+        let [causal, window, softcap, alibi, sinks, mask, lse] = [0, 1, 2, 3, 4, 5, 6].map(|flag| on[flag] == 1);
+        AttendFlags { causal, window, softcap, alibi, sinks, mask, lse }
+    };
+    let mut flags = vec![AttendFlags::default(), from(&[1; 7]), from(&[1, 1, 0, 0, 0, 0, 0])];
+    flags.extend((0..7).map(|alone| from(&std::array::from_fn::<_, 7, _>(|flag| usize::from(flag == alone)))));
+    for on in all_pairs(&[2; 7]) {
+        if !flags.contains(&from(&on)) {
+            flags.push(from(&on));
+        }
+    }
+    flags
+}
+
+/// The selection for a kernel.
+pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
+    let attends = matches!(kernel, Kernel::Decode | Kernel::Prefill | Kernel::Merge);
+    let targets = targets();
+    let flags = if attends { flags() } else { vec![AttendFlags::default()] };
+    let most = match kernel {
+        Kernel::Decode => MAX_DECODE_GROUP,
+        _ if attends => u32::MAX,
+        _ => 1,
+    };
+    let groups: Vec<u32> = GROUP_SIZES.into_iter().filter(|&group| group <= most).collect();
+    let axes = [
+        targets.len(),
+        flags.len(),
+        groups.len(),
+        HEAD_DIMS.len(),
+        BLOCK_SIZES.len(),
+        KV_HEADS.len(),
+        FORMATS.len(),
+        FORMATS.len(),
+    ];
+    let variant = |choice: Vec<usize>| {
+        let config = KvCacheConfig {
+            num_layers: 1,
+            num_kv_heads: KV_HEADS[choice[5]],
+            head_dim: HEAD_DIMS[choice[3]],
+            block_size: BLOCK_SIZES[choice[4]],
+            num_blocks: 64,
+            k_format: FORMATS[choice[6]],
+            v_format: FORMATS[choice[7]],
+        };
+        Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
+    };
+    all_pairs(&axes).into_iter().map(variant).collect()
+}
+
+/// Choices of one value of each axis (`axes` are their numbers of values), such that every two values of different axes
+/// are chosen together at least once. Greedy: close to the fewest there can be, and always the same.
+fn all_pairs(axes: &[usize]) -> Vec<Vec<usize>> {
+    let mut missing: Vec<[(usize, usize); 2]> = Vec::new();
+    for (i, &num_i) in axes.iter().enumerate() {
+        for (j, &num_j) in axes.iter().enumerate().skip(i + 1) {
+            missing.extend((0..num_i * num_j).map(|pair| [(i, pair / num_j), (j, pair % num_j)]));
+        }
+    }
+    let mut rows: Vec<Vec<usize>> = Vec::new();
+    while let Some(&[first, second]) = missing.first() {
+        let mut row: Vec<Option<usize>> = vec![None; axes.len()];
+        row[first.0] = Some(first.1);
+        row[second.0] = Some(second.1);
+        for (axis, &num_values) in axes.iter().enumerate() {
+            if row[axis].is_some() {
+                continue;
+            }
+            // How many missing pairs each value would complete; among equals, the one that comes next in turn.
+            let mut gain = vec![0; num_values];
+            for &[a, b] in &missing {
+                if a.0 == axis && row[b.0] == Some(b.1) {
+                    gain[a.1] += 1;
+                }
+                if b.0 == axis && row[a.0] == Some(a.1) {
+                    gain[b.1] += 1;
+                }
+            }
+            row[axis] = (0..num_values).map(|turn| (rows.len() + turn) % num_values).rev().max_by_key(|&v| gain[v]);
+        }
+        missing.retain(|&[a, b]| row[a.0] != Some(a.1) || row[b.0] != Some(b.1));
+        rows.push(row.into_iter().flatten().collect());
+    }
+    rows
+}
+
+#[test]
+fn every_two_choices_meet() {
+    let axes = [5, 3, 2, 4];
+    let rows = all_pairs(&axes);
+    assert!(rows.iter().all(|row| row.len() == axes.len() && row.iter().zip(&axes).all(|(value, num)| value < num)));
+    for (i, &num_i) in axes.iter().enumerate() {
+        for (j, &num_j) in axes.iter().enumerate().skip(i + 1) {
+            for (a, b) in (0..num_i).flat_map(|a| (0..num_j).map(move |b| (a, b))) {
+                assert!(rows.iter().any(|row| row[i] == a && row[j] == b), "axes {i}, {j}: {a}, {b}");
+            }
+        }
+    }
+    // No fewer than the two largest axes demand, and not many more.
+    assert!((20..30).contains(&rows.len()), "{}", rows.len());
+}
