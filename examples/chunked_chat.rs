@@ -19,6 +19,8 @@ use folio::reference::{ErrorModel, Options, Problem, attention_with_bound, compa
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{Attention, AttentionConfig, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, SequenceId, wgpu};
 
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
 const NUM_LAYERS: u32 = 2;
 const NUM_Q_HEADS: u32 = 8;
 const NUM_KV_HEADS: u32 = 2;
@@ -63,7 +65,7 @@ struct Args {
     seed: u64,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<()> {
     let args = Args::parse();
     let gpu = Gpu::open_blocking(GpuOptions { adapter_name: args.adapter.clone(), ..GpuOptions::default() })?;
     let mut texts: Vec<String> = TEXTS.iter().map(|text| (*text).to_owned()).collect();
@@ -129,7 +131,7 @@ struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    fn new(gpu: &'a Gpu, args: &Args, prompts: &[String]) -> Result<Self, Box<dyn Error>> {
+    fn new(gpu: &'a Gpu, args: &Args, prompts: &[String]) -> Result<Self> {
         let mut vocabulary = Vocabulary::default();
         let prompts: Vec<Vec<usize>> = prompts.iter().map(|text| vocabulary.encode(text)).collect();
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) as u32;
@@ -182,7 +184,7 @@ impl<'a> Chat<'a> {
     }
 
     /// All prompts in chunks, several sequences per step.
-    fn prefill(&mut self, chunk: u32) -> Result<(), Box<dyn Error>> {
+    fn prefill(&mut self, chunk: u32) -> Result<()> {
         loop {
             let batch: Vec<(usize, u32)> = (0..self.texts.len())
                 .map(|i| (i, (self.texts[i].words.len() as u32 - self.cached_len(i)).min(chunk)))
@@ -200,7 +202,7 @@ impl<'a> Chat<'a> {
         }
     }
 
-    fn fork(&mut self, branches: u32) -> Result<(), Box<dyn Error>> {
+    fn fork(&mut self, branches: u32) -> Result<()> {
         for i in 0..self.texts.len() {
             for branch in 1..branches {
                 let parent = &self.texts[i];
@@ -226,7 +228,7 @@ impl<'a> Chat<'a> {
     }
 
     /// All branches go on word by word, in one batch.
-    fn generate(&mut self, words: u32) -> Result<(), Box<dyn Error>> {
+    fn generate(&mut self, words: u32) -> Result<()> {
         // Each text's last word is asked again, so that every branch makes a choice of its own: its K and V are cached already, so they are
         // taken back first, which in a fork costs a block copy.
         for i in 0..self.texts.len() {
@@ -258,7 +260,7 @@ impl<'a> Chat<'a> {
 
     /// One step of the decoder for `(text, query_len)`s: append and attend in each layer, one submit, then the check. Returns what it took, and the
     /// sum of the heads' outputs of the last row of each text.
-    fn step(&mut self, batch: &[(usize, u32)]) -> Result<(Phase, Vec<Vec<f32>>), Box<dyn Error>> {
+    fn step(&mut self, batch: &[(usize, u32)]) -> Result<(Phase, Vec<Vec<f32>>)> {
         let requests: Vec<_> = batch.iter().map(|&(i, len)| (self.texts[i].sequence, len)).collect();
         let mut rows: Vec<LayerRows> = (0..NUM_LAYERS).map(|_| LayerRows::default()).collect();
         for &(i, len) in batch {
@@ -282,7 +284,7 @@ impl<'a> Chat<'a> {
         self.gpu.queue().submit([encoder.finish()]);
         self.cache.commit(step)?.recycle();
         plan.recycle();
-        let outputs = buffers.iter().map(|b| self.gpu.read_blocking(&b[3])).collect::<Result<Vec<_>, _>>()?;
+        let outputs = buffers.iter().map(|b| self.gpu.read_blocking(&b[3])).collect::<folio::Result<Vec<_>>>()?;
         let mut phase = Phase { steps: 1, time: start.elapsed(), ..Phase::default() };
 
         let mut last_rows = vec![vec![0.0; HEAD_DIM as usize]; batch.len()];
@@ -313,7 +315,7 @@ impl<'a> Chat<'a> {
         rows: &LayerRows,
         out: &[f32],
         range: std::ops::Range<usize>,
-    ) -> Result<(), Box<dyn Error>> {
+    ) -> Result<()> {
         let (q_row, kv_row) = ((NUM_Q_HEADS * HEAD_DIM) as usize, (NUM_KV_HEADS * HEAD_DIM) as usize);
         let stored = |x: &f32| match self.format {
             KvFormat::F16 => half::f16::from_f32(*x).to_f32(),
@@ -345,7 +347,7 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    fn report(&self) -> Result<(), Box<dyn Error>> {
+    fn report(&self) -> Result<()> {
         let mut out = std::io::stdout().lock();
         let mut order: Vec<_> = self.texts.iter().collect();
         order.sort_by_key(|text| text.origin);

@@ -39,7 +39,7 @@ pub(crate) const ALL: [Open; 5] = [CPU, CPU_NO_INT64, CPU_PLAIN, GPU, GPU_PLAIN]
 static OPENED: LazyLock<Mutex<HashMap<Open, Gpu>>> = LazyLock::new(Mutex::default);
 
 /// Opens the adapter. `None`: there is none, and the test is to be skipped. `FOLIO_REQUIRE_GPU=1` makes that a failure;
-/// `FOLIO_ADAPTER` names the adapter.
+/// `FOLIO_ADAPTER` names the adapter, wgpu's own `WGPU_BACKEND` the backend ("gl", say).
 pub(crate) fn open(how: Open) -> Option<Gpu> {
     let mut opened = OPENED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some(gpu) = opened.get(&how) {
@@ -47,6 +47,7 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
     }
     let options = GpuOptions {
         adapter_name: std::env::var("FOLIO_ADAPTER").ok(),
+        backends: wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all()),
         profile: how.profile,
         without: how.without,
         shader_checks: how.checks,
