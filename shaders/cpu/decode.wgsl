@@ -57,32 +57,7 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 
 @compute @workgroup_size({{ lanes }})
 fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let item_idx = workgroup.x + workgroup.z * params.grid_x;
-    if item_idx >= params.num_items {
-        return;
-    }
-    let item = params.items_offset + ITEM_WORDS * item_idx;
-    let kv_head = workgroup.y;
-    let query_start = plan[item];
-    let query_len = plan[item + 1u];
-    let context_len = plan[item + 2u];
-    let row_start = plan[item + 3u];
-    let table_offset = plan[item + 6u];
-    let part_row = plan[item + 7u];
-    let num_rows = query_len * GROUP_SIZE;
-    let last_row = min(row_start + TILE_Q, num_rows) - 1u;
-
-    // The keys that some row of this tile can see.
-    var kv_begin = plan[item + 4u];
-    var kv_end = plan[item + 5u];
-{% if causal %}
-    kv_end = min(kv_end, context_len + last_row / GROUP_SIZE + 1u);
-{% endif %}
-{% if window %}
-    let first_pos = context_len + row_start / GROUP_SIZE;
-    kv_begin = max(kv_begin, first_pos + 1u - min(first_pos + 1u, params.window));
-{% endif %}
-    kv_end = select(0u, kv_end, kv_begin < kv_end);  // no iteration for an empty range
+{% include "shared/cpu_item.wgsl" %}
 
     // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
 {% for r in range(rows) %}

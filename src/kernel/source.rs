@@ -30,6 +30,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/attend_params.wgsl",
     "shared/cache_params.wgsl",
     "shared/cpu_bindings.wgsl",
+    "shared/cpu_item.wgsl",
     "shared/cpu_kv.wgsl",
     "shared/gpu_interface.wgsl",
     "shared/gpu_kv.wgsl",

@@ -136,7 +136,7 @@ impl fmt::Display for InvalidProblem {
 
 impl std::error::Error for InvalidProblem {}
 
-/// Attention by its definition, in `f64`.
+/// Attention by its definition, in `f64`. Large problems are shared among scoped threads.
 ///
 /// # Errors
 ///

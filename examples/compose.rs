@@ -1,0 +1,89 @@
+//! Prints the WGSL of a kernel variant, as it is compiled: for reading, and for shader compilers' statistics. Needs no GPU.
+//!
+//! `cargo run --release --example compose -- decode --profile gpu --head-dim 128 --group-size 4 --f16`
+#![allow(clippy::print_stdout, reason = "an example shows what it did")]
+
+use clap::{Parser, ValueEnum};
+use folio::kernel::{AttendFlags, Kernel, Target, Variant, compose};
+use folio::{KvCacheConfig, KvFormat, Profile};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KernelName {
+    Append,
+    CopyBlocks,
+    Gather,
+    Decode,
+    Prefill,
+    Merge,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ProfileName {
+    Gpu,
+    Cpu,
+}
+
+/// Prints the WGSL of a kernel variant.
+#[derive(Parser)]
+struct Args {
+    kernel: KernelName,
+    #[arg(long, value_enum, default_value = "gpu")]
+    profile: ProfileName,
+    #[arg(long, default_value_t = 128)]
+    head_dim: u32,
+    #[arg(long, default_value_t = 8)]
+    kv_heads: u32,
+    #[arg(long, default_value_t = 4)]
+    group_size: u32,
+    #[arg(long, default_value_t = 16)]
+    block_size: u32,
+    /// Store K and V in half precision.
+    #[arg(long)]
+    f16: bool,
+    /// Use no subgroup operations.
+    #[arg(long)]
+    no_subgroups: bool,
+    /// The size of all subgroups, if it is known; CPU kernels need it to use any.
+    #[arg(long, default_value_t = 0)]
+    subgroup_size: u32,
+    /// 64-bit integers are available.
+    #[arg(long)]
+    int64: bool,
+}
+
+fn main() -> folio::Result<()> {
+    let args = Args::parse();
+    let format = if args.f16 { KvFormat::F16 } else { KvFormat::F32 };
+    let config = KvCacheConfig {
+        num_layers: 1,
+        num_kv_heads: args.kv_heads,
+        head_dim: args.head_dim,
+        block_size: args.block_size,
+        num_blocks: 1,
+        k_format: format,
+        v_format: format,
+    };
+    config.validate()?;
+    let target = Target {
+        profile: match args.profile {
+            ProfileName::Gpu => Profile::Gpu,
+            ProfileName::Cpu => Profile::Cpu,
+        },
+        subgroups: !args.no_subgroups,
+        subgroup_size: args.subgroup_size,
+        int64: args.int64,
+        enable_directives: false,
+    };
+    let kernel = match args.kernel {
+        KernelName::Append => Kernel::Append,
+        KernelName::CopyBlocks => Kernel::CopyBlocks,
+        KernelName::Gather => Kernel::Gather,
+        KernelName::Decode => Kernel::Decode,
+        KernelName::Prefill => Kernel::Prefill,
+        KernelName::Merge => Kernel::Merge,
+    };
+    let flags = AttendFlags { causal: true, ..AttendFlags::default() };
+    let variant = Variant::new(kernel, target, &config, args.group_size, flags);
+    println!("// {variant:?}\n{}", compose(&variant)?);
+    Ok(())
+}
