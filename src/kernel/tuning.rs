@@ -37,7 +37,13 @@ fn cpu_lanes(variant: &Variant) -> u32 {
 /// Query rows of a prefill tile on a CPU adapter: some per lane, as many as keep all state of a lane at 512 elements. Each K and V element that
 /// is loaded serves them all. Twice as many are 1.1 to 1.4 times as fast again, but llvmpipe then compiles for 4 s instead of 1.5 s.
 fn cpu_tile_q(variant: &Variant) -> u32 {
-    cpu_lanes(variant) * (512 / variant.head_dim).clamp(1, 8)
+    let lanes = cpu_lanes(variant);
+    let most = match (variant.target.subgroups, lanes) {
+        (true, 8..) => 8,
+        (true, _) => 2,
+        (false, _) => 4,
+    };
+    lanes * (512 / variant.head_dim).clamp(1, most)
 }
 
 /// Bytes of workgroup memory that the kernel's text declares, each variable in whole 16 bytes as WebGPU counts. A test compares it with
