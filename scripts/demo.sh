@@ -3,6 +3,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# wgpu looks at GL adapters too, and Mesa complains on stderr where headless machines leave this unset.
+mkdir -p target
+export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-$PWD/target}"
+
 if ! command -v cargo >/dev/null; then
     echo "demo: cargo not found; install Rust from https://rustup.rs" >&2
     exit 1
