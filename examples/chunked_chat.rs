@@ -103,6 +103,13 @@ struct Phase {
 }
 
 impl Phase {
+    fn add(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.steps += other.steps;
+        self.kv_bytes += other.kv_bytes;
+        self.time += other.time;
+    }
+
     fn row(&self, name: &str) -> String {
         let seconds = self.time.as_secs_f64().max(1e-9);
         format!(
@@ -194,11 +201,10 @@ impl<'a> Chat<'a> {
                 return Ok(());
             }
             let lens: Vec<_> = batch.iter().map(|b| b.1.to_string()).collect();
-            let (phase, outputs) = self.step(&batch)?;
+            // What follows a prompt is chosen later, by each branch for itself.
+            let (phase, _) = self.step(&batch)?;
             println!("prefill step: {} words of {} texts, {:.2} ms", lens.join(" + "), batch.len(), millis(phase.time));
             self.prefill.add(&phase);
-            // The last row of a finished prompt says how the text goes on; branches choose for themselves.
-            drop(outputs);
         }
     }
 
@@ -387,15 +393,6 @@ impl<'a> Chat<'a> {
             100.0 * self.worst_of_bound
         )?;
         Ok(())
-    }
-}
-
-impl Phase {
-    fn add(&mut self, other: &Self) {
-        self.tokens += other.tokens;
-        self.steps += other.steps;
-        self.kv_bytes += other.kv_bytes;
-        self.time += other.time;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{
-    KvCache, KvCacheConfig, LayerStorage, Step, StepTicket, layer_storage, owns_buffer, params_binding, push_params,
+    KvCache, KvCacheConfig, LayerStorage, Step, StepTicket, check_foreign, layer_storage, params_binding, push_params,
 };
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -311,8 +311,8 @@ impl Attention {
             return Err(Error::argument("step", got, "fewer than 2^32 / num_q_heads tokens"));
         }
 
-        // Upload: parameter blocks, head parameters, tables, masks, items. The number of blocks is known only after planning, so tables
-        // are placed behind room for the most there can be: it is planned with offsets from the end of the parameters.
+        // How many parameter blocks there are is known only after planning, so offsets are planned from the start of what follows
+        // them, and `lay_out` moves them behind.
         let mut lists = Vec::new();
         self.push_head_parameters(&mut lists);
         let table_offset = lists.len() as u32;
@@ -546,15 +546,9 @@ impl Attention {
         let mut words = Vec::new();
         push_params(&mut words, &self.config.params(&self.cache, 0));
         let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
-        let scratch = || {
-            gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("folio warm-up"),
-                size: 256,
-                usage: wgpu::BufferUsages::STORAGE,
-                mapped_at_creation: false,
-            })
-        };
-        let (reads, out, lse) = gpu.scoped_now("creating warm-up buffers", || (scratch(), scratch(), scratch()))?;
+        let scratch =
+            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
+        let (reads, out, lse) = (scratch()?, scratch()?, scratch()?);
         let lists = upload.buffer().as_entire_binding();
         let params = params_binding::<AttendParams>(upload.buffer(), 0);
         let workspace = self.workspace(0)?;
@@ -578,14 +572,7 @@ impl Attention {
 }
 
 fn create_workspace(gpu: &Gpu, bytes: u64) -> Result<wgpu::Buffer> {
-    gpu.scoped_now("creating the attention workspace", || {
-        gpu.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("folio partial states"),
-            size: bytes,
-            usage: wgpu::BufferUsages::STORAGE,
-            mapped_at_creation: false,
-        })
-    })
+    gpu.create_buffer("creating the attention workspace", "folio partial states", bytes, wgpu::BufferUsages::STORAGE)
 }
 
 fn check_distinct(
@@ -599,8 +586,5 @@ fn check_distinct(
             return Err(Error::argument(argument, format!("the buffer of {name}"), "a buffer of its own"));
         }
     }
-    if owns_buffer(layers, range.buffer()) {
-        return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
-    }
-    Ok(())
+    check_foreign(layers, argument, range)
 }

@@ -318,6 +318,18 @@ impl Gpu {
         }
     }
 
+    /// Makes a buffer within a call that can't wait; see [`Gpu::scoped_now`].
+    pub(crate) fn create_buffer(
+        &self,
+        during: &'static str,
+        label: &'static str,
+        size: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        self.scoped_now(during, || self.device().create_buffer(&descriptor))
+    }
+
     /// [`Gpu::scoped`] inside a recording call, which can't wait. Natively wgpu's answer is there at once; in a browser it
     /// would arrive after the call, so there the error goes to the device's own `uncapturederror` event instead.
     pub(crate) fn scoped_now<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {

@@ -14,14 +14,8 @@ pub(crate) struct Readback {
 impl Readback {
     /// Makes the staging buffer and records the copy of `source`.
     pub(crate) fn record(gpu: &Gpu, encoder: &mut wgpu::CommandEncoder, source: &BufferRef<'_>) -> Result<Self> {
-        let buffer = gpu.scoped_now("creating a readback buffer", || {
-            gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("folio readback"),
-                size: source.size(),
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            })
-        })?;
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let buffer = gpu.create_buffer("creating a readback buffer", "folio readback", source.size(), usage)?;
         encoder.copy_buffer_to_buffer(source.buffer(), source.offset(), &buffer, 0, source.size());
         Ok(Self { buffer })
     }

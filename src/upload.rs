@@ -49,14 +49,12 @@ impl UploadPool {
         };
         let buffer = match reused {
             Some(buffer) => buffer,
-            None => gpu.scoped_now("creating an upload buffer", || {
-                gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                    label: Some("folio upload"),
-                    size: bytes,
-                    usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-                    mapped_at_creation: false,
-                })
-            })?,
+            None => gpu.create_buffer(
+                "creating an upload buffer",
+                "folio upload",
+                bytes,
+                wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            )?,
         };
         gpu.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(words));
         Ok(Upload { buffer, pool: self.clone() })

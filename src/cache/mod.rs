@@ -28,7 +28,7 @@ use crate::gpu::Gpu;
 use manager::Manager;
 pub(crate) use manager::SharedState;
 use record::CacheKernels;
-pub(crate) use storage::{LayerStorage, layer as layer_storage, owns as owns_buffer};
+pub(crate) use storage::{LayerStorage, check_foreign, layer as layer_storage};
 
 /// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
 ///

@@ -1,6 +1,6 @@
 //! Recording append, copy-on-write and gather.
 
-use super::{KvCache, KvCacheConfig, LayerStorage, SequenceId, Step, layer_storage, owns_buffer};
+use super::{KvCache, KvCacheConfig, LayerStorage, SequenceId, Step, check_foreign, layer_storage};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{AttendFlags, CacheParams, Kernel, Pipeline, Target, Variant, linear_grid};
@@ -39,9 +39,14 @@ pub struct KvRows {
     pub v: Vec<f32>,
 }
 
+/// Elements of the K or V rows of `num_tokens` tokens.
+fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> u64 {
+    u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim)
+}
+
 /// Invocations that handle rows of `num_tokens` tokens, 8 elements each.
 fn row_chunks(config: &KvCacheConfig, num_tokens: u32) -> u64 {
-    u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim / 8)
+    row_elements(config, num_tokens) / 8
 }
 
 /// Invocations that copy `count` blocks, 16 bytes of K and V each.
@@ -127,10 +132,11 @@ impl KvCache {
         let storage = self.layer(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
         let num_tokens = step.num_tokens();
-        let elements = u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim);
+        let elements = row_elements(config, num_tokens);
         let k = k.into().check(gpu, "k", elements, true)?;
         let v = v.into().check(gpu, "v", elements, true)?;
-        self.check_foreign([("k", &k), ("v", &v)])?;
+        check_foreign(&self.layers, "k", &k)?;
+        check_foreign(&self.layers, "v", &v)?;
         let upload = step.upload()?.buffer();
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
@@ -151,14 +157,6 @@ impl KvCache {
         )?);
         recorder.into().record("folio append", &dispatches);
         Ok(())
-    }
-
-    /// Fails for a buffer of the cache's own: it can't be read and written in one dispatch, and nobody else may write it.
-    fn check_foreign(&self, ranges: [(&'static str, &BufferRef<'_>); 2]) -> Result<()> {
-        match ranges.into_iter().find(|(_, range)| owns_buffer(&self.layers, range.buffer())) {
-            Some((argument, _)) => Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's")),
-            None => Ok(()),
-        }
     }
 
     fn copy_dispatch(&self, storage: &LayerStorage, upload: &wgpu::Buffer, count: u32) -> Result<Dispatch<'_>> {
@@ -197,10 +195,11 @@ impl KvCache {
             let table = state.table(sequence)?;
             (table.len(), table.blocks().iter().map(|b| b.index()).collect::<Vec<_>>())
         };
-        let elements = u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim);
+        let elements = row_elements(config, num_tokens);
         let k_out = k_out.into().check(gpu, "k_out", elements, false)?;
         let v_out = v_out.into().check(gpu, "v_out", elements, false)?;
-        self.check_foreign([("k_out", &k_out), ("v_out", &v_out)])?;
+        check_foreign(&self.layers, "k_out", &k_out)?;
+        check_foreign(&self.layers, "v_out", &v_out)?;
         if k_out.overlaps(&v_out) {
             return Err(Error::argument("v_out", "a range that overlaps k_out", "ranges that don't overlap"));
         }
@@ -249,8 +248,7 @@ impl KvCache {
             return Ok(KvRows { k: Vec::new(), v: Vec::new() });
         }
         let gpu = &self.gpu;
-        let elements = u64::from(num_tokens) * u64::from(self.config.num_kv_heads) * u64::from(self.config.head_dim);
-        let bytes = elements * 4;
+        let bytes = row_elements(&self.config, num_tokens) * 4;
         if bytes > gpu.max_storage_bytes() {
             return Err(Error::Unsupported {
                 what: "sequence",
@@ -299,15 +297,9 @@ impl KvCache {
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams { num_blocks: self.config.num_blocks, ..CacheParams::default() });
         let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
-        let scratch = |size| {
-            gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("folio warm-up"),
-                size,
-                usage: wgpu::BufferUsages::STORAGE,
-                mapped_at_creation: false,
-            })
-        };
-        let (a, b) = gpu.scoped_now("creating warm-up buffers", || (scratch(256), scratch(256)))?;
+        let scratch =
+            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
+        let (a, b) = (scratch()?, scratch()?);
         let step = upload.buffer();
         let params = params_binding::<CacheParams>(step, 0);
         let (k, v) = (storage.k.as_entire_binding(), storage.v.as_entire_binding());

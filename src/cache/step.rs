@@ -108,7 +108,7 @@ impl Step {
 
     /// Fails unless the step is open and belongs to the cache of this state.
     pub(crate) fn check_usable(&self, cache: &SharedState) -> Result<()> {
-        if !self.is_of(cache) {
+        if !Arc::ptr_eq(&self.state, cache) {
             return Err(Error::StaleStep { reason: "it belongs to another cache" });
         }
         self.ticket().check()
@@ -125,11 +125,6 @@ impl Step {
 
     pub(crate) fn shared_layers(&self) -> &Arc<Vec<LayerStorage>> {
         &self.layers
-    }
-
-    /// Whether the step belongs to the cache of this state.
-    pub(crate) fn is_of(&self, cache: &SharedState) -> bool {
-        Arc::ptr_eq(&self.state, cache)
     }
 
     pub(super) fn upload(&self) -> Result<&Upload> {

@@ -3,6 +3,7 @@
 use super::layout::KvCacheConfig;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::record::BufferRef;
 
 /// One layer's K and V.
 #[derive(Debug)]
@@ -64,7 +65,10 @@ pub(crate) fn layer(layers: &[LayerStorage], layer: u32) -> Result<&LayerStorage
         .ok_or_else(|| Error::argument("layer", layer, format!("below num_layers, {}", layers.len())))
 }
 
-/// Whether a buffer is one of the cache's own.
-pub(crate) fn owns(layers: &[LayerStorage], buffer: &wgpu::Buffer) -> bool {
-    layers.iter().any(|layer| layer.k == *buffer || layer.v == *buffer)
+/// Fails for a buffer of the cache's own: it can't be read and written in one dispatch, and nobody else may write it.
+pub(crate) fn check_foreign(layers: &[LayerStorage], argument: &'static str, range: &BufferRef<'_>) -> Result<()> {
+    if layers.iter().any(|layer| [&layer.k, &layer.v].contains(&range.buffer())) {
+        return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
+    }
+    Ok(())
 }
