@@ -1,18 +1,79 @@
 {% from "shared/kv_rows.wgsl" import element_type, store, f16_functions %}
 // append: new K and V rows go into their slots, converted to the cache's formats.
+{% if rope %}
+// K rows are turned by their tokens' positions before.
+{% endif %}
 // One invocation writes 8 elements of one row of K and the same of V. No loops.
 {% include "shared/cache_params.wgsl" %}
 
+{# Partners that lie a multiple of 4 apart, or in the same 8 elements, come in vec4s. #}
+{% set wide = rope != "half_split" or rotary_dim % 8 == 0 %}
+{% if wide %}
 @group(0) @binding(0) var<storage, read> k_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+{% else %}
+@group(0) @binding(0) var<storage, read> k_new: array<f32>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM]
+{% endif %}
 @group(0) @binding(1) var<storage, read> v_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
 @group(0) @binding(2) var<storage, read_write> k_cache: array<{{ element_type(k_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
 @group(0) @binding(3) var<storage, read_write> v_cache: array<{{ element_type(v_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-@group(0) @binding(4) var<storage, read> step: array<u32>;  // slot of each token, at params.list_offset
+@group(0) @binding(4) var<storage, read> step: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
 @group(0) @binding(5) var<uniform> params: CacheParams;
+{% if rope %}
+@group(0) @binding(6) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
+{% endif %}
 
 {{ f16_functions() if "f16" in [k_format, v_format] }}
 {{ store("k_cache", k_format) }}
 {{ store("v_cache", v_format) }}
+{% if rope %}
+{% include "shared/rope.wgsl" %}
+
+struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+
+{% if rope == "interleaved" %}
+// Elements 8 * chunk .. 8 * chunk + 8 of a row of k_new: four pairs, turned.
+fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
+  let at = 2u * (row * CHUNKS + chunk);
+  let lo = k_new[at];
+  let hi = k_new[at + 1u];
+  if (8u * chunk >= ROTARY_DIM) {
+    return Chunk(lo, hi);
+  }
+  let turned = turn_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * chunk + OFFSETS, position);
+  return Chunk(
+    vec4<f32>(turned.first.x, turned.second.x, turned.first.y, turned.second.y),
+    vec4<f32>(turned.first.z, turned.second.z, turned.first.w, turned.second.w));
+}
+{% else %}
+// Four elements of k_new{{ ", which are neighbours" if wide }}.
+fn k_elements(at: vec4<u32>) -> vec4<f32> {
+{% if wide %}
+  return k_new[at.x / 4u];
+{% else %}
+  return vec4<f32>(k_new[at.x], k_new[at.y], k_new[at.z], k_new[at.w]);
+{% endif %}
+}
+
+// Elements dim .. dim + 4 of a row of k_new, turned with their partners, which lie ROTARY_DIM / 2 before or behind.
+fn turned_dims(row: u32, dim: u32, position: u32) -> vec4<f32> {
+  let dims = dim + OFFSETS;
+  let own = k_elements(row * HEAD_DIM + dims);
+  if (dim >= ROTARY_DIM) {
+    return own;
+  }
+  let is_second = dims >= vec4<u32>(ROTARY_PAIRS);
+  let other = k_elements(row * HEAD_DIM + select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second));
+  let pairs = select(dims, dims - ROTARY_PAIRS, is_second);
+  let turned = turn_pairs(select(own, other, is_second), select(other, own, is_second), pairs, position);
+  return select(turned.first, turned.second, is_second);
+}
+
+fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
+  return Chunk(turned_dims(row, 8u * chunk, position), turned_dims(row, 8u * chunk + 4u, position));
+}
+{% endif %}
+
+{% endif %}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
   let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
@@ -26,6 +87,11 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
   let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
   let destination = cache_row * CHUNKS + chunk;
+{% if rope %}
+  let k = turned_chunk(row, chunk, step[params.positions_offset + token]);
+  store_k_cache(destination, k.lo, k.hi);
+{% else %}
   store_k_cache(destination, k_new[2u * idx], k_new[2u * idx + 1u]);
+{% endif %}
   store_v_cache(destination, v_new[2u * idx], v_new[2u * idx + 1u]);
 }

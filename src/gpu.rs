@@ -301,8 +301,12 @@ impl Gpu {
 
     /// Runs `f`, which creates wgpu objects, and turns the validation or memory error that it raised into [`Error::Wgpu`].
     ///
-    /// wgpu's creation functions return no `Result`; what no scope catches goes to a handler that aborts by default.
-    pub(crate) async fn scoped<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
+    /// wgpu's creation functions return no `Result`; what no scope catches goes to a handler that aborts by default. A host that
+    /// makes its own buffers and pipelines can use this too. `during` says in the error what was going on.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`].
+    pub async fn scoped<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
         let pops = {
             let internal = self.0.device.push_error_scope(wgpu::ErrorFilter::Internal);
             let memory = self.0.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
@@ -319,7 +323,10 @@ impl Gpu {
     }
 
     /// Makes a buffer within a call that can't wait; see [`Gpu::scoped_now`].
-    pub(crate) fn create_buffer(
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`].
+    pub fn create_buffer(
         &self,
         during: &'static str,
         label: &'static str,
@@ -332,7 +339,10 @@ impl Gpu {
 
     /// [`Gpu::scoped`] inside a recording call, which can't wait. Natively wgpu's answer is there at once; in a browser it
     /// would arrive after the call, so there the error goes to the device's own `uncapturederror` event instead.
-    pub(crate) fn scoped_now<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`].
+    pub fn scoped_now<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
         #[cfg(not(target_arch = "wasm32"))]
         {
             pollster::block_on(self.scoped(during, f))

@@ -9,6 +9,7 @@ pub mod plan;
 mod readback;
 mod record;
 pub mod reference;
+mod rope;
 mod upload;
 
 pub use attention::{Attention, AttentionConfig, AttentionPlan};
@@ -18,4 +19,5 @@ pub use error::{Error, ErrorKind, Result};
 pub use gpu::GpuOptions;
 pub use gpu::{Gpu, Profile, ShaderChecks, required_limits, useful_features};
 pub use record::{BufferRef, Recorder};
+pub use rope::{Rope, RopeConfig, RopeLayout, RopeScaling};
 pub use wgpu;

@@ -67,22 +67,26 @@ impl Gpu {
     /// Those of [`Gpu::read`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn read_blocking<'b>(&self, range: impl Into<BufferRef<'b>>) -> Result<Vec<f32>> {
-        block_on(self, self.read(range))
+        self.block_on(self.read(range))
     }
-}
 
-/// Runs a future that waits for the GPU, polling the device so that it makes progress.
-#[cfg(not(target_arch = "wasm32"))]
-pub(crate) fn block_on<T>(gpu: &Gpu, future: impl Future<Output = Result<T>>) -> Result<T> {
-    use std::task::{Context, Poll, Waker};
-    let mut future = std::pin::pin!(future);
-    let mut context = Context::from_waker(Waker::noop());
-    loop {
-        if let Poll::Ready(result) = future.as_mut().poll(&mut context) {
-            return result;
+    /// Runs a future that waits for the GPU, polling the device so that it makes progress. Natively a mapping completes only while
+    /// somebody polls.
+    ///
+    /// # Errors
+    /// The future's own, and [`Error::Wgpu`] if the device can't be polled.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn block_on<T, E: From<Error>>(&self, future: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        use std::task::{Context, Poll, Waker};
+        let mut future = std::pin::pin!(future);
+        let mut context = Context::from_waker(Waker::noop());
+        loop {
+            if let Poll::Ready(result) = future.as_mut().poll(&mut context) {
+                return result;
+            }
+            self.device()
+                .poll(wgpu::PollType::wait_indefinitely())
+                .map_err(|e| Error::Wgpu { during: "waiting for the GPU", message: e.to_string() })?;
         }
-        gpu.device()
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|e| Error::Wgpu { during: "waiting for the GPU", message: e.to_string() })?;
     }
 }

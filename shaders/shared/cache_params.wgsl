@@ -1,4 +1,4 @@
-{# Parameters of append, copy_blocks and gather, and the linear index that they share. #}
+{# Parameters of append, copy_blocks, gather and rope, and the linear index that they share. #}
 struct CacheParams {
   num_tokens: u32,
   num_copies: u32,
@@ -6,8 +6,8 @@ struct CacheParams {
   copies_offset: u32,  // words
   num_blocks: u32,
   grid_x: u32,         // workgroups along x; the linear index goes on along y
+  positions_offset: u32,  // words
   reserved0: u32,
-  reserved1: u32,
 }
 
 const HEAD_DIM: u32 = {{ head_dim }}u;

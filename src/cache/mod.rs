@@ -14,16 +14,14 @@ pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM};
 pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
 pub use record::KvRows;
-pub(crate) use record::{PARAM_BLOCK_WORDS, params_binding, push_params};
+pub(crate) use record::{PARAM_BLOCK_WORDS, grid, params_binding, push_params};
 pub(crate) use step::StepTicket;
 pub use step::{Committed, Step};
 pub use table::{BlockTable, Growth};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use manager::Manager;
 pub(crate) use manager::SharedState;
@@ -34,7 +32,7 @@ pub(crate) use storage::{LayerStorage, check_foreign, layer as layer_storage};
 ///
 /// One step of a decoder:
 /// 1. [`begin_step`](Self::begin_step) reserves room for the new tokens of a batch (host only; nothing waits for the GPU),
-/// 2. for each layer, [`append`](Self::append) and [`Attention::attend`](crate::Attention::attend) record into the host's encoder,
+/// 2. for each layer, [`append`](Self::append) (or [`append_with_rope`](Self::append_with_rope)) and [`Attention::attend`](crate::Attention::attend) record into the host's encoder,
 /// 3. the host submits,
 /// 4. [`commit`](Self::commit) makes the new lengths valid; dropping the [`Step`] instead leaves every sequence as it was.
 ///
@@ -170,6 +168,27 @@ impl KvCache {
     /// [`Error::Wgpu`].
     /// In every case nothing has changed.
     pub fn begin_step(&self, batch: &[(SequenceId, u32)]) -> Result<Step> {
+        self.begin(batch, None)
+    }
+
+    /// [`KvCache::begin_step`] with positions of the caller's own: one per new token, in the order of the tokens in the step's buffers.
+    ///
+    /// Positions only say how far a rotary embedding ([`Rope`](crate::Rope)) turns a token. Otherwise they are the tokens' indices in
+    /// their sequences, and may be any `u32` here: for drafts that branch (siblings have the same position), for caches that have
+    /// dropped tokens, or for positions that skip. What a query sees still follows from the order of the tokens in the cache.
+    ///
+    /// # Errors
+    /// Those of [`KvCache::begin_step`]; [`Error::Argument`] if there isn't exactly one position per new token.
+    pub fn begin_step_with_positions(&self, batch: &[(SequenceId, u32)], positions: &[u32]) -> Result<Step> {
+        let num_tokens: u64 = batch.iter().map(|&(_, query_len)| u64::from(query_len)).sum();
+        if positions.len() as u64 != num_tokens {
+            let got = format!("{} positions", positions.len());
+            return Err(Error::argument("positions", got, format!("one per new token, {num_tokens}")));
+        }
+        self.begin(batch, Some(positions))
+    }
+
+    fn begin(&self, batch: &[(SequenceId, u32)], positions: Option<&[u32]>) -> Result<Step> {
         let (reservation, epoch) = {
             let mut state = self.state();
             (state.reserve(batch)?, state.epoch())
@@ -188,7 +207,15 @@ impl KvCache {
             status: Step::open_status(),
         };
         let (slots, copies) = (&reservation.slots, &reservation.copies);
-        step.upload = Some(self.kernels.upload(&self.gpu, &self.config, slots, copies)?);
+        let indices: Vec<u32>;
+        let positions = match positions {
+            Some(positions) => positions,
+            None => {
+                indices = step.batch.entries.iter().flat_map(|entry| entry.context_len..entry.seq_len()).collect();
+                &indices
+            }
+        };
+        step.upload = Some(self.kernels.upload(&self.gpu, &self.config, slots, positions, copies)?);
         Ok(step)
     }
 

@@ -54,7 +54,8 @@ fn copy_chunks(config: &KvCacheConfig, count: u32) -> u64 {
     u64::from(count) * config.k_layout().block_bytes().max(config.v_layout().block_bytes()) / 16
 }
 
-fn grid(pipeline: &Pipeline, argument: &'static str, invocations: u64) -> Result<(u32, u32)> {
+/// Workgroups for a number of invocations: (x, y).
+pub(crate) fn grid(pipeline: &Pipeline, argument: &'static str, invocations: u64) -> Result<(u32, u32)> {
     // Kernels number their invocations with u32.
     let workgroups = invocations.div_ceil(pipeline.variant().workgroup_size.into());
     linear_grid(workgroups).filter(|_| invocations <= u64::from(u32::MAX)).ok_or_else(|| {
@@ -63,29 +64,35 @@ fn grid(pipeline: &Pipeline, argument: &'static str, invocations: u64) -> Result
 }
 
 impl CacheKernels {
-    /// Uploads a step's parameters, slots and copy list: block 0 is append's parameters, block 1 copy_blocks'.
+    /// Uploads a step's parameters, slots, positions and copy list: block 0 is the parameters of append and rope, block 1 copy_blocks'.
     pub(super) fn upload(
         &self,
         gpu: &Gpu,
         config: &KvCacheConfig,
         slots: &[u32],
+        positions: &[u32],
         copies: &[[u32; 2]],
     ) -> Result<Upload> {
         let list_offset = 2 * PARAM_BLOCK_WORDS;
+        let num_words = list_offset as usize + slots.len() + positions.len() + 2 * copies.len();
+        // Where a sum saturates, the words don't fit into any binding, and `fill` says so.
+        let positions_offset = list_offset.saturating_add(slots.len() as u32);
         let params = CacheParams {
             num_tokens: slots.len() as u32,
             num_copies: copies.len() as u32,
             list_offset,
-            copies_offset: list_offset + slots.len() as u32,
+            positions_offset,
+            copies_offset: positions_offset.saturating_add(positions.len() as u32),
             num_blocks: config.num_blocks,
             ..CacheParams::default()
         };
         let append = grid(&self.append, "batch", row_chunks(config, params.num_tokens))?;
         let copy = grid(&self.copy_blocks, "batch", copy_chunks(config, params.num_copies))?;
-        let mut words = Vec::with_capacity(list_offset as usize + slots.len() + 2 * copies.len());
+        let mut words = Vec::with_capacity(num_words);
         push_params(&mut words, &CacheParams { grid_x: append.0, ..params });
         push_params(&mut words, &CacheParams { grid_x: copy.0, ..params });
         words.extend_from_slice(slots);
+        words.extend_from_slice(positions);
         words.extend_from_slice(copies.as_flattened());
         gpu.uploads().fill(gpu, "batch", &words)
     }
@@ -116,6 +123,8 @@ impl KvCache {
     ///
     /// Tokens of *any* sequence may hold NaN or infinities: they stay in their sequence.
     ///
+    /// Models with rotary embeddings use [`append_with_rope`](Self::append_with_rope).
+    ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::StaleStep`];
     /// [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu itself gives buffers of other
@@ -128,13 +137,26 @@ impl KvCache {
         k: impl Into<BufferRef<'k>>,
         v: impl Into<BufferRef<'v>>,
     ) -> Result<()> {
+        self.append_by(recorder.into(), step, layer, [k.into(), v.into()], &self.kernels.append, None)
+    }
+
+    /// Records an append with one of its variants; `table` is the one of a rotary embedding, if the variant has one.
+    pub(crate) fn append_by(
+        &self,
+        recorder: Recorder<'_, '_>,
+        step: &Step,
+        layer: u32,
+        [k, v]: [BufferRef<'_>; 2],
+        kernel: &Pipeline,
+        table: Option<&wgpu::Buffer>,
+    ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
         let num_tokens = step.num_tokens();
         let elements = row_elements(config, num_tokens);
-        let k = k.into().check(gpu, "k", elements, true)?;
-        let v = v.into().check(gpu, "v", elements, true)?;
+        let k = k.check(gpu, "k", elements, true)?;
+        let v = v.check(gpu, "v", elements, true)?;
         check_foreign(&self.layers, "k", &k)?;
         check_foreign(&self.layers, "v", &v)?;
         let upload = step.upload()?.buffer();
@@ -142,20 +164,18 @@ impl KvCache {
         if step.num_copies > 0 {
             dispatches.push(self.copy_dispatch(storage, upload, step.num_copies)?);
         }
-        let (x, y) = grid(&self.kernels.append, "k", row_chunks(config, num_tokens))?;
-        dispatches.push(self.kernels.append.dispatch(
-            gpu,
-            &[
-                k.binding(),
-                v.binding(),
-                storage.k.as_entire_binding(),
-                storage.v.as_entire_binding(),
-                upload.as_entire_binding(),
-                params_binding::<CacheParams>(upload, 0),
-            ],
-            [x, y, 1],
-        )?);
-        recorder.into().record("folio append", &dispatches);
+        let (x, y) = grid(kernel, "k", row_chunks(config, num_tokens))?;
+        let mut resources = vec![
+            k.binding(),
+            v.binding(),
+            storage.k.as_entire_binding(),
+            storage.v.as_entire_binding(),
+            upload.as_entire_binding(),
+            params_binding::<CacheParams>(upload, 0),
+        ];
+        resources.extend(table.map(wgpu::Buffer::as_entire_binding));
+        dispatches.push(kernel.dispatch(gpu, &resources, [x, y, 1])?);
+        recorder.record("folio append", &dispatches);
         Ok(())
     }
 
@@ -283,7 +303,7 @@ impl KvCache {
     /// Those of [`KvCache::gather`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn gather_blocking(&self, sequence: SequenceId, layer: u32) -> Result<KvRows> {
-        crate::readback::block_on(&self.gpu, self.gather(sequence, layer))
+        self.gpu.block_on(self.gather(sequence, layer))
     }
 
     /// Runs the append, copy and gather kernels once on no tokens, so that drivers which compile at the first dispatch do it now (on

@@ -66,7 +66,7 @@ pub struct Step {
     /// What commit does to each sequence; drained by commit and by drop.
     pub(super) pending: Vec<Pending>,
     pub(super) num_copies: u32,
-    /// Parameters, slot of every token, and (source, destination) of every block to copy; see `cache::record`.
+    /// Parameters, slot and position of every token, and (source, destination) of every block to copy; see `cache::record`.
     pub(super) upload: Option<Upload>,
     pub(super) status: StepStatus,
 }
@@ -127,7 +127,7 @@ impl Step {
         &self.layers
     }
 
-    pub(super) fn upload(&self) -> Result<&Upload> {
+    pub(crate) fn upload(&self) -> Result<&Upload> {
         self.upload.as_ref().ok_or(Error::StaleStep { reason: "it has no upload" })
     }
 

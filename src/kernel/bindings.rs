@@ -48,19 +48,23 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
         Kernel::Decode | Kernel::Prefill => {
             vec![read("q"), read("k_cache"), read("v_cache"), read("plan"), write("out"), write("partials"), PARAMS]
         }
+        Kernel::Rope => vec![write("x"), read("step"), read("rope_table"), PARAMS],
         Kernel::Merge => vec![read("partials"), read("plan"), write("out"), PARAMS],
     };
     if variant.flags.lse && matches!(variant.kernel, Kernel::Decode | Kernel::Prefill | Kernel::Merge) {
         bindings.push(write("lse"));
     }
+    if variant.rope.is_some() && variant.kernel == Kernel::Append {
+        bindings.push(read("rope_table"));
+    }
     bindings
 }
 
-/// Parameters of append, copy_blocks and gather.
+/// Parameters of append, copy_blocks, gather and rope.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct CacheParams {
-    /// Tokens: new ones to append, or the sequence's to gather.
+    /// Tokens: new ones to append or to turn, or the sequence's to gather.
     pub num_tokens: u32,
     /// Blocks to copy.
     pub num_copies: u32,
@@ -72,8 +76,10 @@ pub struct CacheParams {
     pub num_blocks: u32,
     /// Workgroups along x: a kernel's linear index continues along y.
     pub grid_x: u32,
+    /// Where the positions of the new tokens start, in words.
+    pub positions_offset: u32,
     /// Keeps the block a multiple of 16 bytes.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }
 
 /// Parameters of decode, prefill and merge.

@@ -9,7 +9,7 @@ mod variant;
 pub use bindings::{Access, AttendParams, Binding, CacheParams, bindings};
 pub use pipelines::Pipeline;
 pub use source::compose;
-pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant};
+pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
 
 /// Most workgroups along a dimension of a dispatch that WebGPU guarantees.
 pub const MAX_GRID: u32 = 65_535;

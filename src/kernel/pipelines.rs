@@ -139,6 +139,7 @@ fn create_module(gpu: &Gpu, label: &str, text: &str) -> wgpu::ShaderModule {
         // - Work items, block tables, slots and copy lists are computed by folio (`plan`, `cache`), never taken from a caller, and the
         //   host's buffers are checked to hold every row of the step before anything is recorded (`BufferRef::check`).
         // - Block ids are clamped to the pool on the GPU as well, so even a damaged table stays inside the cache's buffers.
+        // - Positions, which a caller may choose, and the frequencies of a rotary embedding only ever enter arithmetic.
         // - Every loop counts up to a bound that is read before it starts.
         // - The data of q, k and v only ever enters arithmetic, no index and no loop bound depends on it.
         ShaderChecks::Trusted => unsafe {

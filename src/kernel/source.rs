@@ -27,6 +27,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "gpu/decode.wgsl",
     "gpu/prefill.wgsl",
     "merge.wgsl",
+    "rope.wgsl",
     "shared/attend_params.wgsl",
     "shared/cache_params.wgsl",
     "shared/cpu_bindings.wgsl",
@@ -35,6 +36,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/gpu_interface.wgsl",
     "shared/gpu_kv.wgsl",
     "shared/kv_rows.wgsl",
+    "shared/rope.wgsl",
 ];
 
 /// Parsed templates: constant data, filled on first use.
@@ -55,6 +57,7 @@ fn template_name(variant: &Variant) -> &'static str {
         (Kernel::CopyBlocks, _) => "copy_blocks.wgsl",
         (Kernel::Gather, _) => "gather.wgsl",
         (Kernel::Merge, _) => "merge.wgsl",
+        (Kernel::Rope, _) => "rope.wgsl",
         (Kernel::Decode, Profile::Cpu) => "cpu/decode.wgsl",
         (Kernel::Decode, Profile::Gpu) => "gpu/decode.wgsl",
         (Kernel::Prefill, Profile::Cpu) => "cpu/prefill.wgsl",
@@ -88,6 +91,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 sinks => v.flags.sinks,
                 mask => v.flags.mask,
                 lse => v.flags.lse,
+                rope => v.rope.map(|rope| rope.layout.shader_name()),
+                rotary_dim => v.rope.map(|rope| rope.rotary_dim),
                 subgroups => v.target.subgroups,
                 subgroup_size => v.target.subgroup_size,
                 int64 => v.target.int64,

@@ -2,6 +2,7 @@
 
 use crate::cache::{KvCacheConfig, KvFormat};
 use crate::gpu::{Gpu, Profile};
+use crate::rope::RopeLayout;
 
 /// The kernels. Each is an entry point of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,11 +19,14 @@ pub enum Kernel {
     Prefill,
     /// Joins the partial states of split key ranges.
     Merge,
+    /// Turns rows by their positions, in place.
+    Rope,
 }
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Self; 6] = [Self::Append, Self::CopyBlocks, Self::Gather, Self::Decode, Self::Prefill, Self::Merge];
+    pub const ALL: [Self; 7] =
+        [Self::Append, Self::CopyBlocks, Self::Gather, Self::Decode, Self::Prefill, Self::Merge, Self::Rope];
 
     /// Entry point and file name.
     #[must_use]
@@ -34,6 +38,7 @@ impl Kernel {
             Self::Decode => "decode",
             Self::Prefill => "prefill",
             Self::Merge => "merge",
+            Self::Rope => "rope",
         }
     }
 }
@@ -86,6 +91,15 @@ pub struct AttendFlags {
     pub lse: bool,
 }
 
+/// What of a [`RopeConfig`](crate::RopeConfig) is compiled in; frequencies are data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RopeShape {
+    /// Which elements of a row turn together.
+    pub layout: RopeLayout,
+    /// Elements of a row that turn: the first ones, an even number.
+    pub rotary_dim: u32,
+}
+
 /// Every compile-time choice of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Variant {
@@ -107,6 +121,8 @@ pub struct Variant {
     pub v_format: KvFormat,
     /// Options of the attention call.
     pub flags: AttendFlags,
+    /// Rotary embedding: what `rope` does always, and `append` to K if it is there.
+    pub rope: Option<RopeShape>,
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
     /// Query rows of a workgroup (decode and prefill).
@@ -137,6 +153,7 @@ impl Variant {
             k_format: config.k_format,
             v_format: config.v_format,
             flags,
+            rope: None,
             workgroup_size: 0,
             tile_q: 0,
             tile_kv: 0,
@@ -146,6 +163,12 @@ impl Variant {
         }
         super::tuning::choose(&mut variant);
         variant
+    }
+
+    /// The same kernel with a rotary embedding; `append` and `rope` know it.
+    #[must_use]
+    pub fn with_rope(self, rope: RopeShape) -> Self {
+        Self { rope: Some(rope), ..self }
     }
 
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.

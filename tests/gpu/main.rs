@@ -16,5 +16,6 @@ mod cache;
 mod case;
 mod isolation;
 mod model_based;
+mod rope;
 mod steady_state;
 mod tokens;

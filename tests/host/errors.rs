@@ -1,7 +1,7 @@
 //! Errors say who has to act, what was given and what is needed. The errors that name a sequence need a cache, and so a
 //! device: the GPU tests have them.
 
-use folio::{AttentionConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
+use folio::{AttentionConfig, Error, ErrorKind, KvCacheConfig, KvFormat, RopeConfig, RopeScaling};
 
 #[test]
 fn kinds_say_who_has_to_act() {
@@ -156,4 +156,84 @@ fn lists_per_head_must_be_finite() {
         let sinks = refusal(|config| config.sinks = Some(values.clone()));
         assert_eq!(sinks, format!("sinks: got {got}, need a finite number"));
     }
+}
+
+/// The text of the error of a rotary embedding for heads of 64 elements.
+fn rope_refusal(change: impl FnOnce(&mut RopeConfig)) -> String {
+    let mut config = RopeConfig::new(64, 10_000.0);
+    change(&mut config);
+    let error = config.validate(64).expect_err("the rule is broken");
+    assert_eq!(error.kind(), ErrorKind::Caller);
+    error.to_string()
+}
+
+#[test]
+fn rotary_dims_that_do_not_pair_up_or_fit_are_refused() {
+    for dim in [0, 1, 33, 66, u32::MAX] {
+        let text = rope_refusal(|config| config.rotary_dim = dim);
+        assert_eq!(text, format!("rotary_dim: got {dim}, need an even number from 2 to head_dim, 64"));
+    }
+    assert!(RopeConfig::new(2, 10_000.0).validate(64).is_ok());
+    assert!(RopeConfig::new(64, 10_000.0).validate(64).is_ok());
+}
+
+#[test]
+fn bases_and_factors_that_are_no_numbers_above_0_are_refused() {
+    for bad in [0.0, -2.0, f64::NAN, f64::INFINITY] {
+        let need = format!("got {bad}, need a finite number above 0");
+        assert_eq!(rope_refusal(|config| config.theta = bad), format!("theta: {need}"));
+        let llama3 = |factor, low_freq_factor, high_freq_factor| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position: 8192,
+        };
+        let custom = RopeScaling::Custom { inverse_frequencies: vec![1.0; 32], attention_factor: bad };
+        for (argument, scaling) in [
+            ("factor", RopeScaling::Linear { factor: bad }),
+            ("factor", RopeScaling::Ntk { factor: bad }),
+            ("factor", RopeScaling::yarn(bad, 4096)),
+            ("factor", llama3(bad, 1.0, 4.0)),
+            ("low_freq_factor", llama3(8.0, bad, 4.0)),
+            ("high_freq_factor", llama3(8.0, 1.0, bad)),
+            ("attention_factor", custom),
+        ] {
+            let text = rope_refusal(|config| config.scaling = scaling.clone());
+            assert_eq!(text, format!("{argument}: {need}"), "{scaling:?}");
+        }
+    }
+}
+
+#[test]
+fn scalings_that_contradict_themselves_are_refused() {
+    let yarn = |beta_fast, beta_slow, attention_factor, original_max_position| RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position,
+        beta_fast,
+        beta_slow,
+        attention_factor,
+        mscale: None,
+        mscale_all_dim: None,
+        truncate: true,
+    };
+    let custom = |inverse_frequencies| RopeScaling::Custom { inverse_frequencies, attention_factor: 1.0 };
+    let llama3 =
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 4.0, high_freq_factor: 4.0, original_max_position: 8192 };
+    for (scaling, want) in [
+        (yarn(1.0, 32.0, None, 4096), "beta_fast: got 1, need at least beta_slow, 32"),
+        (yarn(0.0, 0.0, None, 4096), "beta_slow: got 0, need a finite number above 0"),
+        (yarn(32.0, 1.0, Some(0.0), 4096), "attention_factor: got 0, need a finite number above 0"),
+        (yarn(32.0, 1.0, Some(1e39), 4096), "attention_factor: got inf, need a finite number above 0"),
+        (yarn(32.0, 1.0, None, 0), "original_max_position: got 0, need at least 1 token"),
+        (llama3, "high_freq_factor: got 4, need above low_freq_factor, 4"),
+        (custom(vec![1.0; 31]), "inverse_frequencies: got 31 values, need rotary_dim / 2 of them, 32"),
+        (custom([&[f64::NAN][..], &[1.0; 31]].concat()), "inverse_frequencies: got NaN, need finite numbers"),
+        (RopeScaling::Linear { factor: 1e-310 }, "inverse_frequencies: got inf, need finite numbers"),
+    ] {
+        assert_eq!(rope_refusal(|config| config.scaling = scaling.clone()), want, "{scaling:?}");
+    }
+    let text = rope_refusal(|config| (config.rotary_dim, config.scaling) = (2, RopeScaling::Ntk { factor: 2.0 }));
+    assert_eq!(text, "rotary_dim: got 2, need at least 4 for NTK-aware scaling");
+    let text = rope_refusal(|config| (config.theta, config.scaling) = (1.0, RopeScaling::yarn(4.0, 4096)));
+    assert_eq!(text, "theta: got 1, need above 1 for YaRN");
 }

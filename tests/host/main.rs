@@ -9,5 +9,6 @@ mod fixtures;
 mod layout;
 mod plan;
 mod pool;
+mod rope;
 mod shaders;
 mod variants;

@@ -48,6 +48,11 @@ fn merge_variants() {
     check_all(Kernel::Merge);
 }
 
+#[test]
+fn rope_variants() {
+    check_all(Kernel::Rope);
+}
+
 /// Checks a kernel's variants. Reports every kind of problem once, with one of the variants that have it.
 fn check_all(kernel: Kernel) {
     let variants = variants::of_kernel(kernel);
@@ -200,13 +205,14 @@ macro_rules! fields {
 
 fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
     let (fields, size) = match variant.kernel {
-        Kernel::Append | Kernel::CopyBlocks | Kernel::Gather => fields!(CacheParams {
+        Kernel::Append | Kernel::CopyBlocks | Kernel::Gather | Kernel::Rope => fields!(CacheParams {
             num_tokens: U32,
             num_copies: U32,
             list_offset: U32,
             copies_offset: U32,
             num_blocks: U32,
             grid_x: U32,
+            positions_offset: U32,
         }),
         Kernel::Decode | Kernel::Prefill | Kernel::Merge => fields!(AttendParams {
             items_offset: U32,

@@ -1,7 +1,7 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
-use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant};
-use folio::{KvCacheConfig, KvFormat, Profile};
+use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
+use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
 const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
 const GROUP_SIZES: [u32; 5] = [1, 4, 7, 8, 32];
@@ -40,6 +40,19 @@ fn flags() -> Vec<AttendFlags> {
     flags
 }
 
+/// No rope, and each layout with the whole head, about a quarter of it (also such as are no multiple of 8) and one pair.
+fn ropes(kernel: Kernel, head_dim: u32) -> Vec<Option<RopeShape>> {
+    let shape = |layout, rotary_dim| Some(RopeShape { layout, rotary_dim });
+    let turning = [RopeLayout::HalfSplit, RopeLayout::Interleaved]
+        .into_iter()
+        .flat_map(|layout| [head_dim, head_dim / 8 * 2, 2].map(|rotary_dim| shape(layout, rotary_dim)));
+    match kernel {
+        Kernel::Append => std::iter::once(None).chain(turning).collect(),
+        Kernel::Rope => turning.collect(),
+        _ => vec![None],
+    }
+}
+
 /// The selection for a kernel.
 pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
     let attends = matches!(kernel, Kernel::Decode | Kernel::Prefill | Kernel::Merge);
@@ -60,6 +73,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         KV_HEADS.len(),
         FORMATS.len(),
         FORMATS.len(),
+        ropes(kernel, 8).len(),
     ];
     let variant = |choice: Vec<usize>| {
         let config = KvCacheConfig {
@@ -71,7 +85,11 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
             k_format: FORMATS[choice[6]],
             v_format: FORMATS[choice[7]],
         };
-        Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
+        let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]]);
+        match ropes(kernel, config.head_dim)[choice[8]] {
+            Some(rope) => variant.with_rope(rope),
+            None => variant,
+        }
     };
     all_pairs(&axes).into_iter().map(variant).collect()
 }

@@ -1,0 +1,182 @@
+//! [`Rope`]: rotary position embedding on the GPU, of K while it is appended and of Q in place.
+
+mod config;
+
+pub use config::{RopeConfig, RopeLayout, RopeScaling};
+
+use crate::cache::{KvCache, KvCacheConfig, Step, check_foreign, grid, params_binding, push_params};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::kernel::{AttendFlags, CacheParams, Kernel, MAX_GRID, Pipeline, RopeShape, Target, Variant};
+use crate::record::{BufferRef, Recorder};
+
+/// Rotary position embedding for a [`KvCache`]: a table of frequencies and two compiled kernels. Make one per distinct
+/// [`RopeConfig`] (a model whose layers alternate between two bases has two) and use it for all layers and steps.
+///
+/// [`KvCache::append_with_rope`] turns K on its way into the cache, at no extra pass over memory; [`Rope::rotate`] turns Q in
+/// place. Positions come with the step: a token's index in its sequence, or what the caller says
+/// ([`KvCache::begin_step_with_positions`]).
+///
+/// **Accuracy.** Frequencies are turns per position in 64-bit fixed point, and a position times a frequency is computed with
+/// integers, so that the angle is exact to 2^-31 of a turn at every position below 2^32. (The f32 product that frameworks use is
+/// off by up to 0.008 radians at position 131 072.) Cosine and sine are polynomials of the kernel's own. Altogether an element is
+/// within `2^-21 * attention_factor * (|a| + |b|)` of the exact rotation of its pair `(a, b)`, four times f32's epsilon; see
+/// [`reference::rope`](crate::reference::rope). At position 0 without an attention factor finite elements stay what they are.
+#[derive(Debug)]
+pub struct Rope {
+    gpu: Gpu,
+    cache: KvCacheConfig,
+    config: RopeConfig,
+    table: wgpu::Buffer,
+    append: Pipeline,
+    rotate: Pipeline,
+}
+
+impl Rope {
+    /// Compiles the kernels for a cache's shape and uploads the frequencies.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a kernel needs more than the device offers;
+    /// [`Error::Wgpu`] if one doesn't compile.
+    pub async fn new(cache: &KvCache, config: RopeConfig) -> Result<Self> {
+        let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
+        config.validate(geometry.head_dim)?;
+        let shape = RopeShape { layout: config.layout, rotary_dim: config.rotary_dim };
+        let variant =
+            |kernel| Variant::new(kernel, Target::of(&gpu), &geometry, 1, AttendFlags::default()).with_rope(shape);
+        let append = Pipeline::new(&gpu, variant(Kernel::Append)).await?;
+        let rotate = Pipeline::new(&gpu, variant(Kernel::Rope)).await?;
+        let words = config.table();
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("folio rope table"),
+            size: size_of_val(words.as_slice()) as u64,
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        };
+        let upload = || {
+            let table = gpu.device().create_buffer(&descriptor);
+            gpu.queue().write_buffer(&table, 0, bytemuck::cast_slice(&words));
+            table
+        };
+        let table = gpu.scoped("uploading frequencies", upload).await?;
+        Ok(Self { cache: geometry, config, table, append, rotate, gpu })
+    }
+
+    /// [`Rope::new`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Rope::new`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new_blocking(cache: &KvCache, config: RopeConfig) -> Result<Self> {
+        pollster::block_on(Self::new(cache, config))
+    }
+
+    /// What it computes.
+    #[must_use]
+    pub fn config(&self) -> &RopeConfig {
+        &self.config
+    }
+
+    /// The compiled kernels: append, rope.
+    pub fn pipelines(&self) -> impl Iterator<Item = &Pipeline> {
+        [&self.append, &self.rotate].into_iter()
+    }
+
+    /// Records the rotation of rows by the positions of a step's tokens, in place: of Q before it attends, or of K where
+    /// something else needs the turned rows too (then use plain [`KvCache::append`]).
+    ///
+    /// `x`: f32 `[num_tokens, num_heads, head_dim]`, the tokens of all sequences of the step one after another. The range needs
+    /// usage `STORAGE`, an offset that is a multiple of `min_storage_buffer_offset_alignment`, and exactly the step's size.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a step of a cache with another shape, `num_heads` of 0 or above 65 535, a range that doesn't fit,
+    /// or the cache's own buffer; [`Error::StaleStep`]; [`Error::Wgpu`] for a buffer or a step of another device.
+    pub fn rotate<'p, 'e: 'p, 'x>(
+        &self,
+        recorder: impl Into<Recorder<'p, 'e>>,
+        step: &Step,
+        x: impl Into<BufferRef<'x>>,
+        num_heads: u32,
+    ) -> Result<()> {
+        step.ticket().check()?;
+        self.check_shape(step.config())?;
+        if num_heads == 0 || num_heads > MAX_GRID {
+            return Err(Error::argument("num_heads", num_heads, format!("1 to {MAX_GRID}")));
+        }
+        let rows = u64::from(step.num_tokens()) * u64::from(num_heads);
+        let x = x.into().check(&self.gpu, "x", rows * u64::from(self.cache.head_dim), true)?;
+        check_foreign(step.shared_layers(), "x", &x)?;
+        // An invocation turns 4 pairs.
+        let (width, height) = grid(&self.rotate, "x", rows * u64::from(self.config.rotary_dim.div_ceil(8)))?;
+        let upload = step.upload()?.buffer();
+        let resources = [
+            x.binding(),
+            upload.as_entire_binding(),
+            self.table.as_entire_binding(),
+            params_binding::<CacheParams>(upload, 0),
+        ];
+        let dispatch = self.rotate.dispatch(&self.gpu, &resources, [width, height, 1])?;
+        recorder.into().record("folio rope", &[dispatch]);
+        Ok(())
+    }
+
+    fn check_shape(&self, cache: &KvCacheConfig) -> Result<()> {
+        if *cache == self.cache {
+            return Ok(());
+        }
+        let got = format!("one made for {:?}", self.cache);
+        Err(Error::argument("rope", got, format!("one made for a cache like this, {cache:?}")))
+    }
+
+    /// Runs both kernels once on no tokens, so that drivers which compile at the first dispatch do it now. **Submits** a command
+    /// buffer; doesn't wait for it.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`].
+    pub fn warm_up(&self) -> Result<()> {
+        let gpu = &self.gpu;
+        let mut words = Vec::new();
+        push_params(&mut words, &CacheParams::default());
+        let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
+        let scratch =
+            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
+        let (new, k, v) = (scratch()?, scratch()?, scratch()?);
+        let [new, k, v, step, table] =
+            [&new, &k, &v, upload.buffer(), &self.table].map(wgpu::Buffer::as_entire_binding);
+        let params = params_binding::<CacheParams>(upload.buffer(), 0);
+        let append = [new.clone(), new, k.clone(), v, step.clone(), params.clone(), table.clone()];
+        let dispatches = [
+            self.append.dispatch(gpu, &append, [1, 1, 1])?,
+            self.rotate.dispatch(gpu, &[k, step, table, params], [1, 1, 1])?,
+        ];
+        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        Recorder::from(&mut encoder).record("folio warm-up", &dispatches);
+        gpu.queue().submit([encoder.finish()]);
+        upload.recycle();
+        Ok(())
+    }
+}
+
+impl KvCache {
+    /// [`KvCache::append`] with K turned by its tokens' positions on the way; V is not touched. The cache then holds turned rows,
+    /// so turn Q as well: [`Rope::rotate`].
+    ///
+    /// # Errors
+    /// Those of [`KvCache::append`]; [`Error::Argument`] for a rope that was made for a cache of another shape or on another
+    /// device.
+    pub fn append_with_rope<'p, 'e: 'p, 'k, 'v>(
+        &self,
+        recorder: impl Into<Recorder<'p, 'e>>,
+        step: &Step,
+        layer: u32,
+        k: impl Into<BufferRef<'k>>,
+        v: impl Into<BufferRef<'v>>,
+        rope: &Rope,
+    ) -> Result<()> {
+        rope.check_shape(self.config())?;
+        if rope.gpu.device() != self.gpu().device() {
+            return Err(Error::argument("rope", "one of another device", "one made for a cache of this device"));
+        }
+        self.append_by(recorder.into(), step, layer, [k.into(), v.into()], &rope.append, Some(&rope.table))
+    }
+}
