@@ -12,4 +12,4 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 scripts/install_adapter.sh
-cargo run --release --example chunked_chat -- "$@"
+cargo run --release --features model --example chat -- "$@"

@@ -104,11 +104,15 @@ impl Error {
         }
     }
 
-    pub(crate) fn argument(argument: &'static str, got: impl ToString, need: impl ToString) -> Self {
+    /// An [`Error::Argument`].
+    #[must_use]
+    pub fn argument(argument: &'static str, got: impl ToString, need: impl ToString) -> Self {
         Self::Argument { argument, got: got.to_string(), need: need.to_string() }
     }
 
-    pub(crate) fn unsupported(what: &'static str, need: impl ToString, have: impl ToString) -> Self {
+    /// An [`Error::Unsupported`] without a hint.
+    #[must_use]
+    pub fn unsupported(what: &'static str, need: impl ToString, have: impl ToString) -> Self {
         Self::Unsupported { what, need: need.to_string(), have: have.to_string(), hint: String::new() }
     }
 }

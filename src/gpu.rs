@@ -295,7 +295,8 @@ impl Gpu {
     }
 
     /// The largest storage binding in bytes: bounded by the binding limit and by the buffer limit, in whole `vec4`s.
-    pub(crate) fn max_storage_bytes(&self) -> u64 {
+    #[must_use]
+    pub fn max_storage_bytes(&self) -> u64 {
         self.0.limits.max_storage_buffer_binding_size.min(self.0.limits.max_buffer_size) / 16 * 16
     }
 

@@ -5,6 +5,8 @@ pub mod cache;
 mod error;
 mod gpu;
 pub mod kernel;
+#[cfg(feature = "model")]
+pub mod model;
 pub mod plan;
 mod readback;
 mod record;
@@ -20,4 +22,5 @@ pub use gpu::GpuOptions;
 pub use gpu::{Gpu, Profile, ShaderChecks, required_limits, useful_features};
 pub use record::{BufferRef, Recorder};
 pub use rope::{Rope, RopeConfig, RopeLayout, RopeScaling};
+pub use upload::Upload;
 pub use wgpu;

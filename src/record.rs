@@ -69,8 +69,11 @@ impl<'a> BufferRef<'a> {
         Self { buffer, offset, size }
     }
 
-    /// Checks that the range can be bound and holds `elements` f32, and cuts it to them.
-    pub(crate) fn check(self, gpu: &Gpu, argument: &'static str, elements: u64, exact: bool) -> Result<Self> {
+    /// Checks that the range can be bound as storage and holds `elements` values of 4 bytes (exactly, if so asked), and cuts it to them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] that names `argument`; [`Error::Unsupported`] if it doesn't fit a binding.
+    pub fn check(self, gpu: &Gpu, argument: &'static str, elements: u64, exact: bool) -> Result<Self> {
         let need = elements * 4;
         if !self.buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(Error::argument(argument, format!("usage {:?}", self.buffer.usage()), "BufferUsages::STORAGE"));
@@ -122,15 +125,21 @@ impl<'a> BufferRef<'a> {
         Ok(self)
     }
 
-    pub(crate) fn offset(&self) -> u64 {
+    /// Bytes of the buffer before the range.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    pub(crate) fn size(&self) -> u64 {
+    /// Bytes of the range.
+    #[must_use]
+    pub fn size(&self) -> u64 {
         self.size
     }
 
-    pub(crate) fn buffer(&self) -> &'a wgpu::Buffer {
+    /// The buffer.
+    #[must_use]
+    pub fn buffer(&self) -> &'a wgpu::Buffer {
         self.buffer
     }
 
@@ -139,8 +148,9 @@ impl<'a> BufferRef<'a> {
         self.buffer == other.buffer && self.offset < other.offset + other.size && other.offset < self.offset + self.size
     }
 
-    /// As a binding. wgpu wants sizes in whole 4 bytes, which f32 counts always are.
-    pub(crate) fn binding(&self) -> wgpu::BindingResource<'a> {
+    /// As a binding. wgpu wants sizes in whole 4 bytes, which a checked range has.
+    #[must_use]
+    pub fn binding(&self) -> wgpu::BindingResource<'a> {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: self.buffer,
             offset: self.offset,

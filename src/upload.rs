@@ -13,9 +13,9 @@ use crate::gpu::Gpu;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct UploadPool(Arc<Mutex<Vec<wgpu::Buffer>>>);
 
-/// A filled buffer of one step.
+/// A filled buffer of one step, from [`Gpu::upload`].
 #[derive(Debug)]
-pub(crate) struct Upload {
+pub struct Upload {
     buffer: wgpu::Buffer,
     pool: UploadPool,
 }
@@ -62,15 +62,28 @@ impl UploadPool {
 }
 
 impl Upload {
-    pub(crate) fn buffer(&self) -> &wgpu::Buffer {
+    /// The buffer, with usages `STORAGE` and `UNIFORM`. It may be larger than what was written.
+    #[must_use]
+    pub fn buffer(&self) -> &wgpu::Buffer {
         &self.buffer
     }
 
-    /// Gives the buffer to later steps. Only after the commands that read it have been submitted.
-    pub(crate) fn recycle(self) {
+    /// Gives the buffer to later steps. **Only after the commands that read it have been submitted**; dropping it instead is always safe.
+    pub fn recycle(self) {
         let mut idle = self.pool.idle();
         if idle.len() < MAX_IDLE {
             idle.push(self.buffer);
         }
+    }
+}
+
+impl Gpu {
+    /// Writes words into a small buffer that the next submit's commands can read: one that an earlier step has given back by
+    /// [`Upload::recycle`], or a new one. `argument` says in errors what they are.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if they don't fit a binding; [`Error::Wgpu`].
+    pub fn upload(&self, argument: &'static str, words: &[u32]) -> Result<Upload> {
+        self.uploads().fill(self, argument, words)
     }
 }

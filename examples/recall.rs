@@ -1,0 +1,254 @@
+//! How much of a story a cache format remembers: the story model answers questions about facts hundreds of tokens back.
+//!
+//! `cargo run --release --features model --example recall`
+//!
+//! Each held-out story is prefilled once; its questions continue it as forks, in one batch, greedily. An answer counts if it is the
+//! expected one, word for word. One table line per cache format: a format that loses what it stores shows here, whatever its error norms say.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use folio::model::{Decoder, DecoderOptions, Input, Model, ModelOptions, Prompt, Sampling, Tokenizer, WeightFormat};
+use folio::{Gpu, GpuOptions, KvFormat};
+use serde::Deserialize;
+
+/// Answers the questions of the held-out stories, for each cache format.
+#[derive(Parser)]
+struct Options {
+    /// Folder with the model, its tokenizer and held_out.jsonl [default: the story model of this repository]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Cache formats, one table line each
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["f32", "f16"])]
+    cache: Vec<CacheFormat>,
+    /// How the weights of the linear layers are stored
+    #[arg(long, value_enum, default_value_t = Weights::F16)]
+    weights: Weights,
+    /// Only the first N stories
+    #[arg(long, value_name = "N")]
+    stories: Option<usize>,
+    /// Fail unless each format answers at least this many per cent of the questions
+    #[arg(long, value_name = "PERCENT")]
+    require: Option<f64>,
+    /// Print the wrong answers
+    #[arg(long)]
+    show_wrong: bool,
+    /// Part of an adapter's name [default: the best adapter]
+    #[arg(long, value_name = "NAME")]
+    adapter: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CacheFormat {
+    F32,
+    F16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Weights {
+    F32,
+    F16,
+    Int8,
+    Int4,
+}
+
+/// A line of `held_out.jsonl`.
+#[derive(Deserialize)]
+struct Story {
+    story: String,
+    questions: Vec<Question>,
+}
+
+#[derive(Deserialize)]
+struct Question {
+    question: String,
+    answer: String,
+    kind: String,
+    /// Tokens between the fact and the question.
+    distance: u32,
+}
+
+/// The model was trained on questions in this form; see its model card.
+fn prompt(question: &str) -> String {
+    format!("\nQuestion: {question}\nAnswer:")
+}
+
+/// Right answers among those asked.
+#[derive(Clone, Copy, Default)]
+struct Score {
+    right: u32,
+    asked: u32,
+}
+
+impl Score {
+    fn count(&mut self, right: bool) {
+        self.right += u32::from(right);
+        self.asked += 1;
+    }
+
+    fn percent(self) -> f64 {
+        100.0 * f64::from(self.right) / f64::from(self.asked.max(1))
+    }
+}
+
+/// What one cache format did.
+#[derive(Default)]
+struct Outcome {
+    total: Score,
+    by_kind: BTreeMap<String, Score>,
+    /// By the distance in steps of 100 tokens.
+    by_distance: BTreeMap<u32, Score>,
+    prefill: Duration,
+    decode: Duration,
+    bytes_per_token: u64,
+}
+
+/// No answer of the grammar is longer.
+const MAX_ANSWER_TOKENS: usize = 24;
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let folder =
+        options.model.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/stories"));
+    let path = folder.join("held_out.jsonl");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let stories: Vec<Story> = text
+        .lines()
+        .take(options.stories.unwrap_or(usize::MAX))
+        .map(|line| serde_json::from_str(line).with_context(|| path.display().to_string()))
+        .collect::<Result<_>>()?;
+    ensure!(!stories.is_empty(), "{}: got no story, need at least one", path.display());
+
+    let adapter_name = options.adapter.clone();
+    let gpu = Gpu::open_blocking(GpuOptions { adapter_name, ..GpuOptions::default() })?;
+    let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
+    let weights = match options.weights {
+        Weights::F32 => WeightFormat::F32,
+        Weights::F16 => WeightFormat::F16,
+        Weights::Int8 => WeightFormat::Int8 { group_size: 32 },
+        Weights::Int4 => WeightFormat::Int4 { group_size: 32 },
+    };
+    let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions { weights }, |_| {})?);
+    println!("{} stories on {} ({:?})\n", stories.len(), gpu.adapter_info().name, gpu.adapter_info().backend);
+
+    let mut outcomes = Vec::new();
+    for &format in &options.cache {
+        let (name, kv_format) = match format {
+            CacheFormat::F32 => ("F32", KvFormat::F32),
+            CacheFormat::F16 => ("F16", KvFormat::F16),
+        };
+        outcomes.push((name, ask_all(&model, &tokenizer, &stories, kv_format, options.show_wrong)?));
+    }
+    print_tables(&outcomes);
+
+    if let Some(percent) = options.require
+        && let Some((name, outcome)) = outcomes.iter().find(|(_, outcome)| outcome.total.percent() < percent)
+    {
+        bail!("{name}: {:.1} % right, need {percent} %", outcome.total.percent());
+    }
+    Ok(())
+}
+
+fn ask_all(
+    model: &Arc<Model>,
+    tokenizer: &Tokenizer,
+    stories: &[Story],
+    format: KvFormat,
+    show_wrong: bool,
+) -> Result<Outcome> {
+    const BLOCK_SIZE: u32 = 16;
+    let most_questions = stories.iter().map(|s| s.questions.len()).max().unwrap_or(0) as u32;
+    let decoder_options = DecoderOptions {
+        block_size: BLOCK_SIZE,
+        // A story, and for each question a copy of its last block and room for the question and the answer.
+        num_blocks: model.config().max_positions.div_ceil(BLOCK_SIZE) + 6 * most_questions,
+        k_format: format,
+        v_format: format,
+        ..DecoderOptions::default()
+    };
+    let mut decoder = Decoder::new_blocking(Arc::clone(model), decoder_options)?;
+    decoder.warm_up_blocking()?;
+    let mut outcome = Outcome { bytes_per_token: decoder.bytes_per_token(), ..Outcome::default() };
+    let newline = tokenizer.encode("\n", false)?;
+    let stop = [model.config().eos_token_ids.as_slice(), &newline].concat();
+    for story in stories {
+        let start = Instant::now();
+        let sequence = decoder.create_sequence();
+        let tokens = tokenizer.encode(&story.story, true)?;
+        decoder.step_blocking(&[Input { sequence, tokens: &tokens, sampling: None }])?;
+        let questions: Vec<_> =
+            story.questions.iter().map(|q| tokenizer.encode(&prompt(&q.question), false)).collect::<Result<_, _>>()?;
+        let mut forks = Vec::with_capacity(questions.len());
+        for _ in &questions {
+            forks.push(decoder.fork(sequence)?);
+        }
+        let prompts: Vec<_> = forks
+            .iter()
+            .zip(&questions)
+            .map(|(&sequence, tokens)| Prompt { sequence, tokens, sampling: Sampling::greedy() })
+            .collect();
+        let mut first = None;
+        let answers = decoder.generate_blocking(&prompts, MAX_ANSWER_TOKENS, &stop, |_, _| {
+            first.get_or_insert_with(Instant::now);
+            ControlFlow::Continue(())
+        })?;
+        let first = first.unwrap_or_else(Instant::now);
+        outcome.prefill += first - start;
+        outcome.decode += first.elapsed();
+        for (question, answer) in story.questions.iter().zip(&answers) {
+            let answer = tokenizer.decode(&answer.tokens, true)?;
+            let right = answer.trim() == question.answer.trim();
+            if show_wrong && !right {
+                println!("{} want {:?}, got {:?}", question.question, question.answer, answer.trim());
+            }
+            outcome.total.count(right);
+            outcome.by_kind.entry(question.kind.clone()).or_default().count(right);
+            outcome.by_distance.entry(question.distance / 100 * 100).or_default().count(right);
+        }
+        for sequence in forks.into_iter().chain([sequence]) {
+            decoder.free(sequence)?;
+        }
+    }
+    Ok(outcome)
+}
+
+fn print_tables(outcomes: &[(&str, Outcome)]) {
+    let base = outcomes[0].1.decode.as_secs_f64();
+    println!("cache   bytes/token   right              prefill   decode   of {}'s", outcomes[0].0);
+    for (name, outcome) in outcomes {
+        let Score { right, asked } = outcome.total;
+        println!(
+            "{name:7} {:11}   {right}/{asked} {:6.2} %   {:6.1} s {:6.1} s   {:.2}",
+            outcome.bytes_per_token,
+            outcome.total.percent(),
+            outcome.prefill.as_secs_f64(),
+            outcome.decode.as_secs_f64(),
+            outcome.decode.as_secs_f64() / base
+        );
+    }
+    for (title, scores) in [
+        ("kind of question", outcomes.iter().map(|(_, o)| lines(&o.by_kind)).collect::<Vec<_>>()),
+        ("tokens back", outcomes.iter().map(|(_, o)| lines(&o.by_distance)).collect()),
+    ] {
+        println!(
+            "\n{title:18} {:>6} {}",
+            "asked",
+            outcomes.iter().map(|(name, _)| format!("{name:>9}")).collect::<String>()
+        );
+        for (row, (name, score)) in scores[0].iter().enumerate() {
+            let percents: String = scores.iter().map(|s| format!("{:7.1} %", s[row].1.percent())).collect();
+            println!("{name:18} {:>6} {percents}", score.asked);
+        }
+    }
+}
+
+fn lines<K: ToString>(scores: &BTreeMap<K, Score>) -> Vec<(String, Score)> {
+    scores.iter().map(|(key, &score)| (key.to_string(), score)).collect()
+}

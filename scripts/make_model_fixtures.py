@@ -1,0 +1,415 @@
+#!/usr/bin/env python3
+"""Writes tests/fixtures/models/: a tiny random checkpoint per architecture, with the logits that it has to give.
+
+The models are made, saved and computed by Hugging Face transformers, so that the loader and the decoder answer to
+something that folio's authors did not write. Run it only to change the models; its output is committed (the versions
+are in tests/fixtures/models/README.md) and the same in every run:
+
+    python3 -m venv .venv
+    .venv/bin/pip install torch transformers safetensors
+    .venv/bin/python scripts/make_model_fixtures.py [--out DIRECTORY] [--only NAME ...] [--search]
+
+Each model is made from random weights, saved with `save_pretrained`, and loaded again from that directory in float64.
+Everything expected comes from the loaded model: from the weights as rounded to the file's type, and from config.json as
+transformers reads it. transformers computes norms, softmax and rotary angles in float32 whatever the model's type;
+`Exact` turns those into float64 too, so that the expected values carry no rounding but their own, to float32.
+
+expected.safetensors holds a ragged batch of sequences, one after another:
+    lengths  I32 [sequences]          tokens in each
+    tokens   I32 [sum of lengths]
+    logits   F32 [sum of lengths, vocab_size], of every token, each sequence computed by itself
+    greedy   I32 [sequences, STEPS]   the continuation by the most probable token, STEPS times
+
+A fixture is refused, and `--search` looks for the next seed, unless
+- at every greedy step the best logit leads by MIN_GAP standard deviations of the logits, which rounding cannot turn,
+- no continuation contains an end-of-sequence token, and each has MIN_DISTINCT different tokens,
+- the logits' standard deviation is within LOGITS_STD, and attention is neither uniform nor fixed on one key,
+- every tensor matters: shifted by one element, it changes some logit by MIN_EFFECT standard deviations,
+- positions matter, and so does the scaling of rotary embeddings if the model has one.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import shutil
+import zlib
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LENGTHS = [1, 7, 37, 90]
+STEPS = 24
+POSITIONS = 128
+MAX_BYTES = 400_000
+MIN_GAP = 0.01
+MIN_DISTINCT = 5
+LOGITS_STD = (1.0, 3.0)
+# Mean over heads, layers and queries of the entropy of attention, as a fraction of the uniform one's.
+ATTENTION_ENTROPY = (0.2, 0.9)
+MIN_EFFECT = 0.05
+
+assert max(LENGTHS) + STEPS <= POSITIONS
+
+# name -> options:
+#   config    arguments of transformers' AutoConfig.for_model
+#   seed      of weights and tokens, found by --search
+#   dtype     of the file's weights; float32 if absent
+#   shard     max_shard_size of save_pretrained
+#   drop, put keys removed from and written into config.json after saving, to make it look as older versions wrote it
+#   strip     prefix removed from the tensors' names
+#   masks     name of causal masks, one per layer, which older versions saved with the weights, and their type
+#   inv_freq  name of rotary frequencies, one tensor per layer, which older versions saved too
+MODELS = {
+    "gpt2": dict(
+        seed=0,
+        config=dict(model_type="gpt2", vocab_size=97, n_embd=48, n_head=6, n_layer=2, n_positions=POSITIONS),
+    ),
+    # As the `gpt2` checkpoint on the Hub: no `transformer.` prefix, and the causal masks are saved.
+    "gpt2_hub": dict(
+        seed=13,
+        config=dict(
+            model_type="gpt2", vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=POSITIONS, n_inner=72
+        ),
+        strip="transformer.",
+        masks=("h.{}.attn.bias", torch.float32),
+        drop=["dtype", "add_cross_attention", "tie_word_embeddings", "pad_token_id", "use_cache"],
+        put=dict(n_ctx=POSITIONS, transformers_version=None),
+    ),
+    # Multi-head attention, the head not tied.
+    "llama": dict(
+        seed=11,
+        config=dict(
+            model_type="llama", vocab_size=101, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
+            num_hidden_layers=2, intermediate_size=88, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+    ),
+    # Grouped queries, tied head, bfloat16. config.json as Llama 3.1's: `rope_theta` and `rope_scaling`, `torch_dtype`,
+    # several ends of sequence, no `head_dim`.
+    # With this base and length the 8 wavelengths lie on both sides of, and between, the limits of the scaling.
+    "llama3": dict(
+        seed=138,
+        dtype=torch.bfloat16,
+        config=dict(
+            model_type="llama", vocab_size=151, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=3, intermediate_size=112, tie_word_embeddings=True, rms_norm_eps=1e-5,
+            eos_token_id=[150, 149],
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        drop=["rope_parameters", "head_dim", "dtype", "pad_token_id"],
+        put=dict(
+            rope_theta=500.0,
+            rope_scaling=dict(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32,
+                rope_type="llama3",
+            ),
+            torch_dtype="bfloat16",
+            transformers_version="4.43.0",
+        ),
+    ),
+    # One key-value head of 24, half of `hidden_size`.
+    "llama_yarn": dict(
+        seed=4,
+        config=dict(
+            model_type="llama", vocab_size=103, hidden_size=48, num_attention_heads=2, num_key_value_heads=1,
+            num_hidden_layers=2, intermediate_size=80, tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32
+            ),
+        ),
+    ),
+    # config.json as Llama 1's and early Llama 2's: no `num_key_value_heads`, no `rope_theta`, scaling under "type";
+    # the checkpoint has rotary frequencies.
+    "llama_linear": dict(
+        seed=11,
+        config=dict(
+            model_type="llama", vocab_size=109, hidden_size=56, num_attention_heads=7, num_key_value_heads=7,
+            num_hidden_layers=2, intermediate_size=64, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+        ),
+        inv_freq="model.layers.{}.self_attn.rotary_emb.inv_freq",
+        drop=["rope_parameters", "head_dim", "dtype", "pad_token_id", "num_key_value_heads", "attention_bias",
+              "attention_dropout", "mlp_bias"],
+        put=dict(
+            rope_scaling=dict(type="linear", factor=4.0), torch_dtype="float32", transformers_version="4.31.0"
+        ),
+    ),
+    # Biases of queries, keys and values; seven query heads on one; saved in several files.
+    "qwen2": dict(
+        seed=24,
+        shard="120KB",
+        config=dict(
+            model_type="qwen2", vocab_size=113, hidden_size=56, num_attention_heads=7, num_key_value_heads=1,
+            num_hidden_layers=3, intermediate_size=88, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+    ),
+    # Norms of queries and keys; `head_dim` is not hidden_size / num_attention_heads.
+    "qwen3": dict(
+        seed=26,
+        config=dict(
+            model_type="qwen3", vocab_size=107, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=24, num_hidden_layers=2, intermediate_size=72, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        ),
+    ),
+    # 6 of 24 dimensions are rotated; float16.
+    "gpt_neox": dict(
+        seed=2,
+        dtype=torch.float16,
+        config=dict(
+            model_type="gpt_neox", vocab_size=131, hidden_size=48, num_attention_heads=2, num_hidden_layers=3,
+            intermediate_size=192, tie_word_embeddings=False, use_parallel_residual=True,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25),
+        ),
+    ),
+    # config.json as Pythia's: `rotary_pct` and `rotary_emb_base`; the checkpoint has causal masks, the value that they
+    # put in, and rotary frequencies.
+    "gpt_neox_sequential": dict(
+        seed=89,
+        config=dict(
+            model_type="gpt_neox", vocab_size=137, hidden_size=48, num_attention_heads=3, num_hidden_layers=2,
+            intermediate_size=136, tie_word_embeddings=False, use_parallel_residual=False,
+            rope_parameters=dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.25),
+        ),
+        masks=("gpt_neox.layers.{}.attention.bias", torch.bool),
+        inv_freq="gpt_neox.layers.{}.attention.rotary_emb.inv_freq",
+        drop=["rope_parameters", "dtype", "pad_token_id", "attention_bias", "is_decoder"],
+        put=dict(rotary_pct=0.25, rotary_emb_base=5000, torch_dtype="float32", transformers_version="4.24.0"),
+    ),
+}
+
+
+class Refused(Exception):
+    """The fixture of this seed would test too little, or be fragile."""
+
+
+class Exact(TorchFunctionMode):
+    """Replaces float32 by float64 in the calls of PyTorch made under it, and fails if one still gives float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        widen = lambda value: torch.float64 if value is torch.float32 else value
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        result = function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+        assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float32), function
+        return result
+
+
+def generator(*seed):
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, seed)).encode()))
+
+
+def randomize(model, seed):
+    """Fills every parameter, norms and biases included, each from its own generator."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator(seed, name))
+        if parameter.ndim == 1 and name.endswith("weight"):
+            # Of a norm. Where queries and keys are normalised, only this weight can make attention less than uniform.
+            parameter.data = (1.8 if "q_norm" in name or "k_norm" in name else 1.0) + 0.3 * noise
+        else:
+            parameter.data = 0.23 * noise
+
+
+def frequencies(model, exact):
+    """Rotary inverse frequencies with the config's scaling and without it, or None if the model has none."""
+    rotary = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    if not rotary:
+        return None
+    (rotary,) = rotary
+    plain = rotary.compute_default_rope_parameters
+    scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(rotary.rope_type, plain)
+    with exact:
+        return rotary, scaled(model.config)[0], plain(model.config)[0]
+
+
+def load(directory, dtype):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    if dtype is torch.float64 and (found := frequencies(model, Exact())):
+        found[0].inv_freq = found[1]
+    return model
+
+
+def logits_of(model, tokens, **options):
+    return model(input_ids=torch.tensor([tokens]), use_cache=False, **options)
+
+
+def older_layout(directory, options, model):
+    """Rewrites config.json and model.safetensors the way older versions of transformers wrote them."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for key in options.get("drop", []):
+        config.pop(key, None)
+    config.update(options.get("put", {}))
+    config = {key: value for key, value in sorted(config.items()) if key != "transformers_version" or value}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+    path = directory / "model.safetensors"
+    prefix = options.get("strip", "")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    for layer in range(model.config.num_hidden_layers):
+        if "masks" in options:
+            name, dtype = options["masks"]
+            mask = torch.ones(1, 1, POSITIONS, POSITIONS, dtype=dtype).tril()
+            tensors[name.format(layer)] = mask
+            if dtype is torch.bool:
+                tensors[name.format(layer).replace("bias", "masked_bias")] = torch.tensor(-1e9)
+        if "inv_freq" in options:
+            tensors[options["inv_freq"].format(layer)] = frequencies(model, Exact())[2].float()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def continuation(model, tokens):
+    """The greedy continuation, and the smallest lead of the best logit over the second best."""
+    tokens, gap = list(tokens), math.inf
+    for _ in range(STEPS):
+        best = logits_of(model, tokens).logits[0, -1].topk(2)
+        gap = min(gap, (best.values[0] - best.values[1]).item())
+        tokens.append(best.indices[0].item())
+    return tokens[-STEPS:], gap
+
+
+def effects(model, tokens, logits, std):
+    """The largest change of a logit, in standard deviations, for each thing that is changed in the model."""
+    change = lambda: ((logits_of(model, tokens).logits[0] - logits).abs().max() / std).item()
+    found = {}
+    for name, parameter in model.named_parameters():
+        original = parameter.data
+        parameter.data = original.roll(1, dims=-1)
+        found[name] = change()
+        parameter.data = original
+    if rotary := frequencies(model, Exact()):
+        module, scaled, plain = rotary
+        module.inv_freq = torch.zeros_like(scaled)
+        found["positions"] = change()
+        if module.rope_type != "default":
+            module.inv_freq = plain
+            found["scaling of positions"] = change()
+        module.inv_freq = scaled
+    return found
+
+
+def attention_entropy(model, tokens):
+    attentions = logits_of(model, tokens, output_attentions=True).attentions
+    uniform = torch.arange(1, len(tokens) + 1).double().log()[1:]
+    entropy = [-(weights * weights.clamp_min(1e-300).log()).sum(-1)[0, :, 1:] / uniform for weights in attentions]
+    return torch.stack(entropy).mean().item()
+
+
+def make(name, options, seed, directory):
+    """Writes one fixture and returns what README.md says about it."""
+    config = dict(options["config"])
+    vocab_size = config["vocab_size"]
+    config.setdefault("bos_token_id", 1)
+    config.setdefault("eos_token_id", vocab_size - 1)
+    if config["model_type"] != "gpt2":
+        config["max_position_embeddings"] = POSITIONS
+    config = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model, f"{name}/{seed}")
+    model.to(options.get("dtype", torch.float32))
+
+    shutil.rmtree(directory, ignore_errors=True)
+    size = {"max_shard_size": options["shard"]} if "shard" in options else {}
+    model.save_pretrained(directory, **size)
+    made = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    if any(key in options for key in ("drop", "put", "strip", "masks", "inv_freq")):
+        older_layout(directory, options, model)
+
+    model = load(directory, torch.float64)
+    loaded = model.state_dict()
+    assert loaded.keys() == made.keys(), "tensors were lost"
+    assert all(torch.equal(loaded[key], made[key].double()) for key in made), "weights were changed"
+    for key in ("num_key_value_heads", "head_dim", "n_inner", "rms_norm_eps", "eos_token_id"):
+        assert getattr(model.config, key, None) == getattr(config, key, None), key
+    rope, read = (getattr(either, "rope_parameters", None) or {} for either in (config, model.config))
+    assert rope.items() <= read.items(), f"rotary embeddings were read as {read}"
+
+    tokens = [
+        torch.randint(0, vocab_size, (length,), generator=generator(name, seed, "tokens", length)).tolist()
+        for length in LENGTHS
+    ]
+    with Exact():
+        logits = [logits_of(model, sequence).logits[0] for sequence in tokens]
+        std = torch.cat(logits).std().item()
+        if not LOGITS_STD[0] <= std <= LOGITS_STD[1]:
+            raise Refused(f"logits' standard deviation {std:.3f}")
+        greedy, gap = [], math.inf
+        for sequence in tokens:
+            following, smallest = continuation(model, sequence)
+            greedy.append(following)
+            gap = min(gap, smallest / std)
+            if gap < MIN_GAP:
+                raise Refused(f"the best logit leads by {gap:.4f} standard deviations only")
+            if len(set(following)) < MIN_DISTINCT:
+                raise Refused("the continuation repeats itself")
+        ends = model.config.eos_token_id
+        if any(end in sum(greedy, []) for end in (ends if isinstance(ends, list) else [ends])):
+            raise Refused("the continuation ends")
+        entropy = attention_entropy(model, tokens[2])
+        if not ATTENTION_ENTROPY[0] <= entropy <= ATTENTION_ENTROPY[1]:
+            raise Refused(f"attention's entropy {entropy:.3f}")
+        weakest = min((effect, part) for part, effect in effects(model, tokens[2], logits[2], std).items())
+        if weakest[0] < MIN_EFFECT:
+            raise Refused(f"{weakest[1]} changes logits by {weakest[0]:.4f} standard deviations only")
+
+    single = load(directory, torch.float32)
+    rounding = max((logits_of(single, s).logits[0] - l).abs().max().item() for s, l in zip(tokens, logits))
+    assert rounding < 1e-3 * std, f"float32 is {rounding} away: is the float64 model another one?"
+
+    save_file(
+        {
+            "lengths": torch.tensor(LENGTHS, dtype=torch.int32),
+            "tokens": torch.tensor(sum(tokens, []), dtype=torch.int32),
+            "logits": torch.cat(logits).float(),
+            "greedy": torch.tensor(greedy, dtype=torch.int32),
+        },
+        directory / "expected.safetensors",
+    )
+    for path in directory.iterdir():
+        path.chmod(0o644)  # safetensors' own is 0o600
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    assert size <= MAX_BYTES, f"{name} has {size} bytes"
+    return dict(
+        name=name, seed=seed, bytes=size, logits_std=round(std, 3), min_gap=round(gap, 4),
+        distinct=min(len(set(following)) for following in greedy), entropy=round(entropy, 3),
+        weakest=f"{weakest[1]} {weakest[0]:.2f}", float32_rounding=f"{rounding:.1e}",
+    )
+
+
+def main():
+    default = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "models"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=default, help="where the models' folders go")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="make these only")
+    parser.add_argument("--search", action="store_true", help="try further seeds for a model that is refused")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print(json.dumps(dict(torch=torch.__version__, transformers=transformers.__version__)))
+    for name in arguments.only:
+        seed = MODELS[name]["seed"]
+        while True:
+            try:
+                print(json.dumps(make(name, MODELS[name], seed, arguments.out / name)), flush=True)
+                break
+            except Refused as why:
+                if not arguments.search:
+                    raise SystemExit(f"{name}, seed {seed}: {why}")
+                print(f"{name}, seed {seed}: {why}", flush=True)
+                seed += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+{% set float = "f32" %}
+{% include "activate.wgsl" %}

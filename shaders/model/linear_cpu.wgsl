@@ -1,0 +1,251 @@
+{#
+y = activate(x W^T + bias), for CPU adapters: lane i of the workgroup's one subgroup owns column i of each of COLS blocks of LANES columns, and
+ROWS rows of them.
+
+W is read from a texture: llvmpipe compiles a storage load to a loop over lanes with bounds checks, a texture load to straight vector code
+some 5 times as fast per byte. For a few rows x comes from its storage buffer; for more it is worth a dispatch to move it to a texture first
+(`staged`, linear_stage.wgsl). Either way lanes load different parts of the rows' next STEP inputs, and share them by subgroupBroadcast, which costs
+next to nothing on values in registers. Without subgroups every lane loads all of x itself.
+
+step: inputs per iteration, a multiple of a chunk's. unit: f32 of x per load. row_block: rows that are summed at a time, so that some 8 sums are in
+registers and the others spilled.
+Iterations per invocation: ceil(in_features / step) + rows, and with scales up to ceil(in_features / 32) + ceil(in_features / 128) more.
+Workgroup memory: none.
+#}
+{% import "linear_parts.wgsl" as parts %}
+{% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
+{% set chunks = step // per_chunk %}
+{% set quantised = format in ["int8", "int4"] %}
+{# Each level of loops masks all sums: that costs more than loading the scales again once there are many. #}
+{% set nested = quantised and rows < 8 %}
+{% set row_units = step // unit %}
+{% set loads = (rows * row_units + lanes - 1) // lanes %}
+{% set x_type = {1: "f32", 4: "vec2<u64>" if int64 else "vec4<f32>", 8: "vec4<u64>"}[unit] %}
+{% set xyzw = ["x", "y", "z", "w"] %}
+{% include "linear_params.wgsl" %}
+
+const LANES = {{ lanes }}u;
+const ROWS = {{ rows }}u;
+const COLS = {{ cols }}u;
+const STEP = {{ step }}u;
+// Texels of a row of the textures: 2048.
+const TEXTURE_SHIFT = 11u;
+const TEXTURE_MASK = 2047u;
+
+// [blocks of LANES rows of W, row_chunks, LANES] chunks of packed weights
+@group(0) @binding(0) var w: texture_2d<u32>;
+{% if staged %}
+// [rows, in_features padded to 32] as texels of 4
+@group(0) @binding(1) var x: texture_2d<u32>;
+{% else %}
+// [rows, in_features]
+@group(0) @binding(1) var<storage, read> x: array<{{ x_type }}>;
+{% endif %}
+// [rows, out_features]
+@group(0) @binding(2) var<storage, read_write> y: array<f32>;
+@group(0) @binding(3) var<uniform> params: LinearParams;
+{% if quantised %}
+// [blocks of LANES rows of W, row_groups / 4, LANES] texels of 4 words
+@group(0) @binding(4) var scales: texture_2d<u32>;
+{% endif %}
+{% if bias %}
+// [out_features]
+@group(0) @binding({{ 5 if quantised else 4 }}) var<storage, read> bias: array<f32>;
+{% endif %}
+
+{% if activation != "none" %}
+{% include "linear_activation.wgsl" %}
+{% endif %}
+
+@compute @workgroup_size({{ lanes }})
+fn linear(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let num_rows = arrayLength(&y) / params.out_features;
+    let first_row = workgroup.y * ROWS;
+    // Blocks beyond the last one repeat it and are not stored.
+    let first_block = (workgroup.x + workgroup.z * grid.x) * COLS;
+    let last_block = (params.last_row - params.first_row) / LANES;
+{% for c in range(cols) %}
+    let block{{ c }} = min(first_block + {{ c }}u, last_block);
+    var texel{{ c }} = block{{ c }} * params.row_chunks * LANES + lane;
+{% if quantised %}
+    {{ "var" if nested else "let" }} scale_texel{{ c }} = block{{ c }} * (params.row_groups / 4u) * LANES + lane;
+{% endif %}
+{% for r in range(rows) %}
+    var acc{{ c }}_{{ r }} = 0.0;
+{% endfor %}
+{% endfor %}
+{% if staged %}
+    // What this lane loads of x: texels of the rows, one row after another; rows beyond the last one repeat it.
+    let row_texels = (params.in_features + 31u) / 32u * 8u;
+{% if subgroups %}
+{% for j in range(loads) %}
+    let unit{{ j }} = min({{ j * lanes }}u + lane, {{ rows * row_units - 1 }}u);
+    var x_texel{{ j }} = min(first_row + unit{{ j }} / {{ row_units }}u, num_rows - 1u) * row_texels + unit{{ j }} % {{ row_units }}u;
+{% endfor %}
+{% else %}
+{% for r in range(rows) %}
+    var x_texel{{ r }} = min(first_row + {{ r }}u, num_rows - 1u) * row_texels;
+{% endfor %}
+{% endif %}
+{% elif subgroups %}
+    // What this lane loads of x: units of the rows, one row after another; rows beyond the last one repeat it.
+{% for j in range(loads) %}
+    let unit{{ j }} = min({{ j * lanes }}u + lane, {{ rows * row_units - 1 }}u);
+    let x_k{{ j }} = unit{{ j }} % {{ row_units }}u * {{ unit }}u;
+    let x_row{{ j }} = min(first_row + unit{{ j }} / {{ row_units }}u, num_rows - 1u) * params.in_features;
+{% endfor %}
+{% endif %}
+
+{% if nested %}
+    // A texel has the scales of four groups.
+    for (var texel_k = 0u; texel_k < params.in_features; texel_k += {{ 4 * group_size }}u) {
+{% for c in range(cols) %}
+    var scale_words{{ c }} = textureLoad(scales, vec2<u32>(scale_texel{{ c }} & TEXTURE_MASK, scale_texel{{ c }} >> TEXTURE_SHIFT), 0);
+    scale_texel{{ c }} += LANES;
+{% endfor %}
+    let texel_end = min(texel_k + {{ 4 * group_size }}u, params.in_features);
+    for (var group_k = texel_k; group_k < texel_end; group_k += {{ group_size }}u) {
+{% for c in range(cols) %}
+    let scale{{ c }} = {{ parts.scale_of("scale_words" ~ c ~ ".x") }};
+    let zero{{ c }} = {{ parts.min_of("scale_words" ~ c ~ ".x") }};
+    scale_words{{ c }} = scale_words{{ c }}.yzww;
+{% endfor %}
+{% if group_size > step %}
+    let group_end = min(group_k + {{ group_size }}u, params.in_features);
+    for (var k = group_k; k < group_end; k += STEP) {
+{% else %}
+    let k = group_k;
+    {
+{% endif %}
+{% else %}
+    for (var k = 0u; k < params.in_features; k += STEP) {
+{% endif %}
+{% macro x_value(j, e) -%}
+    {%- if unit == 1 -%}x{{ j }}
+    {%- elif int64 -%}bitcast<f32>(u32(x{{ j }}.{{ xyzw[e // 2] }}{% if e % 2 %} >> 32u{% endif %}))
+    {%- else -%}x{{ j }}.{{ xyzw[e] }}
+    {%- endif -%}
+{%- endmacro %}
+{% if staged and subgroups %}
+{% for j in range(loads) %}
+        let x{{ j }} = bitcast<vec4<f32>>(textureLoad(x, vec2<u32>(x_texel{{ j }} & TEXTURE_MASK, x_texel{{ j }} >> TEXTURE_SHIFT), 0));
+        x_texel{{ j }} += {{ row_units }}u;
+{% for e in range(4) %}
+        let x{{ j }}_{{ e }} = x{{ j }}.{{ xyzw[e] }};
+{% endfor %}
+{% if quantised %}
+        let x{{ j }}_sum = x{{ j }}.x + x{{ j }}.y + x{{ j }}.z + x{{ j }}.w;
+{% endif %}
+{% endfor %}
+{% elif staged %}
+{% for r in range(rows) %}
+{% for u in range(row_units) %}
+        let x{{ r }}_{{ u }} = bitcast<vec4<f32>>(textureLoad(x, vec2<u32>(x_texel{{ r }} & TEXTURE_MASK, x_texel{{ r }} >> TEXTURE_SHIFT), 0));
+        x_texel{{ r }} += 1u;
+{% endfor %}
+{% endfor %}
+{% elif subgroups %}
+{% for j in range(loads) %}
+        // Beyond the row's end are other rows, or nothing.
+        var x{{ j }} = {{ x_type }}();
+        if k + x_k{{ j }} < params.in_features {
+            x{{ j }} = x[(x_row{{ j }} + k + x_k{{ j }}){% if unit > 1 %} / {{ unit }}u{% endif %}];
+        }
+{% for e in range(unit) %}
+        let x{{ j }}_{{ e }} = {{ x_value(j, e) }};
+{% endfor %}
+{% if quantised %}
+        let x{{ j }}_sum = {% for e in range(unit) %}{{ " + " if e }}x{{ j }}_{{ e }}{% endfor %};
+{% endif %}
+{% endfor %}
+{% endif %}
+{% for c in range(cols) %}
+{% for i in range(chunks) %}
+{% if i %}
+        let at{{ c }}_{{ i }} = texel{{ c }} + {{ i * lanes }}u;
+        let w{{ c }}_{{ i }} = textureLoad(w, vec2<u32>(at{{ c }}_{{ i }} & TEXTURE_MASK, at{{ c }}_{{ i }} >> TEXTURE_SHIFT), 0);
+{% else %}
+        let w{{ c }}_{{ i }} = textureLoad(w, vec2<u32>(texel{{ c }} & TEXTURE_MASK, texel{{ c }} >> TEXTURE_SHIFT), 0);
+{% endif %}
+{% endfor %}
+        texel{{ c }} += {{ chunks * lanes }}u;
+{% endfor %}
+{% for c in range(cols) if quantised and not nested %}
+        let scale_at{{ c }} = scale_texel{{ c }} + k / {{ 4 * group_size }}u * LANES;
+        let scale_words{{ c }} = textureLoad(scales, vec2<u32>(scale_at{{ c }} & TEXTURE_MASK, scale_at{{ c }} >> TEXTURE_SHIFT), 0);
+        let scale_word{{ c }} = scale_words{{ c }}[k / {{ group_size }}u % 4u];
+        let scale{{ c }} = {{ parts.scale_of("scale_word" ~ c) }};
+        let zero{{ c }} = {{ parts.min_of("scale_word" ~ c) }};
+{% endfor %}
+{% set sum = "part" if quantised else "acc" %}
+{% for first in range(0, rows, row_block) %}
+        {
+{% for r in range(first, first + row_block) if quantised %}
+{% for c in range(cols) %}
+            var part{{ c }}_{{ r }} = 0.0;
+{% endfor %}
+{% endfor %}
+{% for e in range(step) %}
+{% for r in range(first, first + row_block) %}
+{% set u = r * row_units + e // unit %}
+{% if subgroups %}
+            let b{{ r }}_{{ e }} = subgroupBroadcast(x{{ u // lanes }}_{{ e % unit }}, {{ u % lanes }}u);
+{% else %}
+            let b{{ r }}_{{ e }} = x{{ r }}_{{ e // unit }}.{{ xyzw[e % unit] }};
+{% endif %}
+{% for c in range(cols) %}
+            {{ sum }}{{ c }}_{{ r }} = fma({{ parts.widen("w" ~ c ~ "_" ~ e // per_chunk, e % per_chunk) }}, b{{ r }}_{{ e }}, {{ sum }}{{ c }}_{{ r }});
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% for r in range(first, first + row_block) if quantised %}
+{% if quantised %}
+{% if subgroups %}
+            let sum{{ r }} = {% for p in range(row_units) %}{% set u = r * row_units + p %}{{ " + " if p }}subgroupBroadcast(x{{ u // lanes }}_sum, {{ u % lanes }}u){% endfor %};
+{% else %}
+            let sum{{ r }} = {% for e in range(step) %}{{ " + " if e }}x{{ r }}_{{ e // unit }}.{{ xyzw[e % unit] }}{% endfor %};
+{% endif %}
+{% endif %}
+{% for c in range(cols) %}
+            acc{{ c }}_{{ r }} = fma(scale{{ c }}, part{{ c }}_{{ r }}, acc{{ c }}_{{ r }});
+{% if quantised %}
+            acc{{ c }}_{{ r }} = fma(zero{{ c }}, sum{{ r }}, acc{{ c }}_{{ r }});
+{% endif %}
+{% endfor %}
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% if nested %}
+    }
+    }
+{% endif %}
+
+    // A store compiles to much code, so they are in a loop that shifts the rows.
+    let end = min(ROWS, num_rows - min(first_row, num_rows));
+    for (var r = 0u; r < end; r++) {
+        let row = (first_row + r) * params.out_features;
+{% for c in range(cols) %}
+        {
+            let col = params.first_row + (first_block + {{ c }}u) * LANES + lane;
+            if col <= params.last_row {
+                var value = acc{{ c }}_0{% if bias %} + bias[col]{% endif %};
+{% if activation != "none" %}
+                value = activate(value);
+{% endif %}
+                if params.accumulate != 0u {
+                    value += y[row + col];
+                }
+                y[row + col] = value;
+            }
+        }
+{% for r in range(rows - 1) %}
+        acc{{ c }}_{{ r }} = acc{{ c }}_{{ r + 1 }};
+{% endfor %}
+{% endfor %}
+    }
+}

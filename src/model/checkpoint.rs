@@ -1,0 +1,437 @@
+//! Reads a Hugging Face checkpoint: which tensors its safetensors files hold, and their rows as f32.
+//!
+//! Files are mapped, not read: one at a time, so that a process never has more than one of them in its memory, and rows are converted
+//! straight into the caller's buffer.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use super::architecture::{Architecture, LinearWeights, ModelWeights, Piece, TensorSource};
+use super::config::{JsonFile, ModelConfig};
+use super::{ModelError, ModelResult};
+
+/// The longest header that the safetensors library reads, too.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Bytes before a header: its length as a little-endian u64.
+const LENGTH_BYTES: u64 = 8;
+
+/// f32 in each of the two buffers in which head and embedding are compared: 1 MiB.
+const COMPARE_LEN: usize = 1 << 18;
+
+/// An open checkpoint: its configuration, and where its tensors lie. The files must not change while it's open.
+#[derive(Debug)]
+pub struct Checkpoint {
+    config: ModelConfig,
+    architecture: &'static Architecture,
+    /// The file that must name every tensor: the only shard, or the index.
+    names: PathBuf,
+    shards: Vec<Shard>,
+    tensors: HashMap<String, Entry>,
+    /// The shard that was read last.
+    mapped: Mutex<Option<(usize, Arc<Mmap>)>>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+/// Where a tensor lies.
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Bytes from the start of the file.
+    start: usize,
+    end: usize,
+}
+
+impl Checkpoint {
+    /// Opens a directory with `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards. A path to a
+    /// `.safetensors` file or to an index opens that one, with the `config.json` beside it.
+    ///
+    /// Reads configuration and headers, no weights.
+    ///
+    /// # Errors
+    /// [`ModelError::File`] for a file that is missing, unreadable, truncated or broken, [`ModelError::Config`] for a setting that is
+    /// missing, wrong or not supported, [`ModelError::Tensor`] for a tensor that an index names and its file lacks.
+    pub fn open(path: impl AsRef<Path>) -> ModelResult<Self> {
+        let path = path.as_ref();
+        let (directory, names) = find(path)?;
+        let config = ModelConfig::from_dir(&directory)?;
+        let architecture = config.architecture()?;
+        let mut shards = Vec::new();
+        let mut tensors = HashMap::new();
+        if names.extension().is_some_and(|extension| extension == "json") {
+            let mut files: HashMap<&str, HashMap<String, Entry>> = HashMap::new();
+            let index = JsonFile::read(names.clone())?;
+            let need = "an object of file names by tensor name";
+            let section = index.section();
+            let weight_map =
+                section.object("weight_map")?.ok_or_else(|| section.error("weight_map", "nothing", need))?;
+            for (tensor, file) in weight_map.strings()? {
+                if !files.contains_key(file) {
+                    let mut components = Path::new(file).components();
+                    let plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+                    // A backslash separates folders on Windows only, but no shard's name has one.
+                    if !plain || file.contains(['/', '\\']) {
+                        return Err(weight_map.error(tensor, file, "the name of a file in the same directory"));
+                    }
+                    files.insert(file, open_shard(directory.join(file), &mut shards)?);
+                }
+                let entry = files.get_mut(file).and_then(|entries| entries.remove(tensor));
+                let Some(entry) = entry else {
+                    return Err(ModelError::Tensor {
+                        path: directory.join(file),
+                        tensor: tensor.to_owned(),
+                        got: "nothing".to_owned(),
+                        need: format!("what {} says is there", names.display()),
+                    });
+                };
+                tensors.insert(tensor.to_owned(), entry);
+            }
+        } else {
+            tensors = open_shard(names.clone(), &mut shards)?;
+        }
+        Ok(Self { config, architecture, names, shards, tensors, mapped: Mutex::new(None) })
+    }
+
+    /// The model's shape and settings.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Names of all tensors, in no order.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Where each of the model's parameters lies. All of them are checked: whatever comes from here can be read.
+    ///
+    /// Reads weights only if the head should be tied and the checkpoint has one nevertheless: as in transformers it's tied then if both are
+    /// the same, otherwise the checkpoint's own head is used.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] for the first tensor that is missing or has another shape or type than the configuration asks for.
+    pub fn weights(&self) -> ModelResult<ModelWeights> {
+        let mut weights = self.architecture.resolve(
+            &self.config,
+            |name| self.tensors.contains_key(name),
+            |s| self.check_source(s),
+        )?;
+        if weights.head.is_none() {
+            weights.head = self.untied_head(&weights.embedding)?;
+        }
+        Ok(weights)
+    }
+
+    /// Checks that every tensor is there and has the right shape and a type that can be read: f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] for the first that is not.
+    pub fn check(&self, weights: &ModelWeights) -> ModelResult<()> {
+        weights.sources().try_for_each(|source| self.check_source(source))
+    }
+
+    /// Names of the tensors that `weights` leaves out, sorted, without those that are known to hold no parameters (masks, frequencies, a
+    /// tied head). A checkpoint of the architecture as folio knows it has none.
+    #[must_use]
+    pub fn unused(&self, weights: &ModelWeights) -> Vec<&str> {
+        let pieces = weights.sources().flat_map(|source| &source.pieces);
+        let mut used: std::collections::HashSet<_> = pieces.map(|piece| piece.tensor.as_str()).collect();
+        let head = self.architecture.head(&self.config);
+        if weights.head.is_none() {
+            used.extend(head.weight.pieces.iter().map(|piece| piece.tensor.as_str()));
+        }
+        let mut unused: Vec<_> =
+            self.tensors().filter(|name| !used.contains(name) && !self.architecture.ignores(name)).collect();
+        unused.sort_unstable();
+        unused
+    }
+
+    /// Bytes that a source's rows take in the files.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] as for [`Checkpoint::check`].
+    pub fn bytes(&self, source: &TensorSource) -> ModelResult<u64> {
+        let mut bytes = 0;
+        for piece in &source.pieces {
+            let entry = self.entry(piece)?;
+            bytes += piece.rows as u64 * source.columns as u64 * (entry.dtype.bitsize() / 8) as u64;
+        }
+        Ok(bytes)
+    }
+
+    /// Reads rows of a source as f32, from `row_start` on, as many as fit `out`: `[rows, columns]`, row by row.
+    ///
+    /// Takes no memory but `out` and the file's pages, which the system may drop at any time. A stack of sources from several files, and
+    /// neighbouring calls for sources from different files, map each file anew.
+    ///
+    /// # Errors
+    /// [`ModelError::Argument`] if `out` holds no whole rows or the source ends before it; [`ModelError::Tensor`] as for
+    /// [`Checkpoint::check`]; [`ModelError::File`] if the file was cut short or can't be mapped.
+    pub fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        let [rows, columns] = source.shape();
+        if !out.len().is_multiple_of(columns) {
+            let need = format!("a multiple of the {columns} columns");
+            return Err(ModelError::argument("out", format!("{} f32", out.len()), need));
+        }
+        let row_end = row_start.checked_add(out.len() / columns).filter(|end| *end <= rows);
+        let Some(row_end) = row_end else {
+            let got = format!("{} rows from row {row_start} on", out.len() / columns);
+            return Err(ModelError::argument("row_start", got, format!("within the {rows} rows")));
+        };
+        let mut piece_start = 0;
+        for piece in &source.pieces {
+            let piece_end = piece_start + piece.rows;
+            let (from, to) = (row_start.max(piece_start), row_end.min(piece_end));
+            if from < to {
+                let out = &mut out[(from - row_start) * columns..(to - row_start) * columns];
+                self.piece_rows(piece, from - piece_start, columns, out)?;
+            }
+            piece_start = piece_end;
+        }
+        Ok(())
+    }
+
+    fn piece_rows(&self, piece: &Piece, row_start: usize, columns: usize, out: &mut [f32]) -> ModelResult<()> {
+        let entry = self.entry(piece)?;
+        let map = self.map(entry.shard)?;
+        let data = Elements { bytes: &map[entry.start..entry.end], dtype: entry.dtype };
+        let mut row = row_start;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let (first, run) = piece.locate(row);
+            let run = run.min(rest.len() / columns);
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(run * columns);
+            if piece.transposed {
+                // The file has `[columns, all rows]`.
+                let stride = piece.shape.get(1).copied().unwrap_or(1);
+                data.transposed(first, stride, columns, now);
+            } else {
+                data.read(first * columns, now);
+            }
+            rest = later;
+            row += run;
+        }
+        Ok(())
+    }
+
+    fn check_source(&self, source: &TensorSource) -> ModelResult<()> {
+        source.pieces.iter().try_for_each(|piece| self.entry(piece).map(drop))
+    }
+
+    /// Where a piece's tensor lies, if it is what the piece needs.
+    fn entry(&self, piece: &Piece) -> ModelResult<&Entry> {
+        let wrong = |path: &Path, got: String, need: String| ModelError::Tensor {
+            path: path.to_owned(),
+            tensor: piece.tensor.clone(),
+            got,
+            need,
+        };
+        let Some(entry) = self.tensors.get(&piece.tensor) else {
+            return Err(wrong(&self.names, "nothing".to_owned(), format!("shape {:?}", piece.shape)));
+        };
+        let path = &self.shards[entry.shard].path;
+        if entry.shape != piece.shape {
+            return Err(wrong(path, format!("shape {:?}", entry.shape), format!("shape {:?}", piece.shape)));
+        }
+        if !matches!(entry.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(wrong(path, format!("type {:?}", entry.dtype), "type F32, F16 or BF16".to_owned()));
+        }
+        Ok(entry)
+    }
+
+    /// The checkpoint's own head, if it has one that differs from the embedding.
+    fn untied_head(&self, embedding: &TensorSource) -> ModelResult<Option<LinearWeights>> {
+        let head = self.architecture.head(&self.config);
+        if !head.weight.pieces.iter().all(|piece| self.tensors.contains_key(&piece.tensor)) {
+            return Ok(None);
+        }
+        self.check_source(&head.weight)?;
+        let [rows, columns] = embedding.shape();
+        let block = (COMPARE_LEN / columns).clamp(1, rows);
+        let (mut ours, mut theirs) = (vec![0.0; block * columns], vec![0.0; block * columns]);
+        for start in (0..rows).step_by(block) {
+            let len = block.min(rows - start) * columns;
+            self.rows(embedding, start, &mut ours[..len])?;
+            self.rows(&head.weight, start, &mut theirs[..len])?;
+            // By bits, so that NaN equals itself.
+            if ours[..len].iter().zip(&theirs[..len]).any(|(a, b)| a.to_bits() != b.to_bits()) {
+                return Ok(Some(head));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The bytes of a shard. Mapping another one drops the last, so that only one counts to the memory of the process.
+    fn map(&self, index: usize) -> ModelResult<Arc<Mmap>> {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, map)) = mapped.as_ref().filter(|(at, _)| *at == index) {
+            return Ok(map.clone());
+        }
+        *mapped = None;
+        let shard = &self.shards[index];
+        let failed = |reason| ModelError::File { path: shard.path.clone(), reason };
+        let bytes = shard.file.metadata().map_err(|e| failed(e.to_string()))?.len();
+        if bytes != shard.bytes {
+            return Err(failed(format!("got {bytes} bytes, need the {} of when it was opened", shard.bytes)));
+        }
+        let map = Arc::new(map_file(&shard.file).map_err(|e| failed(e.to_string()))?);
+        if map.len() as u64 != shard.bytes {
+            return Err(failed(format!("got {} bytes, need the {} of when it was opened", map.len(), shard.bytes)));
+        }
+        *mapped = Some((index, map.clone()));
+        Ok(map)
+    }
+}
+
+#[allow(unsafe_code, reason = "mapping a file; see the SAFETY comment")]
+fn map_file(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: The mapping is read-only, and every access is within its length. What mapping can't exclude is that someone changes the file
+    // meanwhile; `Checkpoint` tells its users not to. Any bytes are valid f32, f16 and bf16, and no reference to typed data is made, so that
+    // changed bytes are wrong weights; a file that is cut short while mapped ends the process with a signal, as with every mapped file.
+    unsafe { Mmap::map(file) }
+}
+
+/// The directory, and the file or index that names the tensors.
+fn find(path: &Path) -> ModelResult<(PathBuf, PathBuf)> {
+    let failed = |reason: &str| ModelError::File { path: path.to_owned(), reason: reason.to_owned() };
+    let need = "need a directory with config.json and model.safetensors or model.safetensors.index.json";
+    let about = std::fs::metadata(path).map_err(|e| failed(&format!("{e}; {need}")))?;
+    if !about.is_dir() {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if !name.ends_with(".safetensors") && !name.ends_with(".safetensors.index.json") {
+            return Err(failed(&format!("not a .safetensors file; {need}")));
+        }
+        let directory = path.parent().unwrap_or(Path::new("")).to_owned();
+        return Ok((directory, path.to_owned()));
+    }
+    for name in ["model.safetensors", "model.safetensors.index.json"] {
+        let file = path.join(name);
+        if file.exists() {
+            return Ok((path.to_owned(), file));
+        }
+    }
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| path.join(name).exists());
+    let hint = if pickled { "; convert the pytorch_model.bin that is there to safetensors" } else { "" };
+    Err(failed(&format!("no weights; {need}{hint}")))
+}
+
+/// Opens a safetensors file and reads its header.
+fn open_shard(path: PathBuf, shards: &mut Vec<Shard>) -> ModelResult<HashMap<String, Entry>> {
+    let failed = |reason: String| ModelError::File { path: path.clone(), reason };
+    let io = |e: std::io::Error| failed(e.to_string());
+    let mut file = File::open(&path).map_err(io)?;
+    let bytes = file.metadata().map_err(io)?.len();
+    if bytes < LENGTH_BYTES {
+        return Err(failed(format!("got {bytes} bytes, need a safetensors file, which starts with 8 bytes of length")));
+    }
+    let mut length = [0; LENGTH_BYTES as usize];
+    file.read_exact(&mut length).map_err(io)?;
+    if &length == b"version " {
+        return Err(failed("got a Git LFS pointer, need the file itself: `git lfs pull` fetches it".to_owned()));
+    }
+    let length = u64::from_le_bytes(length);
+    let data = LENGTH_BYTES.saturating_add(length);
+    if length > MAX_HEADER_BYTES || data > bytes {
+        return Err(failed(format!(
+            "got {bytes} bytes that start with a header of {length} bytes, need a header within the file and at most \
+             {MAX_HEADER_BYTES} bytes; the file is truncated or not a safetensors file"
+        )));
+    }
+    let mut header = vec![0; usize::try_from(length).map_err(|e| failed(e.to_string()))?];
+    file.read_exact(&mut header).map_err(io)?;
+    // Parsed apart from the data: `SafeTensors::read_metadata` adds sizes without looking for an overflow.
+    let header: Metadata =
+        serde_json::from_slice(&header).map_err(|e| failed(format!("not a valid safetensors header: {e}")))?;
+    let end = data.checked_add(header.data_len() as u64);
+    if end != Some(bytes) {
+        let need = end.map_or("more than any file has".to_owned(), |end| end.to_string());
+        let truncated = if end.is_none_or(|end| end > bytes) { "; the file is truncated" } else { "" };
+        return Err(failed(format!("got {bytes} bytes, need {need} by its header{truncated}")));
+    }
+    // Within the file by now, and its length fits the address space or mapping fails.
+    let data = usize::try_from(data).map_err(|e| failed(e.to_string()))?;
+    let shard = shards.len();
+    let entry = |name: String, info: &safetensors::tensor::TensorInfo| {
+        let (start, end) = info.data_offsets;
+        let (start, end) = (data + start, data + end);
+        (name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end })
+    };
+    let entries = header.tensors().into_iter().map(|(name, info)| entry(name, info)).collect();
+    shards.push(Shard { path, file, bytes });
+    Ok(entries)
+}
+
+/// A tensor's elements, as they lie in the file.
+struct Elements<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+}
+
+impl Elements<'_> {
+    /// Consecutive elements from `first` on.
+    fn read(&self, first: usize, out: &mut [f32]) {
+        match self.dtype {
+            Dtype::F32 => {
+                let (words, _) = self.bytes[first * 4..][..out.len() * 4].as_chunks();
+                for (out, word) in out.iter_mut().zip(words) {
+                    *out = f32::from_le_bytes(*word);
+                }
+            }
+            dtype => {
+                let (words, _) = self.bytes[first * 2..][..out.len() * 2].as_chunks();
+                // The library converts slices with the CPU's own instructions, but needs them aligned, which files are not.
+                const LEN: usize = 256;
+                let mut aligned = [0; LEN];
+                for (out, words) in out.chunks_mut(LEN).zip(words.chunks(LEN)) {
+                    let aligned = &mut aligned[..out.len()];
+                    for (to, word) in aligned.iter_mut().zip(words) {
+                        *to = u16::from_le_bytes(*word);
+                    }
+                    match dtype {
+                        Dtype::BF16 => aligned.reinterpret_cast::<bf16>().convert_to_f32_slice(out),
+                        _ => aligned.reinterpret_cast::<f16>().convert_to_f32_slice(out),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Columns `first..` of a matrix with `stride` columns, as rows of `height`, as many as fit.
+    fn transposed(&self, first: usize, stride: usize, height: usize, out: &mut [f32]) {
+        // A tile of 16 rows of the file by 64 elements: 4 KiB, written as whole cache lines of 16 f32.
+        const TALL: usize = 16;
+        const WIDE: usize = 64;
+        let mut tile = [0.0; TALL * WIDE];
+        for (strip, rows) in out.chunks_mut(WIDE * height).enumerate() {
+            let wide = rows.len() / height;
+            for top in (0..height).step_by(TALL) {
+                let tall = TALL.min(height - top);
+                for (i, line) in tile.chunks_mut(WIDE).take(tall).enumerate() {
+                    self.read((top + i) * stride + first + strip * WIDE, &mut line[..wide]);
+                }
+                for (j, row) in rows.chunks_mut(height).enumerate() {
+                    for (i, out) in row[top..top + tall].iter_mut().enumerate() {
+                        *out = tile[i * WIDE + j];
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! [`Linear`]: a linear layer, `y = activation(x W^T + bias)`, and the embedding that shares its weights.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::error::{ModelError, ModelResult};
+use super::linear_kernels::{Compiled, LinearKernel, LinearKernels, LinearVariant, TEXTURE_WIDTH, create_texture};
+use super::ops::ActivationKind;
+use super::program::Rows;
+use super::quantise::{Packed, Packer, WeightFormat};
+use crate::BufferRef;
+use crate::kernel::Target;
+use crate::{Error, Result};
+use crate::{Gpu, Profile};
+
+/// Shape and options of a [`Linear`] layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinearConfig {
+    /// Width of x: columns of W.
+    pub in_features: u32,
+    /// Width of y: rows of W.
+    pub out_features: u32,
+    /// How W is stored.
+    pub format: WeightFormat,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// Whether the result is added to y instead of written over it: a residual connection.
+    pub accumulate: bool,
+    /// What is applied to `x W^T + bias`.
+    pub activation: Option<ActivationKind>,
+}
+
+impl LinearConfig {
+    /// A layer without bias and activation that writes its result.
+    #[must_use]
+    pub const fn new(in_features: u32, out_features: u32, format: WeightFormat) -> Self {
+        Self { in_features, out_features, format, bias: false, accumulate: false, activation: None }
+    }
+}
+
+/// A linear layer on the GPU: `y[rows, out_features] = activation(x[rows, in_features] W^T + bias)`, or `y +=` that, with W `[out_features,
+/// in_features]` in a [`WeightFormat`], and x, y, bias and all sums in f32.
+///
+/// W is kept as the kernels like it: in storage buffers row by row on GPUs, in textures with the rows of a subgroup interleaved on CPU adapters. A W
+/// beyond what one binding holds is split by rows.
+#[derive(Debug)]
+pub struct Linear {
+    config: LinearConfig,
+    parts: Vec<Part>,
+    bias: Option<wgpu::Buffer>,
+    compiled: Vec<Arc<Compiled>>,
+    kernels: LinearKernels,
+}
+
+/// Rows of W in one binding.
+#[derive(Debug)]
+struct Part {
+    first_row: u32,
+    last_row: u32,
+    weights: Weights,
+    scales: Option<Weights>,
+    params: wgpu::Buffer,
+}
+
+/// Where packed words are.
+#[derive(Debug)]
+enum Weights {
+    Buffer(wgpu::Buffer),
+    Texture(wgpu::TextureView),
+}
+
+impl Weights {
+    fn binding(&self) -> wgpu::BindingResource<'_> {
+        match self {
+            Self::Buffer(buffer) => buffer.as_entire_binding(),
+            Self::Texture(view) => wgpu::BindingResource::TextureView(view),
+        }
+    }
+}
+
+/// Parameters as the shaders read them (`linear_params.wgsl`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+struct LinearParams {
+    in_features: u32,
+    out_features: u32,
+    row_chunks: u32,
+    row_groups: u32,
+    first_row: u32,
+    last_row: u32,
+    accumulate: u32,
+    reserved: u32,
+}
+
+/// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
+const MAX_IN_FEATURES: u32 = 1 << 18;
+
+/// A row of y must fit a binding, and a row number an index of 4 weights.
+const MAX_OUT_FEATURES: u32 = 1 << 28;
+
+/// f32 that are asked for at a time: 4 MiB, so that loading takes little memory beside the file.
+const PIECE: u64 = 1 << 20;
+
+impl Linear {
+    /// Packs and uploads the weights, and compiles the kernels that `kernels` doesn't have yet.
+    ///
+    /// `rows` fills its slice with whole rows of W, one after another, from the row that it is given: it is called for consecutive ranges of some 4
+    /// MiB, each row once. `bias` has `out_features` values if the configuration says that there is one. NaN and infinities in the weights are kept, so
+    /// they reach the output.
+    ///
+    /// The upload submits to the queue, and waits for it, each time 64 MiB have gathered.
+    ///
+    /// # Errors
+    /// [`ModelError::Argument`] if a size is zero or a multiple of something is asked for, if the bias has a wrong length, or if a weight doesn't fit
+    /// F16; [`Error::Unsupported`] if even a few rows don't fit a binding; [`Error::Wgpu`] if the device has no memory left; and what `rows` returns.
+    pub async fn new(
+        gpu: &Gpu,
+        kernels: &LinearKernels,
+        config: LinearConfig,
+        rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
+        bias: Option<&[f32]>,
+    ) -> ModelResult<Self> {
+        let LinearConfig { in_features, out_features, format, .. } = config;
+        for (name, value, max) in
+            [("in_features", in_features, MAX_IN_FEATURES), ("out_features", out_features, MAX_OUT_FEATURES)]
+        {
+            if value == 0 || value > max {
+                return Err(ModelError::argument(name, value, format!("1 to {max}")));
+            }
+        }
+        format.check()?;
+        if bias.map(<[f32]>::len) != config.bias.then_some(out_features as usize) {
+            let got = bias.map_or("none".to_owned(), |bias| format!("{} values", bias.len()));
+            let need = if config.bias { format!("{out_features} values") } else { "none".to_owned() };
+            return Err(ModelError::argument("bias", got, need));
+        }
+        let variants =
+            LinearVariant::of_layer(Target::of(gpu), format, config.activation, config.bias, in_features, out_features);
+        let mut compiled = Vec::with_capacity(variants.len());
+        for &variant in &variants {
+            compiled.push(kernels.get(gpu, variant).await?);
+        }
+        let lanes = variants.first().map_or(1, LinearVariant::lanes);
+        let parts = upload(gpu, kernels, config, lanes, rows)?;
+        let bias = bias
+            .map(|values| {
+                let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+                let buffer = gpu.create_buffer("creating a bias", "folio bias", values.len() as u64 * 4, usage)?;
+                gpu.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(values));
+                Ok::<_, Error>(buffer)
+            })
+            .transpose()?;
+        Ok(Self { config, parts, bias, compiled, kernels: kernels.clone() })
+    }
+
+    /// Shape and options.
+    #[must_use]
+    pub fn config(&self) -> LinearConfig {
+        self.config
+    }
+
+    /// Bytes of weights and scales that a call of [`Linear::record`] reads at least once.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.config.format.bytes(self.config.out_features, self.config.in_features)
+    }
+
+    /// Records `y = activation(x W^T + bias)`, or `y +=` that: one dispatch, or one for each binding that W takes.
+    ///
+    /// The kernel is chosen by the number of rows; see [`LinearKernel::for_rows`]. On CPU adapters each weight is read once for 1, 2, 4, 8 or 16 rows, and
+    /// from 3 rows on x is moved to a texture first, by a dispatch of its own. On GPUs up to 16 rows take the kernel that reads W once for up to 8 rows,
+    /// and more rows the one with tiles of 64 x 64.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if x is not `[rows, in_features]`, y not `[rows, out_features]`, there is no row, or both are in the same buffer;
+    /// [`Error::Unsupported`] if there are too many rows.
+    pub fn record(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>, y: Rows<'_>) -> Result<()> {
+        x.check(gpu, "x", x.rows, self.config.in_features)?;
+        y.check(gpu, "y", x.rows, self.config.out_features)?;
+        if x.buffer == y.buffer {
+            return Err(Error::argument("y", "the buffer of x", "another buffer"));
+        }
+        let compiled = self.compiled(LinearKernel::for_rows(gpu.profile(), x.rows))?;
+        self.multiply(gpu, pass, compiled, x, y, None)
+    }
+
+    /// Records one workgroup of each kernel that [`Linear::record`] and [`Linear::gather_rows`] may take and that no layer with the same `kernels` has
+    /// recorded here before: some drivers compile a kernel when it is first run. The results go nowhere.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`] if there is no memory for a few rows of x and y.
+    pub fn warm_up(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+        let cold: Vec<_> = self.compiled.iter().filter(|c| !c.warm.swap(true, Ordering::Relaxed)).collect();
+        if cold.is_empty() {
+            return Ok(());
+        }
+        let scratch = |width: u32| {
+            let size = u64::from(width) * 4;
+            gpu.create_buffer("warming up", "folio warm-up", size, wgpu::BufferUsages::STORAGE)
+        };
+        let (x, y) = (scratch(self.config.in_features)?, scratch(self.config.out_features)?);
+        for compiled in cold {
+            let x = Rows::new(&x, 1, self.config.in_features);
+            match compiled.variant.kernel {
+                LinearKernel::Gather => self.gather(gpu, pass, scratch(1)?.as_entire_binding(), x)?,
+                LinearKernel::Stage => drop(self.stage(gpu, pass, x)?),
+                LinearKernel::Rows(_) | LinearKernel::Matmul => {
+                    let y = Rows::new(&y, 1, self.config.out_features);
+                    self.multiply(gpu, pass, compiled, x, y, Some([1, 1, 1]))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Records `out[i] = W[ids[i]]`, as f32 `[ids, in_features]`: the embedding of tokens by the weights of the output layer (tied weights). `ids` holds
+    /// u32, one per row of `out`; ids beyond the last row of W are taken for the last one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `out` is not `[rows, in_features]`, `ids` doesn't hold one u32 per row, or both are in the same buffer;
+    /// [`Error::Unsupported`] if there are more than 65 535 rows.
+    pub fn gather_rows<'a>(
+        &self,
+        gpu: &Gpu,
+        pass: &mut wgpu::ComputePass<'_>,
+        ids: impl Into<BufferRef<'a>>,
+        out: Rows<'_>,
+    ) -> Result<()> {
+        out.check(gpu, "out", out.rows, self.config.in_features)?;
+        let ids = ids.into().check(gpu, "ids", out.rows.into(), false)?;
+        if ids.buffer() == out.buffer {
+            return Err(Error::argument("out", "the buffer of ids", "another buffer"));
+        }
+        self.gather(gpu, pass, ids.binding(), out)
+    }
+
+    fn gather(
+        &self,
+        gpu: &Gpu,
+        pass: &mut wgpu::ComputePass<'_>,
+        ids: wgpu::BindingResource<'_>,
+        out: Rows<'_>,
+    ) -> Result<()> {
+        let max = gpu.limits().max_compute_workgroups_per_dimension;
+        if out.rows > max {
+            return Err(Error::unsupported("rows of an embedding", out.rows, max));
+        }
+        let gather = self.compiled(LinearKernel::Gather)?;
+        let (_, chunks) = gather.variant.tile();
+        let grid = [self.config.format.row_chunks(self.config.in_features).div_ceil(chunks), out.rows, 1];
+        for part in &self.parts {
+            let mut resources =
+                vec![part.weights.binding(), ids.clone(), out.binding(), part.params.as_entire_binding()];
+            resources.extend(part.scales.as_ref().map(Weights::binding));
+            gather.program.dispatch(gpu, pass, &resources, grid)?;
+        }
+        Ok(())
+    }
+
+    /// Moves x to a texture.
+    fn stage(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>) -> Result<wgpu::TextureView> {
+        let max = gpu.limits().max_compute_workgroups_per_dimension;
+        if x.rows > max {
+            return Err(Error::unsupported("rows of a linear layer", x.rows, max));
+        }
+        // Texels of 4, of rows padded as those of W are.
+        let texels = u64::from(x.rows) * u64::from(x.width.next_multiple_of(32) / 4);
+        let view = self.kernels.stage(gpu, texels)?;
+        if let Some(part) = self.parts.first() {
+            let resources = [wgpu::BindingResource::TextureView(&view), x.binding(), part.params.as_entire_binding()];
+            self.compiled(LinearKernel::Stage)?.program.dispatch(gpu, pass, &resources, [1, x.rows, 1])?;
+        }
+        Ok(view)
+    }
+
+    fn compiled(&self, kernel: LinearKernel) -> Result<&Compiled> {
+        let found = self.compiled.iter().find(|compiled| compiled.variant.kernel == kernel);
+        found.map(Arc::as_ref).ok_or_else(|| Error::argument("gpu", "another profile", "the device of Linear::new"))
+    }
+
+    fn multiply(
+        &self,
+        gpu: &Gpu,
+        pass: &mut wgpu::ComputePass<'_>,
+        compiled: &Compiled,
+        x: Rows<'_>,
+        y: Rows<'_>,
+        grid: Option<[u32; 3]>,
+    ) -> Result<()> {
+        let max = gpu.limits().max_compute_workgroups_per_dimension;
+        let (rows, cols) = compiled.variant.tile();
+        let row_tiles = x.rows.div_ceil(rows);
+        if row_tiles > max {
+            return Err(Error::unsupported("rows of a linear layer", x.rows, u64::from(max) * u64::from(rows)));
+        }
+        let staged = if compiled.variant.staged() { Some(self.stage(gpu, pass, x)?) } else { None };
+        let x = staged.as_ref().map_or(x.binding(), wgpu::BindingResource::TextureView);
+        for part in &self.parts {
+            let mut resources = vec![part.weights.binding(), x.clone(), y.binding(), part.params.as_entire_binding()];
+            resources.extend(part.scales.as_ref().map(Weights::binding));
+            resources.extend(self.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
+            let tiles = (part.last_row - part.first_row + 1).div_ceil(cols);
+            let grid = grid.unwrap_or([tiles.min(max), row_tiles, tiles.div_ceil(max)]);
+            compiled.program.dispatch(gpu, pass, &resources, grid)?;
+        }
+        Ok(())
+    }
+}
+
+/// Packs W piece by piece into as many bindings as it takes.
+fn upload(
+    gpu: &Gpu,
+    kernels: &LinearKernels,
+    config: LinearConfig,
+    lanes: u32,
+    rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
+) -> ModelResult<Vec<Part>> {
+    let LinearConfig { in_features, out_features, format, .. } = config;
+    let packer = Packer::new(format, in_features, lanes);
+    let block_bytes = packer.row_chunks as u64 * u64::from(lanes) * 16;
+    let max_bytes = match gpu.profile() {
+        Profile::Gpu => gpu.max_storage_bytes(),
+        // Small enough to be found in memory in one piece; `max_storage_bytes` is what tests make small.
+        Profile::Cpu => {
+            let height = gpu.limits().max_texture_dimension_2d;
+            (u64::from(TEXTURE_WIDTH.min(height)) * u64::from(height) * 16).min(gpu.max_storage_bytes())
+        }
+    };
+    let part_rows = u64::from(lanes) * (max_bytes / block_bytes);
+    if part_rows == 0 || gpu.limits().max_texture_dimension_2d < TEXTURE_WIDTH {
+        let what = "a linear layer's weights";
+        return Err(Error::unsupported(what, format!("{block_bytes} bytes of {lanes} rows"), max_bytes).into());
+    }
+    let part_rows = u32::try_from(part_rows.min(out_features.into())).unwrap_or(out_features);
+    // Whole blocks, so that pieces can be packed one after another.
+    let piece_rows = u32::try_from(PIECE / u64::from(in_features)).unwrap_or(u32::MAX).max(1).next_multiple_of(lanes);
+    let mut values = Vec::new();
+    let mut parts = Vec::new();
+    for first_row in (0..out_features).step_by(part_rows as usize) {
+        let num_rows = part_rows.min(out_features - first_row);
+        let blocks = u64::from(num_rows.div_ceil(lanes));
+        let mut weights = Upload::new(gpu, blocks * block_bytes / 4)?;
+        let scale_words = blocks * packer.row_groups as u64 * u64::from(lanes);
+        let mut scales = if scale_words > 0 { Some(Upload::new(gpu, scale_words)?) } else { None };
+        let mut packed = Packed::default();
+        for first in (0..num_rows).step_by(piece_rows as usize) {
+            let piece = piece_rows.min(num_rows - first);
+            values.resize(piece as usize * in_features as usize, 0.0);
+            rows(first_row + first, &mut values)?;
+            packer.pack(&values, first_row + first, &mut packed)?;
+            let last = first + piece == num_rows;
+            weights.write(gpu, kernels, &mut packed.chunks, last)?;
+            if let Some(scales) = &mut scales {
+                scales.write(gpu, kernels, &mut packed.scales, last)?;
+            }
+        }
+        let last_row = first_row + num_rows - 1;
+        let params = LinearParams {
+            in_features,
+            out_features,
+            row_chunks: packer.row_chunks as u32,
+            row_groups: packer.row_groups as u32,
+            first_row,
+            last_row,
+            accumulate: u32::from(config.accumulate),
+            reserved: 0,
+        };
+        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let size = size_of::<LinearParams>() as u64;
+        let buffer = gpu.create_buffer("creating a linear layer", "folio linear", size, usage)?;
+        gpu.queue().write_buffer(&buffer, 0, bytemuck::bytes_of(&params));
+        parts.push(Part {
+            first_row,
+            last_row,
+            weights: weights.weights(),
+            scales: scales.map(Upload::weights),
+            params: buffer,
+        });
+    }
+    Ok(parts)
+}
+
+/// Writes words, piece after piece, to where the profile keeps them.
+enum Upload {
+    Buffer { buffer: wgpu::Buffer, written: u64 },
+    Texture { texture: wgpu::Texture, next_row: u32 },
+}
+
+impl Upload {
+    fn new(gpu: &Gpu, words: u64) -> Result<Self> {
+        let during = "creating a linear layer's weights";
+        if gpu.profile() == Profile::Gpu {
+            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+            return Ok(Self::Buffer {
+                buffer: gpu.create_buffer(during, "folio weights", words * 4, usage)?,
+                written: 0,
+            });
+        }
+        // No more than the device's limit, or the caller has erred and wgpu says so.
+        let height = u32::try_from(words.div_ceil(u64::from(TEXTURE_WIDTH * 4))).unwrap_or(u32::MAX);
+        let usage = wgpu::TextureUsages::TEXTURE_BINDING | wgpu::TextureUsages::COPY_DST;
+        let texture = create_texture(gpu, height, usage)?;
+        Ok(Self::Texture { texture, next_row: 0 })
+    }
+
+    /// Writes what it can of `words`, all of it if they are the last ones, and removes it from them.
+    fn write(&mut self, gpu: &Gpu, kernels: &LinearKernels, words: &mut Vec<u32>, last: bool) -> Result<()> {
+        match self {
+            Self::Buffer { buffer, written } => {
+                gpu.queue().write_buffer(buffer, *written, bytemuck::cast_slice(words));
+                let bytes = words.len() as u64 * 4;
+                *written += bytes;
+                words.clear();
+                kernels.uploaded(gpu, bytes)
+            }
+            Self::Texture { texture, next_row } => {
+                let row_words = (TEXTURE_WIDTH * 4) as usize;
+                if last {
+                    words.resize(words.len().next_multiple_of(row_words), 0);
+                }
+                let height = words.len() / row_words;
+                if height == 0 {
+                    return Ok(());
+                }
+                let bytes = height * row_words * 4;
+                let height = height as u32;
+                let mut target = texture.as_image_copy();
+                target.origin.y = *next_row;
+                let layout = wgpu::TexelCopyBufferLayout {
+                    offset: 0,
+                    bytes_per_row: Some(row_words as u32 * 4),
+                    rows_per_image: None,
+                };
+                let size = wgpu::Extent3d { width: TEXTURE_WIDTH, height, depth_or_array_layers: 1 };
+                gpu.queue().write_texture(target, &bytemuck::cast_slice(words)[..bytes], layout, size);
+                *next_row += height;
+                words.drain(..bytes / 4);
+                kernels.uploaded(gpu, bytes as u64)
+            }
+        }
+    }
+
+    fn weights(self) -> Weights {
+        match self {
+            Self::Buffer { buffer, .. } => Weights::Buffer(buffer),
+            Self::Texture { texture, .. } => {
+                Weights::Texture(texture.create_view(&wgpu::TextureViewDescriptor::default()))
+            }
+        }
+    }
+}

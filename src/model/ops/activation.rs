@@ -1,0 +1,102 @@
+//! [`Activation`]: the nonlinearity of an MLP.
+
+use minijinja::context;
+
+use super::{ELEMENTWISE_SIZE, check_distinct, check_width, element_features, element_len, elementwise_grid};
+use crate::Gpu;
+use crate::Result;
+use crate::kernel::{MAX_GRID, Target};
+use crate::model::{Binding, Program, Rows, Source};
+
+/// Widest row: with gate and up far from overflowing an index.
+const MAX_WIDTH: u32 = 1 << 20;
+
+/// Which function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ActivationKind {
+    /// `x * sigmoid(x)`; `"silu"` or `"swish"` in Hugging Face configurations. Gated: SwiGLU.
+    Silu,
+    /// `x * Phi(x)`, the exact form with erf; `"gelu"`. Gated: GeGLU.
+    Gelu,
+    /// The form with tanh; `"gelu_new"`, `"gelu_pytorch_tanh"`.
+    GeluTanh,
+    /// `max(x, 0)`; `"relu"`.
+    Relu,
+}
+
+impl ActivationKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu];
+
+    pub(crate) const fn shader_name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::Relu => "relu",
+        }
+    }
+}
+
+/// An activation of `[rows, width]`, alone or gated.
+#[derive(Debug)]
+pub struct Activation {
+    width: u32,
+    gated: bool,
+    element_len: u32,
+    program: Program,
+}
+
+impl Activation {
+    /// Compiles the kernel. `width` is that of the result, a multiple of 4.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a width that breaks the rule; [`Error::Wgpu`](crate::Error::Wgpu).
+    pub async fn new(gpu: &Gpu, kind: ActivationKind, gated: bool, width: u32) -> Result<Self> {
+        let target = Target::of(gpu);
+        let program = Program::new(gpu, &Self::source(target, kind, gated, width)?).await?;
+        Ok(Self { width, gated, element_len: element_len(target, width), program })
+    }
+
+    /// The kernel's text, for reading and for tests.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a width that breaks the rule.
+    pub fn source(target: Target, kind: ActivationKind, gated: bool, width: u32) -> Result<Source> {
+        check_width(width, MAX_WIDTH)?;
+        let element_len = element_len(target, width);
+        let values = context! {
+            wide => element_len == 8,
+            kind => kind.shader_name(),
+            gated,
+            vecs => width / element_len,
+            grid_x => MAX_GRID,
+            workgroup_size => ELEMENTWISE_SIZE,
+        };
+        Ok(Source {
+            entry_point: "activation",
+            text: Source::render("activation.wgsl", values)?,
+            bindings: vec![Binding::Read, Binding::Write],
+            workgroup_size: ELEMENTWISE_SIZE,
+            workgroup_bytes: 0,
+            features: element_features(element_len),
+        })
+    }
+
+    /// Records `out = act(x)`, or `out = act(gate) * up` if gated: then `x` is `[rows, 2 * width]`, gate before up in each row, as a fused
+    /// linear layer yields them. `out` is `[rows, width]`, in another buffer.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for rows that don't fit; [`Error::Wgpu`](crate::Error::Wgpu).
+    pub fn record(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>, out: Rows<'_>) -> Result<()> {
+        x.check(gpu, "x", x.rows, if self.gated { 2 * self.width } else { self.width })?;
+        out.check(gpu, "out", x.rows, self.width)?;
+        check_distinct("out", out.buffer, &[x.buffer])?;
+        self.program.dispatch(
+            gpu,
+            pass,
+            &[x.binding(), out.binding()],
+            elementwise_grid("out", &out, self.element_len)?,
+        )
+    }
+}

@@ -1,0 +1,449 @@
+//! [`Model`]: weights on the GPU, and the recording of its layers.
+
+use std::path::Path;
+
+use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights, TensorSource};
+use super::checkpoint::Checkpoint;
+use super::config::ModelConfig;
+use super::error::ModelResult;
+use super::linear::{Linear, LinearConfig};
+use super::linear_kernels::LinearKernels;
+use super::ops::{Activation, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
+use super::program::Rows;
+use super::progress::Progress;
+use super::quantise::WeightFormat;
+use crate::Result;
+use crate::{Attention, AttentionPlan, Gpu, KvCache, Rope, Step};
+
+/// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
+pub trait WeightSource {
+    /// Fills `out` with whole rows of a parameter, from row `row_start` on.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`](super::ModelError::Tensor) or [`ModelError::File`](super::ModelError::File).
+    fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()>;
+
+    /// Bytes of a parameter where it comes from, for the progress.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`](super::ModelError::Tensor).
+    fn bytes(&self, source: &TensorSource) -> ModelResult<u64> {
+        let [rows, columns] = source.shape();
+        Ok((rows * columns * 4) as u64)
+    }
+}
+
+impl WeightSource for Checkpoint {
+    fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        Self::rows(self, source, row_start, out)
+    }
+
+    fn bytes(&self, source: &TensorSource) -> ModelResult<u64> {
+        Self::bytes(self, source)
+    }
+}
+
+/// How a model is put on the GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// How the matrices of the linear layers and the token embedding are stored. Norms, biases and learned positions are f32.
+    pub weights: WeightFormat,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { weights: WeightFormat::F16 }
+    }
+}
+
+/// One transformer layer: attention and a feed-forward network (MLP), each behind a norm and added to the residual stream.
+#[derive(Debug)]
+struct Layer {
+    attention_norm: NormParameters,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    q_norm: Option<NormParameters>,
+    k_norm: Option<NormParameters>,
+    o: Linear,
+    mlp_norm: NormParameters,
+    /// Gated MLPs: gate rows, then up rows.
+    up: Linear,
+    down: Linear,
+}
+
+/// A decoder-only transformer with its weights on the GPU. Make one and share it between [`Decoder`](super::Decoder)s.
+#[derive(Debug)]
+pub struct Model {
+    gpu: Gpu,
+    config: ModelConfig,
+    embedding: Linear,
+    position_embedding: Option<PositionEmbedding>,
+    layers: Vec<Layer>,
+    /// Over the residual stream.
+    norm: Norm,
+    /// Over one head's query or key.
+    head_norm: Option<Norm>,
+    gate: Option<Activation>,
+    final_norm: NormParameters,
+    /// `None`: the token embedding, transposed.
+    head: Option<Linear>,
+    select: SelectRows,
+}
+
+/// The activations of one step.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    hidden: wgpu::Buffer,
+    normed: wgpu::Buffer,
+    q: wgpu::Buffer,
+    k: wgpu::Buffer,
+    v: wgpu::Buffer,
+    attended: wgpu::Buffer,
+    up: wgpu::Buffer,
+    gated: wgpu::Buffer,
+}
+
+impl Scratch {
+    /// Room for `rows` tokens.
+    pub(crate) fn new(gpu: &Gpu, config: &ModelConfig, rows: u32) -> Result<Self> {
+        let buffer = |label, width: u32| {
+            let bytes = u64::from(rows) * u64::from(width) * 4;
+            gpu.create_buffer("creating the activations", label, bytes, wgpu::BufferUsages::STORAGE)
+        };
+        let (q_width, kv_width) = (config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        Ok(Self {
+            hidden: buffer("folio hidden", config.hidden_size)?,
+            normed: buffer("folio normed", config.hidden_size)?,
+            q: buffer("folio q", q_width)?,
+            k: buffer("folio k", kv_width)?,
+            v: buffer("folio v", kv_width)?,
+            attended: buffer("folio attended", q_width)?,
+            up: buffer("folio up", config.intermediate_size * if config.gated_mlp { 2 } else { 1 })?,
+            gated: buffer("folio gated", if config.gated_mlp { config.intermediate_size } else { 1 })?,
+        })
+    }
+}
+
+/// What the layers of one step share.
+pub(crate) struct StepContext<'a> {
+    pub(crate) cache: &'a KvCache,
+    pub(crate) attention: &'a Attention,
+    pub(crate) rope: Option<&'a Rope>,
+    pub(crate) step: &'a Step,
+    pub(crate) plan: &'a AttentionPlan,
+    /// Token id of each row.
+    pub(crate) ids: &'a wgpu::Buffer,
+    /// Position of each row.
+    pub(crate) positions: &'a wgpu::Buffer,
+    pub(crate) rows: u32,
+}
+
+impl Model {
+    /// Loads a checkpoint: a folder with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    ///
+    /// Everything is checked before the first byte goes to the GPU. `progress` is told after each tensor.
+    ///
+    /// # Errors
+    /// [`ModelError::File`](super::ModelError::File), [`ModelError::Config`](super::ModelError::Config),
+    /// [`ModelError::Tensor`](super::ModelError::Tensor) for what is wrong with the files;
+    /// [`ModelError::Folio`](super::ModelError::Folio) for what the device can't do.
+    pub async fn load(
+        gpu: &Gpu,
+        folder: impl AsRef<Path>,
+        options: ModelOptions,
+        progress: impl FnMut(Progress<'_>),
+    ) -> ModelResult<Self> {
+        let checkpoint = Checkpoint::open(folder.as_ref())?;
+        let weights = checkpoint.weights()?;
+        Self::from_source(gpu, checkpoint.config().clone(), &weights, &checkpoint, options, progress).await
+    }
+
+    /// [`Model::load`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn load_blocking(
+        gpu: &Gpu,
+        folder: impl AsRef<Path>,
+        options: ModelOptions,
+        progress: impl FnMut(Progress<'_>),
+    ) -> ModelResult<Self> {
+        pollster::block_on(Self::load(gpu, folder, options, progress))
+    }
+
+    /// Puts a model on the GPU whose weights come from anywhere. `weights` says what is asked of `source`; see [`ModelConfig::weights`].
+    ///
+    /// # Errors
+    /// Those of `source`; [`ModelError::Folio`](super::ModelError::Folio) for what the device can't do.
+    pub async fn from_source(
+        gpu: &Gpu,
+        config: ModelConfig,
+        weights: &ModelWeights,
+        source: &dyn WeightSource,
+        options: ModelOptions,
+        progress: impl FnMut(Progress<'_>),
+    ) -> ModelResult<Self> {
+        let bytes_total = weights.sources().map(|tensor| source.bytes(tensor)).sum::<ModelResult<u64>>()?;
+        let kernels = LinearKernels::new();
+        let norm_config = |width| NormConfig {
+            bias: config.norm.kind == NormKind::Layer,
+            ..NormConfig::new(config.norm.kind, width, config.norm.eps)
+        };
+        let norm = Norm::new(gpu, norm_config(config.hidden_size)).await?;
+        let head_norm = if config.qk_norm { Some(Norm::new(gpu, norm_config(config.head_dim)).await?) } else { None };
+        let mut builder =
+            Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
+        let embedding = builder.matrix(&weights.embedding, None, |_| {}).await?;
+        let position_embedding = match &weights.position_embedding {
+            Some(tensor) => {
+                let table = builder.values(tensor)?;
+                Some(PositionEmbedding::new(gpu, &table, config.hidden_size).await?)
+            }
+            None => None,
+        };
+        let mut layers = Vec::with_capacity(weights.layers.len());
+        for layer in &weights.layers {
+            layers.push(builder.layer(layer, &norm, head_norm.as_ref()).await?);
+        }
+        let final_norm = builder.norm(&weights.final_norm, &norm).await?;
+        let head = match &weights.head {
+            Some(head) => Some(builder.linear(head, |_| {}).await?),
+            None => None,
+        };
+        let gate = if config.gated_mlp {
+            Some(Activation::new(gpu, config.activation, true, config.intermediate_size).await?)
+        } else {
+            None
+        };
+        let select = SelectRows::new(gpu, config.hidden_size).await?;
+        let gpu = gpu.clone();
+        Ok(Self { gpu, config, embedding, position_embedding, layers, norm, head_norm, gate, final_norm, head, select })
+    }
+
+    /// [`Model::from_source`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Model::from_source`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn from_source_blocking(
+        gpu: &Gpu,
+        config: ModelConfig,
+        weights: &ModelWeights,
+        source: &dyn WeightSource,
+        options: ModelOptions,
+        progress: impl FnMut(Progress<'_>),
+    ) -> ModelResult<Self> {
+        pollster::block_on(Self::from_source(gpu, config, weights, source, options, progress))
+    }
+
+    /// The device it is on.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Its shape.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
+    #[must_use]
+    pub fn streamed_bytes(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.up, &l.down]);
+        layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes).sum()
+    }
+
+    /// Bytes of all matrices on the GPU.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.streamed_bytes() + if self.head.is_some() { self.embedding.bytes() } else { 0 }
+    }
+
+    /// Records everything up to the last layer's output, which stays in the scratch.
+    pub(crate) fn record_layers(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        context: &StepContext<'_>,
+    ) -> Result<()> {
+        let hidden = Rows::new(&scratch.hidden, context.rows, self.config.hidden_size);
+        self.embedding.gather_rows(&self.gpu, pass, context.ids, hidden)?;
+        if let Some(positions) = &self.position_embedding {
+            positions.record(&self.gpu, pass, hidden, context.positions)?;
+        }
+        for (index, layer) in (0..).zip(&self.layers) {
+            self.record_layer(pass, scratch, context, index, layer)?;
+        }
+        Ok(())
+    }
+
+    fn record_layer(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        context: &StepContext<'_>,
+        index: u32,
+        layer: &Layer,
+    ) -> Result<()> {
+        let (gpu, config, rows) = (&self.gpu, &self.config, context.rows);
+        let (q_heads, kv_heads, head_dim) = (config.num_q_heads, config.num_kv_heads, config.head_dim);
+        let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
+        let normed = Rows::new(&scratch.normed, rows, config.hidden_size);
+        let q = Rows::new(&scratch.q, rows, q_heads * head_dim);
+        let k = Rows::new(&scratch.k, rows, kv_heads * head_dim);
+        let v = Rows::new(&scratch.v, rows, kv_heads * head_dim);
+        let attended = Rows::new(&scratch.attended, rows, q_heads * head_dim);
+
+        self.norm.record(gpu, pass, &layer.attention_norm, hidden, normed)?;
+        layer.q.record(gpu, pass, normed, q)?;
+        layer.k.record(gpu, pass, normed, k)?;
+        layer.v.record(gpu, pass, normed, v)?;
+        for (weights, x, heads) in [(&layer.q_norm, q, q_heads), (&layer.k_norm, k, kv_heads)] {
+            if let (Some(norm), Some(weights)) = (&self.head_norm, weights) {
+                norm.record_in_place(gpu, pass, weights, Rows { rows: rows * heads, width: head_dim, ..x })?;
+            }
+        }
+        match context.rope {
+            Some(rope) => {
+                rope.rotate(&mut *pass, context.step, q.range(), q_heads)?;
+                context.cache.append_with_rope(&mut *pass, context.step, index, k.range(), v.range(), rope)?;
+            }
+            None => context.cache.append(&mut *pass, context.step, index, k.range(), v.range())?,
+        }
+        context.attention.attend(&mut *pass, context.plan, index, q.range(), attended.range())?;
+
+        // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
+        if config.parallel_residual {
+            self.norm.record(gpu, pass, &layer.mlp_norm, hidden, normed)?;
+            layer.o.record(gpu, pass, attended, hidden)?;
+        } else {
+            layer.o.record(gpu, pass, attended, hidden)?;
+            self.norm.record(gpu, pass, &layer.mlp_norm, hidden, normed)?;
+        }
+        let width = config.intermediate_size;
+        match &self.gate {
+            Some(gate) => {
+                let (up, gated) = (Rows::new(&scratch.up, rows, 2 * width), Rows::new(&scratch.gated, rows, width));
+                layer.up.record(gpu, pass, normed, up)?;
+                gate.record(gpu, pass, up, gated)?;
+                layer.down.record(gpu, pass, gated, hidden)
+            }
+            None => {
+                let up = Rows::new(&scratch.up, rows, width);
+                layer.up.record(gpu, pass, normed, up)?;
+                layer.down.record(gpu, pass, up, hidden)
+            }
+        }
+    }
+
+    /// Records the final norm and the head for some of the `rows` of the last layer's output.
+    pub(crate) fn record_head(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        rows: u32,
+        head_rows: &wgpu::Buffer,
+        logits: Rows<'_>,
+    ) -> Result<()> {
+        let (gpu, width) = (&self.gpu, self.config.hidden_size);
+        let hidden = Rows::new(&scratch.hidden, rows, width);
+        let chosen = Rows::new(&scratch.normed, logits.rows, width);
+        self.select.record(gpu, pass, hidden, head_rows, chosen)?;
+        self.norm.record_in_place(gpu, pass, &self.final_norm, chosen)?;
+        self.head.as_ref().unwrap_or(&self.embedding).record(gpu, pass, chosen, logits)
+    }
+}
+
+/// Uploads the parts of a model.
+struct Builder<'a, P> {
+    gpu: &'a Gpu,
+    config: &'a ModelConfig,
+    source: &'a dyn WeightSource,
+    options: ModelOptions,
+    kernels: LinearKernels,
+    progress: P,
+    bytes_done: u64,
+    bytes_total: u64,
+}
+
+impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
+    fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
+        self.bytes_done += self.source.bytes(tensor)?;
+        let what = tensor.pieces().first().map_or("", |piece| piece.tensor());
+        (self.progress)(Progress { bytes_done: self.bytes_done, bytes_total: self.bytes_total, what });
+        Ok(())
+    }
+
+    /// All of a small tensor.
+    fn values(&mut self, tensor: &TensorSource) -> ModelResult<Vec<f32>> {
+        let [rows, columns] = tensor.shape();
+        let mut values = vec![0.0; rows * columns];
+        self.source.rows(tensor, 0, &mut values)?;
+        self.advance(tensor)?;
+        Ok(values)
+    }
+
+    async fn matrix(
+        &mut self,
+        weight: &TensorSource,
+        bias: Option<&TensorSource>,
+        configure: impl FnOnce(&mut LinearConfig),
+    ) -> ModelResult<Linear> {
+        // Sizes of a configuration are below 2^31.
+        let [out_features, in_features] = weight.shape().map(|size| size as u32);
+        let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
+        config.bias = bias.is_some();
+        configure(&mut config);
+        let bias = bias.map(|tensor| self.values(tensor)).transpose()?;
+        let source = self.source;
+        let mut rows = |row_start: u32, out: &mut [f32]| source.rows(weight, row_start as usize, out);
+        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await?;
+        self.advance(weight)?;
+        Ok(linear)
+    }
+
+    async fn linear(
+        &mut self,
+        weights: &LinearWeights,
+        configure: impl FnOnce(&mut LinearConfig),
+    ) -> ModelResult<Linear> {
+        self.matrix(&weights.weight, weights.bias.as_ref(), configure).await
+    }
+
+    async fn norm(&mut self, weights: &NormWeights, norm: &Norm) -> ModelResult<NormParameters> {
+        let weight = self.values(&weights.weight)?;
+        let bias = weights.bias.as_ref().map(|tensor| self.values(tensor)).transpose()?;
+        Ok(norm.weights(self.gpu, &weight, bias.as_deref()).await?)
+    }
+
+    async fn layer(&mut self, weights: &LayerWeights, norm: &Norm, head_norm: Option<&Norm>) -> ModelResult<Layer> {
+        let config = self.config;
+        let add = |linear: &mut LinearConfig| linear.accumulate = true;
+        let activate = |linear: &mut LinearConfig| {
+            if !config.gated_mlp {
+                linear.activation = Some(config.activation);
+            }
+        };
+        let (mut q_norm, mut k_norm) = (None, None);
+        if let (Some(norm), Some(q), Some(k)) = (head_norm, &weights.q_norm, &weights.k_norm) {
+            q_norm = Some(self.norm(q, norm).await?);
+            k_norm = Some(self.norm(k, norm).await?);
+        }
+        Ok(Layer {
+            attention_norm: self.norm(&weights.attn_norm, norm).await?,
+            q: self.linear(&weights.q, |_| {}).await?,
+            k: self.linear(&weights.k, |_| {}).await?,
+            v: self.linear(&weights.v, |_| {}).await?,
+            q_norm,
+            k_norm,
+            o: self.linear(&weights.o, add).await?,
+            mlp_norm: self.norm(&weights.mlp_norm, norm).await?,
+            up: self.linear(&weights.gate_up, activate).await?,
+            down: self.linear(&weights.down, add).await?,
+        })
+    }
+}

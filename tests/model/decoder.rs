@@ -1,0 +1,246 @@
+//! What a decoder promises beyond right logits: sequences that fork, roll back and stay as they were when a call fails.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use folio::model::{
+    Decoder, DecoderOptions, Finish, Input, LogitRows, Model, ModelConfig, ModelError, ModelOptions, ModelResult,
+    Prompt, Sampling, TensorSource, WeightFormat, WeightSource,
+};
+use folio::{Error, Gpu, KvFormat, SequenceId};
+
+use crate::adapter;
+
+fn fixture(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+}
+
+fn decoder_with(gpu: &Gpu, options: DecoderOptions) -> Decoder {
+    let model =
+        Model::load_blocking(gpu, fixture("llama"), ModelOptions { weights: WeightFormat::F32 }, |_| {}).unwrap();
+    Decoder::new_blocking(Arc::new(model), options).unwrap()
+}
+
+fn small(num_blocks: u32) -> DecoderOptions {
+    DecoderOptions { block_size: 16, num_blocks, k_format: KvFormat::F32, v_format: KvFormat::F32, max_step_tokens: 64 }
+}
+
+fn tokens(n: u32, seed: u32) -> Vec<u32> {
+    (0..n).map(|i| (i * 31 + seed * 17 + i * i) % 90).collect()
+}
+
+fn generate(decoder: &mut Decoder, prompts: &[Prompt<'_>], n: usize) -> Vec<Vec<u32>> {
+    let generated = decoder.generate_blocking(prompts, n, &[], |_, _| ControlFlow::Continue(())).unwrap();
+    generated.into_iter().map(|g| g.tokens).collect()
+}
+
+#[test]
+fn forks_and_rollbacks_continue_as_if_alone() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let mut decoder = decoder_with(&gpu, small(64));
+    let prompt = tokens(21, 1);
+    let alone = decoder.create_sequence();
+    let expected =
+        generate(&mut decoder, &[Prompt { sequence: alone, tokens: &prompt, sampling: Sampling::greedy() }], 8);
+
+    // A fork in the middle of a block, which both then write into.
+    let (last, shared) = prompt.split_last().unwrap();
+    let base = decoder.create_sequence();
+    decoder.step_blocking(&[Input { sequence: base, tokens: shared, sampling: None }]).unwrap();
+    let fork = decoder.fork(base).unwrap();
+    assert_eq!(decoder.tokens(fork).unwrap(), shared);
+    assert!(decoder.usage().shared > 0);
+    let other = tokens(3, 9);
+    let prompts = [
+        Prompt { sequence: base, tokens: std::slice::from_ref(last), sampling: Sampling::greedy() },
+        Prompt { sequence: fork, tokens: &other, sampling: Sampling::greedy() },
+    ];
+    assert_eq!(generate(&mut decoder, &prompts, 8)[0], expected[0]);
+
+    // Rolled back to the fork's point, the other one tells the same as well.
+    decoder.truncate(fork, shared.len() as u32).unwrap();
+    let again = Prompt { sequence: fork, tokens: std::slice::from_ref(last), sampling: Sampling::greedy() };
+    assert_eq!(generate(&mut decoder, &[again], 8)[0], expected[0]);
+    for sequence in [alone, base, fork] {
+        decoder.free(sequence).unwrap();
+    }
+    assert_eq!(decoder.usage().used, 0);
+}
+
+#[test]
+fn a_seed_gives_the_same_text_in_any_batch() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let mut decoder = decoder_with(&gpu, small(64));
+    let sampling =
+        Sampling { temperature: 0.9, top_p: Some(0.95), repetition_penalty: 1.1, seed: 7, ..Sampling::default() };
+    let prompt = tokens(30, 2);
+    let text = |decoder: &mut Decoder, neighbours: usize, sampling: Sampling| {
+        let mut prompts = Vec::new();
+        let others: Vec<_> = (0..neighbours).map(|i| tokens(5 + i as u32, 20 + i as u32)).collect();
+        for other in &others {
+            prompts.push(Prompt { sequence: decoder.create_sequence(), tokens: other, sampling: Sampling::greedy() });
+        }
+        prompts.push(Prompt { sequence: decoder.create_sequence(), tokens: &prompt, sampling });
+        let generated = generate(decoder, &prompts, 16);
+        for prompt in &prompts {
+            decoder.free(prompt.sequence).unwrap();
+        }
+        generated[neighbours].clone()
+    };
+    let first = text(&mut decoder, 0, sampling);
+    assert_eq!(text(&mut decoder, 0, sampling), first);
+    assert_eq!(text(&mut decoder, 3, sampling), first);
+    assert_ne!(text(&mut decoder, 0, Sampling { seed: 8, ..sampling }), first);
+}
+
+#[test]
+fn generation_ends_where_it_should() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let mut decoder = decoder_with(&gpu, small(64));
+    let prompt = tokens(10, 3);
+    let sequence = decoder.create_sequence();
+    // The penalty keeps a random model from saying one token for ever.
+    let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+    let greedy = Prompt { sequence, tokens: &prompt, sampling };
+    let text = generate(&mut decoder, &[greedy], 6).remove(0);
+    // The last token was sampled and not fed.
+    assert_eq!(decoder.tokens(sequence).unwrap(), [&prompt[..], &text[..5]].concat());
+
+    // The first token that hasn't come before, as the stop token.
+    let at = (1..text.len()).find(|&i| !text[..i].contains(&text[i])).unwrap();
+    decoder.truncate(sequence, 0).unwrap();
+    let stopped =
+        decoder.generate_blocking(&[greedy], 6, &[text[at]], |_, _| ControlFlow::Continue(())).unwrap().remove(0);
+    assert_eq!((stopped.finish, &stopped.tokens[..], stopped.pending), (Finish::Stop, &text[..at], text[at]));
+
+    decoder.truncate(sequence, 0).unwrap();
+    let broken = decoder.generate_blocking(&[greedy], 6, &[], |_, _| ControlFlow::Break(())).unwrap().remove(0);
+    assert_eq!((broken.finish, &broken.tokens[..]), (Finish::Interrupted, &text[..1]));
+
+    let max = decoder.model().config().max_positions;
+    decoder.truncate(sequence, 0).unwrap();
+    let long = tokens(max - 2, 4);
+    let full = Prompt { tokens: &long, ..greedy };
+    let full = decoder.generate_blocking(&[full], 50, &[], |_, _| ControlFlow::Continue(())).unwrap().remove(0);
+    assert_eq!((full.finish, full.tokens.len()), (Finish::Positions, 3));
+}
+
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    // Room for 48 tokens, fewer than the model has positions.
+    let mut decoder = decoder_with(&gpu, small(3));
+    let max = decoder.model().config().max_positions;
+    let vocab = decoder.model().config().vocab_size;
+    let (a, b) = (decoder.create_sequence(), decoder.create_sequence());
+    let prompt = tokens(20, 5);
+    decoder.step_blocking(&[Input { sequence: a, tokens: &prompt, sampling: None }]).unwrap();
+    let before = decoder.usage();
+    let greedy = Sampling::greedy();
+
+    let long = vec![1; max as usize + 1];
+    type Batch<'a> = &'a [(SequenceId, &'a [u32])];
+    let cases: [(&str, Batch<'_>, &str); 6] = [
+        ("empty batch", &[], "batch"),
+        ("empty prompt", &[(a, &[])], "tokens"),
+        ("id outside the vocabulary", &[(b, &[1]), (a, &[1, vocab])], "tokens"),
+        ("beyond the positions", &[(b, &long)], "tokens"),
+        ("twice", &[(a, &[1]), (a, &[2])], "batch"),
+        ("beyond the positions, together with what is there", &[(a, &long[..max as usize - 19])], "tokens"),
+    ];
+    for (what, batch, argument) in cases {
+        let inputs: Vec<_> =
+            batch.iter().map(|&(sequence, tokens)| Input { sequence, tokens, sampling: Some(&greedy) }).collect();
+        match decoder.step_blocking(&inputs) {
+            Err(ModelError::Argument { argument: got, .. }) => assert_eq!(got, argument, "{what}"),
+            other => panic!("{what}: {other:?}"),
+        }
+        assert!(decoder.logits_blocking(batch, LogitRows::Last).is_err(), "{what}");
+    }
+    for (sampling, field) in [
+        (Sampling { temperature: -1.0, ..greedy }, "temperature"),
+        (Sampling { temperature: f32::NAN, ..greedy }, "temperature"),
+        (Sampling { temperature: 1.0, top_p: Some(1.5), ..greedy }, "top_p"),
+        (Sampling { temperature: 1.0, top_k: Some(0), ..greedy }, "top_k"),
+        (Sampling { repetition_penalty: 0.0, ..greedy }, "repetition_penalty"),
+    ] {
+        let error =
+            decoder.step_blocking(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }]).unwrap_err();
+        assert!(error.to_string().starts_with(field), "{error}");
+    }
+
+    // More than the pool has, noticed in the first step or only in a later one.
+    for len in [40, 70] {
+        let fits = tokens(len, 6);
+        let error =
+            decoder.step_blocking(&[Input { sequence: b, tokens: &fits, sampling: Some(&greedy) }]).unwrap_err();
+        assert!(matches!(error, ModelError::Folio(Error::OutOfBlocks { .. })), "{error}");
+        assert!(decoder.tokens(b).unwrap().is_empty());
+    }
+    let c = decoder.create_sequence();
+    decoder.free(c).unwrap();
+    let error = decoder.step_blocking(&[Input { sequence: c, tokens: &[1], sampling: None }]).unwrap_err();
+    assert!(matches!(error, ModelError::Folio(Error::UnknownSequence(id)) if id == c), "{error}");
+
+    assert_eq!(decoder.tokens(a).unwrap(), prompt);
+    let now = decoder.usage();
+    assert_eq!((now.used, now.free), (before.used, before.free));
+    // And everything still works.
+    assert_eq!(
+        decoder.step_blocking(&[Input { sequence: a, tokens: &[1], sampling: Some(&greedy) }]).unwrap().len(),
+        1
+    );
+}
+
+/// A model whose embedding of one token is NaN.
+struct Poisoned {
+    row: usize,
+}
+
+impl WeightSource for Poisoned {
+    fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        let [rows, columns] = source.shape();
+        for (i, value) in out.iter_mut().enumerate() {
+            let (row, column) = (row_start + i / columns, i % columns);
+            *value = ((row * 37 + column * 11 + rows) % 101) as f32 / 101.0 - 0.5;
+            if rows == 97 && row == self.row {
+                *value = f32::NAN;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn nan_logits_name_their_sequence() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let json = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": false}"#;
+    let config = ModelConfig::from_json(json).unwrap();
+    let weights = config.weights().unwrap();
+    let options = ModelOptions { weights: WeightFormat::F32 };
+    let model = Model::from_source_blocking(&gpu, config, &weights, &Poisoned { row: 96 }, options, |_| {}).unwrap();
+    let mut decoder = Decoder::new_blocking(Arc::new(model), small(16)).unwrap();
+    let (good, bad) = (decoder.create_sequence(), decoder.create_sequence());
+    let greedy = Sampling::greedy();
+    // Row 96 of the head is NaN as well: only a vocabulary of 97 rows has it, the head and the embedding. So every logit row has a NaN.
+    let error =
+        decoder.step_blocking(&[Input { sequence: good, tokens: &[1, 2], sampling: Some(&greedy) }]).unwrap_err();
+    assert!(matches!(error, ModelError::BadLogits { sequence } if sequence == good), "{error}");
+    assert!(decoder.tokens(good).unwrap().is_empty());
+    assert_eq!(decoder.usage().used, 0);
+    let logits = decoder.logits_blocking(&[(good, &[1, 2]), (bad, &[96])], LogitRows::Last).unwrap();
+    assert!(logits[0][..96].iter().all(|x| x.is_finite()) && logits[0][96].is_nan());
+    assert!(logits[1].iter().all(|x| x.is_nan()), "NaN comes out where it went in");
+}
+
+#[test]
+fn a_decoder_must_be_able_to_step() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let model = Model::load_blocking(&gpu, fixture("llama"), ModelOptions::default(), |_| {}).unwrap();
+    let options = DecoderOptions { max_step_tokens: 0, ..small(4) };
+    let error = Decoder::new_blocking(Arc::new(model), options).unwrap_err();
+    assert!(matches!(error, ModelError::Argument { argument: "max_step_tokens", .. }), "{error}");
+}

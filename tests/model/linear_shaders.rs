@@ -1,0 +1,161 @@
+//! Every variant of the linear kernels: composes, validates with what it claims, translates to every backend's language, and has the bindings and
+//! workgroup sizes that the host thinks.
+
+use folio::kernel::Target;
+use folio::model::{ActivationKind, Binding, LinearVariant, WeightFormat};
+use folio::{Profile, wgpu};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, ImageClass, ShaderStage, StorageAccess, TypeInner, back};
+
+fn targets() -> Vec<Target> {
+    let mut targets = Vec::new();
+    for profile in [Profile::Cpu, Profile::Gpu] {
+        for (subgroups, subgroup_size) in [(false, 0), (true, 0), (true, 4), (true, 8), (true, 16), (true, 32)] {
+            for int64 in [false, true] {
+                targets.push(Target { profile, subgroups, subgroup_size, int64, enable_directives: false });
+            }
+        }
+    }
+    targets
+}
+
+fn variants() -> Vec<LinearVariant> {
+    let formats = [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT8, WeightFormat::Int4 { group_size: 96 }];
+    let mut variants = Vec::new();
+    for target in targets() {
+        for format in formats {
+            for (activation, bias, width) in [(None, false, 64), (Some(ActivationKind::Gelu), true, 63)] {
+                variants.extend(LinearVariant::of_layer(target, format, activation, bias, width, width));
+            }
+        }
+        for activation in std::iter::once(None).chain(ActivationKind::ALL.map(Some)) {
+            variants.extend(LinearVariant::of_layer(target, WeightFormat::F16, activation, true, 64, 64));
+        }
+    }
+    let mut seen = std::collections::HashSet::new();
+    variants.retain(|variant| seen.insert(*variant));
+    variants
+}
+
+#[test]
+fn every_variant_is_valid_and_translates() {
+    for variant in variants() {
+        check(&variant);
+    }
+}
+
+fn check(variant: &LinearVariant) {
+    let source = variant.source().unwrap();
+    let text = source.text();
+    let module = naga::front::wgsl::parse_str(text)
+        .unwrap_or_else(|e| panic!("{variant:?}: {}\n{text}", e.emit_to_string(text)));
+    let [entry] = &module.entry_points[..] else { panic!("{variant:?}: entry points") };
+    assert_eq!(entry.name, source.entry_point());
+    assert_eq!(entry.workgroup_size, [source.workgroup_size(), 1, 1], "{variant:?}");
+    assert!(source.workgroup_size() <= 256);
+
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let (mut found, mut workgroup_bytes) = (Vec::new(), 0);
+    for (_, variable) in module.global_variables.iter() {
+        let kind = match variable.space {
+            AddressSpace::Storage { access } if access.contains(StorageAccess::STORE) => Binding::Write,
+            AddressSpace::Storage { .. } => Binding::Read,
+            AddressSpace::Uniform => Binding::Uniform,
+            AddressSpace::Handle => match module.types[variable.ty].inner {
+                TypeInner::Image { class: ImageClass::Storage { .. }, .. } => Binding::TextureWrite,
+                _ => Binding::Texture,
+            },
+            AddressSpace::WorkGroup => {
+                workgroup_bytes += layouter[variable.ty].size.next_multiple_of(16);
+                continue;
+            }
+            space => panic!("{variant:?}: {space:?}"),
+        };
+        let place = variable.binding.unwrap();
+        assert_eq!(place.group, 0);
+        found.push((place.binding, kind));
+    }
+    found.sort_by_key(|&(binding, _)| binding);
+    let want: Vec<_> = (0..).zip(source.bindings().iter().copied()).collect();
+    assert_eq!(found, want, "{variant:?}");
+    assert_eq!(workgroup_bytes, source.workgroup_bytes(), "{variant:?}");
+    assert!(workgroup_bytes <= 16384, "{variant:?}: {workgroup_bytes} bytes of workgroup memory");
+
+    let features = source.features();
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::SUBGROUP, features.contains(wgpu::Features::SUBGROUP));
+    capabilities.set(Capabilities::SHADER_INT64, features.contains(wgpu::Features::SHADER_INT64));
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{variant:?}: {}", e.emit_to_string(text)));
+    translate(variant, source.entry_point(), &module, &info, features);
+}
+
+fn translate(
+    variant: &LinearVariant,
+    entry_point: &str,
+    module: &naga::Module,
+    info: &ModuleInfo,
+    features: wgpu::Features,
+) {
+    let subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let int64 = features.contains(wgpu::Features::SHADER_INT64);
+    let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
+
+    let lang_version = if subgroups { (1, 3) } else { (1, 0) };
+    let options = back::spv::Options { lang_version, ..Default::default() };
+    let pipeline = back::spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: entry_point.into() };
+    back::spv::write_vec(module, info, &options, Some(&pipeline))
+        .unwrap_or_else(|e| panic!("{variant:?}: SPIR-V: {e}"));
+
+    let lang_version = if subgroups || int64 { (2, 4) } else { (2, 0) };
+    let options = back::msl::Options { lang_version, ..Default::default() };
+    let pipeline = back::msl::PipelineOptions { entry_point: entry(), ..Default::default() };
+    let (_, msl) =
+        back::msl::write_string(module, info, &options, &pipeline).unwrap_or_else(|e| panic!("{variant:?}: MSL: {e}"));
+    msl.entry_point_names.into_iter().for_each(|name| drop(name.unwrap_or_else(|e| panic!("{variant:?}: MSL: {e}"))));
+
+    let shader_model = if subgroups || int64 { back::hlsl::ShaderModel::V6_0 } else { back::hlsl::ShaderModel::V5_1 };
+    let options = back::hlsl::Options { shader_model, ..Default::default() };
+    let pipeline = back::hlsl::PipelineOptions { entry_point: entry() };
+    let written =
+        back::hlsl::Writer::new(String::new(), &options, &pipeline).write(module, info, None).map(|reflection| {
+            reflection
+                .entry_point_names
+                .into_iter()
+                .for_each(|name| drop(name.unwrap_or_else(|e| panic!("{variant:?}: HLSL: {e}"))));
+        });
+    written.unwrap_or_else(|e| panic!("{variant:?}: HLSL: {e}"));
+
+    if int64 {
+        return;
+    }
+    for version in [back::glsl::Version::new_gles(310), back::glsl::Version::Desktop(430)] {
+        let options = back::glsl::Options { version, ..Default::default() };
+        let pipeline = back::glsl::PipelineOptions {
+            shader_stage: ShaderStage::Compute,
+            entry_point: entry_point.to_owned(),
+            multiview: None,
+        };
+        let mut glsl = String::new();
+        let policies = naga::proc::BoundsCheckPolicies::default();
+        back::glsl::Writer::new(&mut glsl, module, info, &options, &pipeline, policies)
+            .and_then(|mut writer| writer.write())
+            .unwrap_or_else(|e| panic!("{variant:?}: GLSL {version}: {e}"));
+    }
+}
+
+#[test]
+fn browsers_get_their_directive() {
+    for variant in variants().iter().step_by(5) {
+        let mut browser = *variant;
+        browser.target.enable_directives = true;
+        let directive = if variant.target.subgroups { "enable subgroups;\n" } else { "" };
+        assert_eq!(
+            browser.source().unwrap().text(),
+            format!("{directive}{}", variant.source().unwrap().text()),
+            "{variant:?}"
+        );
+    }
+}

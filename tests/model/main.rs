@@ -1,0 +1,26 @@
+//! Tests of the model: its kernels against f64, its loader, and whole models against Hugging Face's.
+#![cfg(feature = "model")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tests fail by panicking"
+)]
+
+#[path = "../gpu/adapter.rs"]
+#[allow(dead_code, reason = "shared with the tests of the GPU kernels")]
+mod adapter;
+
+mod bad_files;
+mod buffers;
+mod checkpoint_files;
+mod decoder;
+mod forward;
+mod linear;
+mod linear_shaders;
+mod loading;
+mod ops;
+mod parity;
+mod sampler;
+mod shaders_ops;

@@ -1,0 +1,232 @@
+//! Whole models against Hugging Face transformers: tiny random checkpoints of every architecture, with logits computed there.
+//!
+//! `scripts/make_model_fixtures.py` makes them.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use folio::model::{Decoder, DecoderOptions, LogitRows, Model, ModelOptions, Prompt, Sampling, WeightFormat};
+use folio::{Gpu, KvFormat};
+use safetensors::SafeTensors;
+
+use crate::adapter::{self, Open};
+
+/// Deviation from Hugging Face's logits, relative to their standard deviation, that F32 may have.
+const TOLERANCE: f64 = 2e-4;
+
+/// The same for an F16 cache. Halves have 11 bits: each key and value is off by up to 2^-12 of itself, and random layers add that up.
+const F16_TOLERANCE: f64 = 2e-2;
+
+struct Expected {
+    sequences: Vec<Vec<u32>>,
+    /// `[tokens of all sequences, vocab]`
+    logits: Vec<f32>,
+    /// Continuation of each sequence.
+    greedy: Vec<Vec<u32>>,
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models")
+}
+
+/// All checkpoints.
+fn names() -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(fixtures())
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert!(names.len() >= 5, "{names:?}");
+    names
+}
+
+impl Expected {
+    fn load(name: &str) -> Self {
+        let bytes = std::fs::read(fixtures().join(name).join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let words = |name: &str| -> Vec<u32> {
+            file.tensor(name)
+                .unwrap()
+                .data()
+                .chunks_exact(4)
+                .map(|b| u32::from_le_bytes(b.try_into().unwrap()))
+                .collect()
+        };
+        let tokens = words("tokens");
+        let mut rest = &tokens[..];
+        let mut sequences = Vec::new();
+        for length in words("lengths") {
+            let (own, after) = rest.split_at(length as usize);
+            sequences.push(own.to_vec());
+            rest = after;
+        }
+        assert!(rest.is_empty());
+        let greedy = words("greedy");
+        let steps = greedy.len() / sequences.len();
+        Self {
+            sequences,
+            logits: words("logits").into_iter().map(f32::from_bits).collect(),
+            greedy: greedy.chunks_exact(steps).map(<[u32]>::to_vec).collect(),
+        }
+    }
+
+    /// Standard deviation of the logits.
+    fn spread(&self) -> f64 {
+        let n = self.logits.len() as f64;
+        let mean = self.logits.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+        (self.logits.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n).sqrt()
+    }
+
+    /// The root mean square of the logits' deviation, in units of their spread.
+    fn mean_deviation(&self, logits: &[f32]) -> f64 {
+        let squares = logits.iter().zip(&self.logits).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2));
+        (squares.sum::<f64>() / logits.len() as f64).sqrt() / self.spread()
+    }
+
+    /// The largest deviation of the logits, in units of their spread.
+    fn deviation(&self, logits: &[f32]) -> f64 {
+        assert_eq!(logits.len(), self.logits.len());
+        let pairs = logits.iter().zip(&self.logits);
+        // `max` would let a NaN pass.
+        let worst = pairs
+            .map(|(&a, &b)| (f64::from(a) - f64::from(b)).abs())
+            .fold(0.0, |worst: f64, error| if error > worst || error.is_nan() { error } else { worst });
+        worst / self.spread()
+    }
+}
+
+fn load(gpu: &Gpu, name: &str, weights: WeightFormat) -> Arc<Model> {
+    Arc::new(Model::load_blocking(gpu, fixtures().join(name), ModelOptions { weights }, |_| {}).unwrap())
+}
+
+fn decoder(model: &Arc<Model>, format: KvFormat, max_step_tokens: u32) -> Decoder {
+    let options =
+        DecoderOptions { block_size: 16, num_blocks: 64, k_format: format, v_format: format, max_step_tokens };
+    Decoder::new_blocking(Arc::clone(model), options).unwrap()
+}
+
+/// Logits of all tokens, with at most `chunk` new tokens of each sequence per call.
+fn logits(decoder: &mut Decoder, sequences: &[Vec<u32>], chunk: usize) -> Vec<f32> {
+    let ids: Vec<_> = sequences.iter().map(|_| decoder.create_sequence()).collect();
+    let mut rows = vec![Vec::new(); sequences.len()];
+    let longest = sequences.iter().map(Vec::len).max().unwrap();
+    for start in (0..longest).step_by(chunk.min(longest)) {
+        let live: Vec<_> = (0..sequences.len()).filter(|&i| start < sequences[i].len()).collect();
+        let batch: Vec<_> =
+            live.iter().map(|&i| (ids[i], &sequences[i][start..sequences[i].len().min(start + chunk)])).collect();
+        let results = decoder.logits_blocking(&batch, LogitRows::All).unwrap();
+        for (&i, logits) in live.iter().zip(results) {
+            rows[i].extend(logits);
+        }
+    }
+    for id in ids {
+        decoder.free(id).unwrap();
+    }
+    rows.concat()
+}
+
+fn greedy(decoder: &mut Decoder, sequences: &[Vec<u32>], steps: usize) -> Vec<Vec<u32>> {
+    let prompts: Vec<_> = sequences
+        .iter()
+        .map(|tokens| Prompt { sequence: decoder.create_sequence(), tokens, sampling: Sampling::greedy() })
+        .collect();
+    let generated = decoder.generate_blocking(&prompts, steps, &[], |_, _| ControlFlow::Continue(())).unwrap();
+    for prompt in prompts {
+        decoder.free(prompt.sequence).unwrap();
+    }
+    generated.into_iter().map(|g| g.tokens).collect()
+}
+
+#[test]
+fn every_architecture_agrees_with_transformers() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    println!("{:22} {:>9} {:>10} {:>9} {:>9}", "max error / std", "whole", "chunks of 7", "by token", "F16 cache");
+    for name in names() {
+        let expected = Expected::load(&name);
+        let model = load(&gpu, &name, WeightFormat::F32);
+        let mut f32_cache = decoder(&model, KvFormat::F32, 256);
+        let deviations: Vec<_> = [usize::MAX, 7, 1]
+            .map(|chunk| expected.deviation(&logits(&mut f32_cache, &expected.sequences, chunk)))
+            .to_vec();
+        let mut f16_cache = decoder(&model, KvFormat::F16, 256);
+        let f16 = expected.deviation(&logits(&mut f16_cache, &expected.sequences, usize::MAX));
+        println!("{name:22} {:9.1e} {:10.1e} {:9.1e} {f16:9.1e}", deviations[0], deviations[1], deviations[2]);
+        for (how, deviation) in ["whole", "in chunks of 7", "token by token"].iter().zip(deviations) {
+            assert!(deviation < TOLERANCE, "{name}, {how}: {deviation:.1e} of the spread");
+        }
+        assert!(f16 < F16_TOLERANCE, "{name}, F16 cache: {f16:.1e} of the spread");
+        let steps = expected.greedy[0].len();
+        assert_eq!(greedy(&mut f32_cache, &expected.sequences, steps), expected.greedy, "{name}, greedy");
+    }
+}
+
+/// Steps that are smaller than the batch cut prompts anywhere; the results are the same.
+#[test]
+fn small_steps_agree_too() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    for name in ["llama3", "gpt2"] {
+        let expected = Expected::load(name);
+        let model = load(&gpu, name, WeightFormat::F32);
+        let mut decoder = decoder(&model, KvFormat::F32, 10);
+        let deviation = expected.deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
+        assert!(deviation < TOLERANCE, "{name}: {deviation:.1e} of the spread");
+        assert_eq!(
+            greedy(&mut decoder, &expected.sequences, expected.greedy[0].len()),
+            expected.greedy,
+            "{name}, greedy"
+        );
+    }
+}
+
+/// The kernels of the other families, on models that use most of them.
+#[test]
+fn every_kernel_family_agrees() {
+    let families: [(&str, Open); 4] = [
+        ("CPU without int64", adapter::CPU_NO_INT64),
+        ("CPU without subgroups", adapter::CPU_PLAIN),
+        ("GPU", adapter::GPU),
+        ("GPU without subgroups", adapter::GPU_PLAIN),
+    ];
+    for (family, open) in families {
+        let Some(gpu) = adapter::open(open) else { return };
+        for name in ["qwen3", "gpt_neox"] {
+            let expected = Expected::load(name);
+            let model = load(&gpu, name, WeightFormat::F32);
+            let mut decoder = decoder(&model, KvFormat::F32, 256);
+            for chunk in [usize::MAX, 1] {
+                // By token only as far as needed to meet every kernel.
+                let sequences: Vec<_> =
+                    expected.sequences.iter().filter(|s| chunk > 1 || s.len() <= 7).cloned().collect();
+                let rows: usize = sequences.iter().map(Vec::len).sum();
+                let vocab = model.config().vocab_size as usize;
+                let got = logits(&mut decoder, &sequences, chunk);
+                let mut all = expected.logits.clone();
+                all[..rows * vocab].copy_from_slice(&got);
+                let deviation = expected.deviation(&all);
+                assert!(deviation < TOLERANCE, "{family}, {name}: {deviation:.1e} of the spread");
+            }
+        }
+    }
+}
+
+/// Smaller weights give nearly the same logits: rounding is all that differs. Random layers double an error every few steps, trained ones don't.
+#[test]
+fn weight_formats_stay_close() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let expected = Expected::load("llama3");
+    for (weights, tolerance) in [
+        // The checkpoint is in bf16, of which F16 loses nothing that is this large.
+        (WeightFormat::F16, 1e-5),
+        (WeightFormat::Int8 { group_size: 32 }, 0.1),
+        (WeightFormat::Int4 { group_size: 32 }, 1.0),
+    ] {
+        let model = load(&gpu, "llama3", weights);
+        let mut decoder = decoder(&model, KvFormat::F32, 256);
+        let deviation = expected.mean_deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
+        println!("{weights:?}: {deviation:.1e} of the spread");
+        assert!(deviation < tolerance, "{weights:?}: {deviation:.1e} of the spread");
+    }
+}
