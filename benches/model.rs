@@ -176,7 +176,7 @@ fn median_of(values: &[f64]) -> f64 {
 impl Row {
     fn print(&self) {
         let time = median_of(&self.folio);
-        let (rate, limit) = (self.work / time, self.limit_work / median(&self.limit, Sample::time));
+        let (rate, limit) = (self.work / time, self.limit_work / median(&self.limit, |sample| sample.wall));
         let unit = if matches!(self.job, Job::Prefill) { "GFLOP/s" } else { "GB/s" };
         let torch = if self.torch.is_empty() {
             String::new()
@@ -338,7 +338,7 @@ fn main() -> Result<()> {
     let bench = Bench { timer: &timer, multiply_adds: &multiply_adds, reads: &reads, samples };
 
     println!("\nfolio models on {}; medians of {samples} steps, wall clock", adapter::describe(&gpu));
-    println!("plain loops: {} reads, {} multiply-adds, timed by {}", reads.name, multiply_adds.name, timer.clock());
+    println!("plain loops: {} reads, {} multiply-adds, wall clock as well", reads.name, multiply_adds.name);
     println!("decode counts the weights it reads, after {PROMPT} tokens of context; F16 cache, blocks of 16\n");
     println!(
         "{:<22} {:<17} {:>10} {:>10} {:>16} {:>8} {:>7} {}",

@@ -164,6 +164,10 @@ impl Chat {
         let (prompt, stop, temperature) = self.dress(said)?;
         let first_turn = self.decoder.tokens(self.sequence)?.is_empty();
         let mut tokens: Vec<u32> = self.pending.take().into_iter().collect();
+        if first_turn && self.stories {
+            // Its tokenizer leaves that to the host; others add what their models want.
+            tokens.extend(self.decoder.model().config().bos_token_id);
+        }
         tokens.extend(self.tokenizer.encode(&prompt, first_turn)?);
         if tokens.is_empty() {
             bail!("prompt: got no text, need at least one character");

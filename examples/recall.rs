@@ -181,7 +181,8 @@ fn ask_all(
     for story in stories {
         let start = Instant::now();
         let sequence = decoder.create_sequence();
-        let tokens = tokenizer.encode(&story.story, true)?;
+        let mut tokens: Vec<u32> = model.config().bos_token_id.into_iter().collect();
+        tokens.extend(tokenizer.encode(&story.story, false)?);
         decoder.step_blocking(&[Input { sequence, tokens: &tokens, sampling: None }])?;
         let questions: Vec<_> =
             story.questions.iter().map(|q| tokenizer.encode(&prompt(&q.question), false)).collect::<Result<_, _>>()?;

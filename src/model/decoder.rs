@@ -289,10 +289,15 @@ impl Decoder {
     pub async fn warm_up(&mut self) -> ModelResult<()> {
         self.attention.warm_up()?;
         let room = (self.usage().free * self.options.block_size).min(self.model.config().max_positions);
-        for len in [1, self.options.max_step_tokens.min(room)] {
+        let most = self.options.max_step_tokens.min(room);
+        let (greedy, draw) = (Sampling::greedy(), Sampling::default());
+        let penalty = |sampling| Sampling { repetition_penalty: 1.5, ..sampling };
+        let samplings = [greedy, draw, penalty(greedy), penalty(draw)];
+        // Linear layers have kernels for 1, 2, 4, 8, 16 and many rows; the sampler has one for each of these settings.
+        for (i, len) in [1, 2, 4, 8, 16, most].into_iter().filter(|&len| len <= most).enumerate() {
             let sequence = self.create_sequence();
             let tokens = vec![0; len as usize];
-            let sampling = Sampling::greedy();
+            let sampling = samplings[i % samplings.len()];
             let result = self.step(&[Input { sequence, tokens: &tokens, sampling: Some(&sampling) }]).await;
             self.free(sequence)?;
             // A model may well compute nonsense for a row of equal tokens; the kernels have run.
