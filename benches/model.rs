@@ -12,6 +12,7 @@
     reason = "a benchmark prints what it measured, and stops where it can't"
 )]
 
+#[allow(dead_code, reason = "shared with the other benches")]
 mod support {
     pub(crate) mod adapter;
     pub(crate) mod limits;
@@ -44,8 +45,8 @@ struct Options {
     #[arg(long)]
     quick: bool,
     /// Weight formats of the 100 M shape
-    #[arg(long, value_delimiter = ',', default_values = ["f16"])]
-    weights: Vec<String>,
+    #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "FORMATS")]
+    weights: Vec<WeightFormat>,
     /// A Python with PyTorch: measures the same shape there, side by side
     #[arg(long, value_name = "PYTHON")]
     torch: Option<PathBuf>,
@@ -294,16 +295,6 @@ fn flop(model: &Model) -> f64 {
     f64::from(config.num_layers) * layer + 2.0 * hidden * f64::from(config.vocab_size)
 }
 
-fn weight_format(name: &str) -> Result<WeightFormat> {
-    Ok(match name {
-        "f32" => WeightFormat::F32,
-        "f16" => WeightFormat::F16,
-        "int8" => WeightFormat::Int8 { group_size: 32 },
-        "int4" => WeightFormat::Int4 { group_size: 32 },
-        _ => anyhow::bail!("weights: got {name:?}, need f32, f16, int8 or int4"),
-    })
-}
-
 fn random_llama(gpu: &Gpu, weights: WeightFormat) -> Result<Model> {
     let config = ModelConfig::from_json(RANDOM_LLAMA)?;
     let tensors = config.weights()?;
@@ -354,11 +345,11 @@ fn main() -> Result<()> {
     let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
     let model = Model::load_blocking(&gpu, &stories, ModelOptions { weights: WeightFormat::F16 }, |_| {})?;
     let torch = options.torch.as_deref().map(|python| Torch::start(python, &[&stories.to_string_lossy()]));
-    bench.run("stories, f16", model, torch.transpose()?)?;
-    for name in &options.weights {
-        let model = random_llama(&gpu, weight_format(name)?)?;
+    bench.run("stories, F16", model, torch.transpose()?)?;
+    for &weights in &options.weights {
+        let model = random_llama(&gpu, weights)?;
         let torch = options.torch.as_deref().map(|python| Torch::start(python, &["--random-100m"]));
-        bench.run(&format!("random 98 M, {name}"), model, torch.transpose()?)?;
+        bench.run(&format!("random 98 M, {weights}"), model, torch.transpose()?)?;
     }
     Ok(())
 }

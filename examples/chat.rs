@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use folio::model::{
     Decoder, DecoderOptions, Finish, Model, ModelOptions, Prompt, Sampling, TextStream, Tokenizer, WeightFormat,
     progress_bar,
@@ -58,8 +58,8 @@ struct Options {
     seed: u64,
 
     /// How keys and values are stored
-    #[arg(long, value_enum, default_value_t = CacheFormat::F16, help_heading = "Cache")]
-    cache: CacheFormat,
+    #[arg(long, default_value = "f16", value_name = "f32|f16", help_heading = "Cache")]
+    cache: KvFormat,
     /// Tokens per block
     #[arg(long, default_value_t = 16, help_heading = "Cache", value_name = "N")]
     block_size: u32,
@@ -68,8 +68,8 @@ struct Options {
     blocks: Option<u32>,
 
     /// How the weights of the linear layers are stored
-    #[arg(long, value_enum, default_value_t = Weights::F16, help_heading = "Device")]
-    weights: Weights,
+    #[arg(long, default_value = "f16", value_name = "f32|f16|int8|int4", help_heading = "Device")]
+    weights: WeightFormat,
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, help_heading = "Device", value_name = "NAME")]
     adapter: Option<String>,
@@ -80,20 +80,6 @@ Examples:
   chat                                        the story model: a conversation on a terminal, a fixed one elsewhere
   chat -p 'Once upon a time' -t 0.8 -b 4      four stories from one prompt
   chat --model ~/models/Qwen3-0.6B -p 'The capital of France is' -n 20";
-
-#[derive(Clone, Copy, ValueEnum)]
-enum CacheFormat {
-    F32,
-    F16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Weights {
-    F32,
-    F16,
-    Int8,
-    Int4,
-}
 
 impl Options {
     fn sampling(&self, branch: u32, default_temperature: f32) -> Sampling {
@@ -287,22 +273,13 @@ fn main() -> Result<()> {
     let stories = options.model.is_none();
     let folder =
         options.model.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/stories"));
-    let weights = match options.weights {
-        Weights::F32 => WeightFormat::F32,
-        Weights::F16 => WeightFormat::F16,
-        Weights::Int8 => WeightFormat::Int8 { group_size: 32 },
-        Weights::Int4 => WeightFormat::Int4 { group_size: 32 },
-    };
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
     let start = Instant::now();
-    let model = Model::load_blocking(&gpu, &folder, ModelOptions { weights }, progress_bar())?;
+    let model = Model::load_blocking(&gpu, &folder, ModelOptions { weights: options.weights }, progress_bar())?;
     let load_time = start.elapsed();
     tokenizer.check_vocab_size(model.config().vocab_size)?;
 
-    let format = match options.cache {
-        CacheFormat::F32 => KvFormat::F32,
-        CacheFormat::F16 => KvFormat::F16,
-    };
+    let format = options.cache;
     let decoder_options = DecoderOptions {
         block_size: options.block_size,
         num_blocks: options.num_blocks(&model, format),

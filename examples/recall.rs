@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use folio::model::{Decoder, DecoderOptions, Input, Model, ModelOptions, Prompt, Sampling, Tokenizer, WeightFormat};
 use folio::{Gpu, GpuOptions, KvFormat};
 use serde::Deserialize;
@@ -26,11 +26,11 @@ struct Options {
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Cache formats, one table line each
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["f32", "f16"])]
-    cache: Vec<CacheFormat>,
+    #[arg(long, value_delimiter = ',', default_value = "f32,f16", value_name = "FORMATS")]
+    cache: Vec<KvFormat>,
     /// How the weights of the linear layers are stored
-    #[arg(long, value_enum, default_value_t = Weights::F16)]
-    weights: Weights,
+    #[arg(long, default_value = "f16", value_name = "f32|f16|int8|int4")]
+    weights: WeightFormat,
     /// Only the first N stories
     #[arg(long, value_name = "N")]
     stories: Option<usize>,
@@ -43,20 +43,6 @@ struct Options {
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum CacheFormat {
-    F32,
-    F16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Weights {
-    F32,
-    F16,
-    Int8,
-    Int4,
 }
 
 /// A line of `held_out.jsonl`.
@@ -129,22 +115,12 @@ fn main() -> Result<()> {
     let adapter_name = options.adapter.clone();
     let gpu = Gpu::open_blocking(GpuOptions { adapter_name, ..GpuOptions::default() })?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
-    let weights = match options.weights {
-        Weights::F32 => WeightFormat::F32,
-        Weights::F16 => WeightFormat::F16,
-        Weights::Int8 => WeightFormat::Int8 { group_size: 32 },
-        Weights::Int4 => WeightFormat::Int4 { group_size: 32 },
-    };
-    let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions { weights }, |_| {})?);
+    let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions { weights: options.weights }, |_| {})?);
     println!("{} stories on {} ({:?})\n", stories.len(), gpu.adapter_info().name, gpu.adapter_info().backend);
 
     let mut outcomes = Vec::new();
     for &format in &options.cache {
-        let (name, kv_format) = match format {
-            CacheFormat::F32 => ("F32", KvFormat::F32),
-            CacheFormat::F16 => ("F16", KvFormat::F16),
-        };
-        outcomes.push((name, ask_all(&model, &tokenizer, &stories, kv_format, options.show_wrong)?));
+        outcomes.push((format, ask_all(&model, &tokenizer, &stories, format, options.show_wrong)?));
     }
     print_tables(&outcomes);
 
@@ -220,7 +196,7 @@ fn ask_all(
     Ok(outcome)
 }
 
-fn print_tables(outcomes: &[(&str, Outcome)]) {
+fn print_tables(outcomes: &[(KvFormat, Outcome)]) {
     let base = outcomes[0].1.decode.as_secs_f64();
     println!("cache   bytes/token   right              prefill   decode   of {}'s", outcomes[0].0);
     for (name, outcome) in outcomes {

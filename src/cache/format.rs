@@ -1,6 +1,9 @@
 //! [`KvFormat`]: how the elements of K or V are stored.
 
 use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
 
 /// How the elements of the K or the V side are stored. The two sides choose independently; arithmetic is f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -60,5 +63,18 @@ impl fmt::Display for KvFormat {
             Self::F32 => "F32",
             Self::F16 => "F16",
         })
+    }
+}
+
+impl FromStr for KvFormat {
+    type Err = Error;
+
+    /// The name in any case: `"f16"`.
+    fn from_str(name: &str) -> Result<Self> {
+        match name.to_ascii_lowercase().as_str() {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            _ => Err(Error::argument("format", format!("{name:?}"), "f32 or f16")),
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! A decoder-only transformer on folio: loads Hugging Face checkpoints and generates text over the paged cache.
 //!
 //! Everything here is built on folio's public API, so it is also a worked example of a host: it owns its buffers and kernels for
-//! the linear layers, norms and sampling, and calls [`KvCache`](crate::KvCache), [`Rope`](crate::rope) and
+//! the linear layers, norms and sampling, and calls [`KvCache`](crate::KvCache), [`Rope`](crate::Rope) and
 //! [`Attention`](crate::Attention) for the rest.
 
 mod architecture;

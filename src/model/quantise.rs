@@ -1,5 +1,8 @@
 //! [`WeightFormat`]: how the weights of a linear layer are stored, and the packing of f32 rows into it.
 
+use std::fmt;
+use std::str::FromStr;
+
 use half::slice::HalfFloatSliceExt;
 
 use super::error::{ModelError, ModelResult};
@@ -39,6 +42,32 @@ const CHUNK_BYTES: u32 = 16;
 
 /// The largest finite half.
 const MAX_F16: f32 = 65504.0;
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Int8 { .. } => "Int8",
+            Self::Int4 { .. } => "Int4",
+        })
+    }
+}
+
+impl FromStr for WeightFormat {
+    type Err = Error;
+
+    /// The name in any case: `"int4"`; quantised ones with groups of 32.
+    fn from_str(name: &str) -> Result<Self, Error> {
+        match name.to_ascii_lowercase().as_str() {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "int8" => Ok(Self::INT8),
+            "int4" => Ok(Self::INT4),
+            _ => Err(Error::argument("format", format!("{name:?}"), "f32, f16, int8 or int4")),
+        }
+    }
+}
 
 impl WeightFormat {
     /// [`WeightFormat::Int8`] with the usual groups of 32.

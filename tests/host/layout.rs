@@ -153,3 +153,13 @@ fn formats_state_their_size_and_error() {
     assert_eq!(KvFormat::F16.absolute_error(), f64::from(half::f16::MIN_POSITIVE));
     assert_eq!(format!("{:>4}/{:<4}", KvFormat::F32, KvFormat::F16), " F32/F16 ");
 }
+
+#[test]
+fn formats_are_read_by_their_names() {
+    for format in [KvFormat::F32, KvFormat::F16] {
+        assert_eq!(format.to_string().parse::<KvFormat>().ok(), Some(format));
+        assert_eq!(format.to_string().to_lowercase().parse::<KvFormat>().ok(), Some(format));
+    }
+    let error = "f8".parse::<KvFormat>().err().map(|error| error.to_string());
+    assert_eq!(error.as_deref(), Some("format: got \"f8\", need f32 or f16"));
+}
