@@ -15,7 +15,10 @@ mod rope;
 mod upload;
 
 pub use attention::{Attention, AttentionConfig, AttentionPlan};
-pub use cache::{BlockId, Committed, KvCache, KvCacheConfig, KvFormat, KvRows, PoolUsage, SequenceId, Step};
+pub use cache::{
+    BlockId, Committed, KvCache, KvCacheConfig, KvFormat, KvRows, MemoryReport, PoolUsage, SequenceId, SequenceMemory,
+    Step,
+};
 pub use error::{Error, ErrorKind, Result};
 #[cfg(feature = "open")]
 pub use gpu::GpuOptions;

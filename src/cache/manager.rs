@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::layout::KvCacheConfig;
 use super::pool::{BlockId, BlockPool};
+use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
 use crate::error::{Error, Result};
 use crate::plan::{Batch, BatchEntry};
@@ -101,6 +102,11 @@ impl Manager {
             shared: self.pool.num_shared(),
             sequences: self.sequences.len() as u32,
         }
+    }
+
+    pub(crate) fn memory(&self) -> MemoryReport {
+        let tables = self.sequences.iter().map(|(&id, sequence)| (id, &sequence.table));
+        MemoryReport::new(&self.config, &self.pool, self.usage(), tables)
     }
 
     pub(crate) fn create(&mut self) -> SequenceId {

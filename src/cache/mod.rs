@@ -5,6 +5,7 @@ mod layout;
 mod manager;
 mod pool;
 mod record;
+mod report;
 mod step;
 mod storage;
 mod table;
@@ -15,6 +16,7 @@ pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
 pub use record::KvRows;
 pub(crate) use record::{PARAM_BLOCK_WORDS, grid, params_binding, push_params};
+pub use report::{MemoryReport, SequenceMemory};
 pub(crate) use step::StepTicket;
 pub use step::{Committed, Step};
 pub use table::{BlockTable, Growth};
@@ -155,6 +157,12 @@ impl KvCache {
     #[must_use]
     pub fn usage(&self) -> PoolUsage {
         self.state().usage()
+    }
+
+    /// Where the pool's bytes are, in all and for each sequence. Costs O(blocks) on the host.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.state().memory()
     }
 
     /// Reserves room for `query_len` new tokens of each sequence, and uploads what the append kernel needs to know.

@@ -10,7 +10,9 @@ use super::error::{ModelError, ModelResult};
 use super::program::Rows;
 use super::sampler::{Sampler, Sampling, SamplingRequest};
 use super::transformer::{Model, Scratch};
-use crate::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, PoolUsage, Rope, SequenceId};
+use crate::{
+    Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, Rope, SequenceId,
+};
 use crate::{Error, Result};
 
 /// The cache and the step size of a [`Decoder`].
@@ -218,6 +220,12 @@ impl Decoder {
     #[must_use]
     pub fn usage(&self) -> PoolUsage {
         self.cache.usage()
+    }
+
+    /// Where the cache's bytes are, in all and for each sequence.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.cache.memory()
     }
 
     /// Bytes of the keys and values of one token, all layers.

@@ -560,3 +560,66 @@ fn layer_buffers_have_the_sizes_of_their_formats() {
     let bytes = |format: KvFormat| u64::from(format.element_bits()) / 8 * elements;
     assert_eq!((k.size(), v.size()), (bytes(F32), bytes(F16)));
 }
+
+/// Every number by hand.
+#[test]
+fn the_memory_report_adds_up() {
+    // K 192 and V 96 bytes per token and layer.
+    let shape = KvCacheConfig { num_layers: 2, num_kv_heads: 2, head_dim: 24, block_size: 16, num_blocks: 20, ..SHAPE };
+    let Some(cache) = cache(KvCacheConfig { k_format: F32, v_format: F16, ..shape }) else { return };
+    let (token, block) = (2 * (192 + 96), 2 * (192 + 96) * 16);
+    let empty = cache.memory();
+    assert_eq!((empty.allocated_bytes(), empty.used_bytes(), empty.wasted_bytes()), (20 * block, 0, 0));
+    assert_eq!((empty.utilisation(), empty.sequences.len()), (1.0, 0));
+
+    let extend = |sequence, len| {
+        let step = cache.begin_step(&[(sequence, len)]).expect("step");
+        cache.commit(step).expect("commit").recycle();
+    };
+    // 40 tokens in 3 blocks; a fork that copies the third to go on to 50 in 4; 16 in one full block.
+    let a = cache.create_sequence();
+    extend(a, 40);
+    let b = cache.fork(a).expect("fork");
+    assert_eq!((cache.memory().usage.shared, cache.memory().saved_bytes()), (3, 40 * token));
+    extend(b, 10);
+    let c = cache.create_sequence();
+    extend(c, 16);
+
+    let report = cache.memory();
+    assert_eq!((report.block_size, report.block_bytes, report.bytes_per_token()), (16, block, token));
+    assert_eq!((report.usage.used, report.usage.shared, report.reserved_blocks), (6, 2, 0));
+    // 32 shared, 8 of a, 18 of b, 16 of c.
+    assert_eq!((report.cached_tokens, report.sequence_tokens), (74, 106));
+    assert_eq!(report.used_bytes(), 6 * block);
+    assert_eq!(report.shared_bytes(), 2 * block);
+    assert_eq!(report.saved_bytes(), 32 * token);
+    assert_eq!(report.wasted_bytes(), 22 * token);
+    assert!((report.utilisation() - 74.0 / 96.0).abs() < 1e-12);
+    let rows: Vec<_> = report
+        .sequences
+        .iter()
+        .map(|s| (s.sequence, s.len, s.blocks, s.shared_blocks, s.bytes, s.wasted_bytes))
+        .collect();
+    assert_eq!(
+        rows,
+        [(a, 40, 3, 2, 3 * block, 8 * token), (b, 50, 4, 2, 4 * block, 14 * token), (c, 16, 1, 0, block, 0),]
+    );
+    let text = report.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in [
+        "allocated 20 180.0 KiB",
+        "used 6 54.0 KiB 77 %",
+        "shared 2 18.0 KiB saves 18.0 KiB",
+        "wasted 12.4 KiB",
+        "9216 B per block",
+    ] {
+        assert!(text.contains(part), "{part:?} in\n{text}");
+    }
+
+    // What an open step reserves is used, and belongs to nobody yet.
+    let step = cache.begin_step(&[(c, 20)]).expect("step");
+    let open = cache.memory();
+    assert_eq!((open.usage.used, open.reserved_blocks, open.cached_tokens), (8, 2, 74));
+    assert_eq!(open.wasted_bytes(), report.wasted_bytes());
+    drop(step);
+    assert_eq!(cache.memory(), report);
+}
