@@ -290,19 +290,20 @@ impl Decoder {
         self.histories.get(&sequence).map(Vec::as_slice).ok_or(ModelError::Folio(Error::UnknownSequence(sequence)))
     }
 
-    /// Runs every kernel once, so that the first real step doesn't wait for the driver's compiler. Needs a sequence's worth of free blocks.
+    /// Runs every kernel once, so that the first real step doesn't wait for the driver's compiler. Takes free blocks meanwhile, for
+    /// a sequence of `max_step_tokens` if there are as many; with none it does nothing for the linear layers.
     ///
     /// # Errors
     /// Those of [`step`](Self::step).
     pub async fn warm_up(&mut self) -> ModelResult<()> {
         self.attention.warm_up()?;
-        let room = (self.usage().free * self.options.block_size).min(self.model.config().max_positions);
+        let room = self.usage().free.saturating_mul(self.options.block_size).min(self.model.config().max_positions);
         let most = self.options.max_step_tokens.min(room);
         let (greedy, draw) = (Sampling::greedy(), Sampling::default());
         let penalty = |sampling| Sampling { repetition_penalty: 1.5, ..sampling };
         let samplings = [greedy, draw, penalty(greedy), penalty(draw)];
         // Linear layers have kernels for 1, 2, 4, 8, 16 and many rows; the sampler has one for each of these settings.
-        for (i, len) in [1, 2, 4, 8, 16, most].into_iter().filter(|&len| len <= most).enumerate() {
+        for (i, len) in [1, 2, 4, 8, 16, most].into_iter().filter(|len| (1..=most).contains(len)).enumerate() {
             let sequence = self.create_sequence();
             let tokens = vec![0; len as usize];
             let sampling = samplings[i % samplings.len()];

@@ -184,7 +184,9 @@ fn small_steps_agree_too() {
 /// The kernels of the other families, on models that use most of them.
 #[test]
 fn every_kernel_family_agrees() {
-    let families: [(&str, Open); 4] = [
+    let checked = Open { checks: folio::ShaderChecks::Full, ..adapter::DEFAULT };
+    let families: [(&str, Open); 5] = [
+        ("CPU with wgpu's checks", checked),
         ("CPU without int64", adapter::CPU_NO_INT64),
         ("CPU without subgroups", adapter::CPU_PLAIN),
         ("GPU", adapter::GPU),
