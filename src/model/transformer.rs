@@ -5,7 +5,7 @@ use std::path::Path;
 use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights, TensorSource};
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
-use super::error::ModelResult;
+use super::error::{ModelError, ModelResult};
 use super::linear::{Linear, LinearConfig};
 use super::linear_kernels::LinearKernels;
 use super::ops::{Activation, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
@@ -401,7 +401,15 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let bias = bias.map(|tensor| self.values(tensor)).transpose()?;
         let source = self.source;
         let mut rows = |row_start: u32, out: &mut [f32]| source.rows(weight, row_start as usize, out);
-        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await?;
+        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await;
+        // The layer knows the value that it can't store, the loader whose it is.
+        let linear = linear.map_err(|error| match error {
+            ModelError::Argument { argument: "weights", got, need } => {
+                let names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
+                ModelError::Argument { argument: "weights", got: format!("{got} of {}", names.join(" + ")), need }
+            }
+            other => other,
+        })?;
         self.advance(weight)?;
         Ok(linear)
     }

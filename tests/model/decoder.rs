@@ -212,13 +212,14 @@ impl WeightSource for Poisoned {
     }
 }
 
+const TINY: &str = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": false}"#;
+
 #[test]
 fn nan_logits_name_their_sequence() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
-    let json = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": false}"#;
-    let config = ModelConfig::from_json(json).unwrap();
+    let config = ModelConfig::from_json(TINY).unwrap();
     let weights = config.weights().unwrap();
     let options = ModelOptions { weights: WeightFormat::F32 };
     let model = Model::from_source_blocking(&gpu, config, &weights, &Poisoned { row: 96 }, options, |_| {}).unwrap();
@@ -234,6 +235,36 @@ fn nan_logits_name_their_sequence() {
     let logits = decoder.logits_blocking(&[(good, &[1, 2]), (bad, &[96])], LogitRows::Last).unwrap();
     assert!(logits[0][..96].iter().all(|x| x.is_finite()) && logits[0][96].is_nan());
     assert!(logits[1].iter().all(|x| x.is_nan()), "NaN comes out where it went in");
+}
+
+/// A model with one weight that no half can hold.
+struct Overflowing;
+
+impl WeightSource for Overflowing {
+    fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        out.fill(0.5);
+        if row_start == 0 && source.pieces()[0].tensor().contains("layers.1.self_attn.k_proj") {
+            out[3] = 1e6;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn weights_beyond_a_half_name_their_tensor() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let config = ModelConfig::from_json(TINY).unwrap();
+    let weights = config.weights().unwrap();
+    let load = |format| {
+        let options = ModelOptions { weights: format };
+        Model::from_source_blocking(&gpu, config.clone(), &weights, &Overflowing, options, |_| {})
+    };
+    let error = load(WeightFormat::F16).unwrap_err().to_string();
+    for part in ["1000000 at row 0, column 3", "model.layers.1.self_attn.k_proj.weight", "65504"] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    assert!(load(WeightFormat::F32).is_ok());
+    assert!(load(WeightFormat::INT8).is_ok());
 }
 
 #[test]
