@@ -72,7 +72,7 @@ pub struct Decoder {
     rope: Option<Rope>,
     sampler: Sampler,
     scratch: Scratch,
-    /// Ids of the step's tokens, then their positions, then the rows that go to the head; `max_step_tokens` words each.
+    /// Of each row of a step its token id and its position, and which rows go to the head; `max_step_tokens` words each.
     ids: wgpu::Buffer,
     positions: wgpu::Buffer,
     head_rows: wgpu::Buffer,

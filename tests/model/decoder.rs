@@ -212,6 +212,30 @@ impl WeightSource for Poisoned {
     }
 }
 
+#[test]
+fn a_future_that_is_dropped_half_way_changes_nothing() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let mut decoder = decoder_with(&gpu, small(16));
+    let greedy = Sampling::greedy();
+    // Two steps of 64 tokens at most: the first is committed, the second waits for its readback when it is dropped.
+    let prompt = tokens(100, 8);
+    let whole = decoder.create_sequence();
+    let expected =
+        decoder.step_blocking(&[Input { sequence: whole, tokens: &prompt, sampling: Some(&greedy) }]).unwrap();
+    decoder.free(whole).unwrap();
+
+    let sequence = decoder.create_sequence();
+    let input = [Input { sequence, tokens: &prompt, sampling: Some(&greedy) }];
+    {
+        let mut step = Box::pin(decoder.step(&input));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(step.as_mut().poll(&mut context).is_pending(), "nobody polls the device");
+    }
+    assert!(decoder.tokens(sequence).unwrap().is_empty());
+    assert_eq!(decoder.usage().used, 0);
+    assert_eq!(decoder.step_blocking(&input).unwrap(), expected);
+}
+
 const TINY: &str = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": false}"#;
