@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use folio::model::{
-    Decoder, DecoderOptions, Finish, Model, ModelOptions, Prompt, Sampling, TextStream, Tokenizer, WeightFormat,
-    progress_bar,
+    Decoder, DecoderOptions, Finish, Model, ModelConfig, ModelOptions, Prompt, Sampling, TextStream, Tokenizer,
+    WeightFormat, progress_bar,
 };
 use folio::{Gpu, GpuOptions, KvFormat, PoolUsage, SequenceId};
 
@@ -93,15 +93,20 @@ impl Options {
         }
     }
 
-    /// Blocks of the pool.
-    fn num_blocks(&self, model: &Model, kv_format: KvFormat) -> u32 {
+    fn decoder(&self, model: &ModelConfig) -> DecoderOptions {
         const MAX_BYTES: u64 = 512 << 20;
-        let config = model.config();
-        let per_sequence = config.max_positions.div_ceil(self.block_size.max(1)) + 1;
-        let elements = u64::from(config.num_layers * config.num_kv_heads * config.head_dim * self.block_size.max(1));
-        let block_bytes = 2 * elements * u64::from(kv_format.element_bits()) / 8;
-        let affordable = (MAX_BYTES / block_bytes.max(1)).clamp(1, u64::from(u32::MAX)) as u32;
-        self.blocks.unwrap_or(per_sequence.saturating_mul(self.branches).min(affordable))
+        let options = DecoderOptions {
+            block_size: self.block_size,
+            k_format: self.cache,
+            v_format: self.cache,
+            ..DecoderOptions::default()
+        };
+        // A block size of 0 is refused by the cache, with better words than a division's.
+        let per_sequence = model.max_positions.div_ceil(self.block_size.max(1)) + 1;
+        let affordable = MAX_BYTES / options.cache_config(model).block_bytes().max(1);
+        let affordable = affordable.clamp(1, u64::from(u32::MAX)) as u32;
+        let num_blocks = self.blocks.unwrap_or(per_sequence.saturating_mul(self.branches).min(affordable));
+        DecoderOptions { num_blocks, ..options }
     }
 }
 
@@ -279,14 +284,7 @@ fn main() -> Result<()> {
     let load_time = start.elapsed();
     tokenizer.check_vocab_size(model.config().vocab_size)?;
 
-    let format = options.cache;
-    let decoder_options = DecoderOptions {
-        block_size: options.block_size,
-        num_blocks: options.num_blocks(&model, format),
-        k_format: format,
-        v_format: format,
-        ..DecoderOptions::default()
-    };
+    let decoder_options = options.decoder(model.config());
     let stop = model.config().eos_token_ids.clone();
     let model = Arc::new(model);
     let mut decoder = Decoder::new_blocking(Arc::clone(&model), decoder_options)?;

@@ -55,9 +55,7 @@ impl MemoryReport {
         tables: impl Iterator<Item = (SequenceId, &'t BlockTable)>,
     ) -> Self {
         let block_size = config.block_size;
-        let side_bytes = config.k_layout().block_bytes() + config.v_layout().block_bytes();
-        let block_bytes = u64::from(config.num_layers) * side_bytes;
-        let token_bytes = block_bytes / u64::from(block_size);
+        let (block_bytes, token_bytes) = (config.block_bytes(), config.token_bytes());
         // How far the holder that reaches furthest has filled each block.
         let mut filled: HashMap<BlockId, u32> = HashMap::new();
         let mut sequences: Vec<_> = tables

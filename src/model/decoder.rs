@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 
-use super::config::Position;
+use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
 use super::program::Rows;
 use super::sampler::{Sampler, Sampling, SamplingRequest};
@@ -34,6 +34,22 @@ pub struct DecoderOptions {
 impl Default for DecoderOptions {
     fn default() -> Self {
         Self { block_size: 16, num_blocks: 256, k_format: KvFormat::F16, v_format: KvFormat::F16, max_step_tokens: 512 }
+    }
+}
+
+impl DecoderOptions {
+    /// The cache that a decoder with these options makes for a model.
+    #[must_use]
+    pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
+        KvCacheConfig {
+            num_layers: model.num_layers,
+            num_kv_heads: model.num_kv_heads,
+            head_dim: model.head_dim,
+            block_size: self.block_size,
+            num_blocks: self.num_blocks,
+            k_format: self.k_format,
+            v_format: self.v_format,
+        }
     }
 }
 
@@ -153,19 +169,7 @@ impl Decoder {
         if options.max_step_tokens == 0 {
             return Err(ModelError::argument("max_step_tokens", 0, "at least 1"));
         }
-        let cache = KvCache::new(
-            &gpu,
-            KvCacheConfig {
-                num_layers: config.num_layers,
-                num_kv_heads: config.num_kv_heads,
-                head_dim: config.head_dim,
-                block_size: options.block_size,
-                num_blocks: options.num_blocks,
-                k_format: options.k_format,
-                v_format: options.v_format,
-            },
-        )
-        .await?;
+        let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
         let attention_config =
             AttentionConfig { window: config.sliding_window, ..AttentionConfig::new(config.num_q_heads) };
         let attention = Attention::new(&cache, attention_config).await?;
@@ -231,15 +235,13 @@ impl Decoder {
     /// Bytes of the keys and values of one token, all layers.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
-        let config = self.cache.config();
-        let block = config.k_layout().block_bytes() + config.v_layout().block_bytes();
-        u64::from(config.num_layers) * block / u64::from(config.block_size)
+        self.cache.config().token_bytes()
     }
 
     /// Bytes of a block of the cache, all layers.
     #[must_use]
     pub fn bytes_per_block(&self) -> u64 {
-        self.bytes_per_token() * u64::from(self.options.block_size)
+        self.cache.config().block_bytes()
     }
 
     /// A new, empty sequence.

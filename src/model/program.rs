@@ -28,6 +28,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "linear_params.wgsl",
     "linear_parts.wgsl",
     "linear_stage.wgsl",
+    "linear_x.wgsl",
     "norm.wgsl",
     "sample.wgsl",
     "select_rows.wgsl",

@@ -3,6 +3,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/translate.rs"]
+mod translate;
 
 mod errors;
 mod fixtures;

@@ -1,11 +1,12 @@
 //! Every variant of the linear kernels: composes, validates with what it claims, translates to every backend's language, and has the bindings and
 //! workgroup sizes that the host thinks.
 
+use crate::translate::translate;
 use folio::kernel::Target;
 use folio::model::{ActivationKind, Binding, LinearVariant, WeightFormat};
 use folio::{Profile, wgpu};
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, ImageClass, ShaderStage, StorageAccess, TypeInner, back};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
 fn targets() -> Vec<Target> {
     let mut targets = Vec::new();
@@ -89,61 +90,8 @@ fn check(variant: &LinearVariant) {
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{variant:?}: {}", e.emit_to_string(text)));
-    translate(variant, source.entry_point(), &module, &info, features);
-}
-
-fn translate(
-    variant: &LinearVariant,
-    entry_point: &str,
-    module: &naga::Module,
-    info: &ModuleInfo,
-    features: wgpu::Features,
-) {
-    let subgroups = features.contains(wgpu::Features::SUBGROUP);
-    let int64 = features.contains(wgpu::Features::SHADER_INT64);
-    let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
-
-    let lang_version = if subgroups { (1, 3) } else { (1, 0) };
-    let options = back::spv::Options { lang_version, ..Default::default() };
-    let pipeline = back::spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: entry_point.into() };
-    back::spv::write_vec(module, info, &options, Some(&pipeline))
-        .unwrap_or_else(|e| panic!("{variant:?}: SPIR-V: {e}"));
-
-    let lang_version = if subgroups || int64 { (2, 4) } else { (2, 0) };
-    let options = back::msl::Options { lang_version, ..Default::default() };
-    let pipeline = back::msl::PipelineOptions { entry_point: entry(), ..Default::default() };
-    let (_, msl) =
-        back::msl::write_string(module, info, &options, &pipeline).unwrap_or_else(|e| panic!("{variant:?}: MSL: {e}"));
-    msl.entry_point_names.into_iter().for_each(|name| drop(name.unwrap_or_else(|e| panic!("{variant:?}: MSL: {e}"))));
-
-    let shader_model = if subgroups || int64 { back::hlsl::ShaderModel::V6_0 } else { back::hlsl::ShaderModel::V5_1 };
-    let options = back::hlsl::Options { shader_model, ..Default::default() };
-    let pipeline = back::hlsl::PipelineOptions { entry_point: entry() };
-    let written =
-        back::hlsl::Writer::new(String::new(), &options, &pipeline).write(module, info, None).map(|reflection| {
-            reflection
-                .entry_point_names
-                .into_iter()
-                .for_each(|name| drop(name.unwrap_or_else(|e| panic!("{variant:?}: HLSL: {e}"))));
-        });
-    written.unwrap_or_else(|e| panic!("{variant:?}: HLSL: {e}"));
-
-    if int64 {
-        return;
-    }
-    for version in [back::glsl::Version::new_gles(310), back::glsl::Version::Desktop(430)] {
-        let options = back::glsl::Options { version, ..Default::default() };
-        let pipeline = back::glsl::PipelineOptions {
-            shader_stage: ShaderStage::Compute,
-            entry_point: entry_point.to_owned(),
-            multiview: None,
-        };
-        let mut glsl = String::new();
-        let policies = naga::proc::BoundsCheckPolicies::default();
-        back::glsl::Writer::new(&mut glsl, module, info, &options, &pipeline, policies)
-            .and_then(|mut writer| writer.write())
-            .unwrap_or_else(|e| panic!("{variant:?}: GLSL {version}: {e}"));
-    }
+    let failed = translate(&module, &info, source.entry_point(), features);
+    assert!(failed.is_empty(), "{variant:?}: {failed:?}");
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! The small kernels and the sampler, seen by naga as wgpu sees them: they parse, validate with the features they claim, translate to every
 //! backend's language, and have the interface that Rust describes.
 
+use crate::translate::translate;
 use folio::Profile;
 use folio::kernel::Target;
 use folio::model::{
     Activation, ActivationKind, Binding, NormConfig, NormKind, PositionEmbedding, Sampler, SelectRows, Source,
 };
 use folio::wgpu::Features;
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, Module, ShaderStage, StorageAccess, back};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use naga::{AddressSpace, Module, StorageAccess};
 
 const PROFILES: [Profile; 2] = [Profile::Cpu, Profile::Gpu];
 
@@ -78,7 +79,8 @@ pub(crate) fn check(source: &Source, what: &str) {
     assert!((1..=256).contains(&source.workgroup_size()), "{what}");
     check_bindings(source, &module, what);
     check_workgroup_memory(source, &module, what);
-    translate(source.entry_point(), int64, &module, &info, what);
+    let failed = translate(&module, &info, source.entry_point(), source.features());
+    assert!(failed.is_empty(), "{what}: {failed:?}");
 }
 
 fn check_bindings(source: &Source, module: &Module, what: &str) {
@@ -107,42 +109,6 @@ fn check_workgroup_memory(source: &Source, module: &Module, what: &str) {
     let bytes: u32 = variables.map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16)).sum();
     assert_eq!(bytes, source.workgroup_bytes(), "{what}");
     assert!(bytes <= 16_384, "{what}");
-}
-
-/// SPIR-V 1.0, MSL 2.0, HLSL for shader model 5.1 (FXC), GLSL ES 3.10 and GLSL 4.30. With 64-bit integers MSL 2.4, shader model 6.0 and no GLSL.
-fn translate(name: &str, int64: bool, module: &Module, info: &ModuleInfo, what: &str) {
-    let entry = || Some((ShaderStage::Compute, name.to_owned()));
-    let options = back::spv::Options { lang_version: (1, 0), ..Default::default() };
-    let pipeline = back::spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: name.into() };
-    back::spv::write_vec(module, info, &options, Some(&pipeline)).unwrap_or_else(|e| panic!("{what}: SPIR-V: {e}"));
-
-    let options = back::msl::Options { lang_version: if int64 { (2, 4) } else { (2, 0) }, ..Default::default() };
-    let pipeline = back::msl::PipelineOptions { entry_point: entry(), ..Default::default() };
-    let (_, translation) = back::msl::write_string(module, info, &options, &pipeline).unwrap();
-    translation.entry_point_names.into_iter().for_each(|e| drop(e.unwrap()));
-
-    let shader_model = if int64 { back::hlsl::ShaderModel::V6_0 } else { back::hlsl::ShaderModel::V5_1 };
-    let options = back::hlsl::Options { shader_model, ..Default::default() };
-    let pipeline = back::hlsl::PipelineOptions { entry_point: entry() };
-    let reflection = back::hlsl::Writer::new(String::new(), &options, &pipeline).write(module, info, None).unwrap();
-    reflection.entry_point_names.into_iter().for_each(|e| drop(e.unwrap()));
-
-    if int64 {
-        return;
-    }
-    for version in [back::glsl::Version::new_gles(310), back::glsl::Version::Desktop(430)] {
-        let options = back::glsl::Options { version, ..Default::default() };
-        let pipeline = back::glsl::PipelineOptions {
-            shader_stage: ShaderStage::Compute,
-            entry_point: name.to_owned(),
-            multiview: None,
-        };
-        let policies = naga::proc::BoundsCheckPolicies::default();
-        let mut glsl = String::new();
-        back::glsl::Writer::new(&mut glsl, module, info, &options, &pipeline, policies)
-            .and_then(|mut writer| writer.write())
-            .unwrap_or_else(|e| panic!("{what}: GLSL {version}: {e}"));
-    }
 }
 
 #[test]
