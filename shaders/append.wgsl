@@ -1,4 +1,5 @@
 {% from "shared/kv_rows.wgsl" import element_type, store, f16_functions %}
+{% from "shared/kv_side.wgsl" import declare %}
 // append: new K and V rows go into their slots, converted to the cache's formats.
 {% if rope %}
 // K rows are turned by their tokens' positions before.
@@ -14,17 +15,18 @@
 @group(0) @binding(0) var<storage, read> k_new: array<f32>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM]
 {% endif %}
 @group(0) @binding(1) var<storage, read> v_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
-@group(0) @binding(2) var<storage, read_write> k_cache: array<{{ element_type(k_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-@group(0) @binding(3) var<storage, read_write> v_cache: array<{{ element_type(v_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-@group(0) @binding(4) var<storage, read> step: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
-@group(0) @binding(5) var<uniform> params: CacheParams;
+{{ declare(k_side, 2, "read_write", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
+{{ declare(v_side, 2 + k_side.segments, "read_write", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
+{% set after = 2 + k_side.segments + v_side.segments %}
+@group(0) @binding({{ after }}) var<storage, read> step: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
+@group(0) @binding({{ after + 1 }}) var<uniform> params: CacheParams;
 {% if rope %}
-@group(0) @binding(6) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
+@group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
 {% endif %}
 
 {{ f16_functions() if "f16" in [k_format, v_format] }}
-{{ store("k_cache", k_format) }}
-{{ store("v_cache", v_format) }}
+{{ store(k_side) }}
+{{ store(v_side) }}
 {% if rope %}
 {% include "shared/rope.wgsl" %}
 
@@ -86,12 +88,11 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
   }
   let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
   let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
-  let destination = cache_row * CHUNKS + chunk;
 {% if rope %}
   let k = turned_chunk(row, chunk, step[params.positions_offset + token]);
-  store_k_cache(destination, k.lo, k.hi);
+  store_k(cache_row, chunk, k.lo, k.hi);
 {% else %}
-  store_k_cache(destination, k_new[2u * idx], k_new[2u * idx + 1u]);
+  store_k(cache_row, chunk, k_new[2u * idx], k_new[2u * idx + 1u]);
 {% endif %}
-  store_v_cache(destination, v_new[2u * idx], v_new[2u * idx + 1u]);
+  store_v(cache_row, chunk, v_new[2u * idx], v_new[2u * idx + 1u]);
 }

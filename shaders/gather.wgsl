@@ -1,17 +1,21 @@
 {% from "shared/kv_rows.wgsl" import element_type, load %}
+{% from "shared/kv_side.wgsl" import declare %}
 // gather: a sequence's rows are read out of its blocks into contiguous f32.
 // One invocation reads 8 elements of one row of K and the same of V. No loops.
 {% include "shared/cache_params.wgsl" %}
 
-@group(0) @binding(0) var<storage, read> k_cache: array<{{ element_type(k_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-@group(0) @binding(1) var<storage, read> v_cache: array<{{ element_type(v_format) }}>;  // [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-@group(0) @binding(2) var<storage, read> step: array<u32>;  // block table, at params.list_offset
-@group(0) @binding(3) var<storage, read_write> k_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
-@group(0) @binding(4) var<storage, read_write> v_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
-@group(0) @binding(5) var<uniform> params: CacheParams;
+{{ declare(k_side, 0, "read", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
+{{ declare(v_side, k_side.segments, "read", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
+{% set after = k_side.segments + v_side.segments %}
+@group(0) @binding({{ after }}) var<storage, read> step: array<u32>;  // block table, at params.list_offset
+@group(0) @binding({{ after + 1 }}) var<storage, read_write> k_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+@group(0) @binding({{ after + 2 }}) var<storage, read_write> v_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+@group(0) @binding({{ after + 3 }}) var<uniform> params: CacheParams;
 
-{{ load("k_cache", k_format) }}
-{{ load("v_cache", v_format) }}
+struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+
+{{ load(k_side) }}
+{{ load(v_side) }}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
   let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
@@ -23,11 +27,11 @@ fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     return;
   }
   let block = min(step[params.list_offset + token / BLOCK_SIZE], params.num_blocks - 1u);
-  let source = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * CHUNKS + chunk;
-  let k = load_k_cache(source);
+  let cache_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE;
+  let k = load_k(cache_row, chunk);
   k_out[2u * idx] = k.lo;
   k_out[2u * idx + 1u] = k.hi;
-  let v = load_v_cache(source);
+  let v = load_v(cache_row, chunk);
   v_out[2u * idx] = v.lo;
   v_out[2u * idx + 1u] = v.hi;
 }

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{
-    KvCache, KvCacheConfig, LayerStorage, Step, StepTicket, check_foreign, layer_storage, params_binding, push_params,
+    KvCache, KvCacheConfig, LayerStorage, Segments, Step, StepTicket, check_foreign, layer_storage, params_binding,
+    push_params,
 };
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -141,6 +142,7 @@ impl AttentionConfig {
 pub struct Attention {
     gpu: Gpu,
     cache: KvCacheConfig,
+    segments: [Segments; 2],
     config: AttentionConfig,
     shape: PlanShape,
     policy: SplitPolicy,
@@ -203,7 +205,10 @@ impl Attention {
         let geometry = *cache.config();
         config.validate(&geometry)?;
         let group_size = config.num_q_heads / geometry.num_kv_heads;
-        let variant = |kernel| Variant::new(kernel, Target::of(&gpu), &geometry, group_size, config.flags());
+        let segments = cache.segments();
+        let variant = |kernel| {
+            Variant::new(kernel, Target::of(&gpu), &geometry, group_size, config.flags()).with_segments(segments)
+        };
         let decode = if group_size <= MAX_DECODE_GROUP {
             Some(Pipeline::new(&gpu, variant(Kernel::Decode)).await?)
         } else {
@@ -224,6 +229,7 @@ impl Attention {
         let workspace = create_workspace(&gpu, MIN_WORKSPACE_BYTES)?;
         Ok(Self {
             cache: geometry,
+            segments,
             shape,
             policy,
             decode,
@@ -515,15 +521,12 @@ impl Attention {
                 let params = params_binding::<AttendParams>(upload, index);
                 let mut resources = match dispatch.kernel {
                     Kernel::Merge => vec![partials.clone(), lists.clone(), out.binding(), params],
-                    _ => vec![
-                        q.binding(),
-                        storage.k.as_entire_binding(),
-                        storage.v.as_entire_binding(),
-                        lists.clone(),
-                        out.binding(),
-                        partials.clone(),
-                        params,
-                    ],
+                    _ => {
+                        let mut resources = vec![q.binding()];
+                        resources.extend(storage.bindings());
+                        resources.extend([lists.clone(), out.binding(), partials.clone(), params]);
+                        resources
+                    }
                 };
                 resources.extend(lse.clone());
                 let pipeline = match (dispatch.kernel, &self.decode) {
@@ -558,7 +561,12 @@ impl Attention {
             let (out, partials) = (out.as_entire_binding(), workspace.as_entire_binding());
             let mut resources = match pipeline.variant().kernel {
                 Kernel::Merge => vec![partials, lists.clone(), out, params.clone()],
-                _ => vec![read.clone(), read.clone(), read, lists.clone(), out, partials, params.clone()],
+                _ => {
+                    let [k, v] = self.segments;
+                    let mut resources = vec![read; 1 + (k.count + v.count) as usize];
+                    resources.extend([lists.clone(), out, partials, params.clone()]);
+                    resources
+                }
             };
             resources.extend(self.config.lse.then(|| lse.as_entire_binding()));
             dispatches.push(pipeline.dispatch(gpu, &resources, [1, 1, 1])?);

@@ -172,7 +172,7 @@ pub(crate) fn read_loop(timer: &Timer, cache: &KvCache, side_bytes: u64) -> Loop
         });
         let (k, v) = cache.layer_buffers(0).expect("a layer");
         let bytes = 2.0 * shape.elements() * bytes as f64;
-        Loop::new(gpu, element.to_owned(), &text, &[k, v, &out], *workgroups, bytes)
+        Loop::new(gpu, element.to_owned(), &text, &[&k[0], &v[0], &out], *workgroups, bytes)
     });
     best(timer, loops)
 }

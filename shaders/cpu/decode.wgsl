@@ -33,14 +33,14 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
 {# A lane's part of a cache row: declares the variables `x`, one vec4<f32> per i. #}
-{% macro load_part(x, cache, row, format, j, loads, vecs) %}
+{% macro load_part(x, name, row, format, j, loads, vecs) %}
 {% if (j + 1) * lanes > loads %}
-            var {{ x }} = {{ kv.k_type if cache == "k_cache" else kv.v_type }}();
+            var {{ x }} = {{ kv.k_type if name == "k" else kv.v_type }}();
             if lane < {{ loads - j * lanes }}u {
-                {{ x }} = {{ cache }}[{{ row }} * {{ loads }}u + {{ plus(j * lanes) }}lane];
+                {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
             }
 {% else %}
-            let {{ x }} = {{ cache }}[{{ row }} * {{ loads }}u + {{ plus(j * lanes) }}lane];
+            let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
 {% endif %}
 {% for i in range(vecs) %}
             let {{ x }}_{{ i }} = {{ kv.widen(format, x, i) }};
@@ -126,7 +126,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% for j in range(k_rounds) %}
         {
-{{ load_part("k", "k_cache", "cache_row" ~ t, k_format, j, k_loads, k_vecs) }}
+{{ load_part("k", "k", "cache_row" ~ t, k_format, j, k_loads, k_vecs) }}
 {%- for i in range(k_vecs) %}{% for r in range(rows) %}
             z{{ r * step + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
 {% endfor %}{% endfor %}
@@ -214,7 +214,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% for j in range(v_rounds) %}
         {
 {% for t in range(step) %}
-{{ load_part("v" ~ t, "v_cache", "cache_row" ~ t, v_format, j, v_loads, v_vecs) }}
+{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, v_loads, v_vecs) }}
 {%- endfor %}
 {% for i in range(v_vecs) %}{% for r in range(rows) %}
             sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};

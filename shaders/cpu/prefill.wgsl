@@ -30,7 +30,7 @@ Workgroup memory: none.
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
 {# Loads the rows of all keys of a step, spread over lanes and rounds: declares x{round}_{i}. #}
-{% macro load_rows(x, cache, type, format, loads, vecs) %}
+{% macro load_rows(x, type, format, loads, vecs) %}
 {% for j in range((step * loads + lanes - 1) // lanes) %}
 {% if lookups == step %}
         let {{ x }}_row{{ j }} = subgroupShuffle(looked_up, {{ x }}_key{{ j }});
@@ -40,10 +40,10 @@ Workgroup memory: none.
 {% if (j + 1) * lanes > step * loads %}
         var {{ x }}{{ j }} = {{ type }}();
         if lane < {{ step * loads - j * lanes }}u {
-            {{ x }}{{ j }} = {{ cache }}[{{ x }}_row{{ j }} * {{ loads }}u + {{ x }}_part{{ j }}];
+            {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
         }
 {% else %}
-        let {{ x }}{{ j }} = {{ cache }}[{{ x }}_row{{ j }} * {{ loads }}u + {{ x }}_part{{ j }}];
+        let {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
 {% endif %}
 {% for i in range(vecs) %}
         let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, x ~ j, i) }};
@@ -56,7 +56,7 @@ Workgroup memory: none.
     {%- set part = t * loads + e // vecs -%}
     subgroupBroadcast({{ x }}{{ part // lanes }}_{{ e % vecs }}, {{ part % lanes }}u)
     {%- else -%}
-    {{ kv.widen(format, x ~ "_cache[block_row * " ~ loads ~ "u + " ~ e // vecs ~ "u]", e % vecs) }}
+    {{ kv.widen(format, x ~ "_element(block_row, " ~ e // vecs ~ "u)", e % vecs) }}
     {%- endif -%}
 {%- endmacro %}
 
@@ -125,7 +125,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
         // Scores.
 {% if subgroups %}
-{{ load_rows("k", "k_cache", kv.k_type, k_format, k_loads, k_vecs) }}
+{{ load_rows("k", kv.k_type, k_format, k_loads, k_vecs) }}
 {%- endif %}
 {% for r in range(rows) %}{% for t in range(step) %}
         var s{{ r }}_{{ t }} = 0.0;
@@ -175,7 +175,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
         // Weighted sum of values.
 {% if subgroups %}
-{{ load_rows("v", "v_cache", kv.v_type, v_format, v_loads, v_vecs) }}
+{{ load_rows("v", kv.v_type, v_format, v_loads, v_vecs) }}
 {%- endif %}
 {% for first in range(0, rows, row_block) %}
 {% for e in range(vecs) %}

@@ -134,9 +134,9 @@ fn decode(
 {% for c in range(chunks) %}
 {% if (c + 1) * lanes > k_row %}
             // Past the end of the row the query is zero: any element of the same key will do.
-            k_load_{{ i }}_{{ c }} = k_cache[row * K_ROW + min(lane + {{ c * lanes }}u, K_ROW - 1u)];
+            k_load_{{ i }}_{{ c }} = k_element(row, min(lane + {{ c * lanes }}u, K_ROW - 1u));
 {% else %}
-            k_load_{{ i }}_{{ c }} = k_cache[row * K_ROW + lane + {{ c * lanes }}u];
+            k_load_{{ i }}_{{ c }} = k_element(row, lane + {{ c * lanes }}u);
 {% endif %}
 {% endfor %}
             if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
@@ -177,7 +177,7 @@ fn decode(
         {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
 {% for j in range(stream_quads) %}
 {% for e in range(4) %}
-            v_load_{{ j }}_{{ e }} = v_cache[rows[4u * stream + {{ 4 * j * streams + e }}u] * V_ROW + v_idx];
+            v_load_{{ j }}_{{ e }} = v_element(rows[4u * stream + {{ 4 * j * streams + e }}u], v_idx);
 {% endfor %}
 {% endfor %}
         }

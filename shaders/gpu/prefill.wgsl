@@ -138,9 +138,9 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
 {% for n in range(k_loads) %}
 {% if is_padded %}
             // Past the end of the head the query is zero: any element of the same key will do.
-            k_load_{{ n }} = k_cache[k_at_{{ n }} + min({{ k_first }} + k_col, K_ROW - 1u)];
+            k_load_{{ n }} = k_element(k_cache_row_{{ n }}, min({{ k_first }} + k_col, K_ROW - 1u));
 {% else %}
-            k_load_{{ n }} = k_cache[k_at_{{ n }} + {{ k_first }} + k_col];
+            k_load_{{ n }} = k_element(k_cache_row_{{ n }}, {{ k_first }} + k_col);
 {% endif %}
 {% endfor %}
 {% endmacro %}
@@ -162,7 +162,7 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
 {# The same for a chunk of V, from key `first_key` of the tile on. #}
 {% macro load_values(first_key) %}
 {% for n in range(v_loads) %}
-            v_load_{{ n }} = v_cache[rows[tile_rows + {{ first_key }} + v_key_{{ n }}] * V_ROW + v_col_{{ n }}];
+            v_load_{{ n }} = v_element(rows[tile_rows + {{ first_key }} + v_key_{{ n }}], v_col_{{ n }});
 {% endfor %}
 {% endmacro %}
 {% macro store_values(buffer) %}
@@ -247,7 +247,7 @@ fn prefill(
         var score_{{ j }} = vec4<f32>(0.0);
 {% endfor %}
 {% for n in range(k_loads) %}
-        let k_at_{{ n }} = rows[tile_rows + k_key_{{ n }}] * K_ROW;
+        let k_cache_row_{{ n }} = rows[tile_rows + k_key_{{ n }}];
 {% endfor %}
         {
 {{ load_chunk("0u")|trim("\n") }}

@@ -2,6 +2,8 @@
   Bindings, parameters and work items of the GPU-shaped kernels. Before it the kernel declares the
   element types KElement and VElement (shared/gpu_kv.wgsl) and sets k_dims and v_dims.
 #}
+{% import "shared/kv_side.wgsl" as side %}
+{% set after = 1 + k_side.segments + v_side.segments %}
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
 const NUM_Q_HEADS: u32 = {{ num_q_heads }}u;
@@ -29,20 +31,18 @@ const ITEM_WORDS: u32 = 12u;
 
 // [num_tokens, num_q_heads, head_dim/4]
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
-// [num_blocks, num_kv_heads, block_size, K_ROW]
-@group(0) @binding(1) var<storage, read> k_cache: array<KElement>;
-// [num_blocks, num_kv_heads, block_size, V_ROW]
-@group(0) @binding(2) var<storage, read> v_cache: array<VElement>;
+{{ side.declare(k_side, 1, "read", "KElement", "[num_blocks, num_kv_heads, block_size, K_ROW]") -}}
+{{ side.declare(v_side, 1 + k_side.segments, "read", "VElement", "[num_blocks, num_kv_heads, block_size, V_ROW]") -}}
 // work items, block tables, head parameters, mask bits
-@group(0) @binding(3) var<storage, read> plan: array<u32>;
+@group(0) @binding({{ after }}) var<storage, read> plan: array<u32>;
 // [num_tokens, num_q_heads, head_dim/4]
-@group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding({{ after + 1 }}) var<storage, read_write> out: array<vec4<f32>>;
 // [partial rows, head_dim/4 + 1]: sum of p * v, then (max, sum of p, 0, 0)
-@group(0) @binding(5) var<storage, read_write> partials: array<vec4<f32>>;
-@group(0) @binding(6) var<uniform> params: AttendParams;
+@group(0) @binding({{ after + 2 }}) var<storage, read_write> partials: array<vec4<f32>>;
+@group(0) @binding({{ after + 3 }}) var<uniform> params: AttendParams;
 {% if lse %}
 // [num_tokens, num_q_heads]
-@group(0) @binding(7) var<storage, read_write> lse: array<f32>;
+@group(0) @binding({{ after + 4 }}) var<storage, read_write> lse: array<f32>;
 {% endif %}
 
 struct Item {
@@ -77,6 +77,8 @@ fn cache_row(entry: u32, kv_head: u32, key: u32) -> u32 {
     return (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE;
 }
 
+{{ side.element_function(k_side, "KElement", k_side.row_bytes * k_dims // head_dim) }}
+{{ side.element_function(v_side, "VElement", v_side.row_bytes * v_dims // head_dim) }}
 fn head_slope(q_head: u32) -> f32 {
     return bitcast<f32>(plan[params.head_offset + q_head]);
 }

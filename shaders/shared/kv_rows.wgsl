@@ -1,5 +1,6 @@
-{# Whole-row access to one side of the cache, 8 elements (a chunk) at a time. A format is a pair of macros: what the buffer is
-   made of, and how a chunk is written and read. #}
+{# Whole-row access to one side of the cache, 8 elements (a chunk) at a time. A format says what the buffer is made of, and how a chunk is
+   written and read. #}
+{% import "shared/kv_side.wgsl" as sides %}
 
 {% macro element_type(format) %}
 {%- if format == "f32" -%} vec4<f32> {%- else -%} vec4<u32> {%- endif -%}
@@ -27,30 +28,36 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 }
 {% endmacro %}
 
-{% macro store(buffer, format) %}
-// Writes elements 8 * chunk .. 8 * chunk + 8 of {{ buffer }}.
-fn store_{{ buffer }}(chunk: u32, lo: vec4<f32>, hi: vec4<f32>) {
-{% if format == "f32" %}
-  {{ buffer }}[2u * chunk] = lo;
-  {{ buffer }}[2u * chunk + 1u] = hi;
+{% macro store(side) %}
+// Writes elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
+fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>) {
+{% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
+{% if side.format == "f32" %}
+  let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
+  {{ cache }}[at] = lo;
+  {{ cache }}[at + 1u] = hi;
 {% else %}
-  {{ buffer }}[chunk] = vec4<u32>(half_pair(lo.x, lo.y), half_pair(lo.z, lo.w), half_pair(hi.x, hi.y), half_pair(hi.z, hi.w));
+  {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk] =
+    vec4<u32>(half_pair(lo.x, lo.y), half_pair(lo.z, lo.w), half_pair(hi.x, hi.y), half_pair(hi.z, hi.w));
 {% endif %}
+  return;
+{%- endcall %}
 }
 {% endmacro %}
 
-{% macro load(buffer, format) %}
-struct Chunk_{{ buffer }} { lo: vec4<f32>, hi: vec4<f32> }
-
-// Reads elements 8 * chunk .. 8 * chunk + 8 of {{ buffer }}.
-fn load_{{ buffer }}(chunk: u32) -> Chunk_{{ buffer }} {
-{% if format == "f32" %}
-  return Chunk_{{ buffer }}({{ buffer }}[2u * chunk], {{ buffer }}[2u * chunk + 1u]);
+{% macro load(side) %}
+// Reads elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
+fn load_{{ side.name }}(row: u32, chunk: u32) -> Chunk {
+{% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
+{% if side.format == "f32" %}
+  let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
+  return Chunk({{ cache }}[at], {{ cache }}[at + 1u]);
 {% else %}
-  let x = {{ buffer }}[chunk];
-  return Chunk_{{ buffer }}(
+  let x = {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk];
+  return Chunk(
     vec4<f32>(unpack2x16float(x.x), unpack2x16float(x.y)),
     vec4<f32>(unpack2x16float(x.z), unpack2x16float(x.w)));
 {% endif %}
+{%- endcall %}
 }
 {% endmacro %}

@@ -16,35 +16,70 @@ pub enum KvFormat {
     /// convert with integer arithmetic. Rounding is to nearest, ties to even, on every adapter; finite values beyond the
     /// range saturate at ±65504.
     F16,
+    /// 8-bit floats with 4 bits of exponent and 3 of mantissa (OCP E4M3, no infinities), four elements in a `u32`, the first one
+    /// lowest. No scale: finite values beyond the range saturate at ±448.
+    E4M3,
+    /// 8-bit codes with a scale and a least value per row (token and KV head): `x = min + scale * code`. Scale and least value are
+    /// bfloat16, in one `u32` per row.
+    Int8,
+    /// 4-bit codes with a scale and a least value per row, as [`KvFormat::Int8`].
+    Int4,
+    /// 8-bit codes with a scale and a least value per layer, KV head and channel (element of a row), fixed by
+    /// [`KvCache::calibrate_keys`](super::KvCache::calibrate_keys) before anything is appended. For K only: keys have channels that are large in
+    /// every token, which scales per token serve badly (KIVI, Liu et al. 2024).
+    Int8PerChannel,
+    /// 4-bit codes with a scale and a least value per layer, KV head and channel, as [`KvFormat::Int8PerChannel`].
+    Int4PerChannel,
 }
 
 impl KvFormat {
-    /// Bits of an element.
+    /// All formats. Those with scales per channel are for K only.
+    pub const ALL: [Self; 7] =
+        [Self::F32, Self::F16, Self::E4M3, Self::Int8, Self::Int4, Self::Int8PerChannel, Self::Int4PerChannel];
+
+    /// Bits of an element, scales not counted.
     #[must_use]
     pub const fn element_bits(self) -> u32 {
         match self {
             Self::F32 => 32,
             Self::F16 => 16,
+            Self::E4M3 | Self::Int8 | Self::Int8PerChannel => 8,
+            Self::Int4 | Self::Int4PerChannel => 4,
         }
     }
 
-    /// Largest relative rounding error of a stored value in the format's normal range: half a unit in the last place.
+    /// Whether every row (token and KV head) has a scale and a least value of its own.
+    #[must_use]
+    pub const fn has_row_scales(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
+    }
+
+    /// Whether every channel of a layer's KV head has a scale and a least value, fixed by calibration.
+    #[must_use]
+    pub const fn has_channel_scales(self) -> bool {
+        matches!(self, Self::Int8PerChannel | Self::Int4PerChannel)
+    }
+
+    /// Largest relative rounding error of a stored value in a float format's normal range: half a unit in the last place.
     #[must_use]
     pub const fn relative_error(self) -> f64 {
         match self {
-            Self::F32 => 0.0,
-            // 11 significant bits.
+            // 11 and 4 significant bits.
             Self::F16 => 1.0 / 2048.0,
+            Self::E4M3 => 1.0 / 16.0,
+            _ => 0.0,
         }
     }
 
-    /// Largest absolute rounding error below the normal range. Adapters may flush half-precision subnormals to zero.
+    /// Largest absolute rounding error below a float format's normal range. Adapters may flush half-precision subnormals to zero.
     #[must_use]
     pub const fn absolute_error(self) -> f64 {
         match self {
-            Self::F32 => 0.0,
             // The smallest normal half, 2^-14.
             Self::F16 => 1.0 / 16384.0,
+            // Half of the smallest subnormal, 2^-9.
+            Self::E4M3 => 1.0 / 1024.0,
+            _ => 0.0,
         }
     }
 
@@ -53,6 +88,11 @@ impl KvFormat {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::E4M3 => "e4m3",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Int8PerChannel => "int8_channel",
+            Self::Int4PerChannel => "int4_channel",
         }
     }
 }
@@ -62,6 +102,11 @@ impl fmt::Display for KvFormat {
         f.pad(match self {
             Self::F32 => "F32",
             Self::F16 => "F16",
+            Self::E4M3 => "E4M3",
+            Self::Int8 => "Int8",
+            Self::Int4 => "Int4",
+            Self::Int8PerChannel => "Int8-channel",
+            Self::Int4PerChannel => "Int4-channel",
         })
     }
 }
@@ -69,12 +114,12 @@ impl fmt::Display for KvFormat {
 impl FromStr for KvFormat {
     type Err = Error;
 
-    /// The name in any case: `"f16"`.
+    /// What `Display` prints, in any case: `"f16"`, `"int8-channel"`.
     fn from_str(name: &str) -> Result<Self> {
-        match name.to_ascii_lowercase().as_str() {
-            "f32" => Ok(Self::F32),
-            "f16" => Ok(Self::F16),
-            _ => Err(Error::argument("format", format!("{name:?}"), "f32 or f16")),
-        }
+        let found = Self::ALL.into_iter().find(|format| format.to_string().eq_ignore_ascii_case(name));
+        found.ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|format| format.to_string().to_ascii_lowercase()).collect();
+            Error::argument("format", format!("{name:?}"), format!("one of {}", names.join(", ")))
+        })
     }
 }

@@ -49,11 +49,15 @@ impl KvCacheConfig {
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));
         }
-        // Slot ids (block * block_size + offset) are u32 in the kernels.
+        // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels.
         let slots = u64::from(self.num_blocks) * u64::from(self.block_size);
-        if slots > u64::from(u32::MAX) {
+        if slots > u64::from(u32::MAX) / u64::from(self.num_kv_heads) {
             let got = format!("{} ({slots} slots)", self.num_blocks);
-            return Err(Error::argument("num_blocks", got, "num_blocks * block_size below 2^32"));
+            return Err(Error::argument("num_blocks", got, "num_blocks * block_size * num_kv_heads below 2^32"));
+        }
+        if self.v_format.has_channel_scales() {
+            let rule = "a format without scales per channel: those are for keys";
+            return Err(Error::argument("v_format", self.v_format, rule));
         }
         Ok(())
     }
@@ -78,7 +82,7 @@ impl KvCacheConfig {
     #[must_use]
     pub fn token_bytes(&self) -> u64 {
         let rows = u64::from(self.num_layers) * u64::from(self.num_kv_heads);
-        rows * (self.k_layout().row_bytes() + self.v_layout().row_bytes())
+        rows * (self.k_layout().token_row_bytes() + self.v_layout().token_row_bytes())
     }
 
     /// Bytes that one block takes over all layers, K and V.
@@ -87,10 +91,11 @@ impl KvCacheConfig {
         u64::from(self.num_layers) * (self.k_layout().block_bytes() + self.v_layout().block_bytes())
     }
 
-    /// Bytes of the whole pool over all layers.
+    /// Bytes of the whole pool over all layers, tables of channel scales included.
     #[must_use]
     pub fn pool_bytes(&self) -> u64 {
-        self.block_bytes().saturating_mul(self.num_blocks.into())
+        let tables = u64::from(self.num_layers) * self.k_layout().channel_table_bytes();
+        self.block_bytes().saturating_mul(self.num_blocks.into()).saturating_add(tables)
     }
 
     /// Blocks that a sequence of `seq_len` tokens takes.
@@ -100,10 +105,14 @@ impl KvCacheConfig {
     }
 }
 
-/// Where the rows of one side (K or V) of a layer lie: `[block, kv_head, slot, dim]`, packed.
+/// Where the rows of one side (K or V) of a layer lie: `[block, kv_head, slot, dim]`.
 ///
 /// The rows of a head are adjacent within a block, so that a workgroup, which serves one KV head, reads a contiguous range;
-/// on lavapipe this decodes 2.8 times faster than `[block, slot, kv_head, dim]`.
+/// on lavapipe this decodes 2.8 times faster than `[block, slot, kv_head, dim]`. In formats with scales per row, a block's scales follow its
+/// rows, a `u32` each and in the same order, so that a block is one range of bytes whatever its format.
+///
+/// In formats with scales per channel, one table per side follows the last block of the first [segment](Segments): f32
+/// `[2, num_kv_heads, head_dim]`, the scales and then the least values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Heads of K and V.
@@ -116,35 +125,110 @@ pub struct KvLayout {
     pub format: KvFormat,
 }
 
+/// Blocks begin at multiples of this many bytes: copies move 16 bytes at a time, and no load of a kernel is wider than 32 bytes
+/// (rows that are loaded in 32 bytes are a multiple of that).
+const BLOCK_ALIGNMENT: u64 = 16;
+
 impl KvLayout {
-    /// Bytes of the row of one token and head.
+    /// Bytes of the elements of the row of one token and head.
     #[must_use]
     pub const fn row_bytes(&self) -> u64 {
         self.head_dim as u64 * self.format.element_bits() as u64 / 8
     }
 
-    /// Bytes of a block.
+    /// Bytes of the scale of a row: 0 in formats without.
+    #[must_use]
+    pub const fn row_scale_bytes(&self) -> u64 {
+        if self.format.has_row_scales() { 4 } else { 0 }
+    }
+
+    /// Bytes that the row of one token and head takes, its scale included.
+    #[must_use]
+    pub const fn token_row_bytes(&self) -> u64 {
+        self.row_bytes() + self.row_scale_bytes()
+    }
+
+    /// Rows of a block.
+    #[must_use]
+    pub const fn block_rows(&self) -> u64 {
+        self.block_size as u64 * self.num_kv_heads as u64
+    }
+
+    /// Bytes of a block: its rows, their scales, and up to 15 bytes of padding where there are few of them.
     #[must_use]
     pub const fn block_bytes(&self) -> u64 {
-        self.row_bytes() * self.block_size as u64 * self.num_kv_heads as u64
+        (self.token_row_bytes() * self.block_rows()).next_multiple_of(BLOCK_ALIGNMENT)
+    }
+
+    /// Bytes of the table of channel scales: 0 in formats without.
+    #[must_use]
+    pub const fn channel_table_bytes(&self) -> u64 {
+        if self.format.has_channel_scales() { 2 * 4 * self.num_kv_heads as u64 * self.head_dim as u64 } else { 0 }
     }
 
     /// Bytes of one side of a layer, or `None` on overflow.
     #[must_use]
     pub fn side_bytes(&self, num_blocks: u32) -> Option<u64> {
-        self.block_bytes().checked_mul(num_blocks.into())
+        self.block_bytes().checked_mul(num_blocks.into())?.checked_add(self.channel_table_bytes())
     }
 
     /// Most blocks that fit into `bytes`.
     #[must_use]
     pub const fn max_blocks(&self, bytes: u64) -> u64 {
-        bytes / self.block_bytes()
+        bytes.saturating_sub(self.channel_table_bytes()) / self.block_bytes()
     }
 
-    /// Byte offset of a row from the start of the side.
+    /// Cuts a side of `num_blocks` blocks into as few equal segments as bindings of `max_bytes` allow, or `None` if not even one block fits.
+    #[must_use]
+    pub fn segments(&self, num_blocks: u32, max_bytes: u64) -> Option<Segments> {
+        let most = self.max_blocks(max_bytes).min(num_blocks.into());
+        if most == 0 {
+            return None;
+        }
+        let count = u64::from(num_blocks).div_ceil(most);
+        // Equal ones, so that no segment is a stub; `most` is at most num_blocks, a u32.
+        let blocks = num_blocks.div_ceil(count as u32);
+        Some(if count == 1 { Segments::ONE } else { Segments { count: count as u32, blocks } })
+    }
+
+    /// Byte offset of a row from the start of the side, if all of it were in one segment.
     #[must_use]
     pub fn row_offset(&self, block: u32, kv_head: u32, slot: u32) -> u64 {
-        let head = u64::from(block) * u64::from(self.num_kv_heads) + u64::from(kv_head);
-        (head * u64::from(self.block_size) + u64::from(slot)) * self.row_bytes()
+        let row = u64::from(kv_head) * u64::from(self.block_size) + u64::from(slot);
+        u64::from(block) * self.block_bytes() + row * self.row_bytes()
+    }
+
+    /// Byte offset of a row's scale from the start of the side, if all of it were in one segment, or `None` in formats without.
+    #[must_use]
+    pub fn row_scale_offset(&self, block: u32, kv_head: u32, slot: u32) -> Option<u64> {
+        let row = u64::from(kv_head) * u64::from(self.block_size) + u64::from(slot);
+        let scales = u64::from(block) * self.block_bytes() + self.block_rows() * self.row_bytes();
+        self.format.has_row_scales().then(|| scales + row * self.row_scale_bytes())
+    }
+}
+
+/// How one side of a layer is cut when it is larger than a storage binding: buffers that are bound side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Segments {
+    /// Buffers.
+    pub count: u32,
+    /// Blocks of each; the last one may have fewer.
+    pub blocks: u32,
+}
+
+impl Segments {
+    /// All of a side in one buffer. What it says about blocks is not used then.
+    pub const ONE: Self = Self { count: 1, blocks: 0 };
+
+    /// The segment of a block, and its number there.
+    #[must_use]
+    pub fn locate(&self, block: u32) -> (u32, u32) {
+        if self.count == 1 { (0, block) } else { (block / self.blocks, block % self.blocks) }
+    }
+
+    /// Blocks of a segment, of a side of `num_blocks`.
+    #[must_use]
+    pub fn blocks_of(&self, segment: u32, num_blocks: u32) -> u32 {
+        if self.count == 1 { num_blocks } else { self.blocks.min(num_blocks.saturating_sub(segment * self.blocks)) }
     }
 }

@@ -11,7 +11,7 @@ mod storage;
 mod table;
 
 pub use format::KvFormat;
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM};
+pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
 pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
 pub use record::KvRows;
@@ -46,6 +46,7 @@ pub(crate) use storage::{LayerStorage, check_foreign, layer as layer_storage};
 pub struct KvCache {
     gpu: Gpu,
     config: KvCacheConfig,
+    segments: [Segments; 2],
     state: SharedState,
     layers: Arc<Vec<LayerStorage>>,
     kernels: CacheKernels,
@@ -55,13 +56,21 @@ impl KvCache {
     /// Allocates the pool on the GPU and compiles the append, copy and gather kernels.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a side of a layer is larger than a
-    /// storage binding or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
+    /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a side of a layer is larger than all storage
+    /// bindings that a kernel may have, or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
     pub async fn new(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
         config.validate()?;
-        let layers = Arc::new(storage::allocate(gpu, &config).await?);
-        let kernels = CacheKernels::new(gpu, &config).await?;
-        Ok(Self { gpu: gpu.clone(), config, state: Arc::new(Mutex::new(Manager::new(config))), layers, kernels })
+        let segments = storage::segments(gpu, &config)?;
+        let layers = Arc::new(storage::allocate(gpu, &config, segments).await?);
+        let kernels = CacheKernels::new(gpu, &config, segments).await?;
+        Ok(Self {
+            gpu: gpu.clone(),
+            config,
+            segments,
+            state: Arc::new(Mutex::new(Manager::new(config))),
+            layers,
+            kernels,
+        })
     }
 
     /// [`KvCache::new`] for programs without an async runtime.
@@ -90,12 +99,19 @@ impl KvCache {
         &self.config
     }
 
-    /// The K and V buffers of a layer, laid out as [`KvLayout`] says, for a host that wants to read them in a shader of its own.
+    /// How the K side and the V side of each layer are cut: into several buffers if it is larger than a storage binding of the device.
+    #[must_use]
+    pub fn segments(&self) -> [Segments; 2] {
+        self.segments
+    }
+
+    /// The buffers of a layer's K and V, one per [segment](Self::segments), laid out as [`KvLayout`] says, for a host that wants to read
+    /// them in a shader of its own.
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there.
-    pub fn layer_buffers(&self, layer: u32) -> Result<(&wgpu::Buffer, &wgpu::Buffer)> {
-        self.layer(layer).map(|storage| (&storage.k, &storage.v))
+    pub fn layer_buffers(&self, layer: u32) -> Result<(&[wgpu::Buffer], &[wgpu::Buffer])> {
+        self.layer(layer).map(|storage| (storage.k.buffers(), storage.v.buffers()))
     }
 
     fn layer(&self, layer: u32) -> Result<&LayerStorage> {

@@ -1,6 +1,6 @@
 //! Recording append, copy-on-write and gather.
 
-use super::{KvCache, KvCacheConfig, LayerStorage, SequenceId, Step, check_foreign, layer_storage};
+use super::{KvCache, KvCacheConfig, LayerStorage, Segments, SequenceId, Step, check_foreign, layer_storage};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{AttendFlags, CacheParams, Kernel, Pipeline, Target, Variant, linear_grid};
@@ -20,8 +20,9 @@ pub(super) struct CacheKernels {
 }
 
 impl CacheKernels {
-    pub(super) async fn new(gpu: &Gpu, config: &KvCacheConfig) -> Result<Self> {
-        let variant = |kernel| Variant::new(kernel, Target::of(gpu), config, 1, AttendFlags::default());
+    pub(super) async fn new(gpu: &Gpu, config: &KvCacheConfig, segments: [Segments; 2]) -> Result<Self> {
+        let variant =
+            |kernel| Variant::new(kernel, Target::of(gpu), config, 1, AttendFlags::default()).with_segments(segments);
         Ok(Self {
             append: Pipeline::new(gpu, variant(Kernel::Append)).await?,
             copy_blocks: Pipeline::new(gpu, variant(Kernel::CopyBlocks)).await?,
@@ -165,14 +166,9 @@ impl KvCache {
             dispatches.push(self.copy_dispatch(storage, upload, step.num_copies)?);
         }
         let (x, y) = grid(kernel, "k", row_chunks(config, num_tokens))?;
-        let mut resources = vec![
-            k.binding(),
-            v.binding(),
-            storage.k.as_entire_binding(),
-            storage.v.as_entire_binding(),
-            upload.as_entire_binding(),
-            params_binding::<CacheParams>(upload, 0),
-        ];
+        let mut resources = vec![k.binding(), v.binding()];
+        resources.extend(storage.bindings());
+        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 0)]);
         resources.extend(table.map(wgpu::Buffer::as_entire_binding));
         dispatches.push(kernel.dispatch(gpu, &resources, [x, y, 1])?);
         recorder.record("folio append", &dispatches);
@@ -181,16 +177,9 @@ impl KvCache {
 
     fn copy_dispatch(&self, storage: &LayerStorage, upload: &wgpu::Buffer, count: u32) -> Result<Dispatch<'_>> {
         let (x, y) = grid(&self.kernels.copy_blocks, "batch", copy_chunks(&self.config, count))?;
-        self.kernels.copy_blocks.dispatch(
-            &self.gpu,
-            &[
-                storage.k.as_entire_binding(),
-                storage.v.as_entire_binding(),
-                upload.as_entire_binding(),
-                params_binding::<CacheParams>(upload, 1),
-            ],
-            [x, y, 1],
-        )
+        let mut resources: Vec<_> = storage.bindings().collect();
+        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 1)]);
+        self.kernels.copy_blocks.dispatch(&self.gpu, &resources, [x, y, 1])
     }
 
     /// Records the copy of a sequence's committed rows of one layer into contiguous f32 buffers of the host's,
@@ -238,18 +227,10 @@ impl KvCache {
         push_params(&mut words, &params);
         words.extend_from_slice(&table);
         let upload = gpu.uploads().fill(gpu, "sequence", &words)?;
-        let dispatch = self.kernels.gather.dispatch(
-            gpu,
-            &[
-                storage.k.as_entire_binding(),
-                storage.v.as_entire_binding(),
-                upload.buffer().as_entire_binding(),
-                k_out.binding(),
-                v_out.binding(),
-                params_binding::<CacheParams>(upload.buffer(), 0),
-            ],
-            [x, y, 1],
-        )?;
+        let mut resources: Vec<_> = storage.bindings().collect();
+        resources.extend([upload.buffer().as_entire_binding(), k_out.binding(), v_out.binding()]);
+        resources.push(params_binding::<CacheParams>(upload.buffer(), 0));
+        let dispatch = self.kernels.gather.dispatch(gpu, &resources, [x, y, 1])?;
         recorder.into().record("folio gather", &[dispatch]);
         Ok(num_tokens)
     }
@@ -322,14 +303,15 @@ impl KvCache {
         let (a, b) = (scratch()?, scratch()?);
         let step = upload.buffer();
         let params = params_binding::<CacheParams>(step, 0);
-        let (k, v) = (storage.k.as_entire_binding(), storage.v.as_entire_binding());
+        let caches: Vec<_> = storage.bindings().collect();
         let (a, b) = (a.as_entire_binding(), b.as_entire_binding());
         let list = step.as_entire_binding();
-        let append = [a.clone(), b.clone(), k.clone(), v.clone(), list.clone(), params.clone()];
-        let gather = [k.clone(), v.clone(), list.clone(), a, b, params.clone()];
+        let append = [&[a.clone(), b.clone()], &caches[..], &[list.clone(), params.clone()]].concat();
+        let copy = [&caches[..], &[list.clone(), params.clone()]].concat();
+        let gather = [&caches[..], &[list, a, b, params]].concat();
         let dispatches = [
             self.kernels.append.dispatch(gpu, &append, [1, 1, 1])?,
-            self.kernels.copy_blocks.dispatch(gpu, &[k, v, list, params], [1, 1, 1])?,
+            self.kernels.copy_blocks.dispatch(gpu, &copy, [1, 1, 1])?,
             self.kernels.gather.dispatch(gpu, &gather, [1, 1, 1])?,
         ];
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

@@ -2,7 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use std::borrow::Cow;
+
 use super::variant::{Kernel, Variant};
+use crate::cache::Segments;
 
 /// How a buffer is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,41 +19,58 @@ pub enum Access {
 }
 
 /// One binding of group 0. Its number is its place in the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
     /// Name of the shader's variable.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// How the buffer is bound.
     pub access: Access,
 }
 
 const fn read(name: &'static str) -> Binding {
-    Binding { name, access: Access::Read }
+    Binding { name: Cow::Borrowed(name), access: Access::Read }
 }
 
 const fn write(name: &'static str) -> Binding {
-    Binding { name, access: Access::Write }
+    Binding { name: Cow::Borrowed(name), access: Access::Write }
 }
 
-const PARAMS: Binding = Binding { name: "params", access: Access::Uniform };
+const PARAMS: Binding = Binding { name: Cow::Borrowed("params"), access: Access::Uniform };
+
+/// The segments of K, then those of V.
+fn caches(variant: &Variant, access: Access) -> impl Iterator<Item = Binding> {
+    let side = move |name: &'static str, segments: Segments| {
+        (0..segments.count).map(move |i| {
+            let name = if segments.count == 1 { Cow::Borrowed(name) } else { Cow::Owned(format!("{name}_{i}")) };
+            Binding { name, access }
+        })
+    };
+    side("k_cache", variant.k_segments).chain(side("v_cache", variant.v_segments))
+}
+
+/// Storage buffers that the attention kernels bind, a buffer for the lse not counted.
+pub(crate) fn attention_storage_buffers(k: Segments, v: Segments) -> u32 {
+    // q, plan, out, partials.
+    4 + k.count + v.count
+}
 
 /// The bindings of a variant, in order.
 #[must_use]
 pub fn bindings(variant: &Variant) -> Vec<Binding> {
-    let mut bindings = match variant.kernel {
-        Kernel::Append => {
-            vec![read("k_new"), read("v_new"), write("k_cache"), write("v_cache"), read("step"), PARAMS]
-        }
-        Kernel::CopyBlocks => vec![write("k_cache"), write("v_cache"), read("step"), PARAMS],
-        Kernel::Gather => {
-            vec![read("k_cache"), read("v_cache"), read("step"), write("k_out"), write("v_out"), PARAMS]
-        }
+    // What stands before the cache's sides, how those are bound, and what follows them.
+    let (first, access, rest) = match variant.kernel {
+        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step"), PARAMS]),
+        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step"), PARAMS]),
+        Kernel::Gather => (vec![], Some(Access::Read), vec![read("step"), write("k_out"), write("v_out"), PARAMS]),
         Kernel::Decode | Kernel::Prefill => {
-            vec![read("q"), read("k_cache"), read("v_cache"), read("plan"), write("out"), write("partials"), PARAMS]
+            (vec![read("q")], Some(Access::Read), vec![read("plan"), write("out"), write("partials"), PARAMS])
         }
-        Kernel::Rope => vec![write("x"), read("step"), read("rope_table"), PARAMS],
-        Kernel::Merge => vec![read("partials"), read("plan"), write("out"), PARAMS],
+        Kernel::Rope => (vec![write("x"), read("step"), read("rope_table"), PARAMS], None, vec![]),
+        Kernel::Merge => (vec![read("partials"), read("plan"), write("out"), PARAMS], None, vec![]),
     };
+    let mut bindings = first;
+    bindings.extend(access.into_iter().flat_map(|access| caches(variant, access)));
+    bindings.extend(rest);
     if variant.flags.lse && matches!(variant.kernel, Kernel::Decode | Kernel::Prefill | Kernel::Merge) {
         bindings.push(write("lse"));
     }

@@ -6,6 +6,7 @@ mod source;
 pub mod tuning;
 mod variant;
 
+pub(crate) use bindings::attention_storage_buffers;
 pub use bindings::{Access, AttendParams, Binding, CacheParams, bindings};
 pub use pipelines::Pipeline;
 pub use source::compose;

@@ -8,6 +8,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, context};
 
 use super::variant::{Kernel, Variant};
+use crate::cache::{KvLayout, Segments};
 use crate::error::{Error, Result};
 use crate::gpu::Profile;
 
@@ -36,6 +37,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/gpu_interface.wgsl",
     "shared/gpu_kv.wgsl",
     "shared/kv_rows.wgsl",
+    "shared/kv_side.wgsl",
     "shared/rope.wgsl",
 ];
 
@@ -65,6 +67,19 @@ fn template_name(variant: &Variant) -> &'static str {
     }
 }
 
+/// What `shared/kv_side.wgsl` knows of a side: where its rows lie and how it is cut.
+fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
+    context! {
+        name,
+        format => layout.format.shader_name(),
+        row_bytes => layout.row_bytes(),
+        block_rows => layout.block_rows(),
+        block_bytes => layout.block_bytes(),
+        segments => segments.count,
+        segment_blocks => segments.blocks,
+    }
+}
+
 /// The WGSL text of a variant.
 ///
 /// # Errors
@@ -84,6 +99,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 block_size => v.block_size,
                 k_format => v.k_format.shader_name(),
                 v_format => v.v_format.shader_name(),
+                k_side => side("k", &v.k_layout(), v.k_segments),
+                v_side => side("v", &v.v_layout(), v.v_segments),
                 causal => v.flags.causal,
                 window => v.flags.window,
                 softcap => v.flags.softcap,

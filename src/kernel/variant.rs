@@ -1,6 +1,6 @@
 //! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
 
-use crate::cache::{KvCacheConfig, KvFormat};
+use crate::cache::{KvCacheConfig, KvFormat, KvLayout, Segments};
 use crate::gpu::{Gpu, Profile};
 use crate::rope::RopeLayout;
 
@@ -119,6 +119,10 @@ pub struct Variant {
     pub k_format: KvFormat,
     /// How V is stored.
     pub v_format: KvFormat,
+    /// How K is cut.
+    pub k_segments: Segments,
+    /// How V is cut.
+    pub v_segments: Segments,
     /// Options of the attention call.
     pub flags: AttendFlags,
     /// Rotary embedding: what `rope` does always, and `append` to K if it is there.
@@ -152,6 +156,8 @@ impl Variant {
             block_size: config.block_size,
             k_format: config.k_format,
             v_format: config.v_format,
+            k_segments: Segments::ONE,
+            v_segments: Segments::ONE,
             flags,
             rope: None,
             workgroup_size: 0,
@@ -163,6 +169,29 @@ impl Variant {
         }
         super::tuning::choose(&mut variant);
         variant
+    }
+
+    /// The same kernel over a cache whose sides are cut into segments.
+    #[must_use]
+    pub fn with_segments(self, [k_segments, v_segments]: [Segments; 2]) -> Self {
+        Self { k_segments, v_segments, ..self }
+    }
+
+    /// Layout of the K side.
+    #[must_use]
+    pub fn k_layout(&self) -> KvLayout {
+        self.layout(self.k_format)
+    }
+
+    /// Layout of the V side.
+    #[must_use]
+    pub fn v_layout(&self) -> KvLayout {
+        self.layout(self.v_format)
+    }
+
+    fn layout(&self, format: KvFormat) -> KvLayout {
+        let Self { num_kv_heads, head_dim, block_size, .. } = *self;
+        KvLayout { num_kv_heads, head_dim, block_size, format }
     }
 
     /// The same kernel with a rotary embedding; `append` and `rope` know it.

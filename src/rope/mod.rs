@@ -42,8 +42,10 @@ impl Rope {
         let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
         config.validate(geometry.head_dim)?;
         let shape = RopeShape { layout: config.layout, rotary_dim: config.rotary_dim };
-        let variant =
-            |kernel| Variant::new(kernel, Target::of(&gpu), &geometry, 1, AttendFlags::default()).with_rope(shape);
+        let variant = |kernel| {
+            let variant = Variant::new(kernel, Target::of(&gpu), &geometry, 1, AttendFlags::default());
+            variant.with_segments(cache.segments()).with_rope(shape)
+        };
         let append = Pipeline::new(&gpu, variant(Kernel::Append)).await?;
         let rotate = Pipeline::new(&gpu, variant(Kernel::Rope)).await?;
         let words = config.table();

@@ -363,7 +363,7 @@ fn ranges_that_do_not_fit() {
     refused(result, Caller, &["q: got the buffer of lse", own]);
     let (k_side, v_side) = cache.layer_buffers(0).expect("layer");
     let hosts = "need a buffer of the host's";
-    for side in [k_side, v_side] {
+    for side in [&k_side[0], &v_side[0]] {
         let [kv, qo, lse_range] = [kv, qo, lse_len].map(|len| BufferRef::new(side, 0, len * 4));
         let parts = |argument| [argument, "got the cache's own buffer", hosts];
         refused(cache.append(&mut encoder, &step, 0, kv, &v), Caller, &parts("k: "));
@@ -394,7 +394,7 @@ fn the_buffers_of_another_layer_are_the_caches_own_too() {
     crate::tokens::grow(&cache, &[(s, &[1, 2, 3])]);
     let (k_side, v_side) = cache.layer_buffers(1).expect("layer");
     let parts = ["k_out: got the cache's own buffer", "need a buffer of the host's"];
-    refused(cache.record_gather(&mut encoder(&cache), s, 0, k_side, v_side), Caller, &parts);
+    refused(cache.record_gather(&mut encoder(&cache), s, 0, &k_side[0], &v_side[0]), Caller, &parts);
     crate::tokens::assert_holds(&cache, s, &[1, 2, 3]);
 }
 

@@ -132,7 +132,7 @@ fn f16_rounds_to_nearest_even_and_saturates() {
 
     let (sequence, got) = round_trip(&cache, &values);
     let table = cache.block_table(sequence).expect("table");
-    let raw = bits(&cache.gpu().read_blocking(cache.layer_buffers(0).expect("layer").0).expect("read"));
+    let raw = bits(&cache.gpu().read_blocking(&cache.layer_buffers(0).expect("layer").0[0]).expect("read"));
     for (i, &value) in values.iter().enumerate() {
         let want = half::f16::from_f32(value);
         let want = if want.is_infinite() && value.is_finite() { half::f16::MAX.copysign(want) } else { want };
@@ -548,7 +548,7 @@ fn warm_up_changes_no_byte() {
 /// All bytes of a layer.
 fn raw(cache: &KvCache, layer: u32) -> Vec<f32> {
     let (k, v) = cache.layer_buffers(layer).expect("layer");
-    [cache.gpu().read_blocking(k).expect("K"), cache.gpu().read_blocking(v).expect("V")].concat()
+    [cache.gpu().read_blocking(&k[0]).expect("K"), cache.gpu().read_blocking(&v[0]).expect("V")].concat()
 }
 
 /// Formats are told apart by size: the layer buffers hold exactly the pool.
@@ -558,7 +558,7 @@ fn layer_buffers_have_the_sizes_of_their_formats() {
     let (k, v) = cache.layer_buffers(1).expect("layer");
     let elements = 16 * 4 * 2 * 8;
     let bytes = |format: KvFormat| u64::from(format.element_bits()) / 8 * elements;
-    assert_eq!((k.size(), v.size()), (bytes(F32), bytes(F16)));
+    assert_eq!((k[0].size(), v[0].size()), (bytes(F32), bytes(F16)));
 }
 
 /// Every number by hand.

@@ -269,7 +269,7 @@ pub(crate) fn append(cache: &KvCache, batch: &[(SequenceId, u32)], layer: u32, k
 pub(crate) fn poison(cache: &KvCache) {
     for layer in 0..cache.config().num_layers {
         let (k, v) = cache.layer_buffers(layer).expect("layer");
-        for buffer in [k, v] {
+        for buffer in k.iter().chain(v) {
             let nan = vec![0xff_u8; buffer.size() as usize];
             cache.gpu().queue().write_buffer(buffer, 0, &nan);
         }

@@ -511,7 +511,7 @@ fn misuse_is_refused_and_changes_nothing() {
     });
     refused(rope.rotate(&mut encoder, &step, &no_storage, 2), Caller, &["x: got usage", "STORAGE"]);
     let (own, _) = cache.layer_buffers(0).expect("layer");
-    let own = BufferRef::new(own, 0, 1536);
+    let own = BufferRef::new(&own[0], 0, 1536);
     refused(rope.rotate(&mut encoder, &step, own, 2), Caller, &["x: got the cache's own buffer"]);
     refused(
         cache.append_with_rope(&mut encoder, &step, 1, &k, &v, &rope),

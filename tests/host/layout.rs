@@ -71,11 +71,11 @@ fn an_empty_pool_is_refused() {
 
 #[test]
 fn pools_whose_slots_overflow_u32_are_refused() {
-    let largest = KvCacheConfig { block_size: 256, num_blocks: (1 << 24) - 1, ..CONFIG };
+    let largest = KvCacheConfig { num_kv_heads: 1, block_size: 256, num_blocks: (1 << 24) - 1, ..CONFIG };
     assert!(largest.validate().is_ok());
     assert_eq!(
         refusal(KvCacheConfig { num_blocks: 1 << 24, ..largest }),
-        "num_blocks: got 16777216 (4294967296 slots), need num_blocks * block_size below 2^32"
+        "num_blocks: got 16777216 (4294967296 slots), need num_blocks * block_size * num_kv_heads below 2^32"
     );
     let most = refusal(KvCacheConfig { num_blocks: u32::MAX, ..largest });
     assert!(most.contains("4294967295 (1099511627520 slots)"), "{most}");
@@ -156,10 +156,10 @@ fn formats_state_their_size_and_error() {
 
 #[test]
 fn formats_are_read_by_their_names() {
-    for format in [KvFormat::F32, KvFormat::F16] {
+    for format in KvFormat::ALL {
         assert_eq!(format.to_string().parse::<KvFormat>().ok(), Some(format));
         assert_eq!(format.to_string().to_lowercase().parse::<KvFormat>().ok(), Some(format));
     }
     let error = "f8".parse::<KvFormat>().err().map(|error| error.to_string());
-    assert_eq!(error.as_deref(), Some("format: got \"f8\", need f32 or f16"));
+    assert_eq!(error.as_deref(), Some("format: got \"f8\", need one of f32, f16, e4m3, int8, int4, int8-channel, int4-channel"));
 }

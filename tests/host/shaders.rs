@@ -187,10 +187,13 @@ fn check_bindings(variant: &Variant, module: &Module, problems: &mut Problems) {
     }
     found.sort_by_key(|&(place, ..)| place);
     let table = bindings(variant);
-    let want = (0..).zip(&table).map(|(binding, b)| (Some((0, binding)), b.name.to_owned(), b.access));
+    let want = (0..).zip(&table).map(|(binding, b)| (Some((0, binding)), b.name.to_string(), b.access));
     problems.expect_eq("bindings", found, want.collect());
     let num_storage = table.iter().filter(|binding| binding.access != Access::Uniform).count();
-    if num_storage > MAX_STORAGE_BUFFERS {
+    // Segments beyond two a side, or with an lse, are for devices with more.
+    let lse = usize::from(variant.flags.lse);
+    let more = [variant.k_segments, variant.v_segments].map(|s| s.count.saturating_sub(2 - lse as u32) as usize);
+    if num_storage > MAX_STORAGE_BUFFERS + more[0] + more[1] {
         problems.add("bindings", format!("{num_storage} storage buffers"));
     }
 }

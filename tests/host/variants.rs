@@ -1,5 +1,6 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
+use folio::cache::Segments;
 use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
 use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
@@ -7,6 +8,12 @@ const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
 const GROUP_SIZES: [u32; 5] = [1, 4, 7, 8, 32];
 const BLOCK_SIZES: [u32; 4] = [1, 5, 16, 256];
 const KV_HEADS: [u32; 3] = [1, 3, 8];
+/// How K and V are cut.
+const SEGMENTS: [[Segments; 2]; 3] = [
+    [Segments::ONE; 2],
+    [Segments { count: 2, blocks: 32 }, Segments::ONE],
+    [Segments { count: 3, blocks: 22 }, Segments { count: 2, blocks: 33 }],
+];
 const FORMATS: [KvFormat; 2] = [KvFormat::F32, KvFormat::F16];
 /// SwiftShader 4, lavapipe 8, Intel 8 to 32, NVIDIA and Apple 32, AMD 32 or 64; WARP varies, which is 0.
 const SUBGROUP_SIZES: [u32; 6] = [0, 4, 8, 16, 32, 64];
@@ -64,6 +71,8 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         _ => 1,
     };
     let groups: Vec<u32> = GROUP_SIZES.into_iter().filter(|&group| group <= most).collect();
+    let touches_cache = !matches!(kernel, Kernel::Merge | Kernel::Rope);
+    let segments = if touches_cache { &SEGMENTS[..] } else { &SEGMENTS[..1] };
     let axes = [
         targets.len(),
         flags.len(),
@@ -74,6 +83,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         FORMATS.len(),
         FORMATS.len(),
         ropes(kernel, 8).len(),
+        segments.len(),
     ];
     let variant = |choice: Vec<usize>| {
         let config = KvCacheConfig {
@@ -85,7 +95,8 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
             k_format: FORMATS[choice[6]],
             v_format: FORMATS[choice[7]],
         };
-        let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]]);
+        let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
+            .with_segments(segments[choice[9]]);
         match ropes(kernel, config.head_dim)[choice[8]] {
             Some(rope) => variant.with_rope(rope),
             None => variant,
