@@ -2,8 +2,9 @@
 One side (K or V) of the cache: its bindings, and where things lie in it. `side` is k_side or v_side.
 
 A row, one token of one KV head, has the number (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot. A block is its rows, then (formats
-with scales per row) a word per row, then perhaps padding. A side that is larger than a binding comes in segments, buffers of
-segment_blocks blocks each.
+with scales per row) a word per row: the scale as bfloat16 in its lower half, the least value in its upper half; then perhaps padding. A
+side that is larger than a binding comes in segments, buffers of segment_blocks blocks each. Behind the blocks of the first segment
+stands (formats with scales per channel) a table f32 [2, NUM_KV_HEADS, HEAD_DIM]: scales, then least values.
 #}
 
 {# The bindings of a side, from number `first` on: {name}_cache, or {name}_cache_0, {name}_cache_1, ... #}
@@ -44,5 +45,42 @@ fn {{ side.name }}_element(row: u32, part: u32) -> {{ element }} {
 {% call(cache, local) in_segment(side, "row", side.block_rows) %}
   return {{ cache }}[{{ row_start(side, local, bytes) }} + part];
 {%- endcall %}
+}
+{% endmacro %}
+
+{# Word `i` (an expression, 4 bytes each) of a buffer of `element`s, as a u32. A component is read alone, whatever the element's width. #}
+{% macro word(cache, element, i) -%}
+    {%- set components = 4 if "vec4" in element else 2 if "vec2" in element else 1 -%}
+    {%- set words = components * 2 if "u64" in element else components -%}
+    {%- set component = "[(%s) / %du %% %du]"|format(i, words // components, components) if components > 1 else "" -%}
+    {%- set value = "%s[(%s) / %du]%s"|format(cache, i, words, component) -%}
+    {%- if "u64" in element -%}
+    u32({{ value }} >> (32u * ((({{ i }}) % 2u))))
+    {%- elif "f32" in element -%}
+    bitcast<u32>({{ value }})
+    {%- else -%}
+    {{ value }}
+    {%- endif -%}
+{%- endmacro %}
+
+{# fn {name}_row_scale(row): scale and least value of a row, in formats with scales per row. #}
+{% macro row_scale_function(side, element) %}
+// Scale and least value of a row of {{ side.name|upper }}.
+fn {{ side.name }}_row_scale(row: u32) -> vec2<f32> {
+{% call(cache, local) in_segment(side, "row", side.block_rows) %}
+  let at = {{ local }} / {{ side.block_rows }}u * {{ side.block_bytes // 4 }}u + {{ local }} % {{ side.block_rows }}u + {{ side.block_rows * side.row_bytes // 4 }}u;
+  let pair = {{ word(cache, element, "at") }};
+  return vec2<f32>(bitcast<f32>(pair << 16u), bitcast<f32>(pair & 0xffff0000u));
+{%- endcall %}
+}
+{% endmacro %}
+
+{# fn {name}_channel(plane, kv_head, dim): the scale (plane 0) or least value (1) of a channel, in formats with scales per channel. #}
+{% macro channel_function(side, element, num_kv_heads, head_dim) %}
+// Scale (plane 0) or least value (plane 1) of a channel of {{ side.name|upper }}.
+fn {{ side.name }}_channel(plane: u32, kv_head: u32, dim: u32) -> f32 {
+  let table = {{ "params.num_blocks" if side.segments == 1 else side.segment_blocks ~ "u" }} * {{ side.block_bytes // 4 }}u;
+  let at = table + (plane * {{ num_kv_heads }}u + kv_head) * {{ head_dim }}u + dim;
+  return bitcast<f32>({{ word(buffer(side, 0), element, "at") }});
 }
 {% endmacro %}
