@@ -1,4 +1,5 @@
-//! What a decode step costs on the host: reserving and planning, and recording 32 layers. Nothing is computed on the GPU.
+//! What a decode step costs on the host: reserving and planning, and recording 32 layers; and what it costs to fork a long sequence and
+//! to find a long prompt in the prefix index. Nothing is computed on the GPU.
 //!
 //! `cargo bench --bench host [-- FILTER]`; `FOLIO_ADAPTER` names the adapter.
 //!
@@ -193,6 +194,76 @@ fn bench_sequences(criterion: &mut Criterion, gpu: &Gpu, num_sequences: u32) -> 
     rows
 }
 
+/// Of a long prompt.
+const LONG_LEN: u32 = 32_768;
+
+/// Forks, publications and look-ups of one long prompt.
+fn bench_sharing(criterion: &mut Criterion, gpu: &Gpu) -> folio::Result<Vec<(String, Duration)>> {
+    let cache = KvCache::new_blocking(
+        gpu,
+        KvCacheConfig {
+            num_layers: 1,
+            num_kv_heads: 1,
+            head_dim: HEAD_DIM,
+            block_size: BLOCK_SIZE,
+            num_blocks: LONG_LEN / BLOCK_SIZE,
+            k_format: KvFormat::F16,
+            v_format: KvFormat::F16,
+        },
+    )?;
+    // Ids as they come from a vocabulary.
+    let tokens: Vec<u32> = (0..LONG_LEN).map(|i| i.wrapping_mul(0x9e37_79b9) % 50_257).collect();
+    let sequence = cache.create_sequence();
+    cache.commit(cache.begin_step(&[(sequence, LONG_LEN)])?)?.recycle();
+    let forget = || cache.forget_prefixes(0).expect("a published prompt");
+    let publish = || cache.publish_prefix(sequence, &tokens, 0).expect("the sequence has the tokens");
+    let free = |made: SequenceId| cache.free(made).expect("a new sequence");
+    let mut rows = Vec::new();
+    let mut run = |name: &str, timed: &mut dyn FnMut() -> Duration| {
+        let time = bench(criterion, name, timed);
+        rows.extend(time.map(|time| (name.to_owned(), time)));
+    };
+    run("fork", &mut || {
+        let (time, fork) = timed(|| cache.fork(sequence));
+        free(fork.expect("a fork"));
+        time
+    });
+    run("fork within the last block", &mut || {
+        let (time, fork) = timed(|| cache.fork_at(sequence, LONG_LEN - 5));
+        free(fork.expect("a fork"));
+        time
+    });
+    run("publish", &mut || {
+        let (time, _) = timed(publish);
+        forget();
+        time
+    });
+    publish();
+    run("match, in use elsewhere", &mut || {
+        let (time, hit) = timed(|| cache.match_prefix(&tokens, 0));
+        free(hit.sequence);
+        time
+    });
+    cache.free(sequence)?;
+    run("match, only indexed", &mut || {
+        let (time, hit) = timed(|| cache.match_prefix(&tokens, 0));
+        free(hit.sequence);
+        time
+    });
+    run("free what is indexed", &mut || {
+        let hit = cache.match_prefix(&tokens, 0);
+        timed(|| free(hit.sequence)).0
+    });
+    Ok(rows)
+}
+
+/// What a call takes, and returns.
+fn timed<T>(call: impl FnOnce() -> T) -> (Duration, T) {
+    let start = Instant::now();
+    let result = black_box(call());
+    (start.elapsed(), result)
+}
+
 const WHOLE: &str = "plan, record and finish 32 layers";
 
 fn main() {
@@ -204,12 +275,17 @@ fn main() {
         .configure_from_args();
     let Some(gpu) = adapter::open() else { return };
     let measured = [64, 256].map(|n| (n, bench_sequences(&mut criterion, &gpu, n)));
+    let sharing = bench_sharing(&mut criterion, &gpu).unwrap_or_else(|error| panic!("a long prompt: {error}"));
     criterion.final_summary();
     println!("\nfolio on the host, with {}: medians, decode, {SEQ_LEN} keys a sequence", adapter::describe(&gpu));
     for (num_sequences, rows) in &measured {
         for (name, time) in rows {
             println!("{num_sequences:>4} sequences  {name:<34} {:>8.3} ms", time.as_secs_f64() * 1e3);
         }
+    }
+    let blocks = LONG_LEN / BLOCK_SIZE;
+    for (name, time) in &sharing {
+        println!("{LONG_LEN} tokens, {blocks} blocks  {name:<28} {:>8.1} us", time.as_secs_f64() * 1e6);
     }
     let whole = measured[0].1.iter().find(|(name, _)| name == WHOLE);
     if let Some((_, time)) = whole {

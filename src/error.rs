@@ -72,7 +72,7 @@ pub enum Error {
     OutOfBlocks {
         /// Blocks that the step needs, copies for shared blocks included.
         need: u32,
-        /// Free blocks.
+        /// Blocks that the step could have: free ones, and those that only the prefix index holds.
         free: u32,
         /// Blocks of the pool.
         total: u32,

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::layout::KvCacheConfig;
 use super::pool::{BlockId, BlockPool};
+use super::prefix::{PrefixIndex, PrefixMatch, PrefixStats};
 use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
 use crate::error::{Error, Result};
@@ -31,12 +32,15 @@ impl fmt::Display for SequenceId {
 pub struct PoolUsage {
     /// Blocks of the pool.
     pub total: u32,
-    /// Blocks that no sequence and no open step holds.
+    /// Blocks that nobody holds. `free + used` is `total`.
     pub free: u32,
-    /// Blocks that some sequence or open step holds, each counted once.
+    /// Blocks that some sequence, open step or the prefix index holds, each counted once.
     pub used: u32,
-    /// Used blocks with more than one holder.
+    /// Used blocks that more than one sequence or open step holds.
     pub shared: u32,
+    /// Used blocks that only the prefix index holds. They become free when somebody needs them: a step can have up to
+    /// `free + reclaimable` blocks.
+    pub reclaimable: u32,
     /// Sequences.
     pub sequences: u32,
 }
@@ -70,11 +74,12 @@ pub(crate) struct Reservation {
 
 pub(crate) type SharedState = Arc<Mutex<Manager>>;
 
-/// Sequences, their tables and the pool.
+/// Sequences, their tables, the pool and the prefix index.
 #[derive(Debug)]
 pub(crate) struct Manager {
     config: KvCacheConfig,
     pool: BlockPool,
+    prefixes: PrefixIndex,
     sequences: HashMap<SequenceId, Sequence>,
     next_id: SequenceId,
     /// Counts `clear`s: steps of an earlier epoch are void.
@@ -86,7 +91,7 @@ impl Manager {
         // std's per-map random keys: a number that no other cache has, without a global counter of our own.
         let next_id = SequenceId { cache: RandomState::new().build_hasher().finish(), number: 0 };
         let pool = BlockPool::new(config.num_blocks);
-        Self { config, pool, sequences: HashMap::new(), next_id, epoch: 0 }
+        Self { config, pool, prefixes: PrefixIndex::default(), sequences: HashMap::new(), next_id, epoch: 0 }
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -100,13 +105,14 @@ impl Manager {
             free,
             used: total - free,
             shared: self.pool.num_shared(),
+            reclaimable: self.pool.num_reclaimable(),
             sequences: self.sequences.len() as u32,
         }
     }
 
     pub(crate) fn memory(&self) -> MemoryReport {
         let tables = self.sequences.iter().map(|(&id, sequence)| (id, &sequence.table));
-        MemoryReport::new(&self.config, &self.pool, self.usage(), tables)
+        MemoryReport::new(&self.config, &self.pool, self.usage(), self.prefix_stats(), tables)
     }
 
     pub(crate) fn create(&mut self) -> SequenceId {
@@ -130,20 +136,87 @@ impl Manager {
         if sequence.in_step { Err(Error::SequenceInStep(id)) } else { Ok(sequence) }
     }
 
+    /// Takes blocks with one holder, the caller: free ones, and if there are too few, such as only the prefix index holds.
+    /// Whoever needs blocks gets them here. Fails without having changed anything.
+    pub(super) fn take_blocks(&mut self, count: u64) -> Result<Vec<BlockId>> {
+        let room = self.pool.num_free() + self.pool.num_reclaimable();
+        let out_of_blocks = Error::OutOfBlocks {
+            need: u32::try_from(count).unwrap_or(u32::MAX),
+            free: room,
+            total: self.pool.num_blocks(),
+        };
+        let count = match u32::try_from(count) {
+            Ok(count) if count <= room => count,
+            _ => return Err(out_of_blocks),
+        };
+        self.prefixes.evict(count, &mut self.pool);
+        self.pool.allocate(count).ok_or(out_of_blocks)
+    }
+
+    /// Tells the prefix index which of its blocks are used. Ends every operation that adds holders or takes them away.
+    pub(super) fn settle(&mut self) {
+        self.prefixes.settle(&mut self.pool);
+    }
+
     pub(crate) fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
-        self.check_idle(id)?;
-        let table = self.sequences[&id].table.fork(&mut self.pool);
+        let len = self.table(id)?.len();
+        self.fork_at(id, len)
+    }
+
+    pub(crate) fn fork_at(&mut self, id: SequenceId, len: u32) -> Result<SequenceId> {
+        let block_size = self.config.block_size;
+        self.check_prefix_len(id, len)?;
+        let table = self.sequences[&id].table.fork_at(len, block_size, &mut self.pool);
+        self.settle();
         Ok(self.insert(table))
     }
 
-    pub(crate) fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
+    /// Fails unless `len` tokens of the sequence can be kept or forked.
+    fn check_prefix_len(&self, id: SequenceId, len: u32) -> Result<()> {
         let have = self.check_idle(id)?.table.len();
         if len > have {
             return Err(Error::argument("len", len, format!("at most the sequence's length, {have}")));
         }
+        Ok(())
+    }
+
+    pub(crate) fn publish_prefix(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
+        // Full blocks of an open step's sequence are not written to, so there is no need to wait for the step.
+        let table = &self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?.table;
+        if tokens.len() as u64 > u64::from(table.len()) {
+            let got = format!("{} tokens", tokens.len());
+            return Err(Error::argument("tokens", got, format!("at most the sequence's length, {}", table.len())));
+        }
+        let added = self.prefixes.publish(tokens, salt, self.config.block_size, table.blocks(), &mut self.pool);
+        self.settle();
+        Ok(added)
+    }
+
+    pub(crate) fn match_prefix(&mut self, tokens: &[u32], salt: u64) -> PrefixMatch {
+        let block_size = self.config.block_size;
+        let blocks = self.prefixes.find(tokens, salt, block_size);
+        // At most the length of a sequence that was published.
+        let len = blocks.len() as u32 * block_size;
+        let table = BlockTable::share(&blocks, len, &mut self.pool);
+        self.settle();
+        PrefixMatch { sequence: self.insert(table), len }
+    }
+
+    pub(crate) fn forget_prefixes(&mut self, salt: u64) -> Result<u32> {
+        let removed = self.prefixes.forget(salt, &mut self.pool);
+        removed.ok_or_else(|| Error::argument("salt", format!("unknown salt {salt}"), "one with indexed blocks"))
+    }
+
+    pub(crate) fn prefix_stats(&self) -> PrefixStats {
+        self.prefixes.stats(&self.pool)
+    }
+
+    pub(crate) fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
+        self.check_prefix_len(id, len)?;
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.table.truncate(len, self.config.block_size, &mut self.pool);
         }
+        self.settle();
         Ok(())
     }
 
@@ -155,6 +228,7 @@ impl Manager {
 
     pub(crate) fn clear(&mut self) {
         self.pool = BlockPool::new(self.config.num_blocks);
+        self.prefixes = self.prefixes.emptied();
         self.sequences.clear();
         self.epoch += 1;
     }
@@ -209,13 +283,7 @@ impl Manager {
             need += u64::from(growth.blocks());
             growths.push(growth);
         }
-        let out_of_blocks = |pool: &BlockPool| Error::OutOfBlocks {
-            need: u32::try_from(need).unwrap_or(u32::MAX),
-            free: pool.num_free(),
-            total: pool.num_blocks(),
-        };
-        let count = u32::try_from(need).map_err(|_| out_of_blocks(&self.pool))?;
-        let taken = self.pool.allocate(count).ok_or_else(|| out_of_blocks(&self.pool))?;
+        let taken = self.take_blocks(need)?;
         Ok(self.reserve_blocks(requests, &growths, taken, num_tokens))
     }
 
@@ -274,6 +342,7 @@ impl Manager {
                 self.pool.release(replaced);
             }
         }
+        self.settle();
     }
 
     /// Gives a dropped step's blocks back. Nothing to do if the cache has been cleared since: its pool is another one.
@@ -290,5 +359,9 @@ impl Manager {
                 sequence.in_step = false;
             }
         }
+        self.settle();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@ mod format;
 mod layout;
 mod manager;
 mod pool;
+mod prefix;
 mod record;
 mod report;
 mod step;
@@ -14,6 +15,7 @@ pub use format::KvFormat;
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
 pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
+pub use prefix::{PrefixMatch, PrefixStats};
 pub use record::KvRows;
 pub(crate) use record::{PARAM_BLOCK_WORDS, grid, params_binding, push_params};
 pub use report::{MemoryReport, SequenceMemory};
@@ -132,6 +134,65 @@ impl KvCache {
         self.state().fork(sequence)
     }
 
+    /// A new sequence of the first `len` tokens, sharing their blocks. [`KvCache::fork`] is this with the sequence's length.
+    ///
+    /// `len` may lie in the middle of a block, and the source may go on behind it: that block is shared as well, and whichever
+    /// of the two first appends into it gets a copy.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    pub fn fork_at(&self, sequence: SequenceId, len: u32) -> Result<SequenceId> {
+        self.state().fork_at(sequence, len)
+    }
+
+    /// Makes the sequence's full blocks findable by their tokens: [`KvCache::match_prefix`] starts later sequences with them.
+    /// Returns the number of blocks that were not in the index yet; where the same tokens are, the block that came first stays.
+    ///
+    /// `tokens` are the sequence's first tokens, all or a part. What is behind their last full block is ignored. The index takes
+    /// the caller's word for it that these are the tokens of the rows in the cache. **Commit and submit** the steps that bring
+    /// them before, or at least submit those before any step of a sequence that matches. The sequence may be in an open step.
+    ///
+    /// `salt` parts what must not mix though the tokens are equal: adapters (LoRA), images behind placeholder tokens, tenants.
+    ///
+    /// The index holds the blocks itself: they stay when the sequence is truncated or freed, until a step finds no free block.
+    /// Then those that nobody else holds are given up, the ones first that have been unused for the longest time, and the end of
+    /// a prefix before its beginning. A sequence that is truncated into an indexed block gets a copy of it when it goes on, even
+    /// if no other sequence holds the block; where the pool has no room for the copy, [`KvCache::forget_prefixes`] makes some.
+    ///
+    /// Costs O(blocks) on the host and nothing on the GPU, and memory of the host for the tokens.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more tokens than the sequence has; [`Error::UnknownSequence`].
+    pub fn publish_prefix(&self, sequence: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
+        self.state().publish_prefix(sequence, tokens, salt)
+    }
+
+    /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty.
+    /// The tokens from [`PrefixMatch::len`] on are the caller's to append.
+    ///
+    /// The match may cover all of `tokens`. A decoder that needs the logits of the last one passes all but that one.
+    ///
+    /// Tokens are compared, not only their hashes. Costs O(blocks) on the host and nothing on the GPU; appending after the match
+    /// copies nothing, because it ends with a full block.
+    pub fn match_prefix(&self, tokens: &[u32], salt: u64) -> PrefixMatch {
+        self.state().match_prefix(tokens, salt)
+    }
+
+    /// Drops all of the index's entries under a salt. Their blocks return to the pool, except those that others hold.
+    /// Returns the number of entries.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a salt without entries: none were published, or all have been forgotten or evicted.
+    pub fn forget_prefixes(&self, salt: u64) -> Result<u32> {
+        self.state().forget_prefixes(salt)
+    }
+
+    /// What the prefix index holds, and how often it was of use.
+    #[must_use]
+    pub fn prefix_stats(&self) -> PrefixStats {
+        self.state().prefix_stats()
+    }
+
     /// Forgets the tokens from `len` on, for example rejected speculative ones, and gives blocks that are no longer needed back.
     ///
     /// # Errors
@@ -140,7 +201,7 @@ impl KvCache {
         self.state().truncate(sequence, len)
     }
 
-    /// Ends a sequence. Its blocks return to the pool, except those that a fork still holds.
+    /// Ends a sequence. Its blocks return to the pool, except those that a fork or the prefix index still holds.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
@@ -148,7 +209,7 @@ impl KvCache {
         self.state().free(sequence)
     }
 
-    /// Ends all sequences. Open steps become stale: committing them is refused.
+    /// Ends all sequences and empties the prefix index. Open steps become stale: committing them is refused.
     pub fn clear(&self) {
         self.state().clear();
     }
@@ -185,8 +246,10 @@ impl KvCache {
     ///
     /// The tokens of the batch stand one after another, in this order, in the k, v, q and out buffers of the step.
     ///
+    /// If the pool has too few free blocks, the prefix index gives some up; they don't come back if the step is dropped.
+    ///
     /// # Errors
-    /// [`Error::OutOfBlocks`] if the pool has too few free blocks (retry after freeing some);
+    /// [`Error::OutOfBlocks`] if the pool has too few free blocks even so (retry after freeing some);
     /// [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
     /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; [`Error::Unsupported`] if the tables don't fit into a binding;
     /// [`Error::Wgpu`].

@@ -13,18 +13,35 @@ impl BlockId {
 }
 
 /// Hands out blocks and counts who holds them. A block is free when nobody does.
+///
+/// Holders are sequences and open steps, and the prefix index, whose references are counted apart: a block that only the
+/// index holds is *reclaimable*, for the index may be asked to let it go.
 #[derive(Clone, Debug)]
 pub struct BlockPool {
+    /// References of all holders.
     ref_counts: Vec<u32>,
+    /// Those among them that are the prefix index's.
+    index_counts: Vec<u32>,
     /// Free blocks; the end of the list is taken first, so that recently used (cached) memory is used again.
     free: Vec<BlockId>,
+    num_indexed: u32,
+    num_reclaimable: u32,
+    /// Blocks that have become reclaimable or ceased to be, since the index last asked.
+    turned: Vec<BlockId>,
 }
 
 impl BlockPool {
     /// A pool of `num_blocks` free blocks.
     #[must_use]
     pub fn new(num_blocks: u32) -> Self {
-        Self { ref_counts: vec![0; num_blocks as usize], free: (0..num_blocks).rev().map(BlockId).collect() }
+        Self {
+            ref_counts: vec![0; num_blocks as usize],
+            index_counts: vec![0; num_blocks as usize],
+            free: (0..num_blocks).rev().map(BlockId).collect(),
+            num_indexed: 0,
+            num_reclaimable: 0,
+            turned: Vec::new(),
+        }
     }
 
     /// Blocks in all.
@@ -40,16 +57,44 @@ impl BlockPool {
         self.free.len() as u32
     }
 
-    /// Holders of a block: 0 for a free block or an unknown id.
+    /// Blocks that only the prefix index holds.
+    #[must_use]
+    pub fn num_reclaimable(&self) -> u32 {
+        self.num_reclaimable
+    }
+
+    /// Blocks that the prefix index holds, alone or with others.
+    #[must_use]
+    pub fn num_indexed(&self) -> u32 {
+        self.num_indexed
+    }
+
+    /// References to a block, the prefix index's among them: 0 for a free block or an unknown id.
     #[must_use]
     pub fn ref_count(&self, block: BlockId) -> u32 {
         self.ref_counts.get(block.0 as usize).copied().unwrap_or(0)
     }
 
-    /// Blocks that more than one holder has.
+    /// Sequences and open steps that hold a block, the prefix index not counted.
+    #[must_use]
+    pub fn num_holders(&self, block: BlockId) -> u32 {
+        self.ref_count(block) - self.index_count(block)
+    }
+
+    fn index_count(&self, block: BlockId) -> u32 {
+        self.index_counts.get(block.0 as usize).copied().unwrap_or(0)
+    }
+
+    /// Whether only the prefix index holds the block.
+    pub(super) fn is_reclaimable(&self, block: BlockId) -> bool {
+        let indexed = self.index_count(block);
+        indexed > 0 && indexed == self.ref_count(block)
+    }
+
+    /// Blocks that more than one sequence or open step holds.
     #[must_use]
     pub fn num_shared(&self) -> u32 {
-        self.ref_counts.iter().filter(|&&count| count > 1).count() as u32
+        (0..self.num_blocks()).filter(|&block| self.num_holders(BlockId(block)) > 1).count() as u32
     }
 
     /// Takes `count` free blocks, each with one holder, or `None`, and then none is taken.
@@ -65,27 +110,55 @@ impl BlockPool {
 
     /// Adds a holder to a block that has one. Returns false, and does nothing, for a free block or an unknown id.
     pub fn retain(&mut self, block: BlockId) -> bool {
-        match self.ref_counts.get_mut(block.0 as usize) {
-            Some(count) if *count > 0 => {
-                *count += 1;
-                true
-            }
-            _ => false,
-        }
+        self.change(block, |count, _| *count += 1)
     }
 
-    /// Takes a holder away; the block is free after its last one. Returns false, and does nothing, for a free block or
-    /// an unknown id.
+    /// Takes a holder away; the block is free after its last one. Returns false, and does nothing, for a block that only
+    /// the prefix index holds, a free block or an unknown id.
     pub fn release(&mut self, block: BlockId) -> bool {
-        match self.ref_counts.get_mut(block.0 as usize) {
-            Some(count) if *count > 0 => {
-                *count -= 1;
-                if *count == 0 {
-                    self.free.push(block);
-                }
-                true
-            }
-            _ => false,
+        self.num_holders(block) > 0 && self.change(block, |count, _| *count -= 1)
+    }
+
+    /// [`BlockPool::retain`] for the prefix index.
+    pub(super) fn retain_indexed(&mut self, block: BlockId) -> bool {
+        self.change(block, |count, indexed| (*count, *indexed) = (*count + 1, *indexed + 1))
+    }
+
+    /// [`BlockPool::release`] for the prefix index, which must hold the block.
+    pub(super) fn release_indexed(&mut self, block: BlockId) -> bool {
+        self.index_count(block) > 0
+            && self.change(block, |count, indexed| (*count, *indexed) = (*count - 1, *indexed - 1))
+    }
+
+    /// Blocks that have become reclaimable or ceased to be since the last call, some perhaps more than once.
+    pub(super) fn take_turned(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.turned)
+    }
+
+    /// The free list.
+    #[cfg(test)]
+    pub(super) fn free_blocks(&self) -> &[BlockId] {
+        &self.free
+    }
+
+    /// Changes the two counts of a block that is not free.
+    fn change(&mut self, block: BlockId, change: impl FnOnce(&mut u32, &mut u32)) -> bool {
+        let (was_reclaimable, was_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
+        let i = block.0 as usize;
+        match (self.ref_counts.get_mut(i), self.index_counts.get_mut(i)) {
+            (Some(count), Some(indexed)) if *count > 0 => change(count, indexed),
+            _ => return false,
         }
+        let (is_reclaimable, is_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
+        self.num_indexed = self.num_indexed + u32::from(is_indexed) - u32::from(was_indexed);
+        self.num_reclaimable = self.num_reclaimable + u32::from(is_reclaimable) - u32::from(was_reclaimable);
+        // The index itself knows what it has let go of.
+        if is_reclaimable != was_reclaimable && is_indexed {
+            self.turned.push(block);
+        }
+        if self.ref_counts[i] == 0 {
+            self.free.push(block);
+        }
+        true
     }
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use super::layout::KvCacheConfig;
 use super::manager::{PoolUsage, SequenceId};
 use super::pool::{BlockId, BlockPool};
+use super::prefix::PrefixStats;
 use super::table::BlockTable;
 
 /// Where a pool's bytes are, at one moment: in all, and for each sequence. From [`KvCache::memory`](super::KvCache::memory);
@@ -16,13 +17,17 @@ use super::table::BlockTable;
 pub struct MemoryReport {
     /// Tokens of a block.
     pub block_size: u32,
-    /// Bytes of a block.
+    /// Bytes of a block: what a sequence takes from the pool for every `block_size` tokens.
     pub block_bytes: u64,
-    /// Blocks: of the pool, free, used, shared; and sequences.
+    /// Bytes of a token's rows and scales: the growth per token.
+    pub token_bytes: u64,
+    /// Blocks: of the pool, free, used, shared, reclaimable; and sequences.
     pub usage: PoolUsage,
-    /// Used blocks that open steps have reserved and no sequence holds yet.
+    /// What the prefix index holds, and how often it was of use.
+    pub prefixes: PrefixStats,
+    /// Used blocks that open steps have reserved and neither a sequence nor the prefix index holds.
     pub reserved_blocks: u32,
-    /// Tokens in the pool, each slot counted once however many sequences share it.
+    /// Tokens of the sequences, each slot counted once however many share it.
     pub cached_tokens: u64,
     /// Tokens of all sequences: what would be cached if nothing were shared.
     pub sequence_tokens: u64,
@@ -39,12 +44,15 @@ pub struct SequenceMemory {
     pub len: u32,
     /// Blocks it holds, alone or with others.
     pub blocks: u32,
-    /// Those that others hold, too.
+    /// Those that other sequences hold, too.
     pub shared_blocks: u32,
     /// Bytes of its blocks.
     pub bytes: u64,
     /// Bytes of the slots of its last block that it doesn't use.
     pub wasted_bytes: u64,
+    /// Bytes that its next token takes from the pool: those of a block if the last one is full, or has other holders (the
+    /// prefix index among them) and must be copied; otherwise 0.
+    pub next_token_bytes: u64,
 }
 
 impl MemoryReport {
@@ -52,6 +60,7 @@ impl MemoryReport {
         config: &KvCacheConfig,
         pool: &BlockPool,
         usage: PoolUsage,
+        prefixes: PrefixStats,
         tables: impl Iterator<Item = (SequenceId, &'t BlockTable)>,
     ) -> Self {
         let block_size = config.block_size;
@@ -69,14 +78,16 @@ impl MemoryReport {
                     *furthest = (*furthest).max(own);
                 }
                 let num_blocks = blocks.len() as u32;
+                let in_place = table.partial_block(block_size).is_some_and(|block| pool.ref_count(block) == 1);
                 let unused = u64::from(num_blocks) * u64::from(block_size) - u64::from(len);
                 SequenceMemory {
                     sequence,
                     len,
                     blocks: num_blocks,
-                    shared_blocks: blocks.iter().filter(|&&block| pool.ref_count(block) > 1).count() as u32,
+                    shared_blocks: blocks.iter().filter(|&&block| pool.num_holders(block) > 1).count() as u32,
                     bytes: u64::from(num_blocks) * block_bytes,
                     wasted_bytes: unused * token_bytes,
+                    next_token_bytes: if in_place { 0 } else { block_bytes },
                 }
             })
             .collect();
@@ -84,8 +95,10 @@ impl MemoryReport {
         Self {
             block_size,
             block_bytes,
+            token_bytes,
             usage,
-            reserved_blocks: usage.used - filled.len() as u32,
+            prefixes,
+            reserved_blocks: usage.used - usage.reclaimable - filled.len() as u32,
             cached_tokens: filled.values().map(|&tokens| u64::from(tokens)).sum(),
             sequence_tokens: sequences.iter().map(|s| u64::from(s.len)).sum(),
             sequences,
@@ -98,42 +111,57 @@ impl MemoryReport {
         u64::from(self.usage.total) * self.block_bytes
     }
 
-    /// Bytes of the blocks that sequences and open steps hold.
+    /// Bytes of the blocks that nobody holds.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        u64::from(self.usage.free) * self.block_bytes
+    }
+
+    /// Bytes of the blocks that sequences, open steps and the prefix index hold.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
         u64::from(self.usage.used) * self.block_bytes
     }
 
-    /// Bytes of the used blocks that have more than one holder.
+    /// Bytes of the used blocks that more than one sequence or open step holds.
     #[must_use]
     pub fn shared_bytes(&self) -> u64 {
         u64::from(self.usage.shared) * self.block_bytes
     }
 
-    /// Bytes of slots in the sequences' blocks that hold no token: the rest of last blocks. Less than a block per sequence.
+    /// Bytes of the used blocks that only the prefix index holds, and gives up when somebody needs them.
+    #[must_use]
+    pub fn reclaimable_bytes(&self) -> u64 {
+        u64::from(self.usage.reclaimable) * self.block_bytes
+    }
+
+    /// Blocks that sequences hold, each counted once.
+    #[must_use]
+    pub fn sequence_blocks(&self) -> u32 {
+        self.usage.used - self.usage.reclaimable - self.reserved_blocks
+    }
+
+    /// Bytes of slots in the sequences' blocks that hold no token of theirs: the rest of last blocks. Less than a block per
+    /// sequence.
     #[must_use]
     pub fn wasted_bytes(&self) -> u64 {
-        let blocks = u64::from(self.usage.used - self.reserved_blocks);
-        (blocks * u64::from(self.block_size) - self.cached_tokens) * self.bytes_per_token()
+        (u64::from(self.sequence_blocks()) * u64::from(self.block_size) - self.cached_tokens) * self.token_bytes
     }
 
     /// Bytes that sharing saves: those of the tokens that are counted more than once in the sequences' lengths.
     #[must_use]
     pub fn saved_bytes(&self) -> u64 {
-        (self.sequence_tokens - self.cached_tokens) * self.bytes_per_token()
+        (self.sequence_tokens - self.cached_tokens) * self.token_bytes
     }
 
-    /// What a token adds.
-    #[must_use]
-    pub fn bytes_per_token(&self) -> u64 {
-        self.block_bytes / u64::from(self.block_size)
-    }
-
-    /// The part of the used slots that hold a token; 1 if nothing is used.
+    /// The part of the used slots that hold a token, of a sequence or in a reclaimable block (which is full); 1 if nothing is
+    /// used.
     #[must_use]
     pub fn utilisation(&self) -> f64 {
-        let slots = u64::from(self.usage.used) * u64::from(self.block_size);
-        if slots == 0 { 1.0 } else { self.cached_tokens as f64 / slots as f64 }
+        let block_size = u64::from(self.block_size);
+        let slots = u64::from(self.usage.used) * block_size;
+        let tokens = self.cached_tokens + u64::from(self.usage.reclaimable) * block_size;
+        if slots == 0 { 1.0 } else { tokens as f64 / slots as f64 }
     }
 }
 
@@ -152,45 +180,69 @@ impl fmt::Display for Bytes {
     }
 }
 
+impl MemoryReport {
+    /// The lines about the pool: name, blocks, bytes, note.
+    fn pool_lines(&self) -> Vec<(&'static str, Option<u32>, u64, String)> {
+        let PoolUsage { total, free, used, shared, reclaimable, .. } = self.usage;
+        let utilised = format!("{:.0} % of their slots hold a token", 100.0 * self.utilisation());
+        let mut lines = vec![
+            ("allocated", Some(total), self.allocated_bytes(), String::new()),
+            ("free", Some(free), self.free_bytes(), String::new()),
+            ("used", Some(used), self.used_bytes(), utilised),
+            ("shared", Some(shared), self.shared_bytes(), format!("saves {}", Bytes(self.saved_bytes()))),
+        ];
+        if self.prefixes != PrefixStats::default() {
+            let PrefixStats { queried_tokens, indexed_blocks, evicted_blocks, .. } = self.prefixes;
+            let rate = 100.0 * self.prefixes.hit_rate();
+            let hits = format!("{rate:.0} % of {queried_tokens} queried tokens were found");
+            let bytes = u64::from(indexed_blocks) * self.block_bytes;
+            lines.push(("indexed", Some(indexed_blocks), bytes, hits));
+            let evicted = format!("only indexed; {evicted_blocks} evicted so far");
+            lines.push(("reclaimable", Some(reclaimable), self.reclaimable_bytes(), evicted));
+        }
+        if self.reserved_blocks > 0 {
+            let bytes = u64::from(self.reserved_blocks) * self.block_bytes;
+            lines.push(("reserved", Some(self.reserved_blocks), bytes, "by open steps".to_owned()));
+        }
+        lines.push(("wasted", None, self.wasted_bytes(), "in last blocks".to_owned()));
+        let block = format!("{} per block of {} tokens", Bytes(self.block_bytes), self.block_size);
+        lines.push(("a token", None, self.token_bytes, block));
+        lines
+    }
+}
+
 impl fmt::Display for MemoryReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let PoolUsage { total, used, shared, .. } = self.usage;
-        writeln!(f, "{:<10} {:>8} {:>12}", "", "blocks", "bytes")?;
-        writeln!(f, "{:<10} {total:>8} {:>12}", "allocated", Bytes(self.allocated_bytes()))?;
-        writeln!(
-            f,
-            "{:<10} {used:>8} {:>12}   {:.0} % of their slots hold a token",
-            "used",
-            Bytes(self.used_bytes()),
-            100.0 * self.utilisation()
-        )?;
-        writeln!(
-            f,
-            "{:<10} {shared:>8} {:>12}   saves {}",
-            "shared",
-            Bytes(self.shared_bytes()),
-            Bytes(self.saved_bytes())
-        )?;
-        writeln!(f, "{:<10} {:>8} {:>12}", "wasted", "", Bytes(self.wasted_bytes()))?;
-        if self.reserved_blocks > 0 {
-            let bytes = Bytes(u64::from(self.reserved_blocks) * self.block_bytes);
-            writeln!(f, "{:<10} {:>8} {bytes:>12}   by open steps", "reserved", self.reserved_blocks)?;
+        write!(f, "{:<14} {:>8} {:>12}", "", "blocks", "bytes")?;
+        for (name, blocks, bytes, note) in self.pool_lines() {
+            let blocks = blocks.map_or_else(String::new, |blocks| blocks.to_string());
+            write!(f, "\n{name:<14} {blocks:>8} {:>12}", Bytes(bytes))?;
+            if !note.is_empty() {
+                write!(f, "   {note}")?;
+            }
         }
-        let (token, block) = (Bytes(self.bytes_per_token()), Bytes(self.block_bytes));
-        write!(f, "{:<10} {:>8} {token:>12}   {block} per block of {} tokens", "a token", "", self.block_size)?;
-        if !self.sequences.is_empty() {
-            let heads = ["tokens", "blocks", "shared", "bytes", "wasted"];
-            write!(
-                f,
-                "\n\n{:<14} {:>8} {:>8} {:>8} {:>12} {:>12}",
-                "", heads[0], heads[1], heads[2], heads[3], heads[4]
-            )?;
+        if self.sequences.is_empty() {
+            return Ok(());
         }
-        for s in &self.sequences {
-            let (name, bytes, wasted) = (s.sequence.to_string(), Bytes(s.bytes), Bytes(s.wasted_bytes));
-            let (len, blocks, shared) = (s.len, s.blocks, s.shared_blocks);
-            write!(f, "\n{name:<14} {len:>8} {blocks:>8} {shared:>8} {bytes:>12} {wasted:>12}")?;
+        let names: Vec<_> = self.sequences.iter().map(|s| s.sequence.to_string()).collect();
+        let width = names.iter().map(String::len).fold(14, usize::max);
+        let [tokens, blocks, shared, bytes, wasted, next] =
+            ["tokens", "blocks", "shared", "bytes", "wasted", "next token"];
+        write!(f, "\n\n{:<width$} {tokens:>8} {blocks:>8} {shared:>8} {bytes:>12} {wasted:>12} {next:>12}", "")?;
+        let mut line = |name: &str, tokens: u64, [blocks, shared]: [u64; 2], [bytes, wasted]: [u64; 2], next: u64| {
+            let [bytes, wasted, next] = [bytes, wasted, next].map(Bytes);
+            write!(f, "\n{name:<width$} {tokens:>8} {blocks:>8} {shared:>8} {bytes:>12} {wasted:>12} {next:>12}")
+        };
+        for (name, s) in names.iter().zip(&self.sequences) {
+            let counts = [s.blocks, s.shared_blocks].map(u64::from);
+            line(name, s.len.into(), counts, [s.bytes, s.wasted_bytes], s.next_token_bytes)?;
         }
-        Ok(())
+        let sum = |of: fn(&SequenceMemory) -> u64| self.sequences.iter().map(of).sum::<u64>();
+        let next = sum(|s| s.next_token_bytes);
+        let counts = [sum(|s| s.blocks.into()), sum(|s| s.shared_blocks.into())];
+        line("sum", self.sequence_tokens, counts, [sum(|s| s.bytes), sum(|s| s.wasted_bytes)], next)?;
+        let counts = [self.sequence_blocks(), self.usage.shared].map(u64::from);
+        let bytes = [counts[0] * self.block_bytes, self.wasted_bytes()];
+        line("counted once", self.cached_tokens, counts, bytes, next)
     }
 }

@@ -76,11 +76,24 @@ impl BlockTable {
     /// A table of the same blocks; the pool counts one more holder for each.
     #[must_use]
     pub fn fork(&self, pool: &mut BlockPool) -> Self {
-        for &block in &self.blocks {
+        Self::share(&self.blocks, self.len, pool)
+    }
+
+    /// A table of the first `len` tokens (all of them, if there aren't as many), in the same blocks; the pool counts one
+    /// more holder for each. The last block may reach further than the new table does.
+    #[must_use]
+    pub fn fork_at(&self, len: u32, block_size: u32, pool: &mut BlockPool) -> Self {
+        let len = len.min(self.len);
+        Self::share(&self.blocks[..len.div_ceil(block_size) as usize], len, pool)
+    }
+
+    /// A table of blocks that somebody else holds, too.
+    pub(super) fn share(blocks: &[BlockId], len: u32, pool: &mut BlockPool) -> Self {
+        for &block in blocks {
             let held = pool.retain(block);
             debug_assert!(held, "a table holds its blocks");
         }
-        self.clone()
+        Self { blocks: blocks.to_vec(), len }
     }
 
     /// Shortens to `len` tokens and gives the blocks behind it back. Does nothing if the table isn't longer.

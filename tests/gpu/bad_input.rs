@@ -201,6 +201,8 @@ fn unknown_sequences() {
         refused(cache.seq_len(unknown), Caller, &parts);
         refused(cache.block_table(unknown), Caller, &parts);
         refused(cache.fork(unknown), Caller, &parts);
+        refused(cache.fork_at(unknown, 0), Caller, &parts);
+        refused(cache.publish_prefix(unknown, &[], 0), Caller, &parts);
         refused(cache.truncate(unknown, 0), Caller, &parts);
         refused(cache.free(unknown), Caller, &parts);
         refused(cache.begin_step(&[(good, 1), (unknown, 1)]), Caller, &parts);
@@ -235,6 +237,11 @@ fn batches_that_are_no_batches() {
     }
     let parts = ["len: got 4", "need at most the sequence's length, 3"];
     refused(cache.truncate(a, 4), Caller, &parts);
+    refused(cache.fork_at(a, 4), Caller, &parts);
+    refused(cache.fork_at(a, u32::MAX), Caller, &["need at most the sequence's length, 3"]);
+    let parts = ["tokens: got 4 tokens", "need at most the sequence's length, 3"];
+    refused(cache.publish_prefix(a, &[0; 4], 0), Caller, &parts);
+    refused(cache.forget_prefixes(7), Caller, &["salt: got unknown salt 7", "need one with indexed blocks"]);
     assert_eq!(fixture.state(&[a, b]), before);
     fixture.assert_works();
 }
@@ -250,6 +257,7 @@ fn sequences_in_an_open_step_stay_as_they_are() {
     let parts = [&name[..], "need that step committed or dropped first"];
     refused(cache.free(a), Caller, &parts);
     refused(cache.fork(a), Caller, &parts);
+    refused(cache.fork_at(a, 1), Caller, &parts);
     refused(cache.truncate(a, 1), Caller, &parts);
     refused(cache.begin_step(&[(b, 1), (a, 1)]), Caller, &parts);
     assert_eq!(fixture.state(&[a, b]), before);

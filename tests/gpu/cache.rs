@@ -25,7 +25,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 /// (used, shared, sequences) of a pool; free must be the rest.
 fn counts(cache: &KvCache) -> (u32, u32, u32) {
-    let PoolUsage { total, free, used, shared, sequences } = cache.usage();
+    let PoolUsage { total, free, used, shared, sequences, .. } = cache.usage();
     assert_eq!((total, free + used), (cache.config().num_blocks, cache.config().num_blocks));
     (used, shared, sequences)
 }
@@ -267,6 +267,79 @@ fn a_fork_shares_blocks_until_one_side_appends() {
     assert_holds(&cache, fork, &[1, 2, 3, 4, 5, 6, 70, 71, 72, 73]);
     cache.free(fork).expect("free");
     assert_eq!(counts(&cache), (0, 0, 0));
+}
+
+#[test]
+fn a_fork_in_the_middle_of_a_block_goes_on_by_itself() {
+    let Some(cache) = cache(SHAPE) else { return };
+    let s = sequence(&cache, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let (a, b) = (cache.fork_at(s, 6).expect("fork"), cache.fork_at(s, 3).expect("fork"));
+    let c = cache.fork_at(a, 5).expect("fork of a fork");
+    assert_eq!(counts(&cache), (3, 2, 4));
+    assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6]);
+    grow(&cache, &[(s, &[10]), (a, &[70, 71, 72]), (b, &[80]), (c, &[90])]);
+    assert_holds(&cache, s, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6, 70, 71, 72]);
+    assert_holds(&cache, b, &[1, 2, 3, 80]);
+    assert_holds(&cache, c, &[1, 2, 3, 4, 5, 90]);
+    // [1-4] [5-8] [9 10]; a: [5 6 70 71] [72]; b: [1 2 3 80]; c: [5 90].
+    assert_eq!(counts(&cache), (7, 1, 4));
+}
+
+#[test]
+fn a_matched_prefix_holds_its_rows_and_is_not_written_to() {
+    let Some(cache) = cache(SHAPE) else { return };
+    let tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+    let s = sequence(&cache, &tokens);
+    assert_eq!(cache.publish_prefix(s, &tokens, 0).expect("publish"), 2);
+    // Back into an indexed block, and on with other tokens.
+    cache.truncate(s, 6).expect("truncate");
+    grow(&cache, &[(s, &[70, 71])]);
+    assert_holds(&cache, s, &[1, 2, 3, 4, 5, 6, 70, 71]);
+    cache.free(s).expect("free");
+    assert_eq!((cache.usage().reclaimable, cache.usage().free), (2, 14));
+
+    let hit = cache.match_prefix(&[1, 2, 3, 4, 5, 6, 7, 8, 20], 0);
+    assert_eq!(hit.len, 8);
+    assert_holds(&cache, hit.sequence, &tokens[..8]);
+    let step = begin(&cache, &[(hit.sequence, &[20, 21])]);
+    assert_eq!(step.num_copies(), 0);
+    run(&cache, &step, &[20, 21]);
+    cache.commit(step).expect("commit").recycle();
+    assert_holds(&cache, hit.sequence, &[1, 2, 3, 4, 5, 6, 7, 8, 20, 21]);
+    cache.truncate(hit.sequence, 5).expect("truncate");
+    grow(&cache, &[(hit.sequence, &[30])]);
+    assert_holds(&cache, hit.sequence, &[1, 2, 3, 4, 5, 30]);
+
+    // A step that needs the room gets it, the end of the prefix first; what is left is as it was.
+    cache.free(hit.sequence).expect("free");
+    let large = cache.create_sequence();
+    let new: Vec<u32> = (100..160).collect();
+    grow(&cache, &[(large, &new)]);
+    assert_eq!((cache.usage().reclaimable, cache.prefix_stats().evicted_blocks), (1, 1));
+    let rest = cache.match_prefix(&tokens, 0);
+    assert_holds(&cache, rest.sequence, &tokens[..4]);
+    assert_holds(&cache, large, &new);
+    let error = cache.begin_step(&[(rest.sequence, 1)]).expect_err("the pool is full");
+    assert!(matches!(error, Error::OutOfBlocks { need: 1, free: 0, total: 16 }), "{error}");
+}
+
+/// Of a long sequence, a fork and a matched prefix cost the GPU one block's copy at most, and that only with the next tokens.
+#[test]
+fn forks_and_matches_of_32k_tokens_copy_at_most_one_block() {
+    let shape = KvCacheConfig { num_layers: 1, num_kv_heads: 1, block_size: 16, num_blocks: 2100, ..SHAPE };
+    let Some(cache) = cache(shape) else { return };
+    let tokens: Vec<u32> = (0..32_768).collect();
+    let s = cache.create_sequence();
+    cache.commit(cache.begin_step(&[(s, 32_768)]).expect("step")).expect("commit").recycle();
+    cache.publish_prefix(s, &tokens, 0).expect("publish");
+    let whole = cache.fork(s).expect("fork");
+    let within = cache.fork_at(s, 32_759).expect("fork");
+    let hit = cache.match_prefix(&tokens[..32_767], 0);
+    assert_eq!((hit.len, cache.usage().used), (32_752, 2048));
+    for (sequence, copies) in [(whole, 0), (within, 1), (hit.sequence, 0)] {
+        assert_eq!(cache.begin_step(&[(sequence, 16)]).expect("step").num_copies(), copies);
+    }
 }
 
 #[test]
@@ -586,7 +659,7 @@ fn the_memory_report_adds_up() {
     extend(c, 16);
 
     let report = cache.memory();
-    assert_eq!((report.block_size, report.block_bytes, report.bytes_per_token()), (16, block, token));
+    assert_eq!((report.block_size, report.block_bytes, report.token_bytes), (16, block, token));
     assert_eq!((report.usage.used, report.usage.shared, report.reserved_blocks), (6, 2, 0));
     // 32 shared, 8 of a, 18 of b, 16 of c.
     assert_eq!((report.cached_tokens, report.sequence_tokens), (74, 106));
@@ -598,28 +671,80 @@ fn the_memory_report_adds_up() {
     let rows: Vec<_> = report
         .sequences
         .iter()
-        .map(|s| (s.sequence, s.len, s.blocks, s.shared_blocks, s.bytes, s.wasted_bytes))
+        .map(|s| (s.sequence, s.len, s.blocks, s.shared_blocks, s.bytes, s.wasted_bytes, s.next_token_bytes))
         .collect();
     assert_eq!(
         rows,
-        [(a, 40, 3, 2, 3 * block, 8 * token), (b, 50, 4, 2, 4 * block, 14 * token), (c, 16, 1, 0, block, 0),]
+        [
+            (a, 40, 3, 2, 3 * block, 8 * token, 0),
+            (b, 50, 4, 2, 4 * block, 14 * token, 0),
+            (c, 16, 1, 0, block, 0, block),
+        ]
     );
-    let text = report.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-    for part in [
-        "allocated 20 180.0 KiB",
-        "used 6 54.0 KiB 77 %",
-        "shared 2 18.0 KiB saves 18.0 KiB",
-        "wasted 12.4 KiB",
-        "9216 B per block",
-    ] {
-        assert!(text.contains(part), "{part:?} in\n{text}");
-    }
+    assert_lines(
+        &report,
+        &[
+            "allocated 20 180.0 KiB",
+            "free 14 126.0 KiB",
+            "used 6 54.0 KiB 77 % of their slots hold a token",
+            "shared 2 18.0 KiB saves 18.0 KiB",
+            "wasted 12.4 KiB in last blocks",
+            "a token 576 B 9216 B per block of 16 tokens",
+            "tokens blocks shared bytes wasted next token",
+            &format!("{a} 40 3 2 27.0 KiB 4608 B 0 B"),
+            "sum 106 8 4 72.0 KiB 12.4 KiB 9216 B",
+            "counted once 74 6 2 54.0 KiB 12.4 KiB 9216 B",
+        ],
+    );
 
     // What an open step reserves is used, and belongs to nobody yet.
     let step = cache.begin_step(&[(c, 20)]).expect("step");
     let open = cache.memory();
     assert_eq!((open.usage.used, open.reserved_blocks, open.cached_tokens), (8, 2, 74));
     assert_eq!(open.wasted_bytes(), report.wasted_bytes());
+    assert_lines(&open, &["reserved 2 18.0 KiB by open steps"]);
     drop(step);
     assert_eq!(cache.memory(), report);
+
+    // The index holds a's two full blocks and b's third. Of these b's is only the index's when b is gone.
+    let tokens: Vec<u32> = (0..50).collect();
+    assert_eq!(cache.publish_prefix(a, &tokens[..40], 0).expect("publish"), 2);
+    assert_eq!(cache.publish_prefix(b, &tokens, 0).expect("publish"), 1);
+    cache.free(b).expect("free");
+    let hit = cache.match_prefix(&tokens[..40], 0).sequence;
+    cache.match_prefix(&tokens[..10], 0);
+    cache.truncate(hit, 20).expect("truncate");
+    let report = cache.memory();
+    let PoolUsage { free, used, shared, reclaimable, .. } = report.usage;
+    assert_eq!((free, used, shared, reclaimable, report.reserved_blocks), (15, 5, 2, 1, 0));
+    assert_eq!((report.reclaimable_bytes(), report.free_bytes()), (block, 15 * block));
+    // 40 of a, with hit's 20 among them, and 16 of c, in 4 blocks.
+    assert_eq!((report.sequence_blocks(), report.cached_tokens, report.sequence_tokens), (4, 56, 76));
+    assert_eq!((report.wasted_bytes(), report.saved_bytes()), (8 * token, 20 * token));
+    assert!((report.utilisation() - 72.0 / 80.0).abs() < 1e-12);
+    // Its next token would be written into an indexed block.
+    assert_eq!(report.sequences[2].next_token_bytes, block);
+    assert_lines(
+        &report,
+        &[
+            "indexed 3 27.0 KiB 64 % of 50 queried tokens were found",
+            "reclaimable 1 9216 B only indexed; 0 evicted so far",
+            "used 5 45.0 KiB 90 % of their slots hold a token",
+            &format!("{hit} 20 2 2 18.0 KiB 6912 B 9216 B"),
+            "counted once 56 4 2 36.0 KiB 4608 B 27.0 KiB",
+        ],
+    );
+}
+
+/// Whether the printed report has these lines, however it is aligned, and its columns line up.
+#[track_caller]
+fn assert_lines(report: &folio::MemoryReport, lines: &[&str]) {
+    let text = report.to_string();
+    let got: Vec<String> = text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    for line in lines {
+        assert!(got.iter().any(|l| l == line), "{line:?} in\n{text}");
+    }
+    let (_, table) = text.split_once("\n\n").expect("a table of the sequences");
+    let widths: Vec<_> = table.lines().map(str::len).collect();
+    assert!(widths.iter().all(|width| *width == widths[0]), "{widths:?}\n{text}");
 }

@@ -1,8 +1,9 @@
 //! Random operations on a cache, against a model that keeps each sequence's tokens in a vector.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
-use folio::{BlockId, Error, KvCache, KvCacheConfig, SequenceId, Step};
+use folio::{BlockId, Error, KvCache, KvCacheConfig, PoolUsage, SequenceId, Step};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
@@ -25,14 +26,23 @@ enum Fate {
 #[derive(Clone, Debug)]
 enum Op {
     Create,
+    /// A new sequence of so many tokens, which are published.
+    Prompt(u32),
     /// New tokens for some sequences; commands are submitted at once, whatever becomes of the step.
     Step(Vec<(Index, u32)>, Fate),
     /// Ends the oldest open step.
     End {
         commit: bool,
     },
-    /// Forks, then takes up to this many tokens off the fork, so that sequences of different lengths share a block.
+    /// Forks without up to this many of the last tokens, so that sequences of different lengths share a block.
     Fork(Index, u32),
+    /// Forks at any length.
+    ForkAt(Index, Index),
+    /// Publishes a part of a sequence under a salt, and looks whether it is found.
+    Publish(Index, Index, u64),
+    /// A new sequence from a part of what was once published, and a token that wasn't.
+    Match(Index, Index),
+    Forget(u64),
     Truncate(Index, Index),
     Free(Index),
     Check(Index),
@@ -43,11 +53,16 @@ fn op() -> impl Strategy<Value = Op> {
     let batch = prop::collection::vec((any::<Index>(), 1..8_u32), 1..6);
     prop_oneof![
         2 => Just(Op::Create),
+        4 => (1..20_u32).prop_map(Op::Prompt),
         8 => (batch, fate).prop_map(|(batch, fate)| Op::Step(batch, fate)),
         2 => any::<bool>().prop_map(|commit| Op::End { commit }),
         4 => (any::<Index>(), 0..3_u32).prop_map(|(s, less)| Op::Fork(s, less)),
+        2 => (any::<Index>(), any::<Index>()).prop_map(|(s, len)| Op::ForkAt(s, len)),
+        4 => (any::<Index>(), any::<Index>(), 0..2_u64).prop_map(|(s, len, salt)| Op::Publish(s, len, salt)),
+        3 => (any::<Index>(), any::<Index>()).prop_map(|(published, len)| Op::Match(published, len)),
+        1 => (0..2_u64).prop_map(Op::Forget),
         3 => (any::<Index>(), any::<Index>()).prop_map(|(s, len)| Op::Truncate(s, len)),
-        1 => any::<Index>().prop_map(Op::Free),
+        4 => any::<Index>().prop_map(Op::Free),
         1 => any::<Index>().prop_map(Op::Check),
     ]
 }
@@ -58,10 +73,17 @@ struct Open {
     new: Vec<(SequenceId, Vec<u32>)>,
 }
 
+/// Blocks that a step can have.
+fn room(usage: PoolUsage) -> u32 {
+    usage.free + usage.reclaimable
+}
+
 struct Model<'a> {
     cache: &'a KvCache,
     sequences: Vec<(SequenceId, Vec<u32>)>,
     open: Vec<Open>,
+    /// All that was ever published, each with its salt.
+    published: Vec<(u64, Vec<u32>)>,
     next_token: u32,
 }
 
@@ -81,7 +103,16 @@ impl Model<'_> {
     fn apply(&mut self, op: &Op) {
         match op {
             Op::Create => self.sequences.push((self.cache.create_sequence(), Vec::new())),
-            Op::Step(batch, fate) => self.step(batch, *fate),
+            Op::Prompt(len) => {
+                let i = self.sequences.len();
+                self.sequences.push((self.cache.create_sequence(), Vec::new()));
+                self.step(&[(i, *len)], Fate::Commit);
+                self.publish(i, self.sequences[i].1.len(), 0);
+            }
+            Op::Step(batch, fate) => {
+                let batch = batch.iter().filter_map(|(index, len)| Some((self.pick(index)?, *len)));
+                self.step(&batch.collect::<Vec<_>>(), *fate);
+            }
             Op::End { commit } => {
                 if !self.open.is_empty() {
                     let open = self.open.remove(0);
@@ -90,16 +121,32 @@ impl Model<'_> {
             }
             Op::Fork(index, less) => {
                 let Some(i) = self.pick(index) else { return };
-                let (sequence, mut tokens) = self.sequences[i].clone();
-                let fork = self.cache.fork(sequence);
-                if self.refused_in_step(sequence, fork.as_ref().err()) {
+                self.fork(i, self.sequences[i].1.len().saturating_sub(*less as usize));
+            }
+            Op::ForkAt(index, len) => {
+                let Some(i) = self.pick(index) else { return };
+                self.fork(i, len.index(self.sequences[i].1.len() + 1));
+            }
+            Op::Publish(index, len, salt) => {
+                let Some(i) = self.pick(index) else { return };
+                self.publish(i, len.index(self.sequences[i].1.len() + 1), *salt);
+            }
+            Op::Match(published, len) => {
+                if self.published.is_empty() {
                     return;
                 }
-                let fork = fork.expect("fork");
-                tokens.truncate(tokens.len().saturating_sub(*less as usize));
-                self.cache.truncate(fork, tokens.len() as u32).expect("truncate");
-                self.sequences.push((fork, tokens));
+                let (salt, tokens) = &self.published[published.index(self.published.len())];
+                let mut query = tokens[..len.index(tokens.len() + 1)].to_vec();
+                query.extend([self.next_token; BLOCK_SIZE as usize]);
+                let hit = self.cache.match_prefix(&query, *salt);
+                assert!(hit.len.is_multiple_of(BLOCK_SIZE) && hit.len as usize + BLOCK_SIZE as usize <= query.len());
+                query.truncate(hit.len as usize);
+                self.sequences.push((hit.sequence, query));
             }
+            Op::Forget(salt) => match self.cache.forget_prefixes(*salt) {
+                Ok(entries) => assert!(entries > 0),
+                Err(error) => assert!(error.to_string().contains("unknown salt"), "{error}"),
+            },
             Op::Truncate(index, len) => {
                 let Some(i) = self.pick(index) else { return };
                 let (sequence, len) = (self.sequences[i].0, len.index(self.sequences[i].1.len() + 1));
@@ -132,10 +179,28 @@ impl Model<'_> {
         open
     }
 
-    fn step(&mut self, batch: &[(Index, u32)], fate: Fate) {
+    fn fork(&mut self, i: usize, len: usize) {
+        let (sequence, mut tokens) = self.sequences[i].clone();
+        tokens.truncate(len);
+        let fork = self.cache.fork_at(sequence, len as u32);
+        if !self.refused_in_step(sequence, fork.as_ref().err()) {
+            self.sequences.push((fork.expect("fork"), tokens));
+        }
+    }
+
+    fn publish(&mut self, i: usize, len: usize, salt: u64) {
+        let (sequence, tokens) = &self.sequences[i];
+        let tokens = &tokens[..len];
+        self.cache.publish_prefix(*sequence, tokens, salt).expect("publish");
+        let hit = self.cache.match_prefix(tokens, salt);
+        assert_eq!(hit.len, tokens.len() as u32 / BLOCK_SIZE * BLOCK_SIZE);
+        self.cache.free(hit.sequence).expect("free");
+        self.published.push((salt, tokens.to_vec()));
+    }
+
+    fn step(&mut self, batch: &[(usize, u32)], fate: Fate) {
         let mut new: Vec<(SequenceId, Vec<u32>)> = Vec::new();
-        for (index, len) in batch {
-            let Some(i) = self.pick(index) else { return };
+        for &(i, len) in batch {
             let sequence = self.sequences[i].0;
             if new.iter().all(|(s, _)| *s != sequence) && !self.is_open(sequence) {
                 new.push((sequence, (self.next_token..self.next_token + len).collect()));
@@ -159,14 +224,14 @@ impl Model<'_> {
         let step = match self.cache.begin_step(&lens) {
             Ok(step) => step,
             Err(Error::OutOfBlocks { need, free, total }) => {
-                assert_eq!((free, total), (before.free, NUM_BLOCKS));
+                assert_eq!((free, total), (room(before), NUM_BLOCKS));
                 assert!(need > free && (least..=most).contains(&need), "need {need}, {least} to {most}, {free} free");
                 assert_eq!(self.cache.usage(), before);
                 return;
             }
             Err(error) => panic!("{error}"),
         };
-        let taken = before.free - self.cache.usage().free;
+        let taken = room(before) - room(self.cache.usage());
         assert!((least..=most).contains(&taken), "took {taken}, {least} to {most}");
         run(self.cache, &step, &new.iter().flat_map(|(_, tokens)| tokens).copied().collect::<Vec<_>>());
         let open = Open { step, new };
@@ -174,7 +239,8 @@ impl Model<'_> {
             Fate::Commit => self.commit(open),
             Fate::Drop => {
                 drop(open);
-                assert_eq!(self.cache.usage(), before);
+                let after = self.cache.usage();
+                assert_eq!((room(after), after.shared), (room(before), before.shared));
             }
             Fate::Hold => self.open.push(open),
         }
@@ -209,7 +275,10 @@ impl Model<'_> {
         let reserved = self.open.iter().flat_map(|open| open.step.batch().tables.iter().copied());
         let used: HashSet<u32> = holders.keys().map(|block| block.index()).chain(reserved).collect();
         let usage = self.cache.usage();
-        assert_eq!((usage.used as usize, usage.total), (used.len(), NUM_BLOCKS));
+        assert_eq!((usage.used as usize, usage.total), (used.len() + usage.reclaimable as usize, NUM_BLOCKS));
+        let prefixes = self.cache.prefix_stats();
+        assert_eq!(usage.reclaimable, prefixes.reclaimable_blocks);
+        assert!(prefixes.indexed_blocks >= usage.reclaimable && usage.used >= prefixes.indexed_blocks);
         assert_eq!(usage.free, NUM_BLOCKS - usage.used);
         assert_eq!(usage.shared as usize, holders.values().filter(|holders| holders.len() > 1).count());
         assert_eq!(usage.sequences as usize, self.sequences.len());
@@ -222,11 +291,13 @@ fn random_operations_agree_with_plain_vectors() {
     let config =
         KvCacheConfig { num_layers: 1, num_kv_heads: 1, block_size: BLOCK_SIZE, num_blocks: NUM_BLOCKS, ..SHAPE };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
+    let (hits, evictions) = (Cell::new(0), Cell::new(0));
     let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });
     let result = runner.run(&prop::collection::vec(op(), 1..60), |ops| {
         cache.clear();
         poison(&cache);
-        let mut model = Model { cache: &cache, sequences: Vec::new(), open: Vec::new(), next_token: 0 };
+        let mut model =
+            Model { cache: &cache, sequences: Vec::new(), open: Vec::new(), published: Vec::new(), next_token: 0 };
         for op in &ops {
             model.apply(op);
             model.check_blocks();
@@ -239,10 +310,15 @@ fn random_operations_agree_with_plain_vectors() {
         for (sequence, _) in model.sequences {
             cache.free(sequence).expect("free");
         }
-        prop_assert_eq!(cache.usage().free, NUM_BLOCKS);
+        prop_assert_eq!(room(cache.usage()), NUM_BLOCKS);
+        let stats = cache.prefix_stats();
+        hits.set(hits.get() + stats.hit_tokens);
+        evictions.set(evictions.get() + stats.evicted_blocks);
         Ok(())
     });
     if let Err(error) = result {
         panic!("{error}");
     }
+    let seen = (hits.get(), evictions.get());
+    assert!(seen.0 > 100 && seen.1 > 100, "too little has happened to say much: {seen:?}");
 }

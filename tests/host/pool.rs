@@ -15,6 +15,7 @@ fn blocks(count: u32) -> Vec<BlockId> {
 fn a_new_pool_is_all_free() {
     let pool = BlockPool::new(3);
     assert_eq!((pool.num_blocks(), pool.num_free(), pool.num_shared()), (3, 3, 0));
+    assert_eq!((pool.num_indexed(), pool.num_reclaimable()), (0, 0));
     assert!(blocks(3).into_iter().all(|block| pool.ref_count(block) == 0));
 }
 
@@ -121,6 +122,7 @@ enum Op {
     Create,
     Grow(usize, u32),
     Fork(usize),
+    ForkAt(usize, u32),
     Truncate(usize, u32),
 }
 
@@ -133,6 +135,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         (0..8_usize, 0..20_u32).prop_map(|(table, count)| Op::Grow(table, count)),
         (0..8_usize, 0..20_u32).prop_map(|(table, count)| Op::Grow(table, count)),
         (0..8_usize).prop_map(Op::Fork),
+        (0..8_usize, 0..60_u32).prop_map(|(table, len)| Op::ForkAt(table, len)),
         (0..8_usize, 0..60_u32).prop_map(|(table, len)| Op::Truncate(table, len)),
     ];
     proptest::collection::vec(op, 0..60)
@@ -217,6 +220,13 @@ impl World {
                 self.tables.push(fork);
                 self.tokens.push(self.tokens[table].clone());
             }
+            Op::ForkAt(table, len) => {
+                let table = table % self.tables.len();
+                let fork = self.tables[table].fork_at(len, self.block_size, &mut self.pool);
+                self.tables.push(fork);
+                let tokens = &self.tokens[table];
+                self.tokens.push(tokens[..tokens.len().min(len as usize)].to_vec());
+            }
             Op::Truncate(table, len) => {
                 let table = table % self.tables.len();
                 self.tables[table].truncate(len, self.block_size, &mut self.pool);
@@ -261,6 +271,7 @@ impl World {
     fn check(&self) -> Result<(), TestCaseError> {
         for &id in &self.ids {
             prop_assert_eq!(self.pool.ref_count(id), self.holders(id), "holders of {:?}", id);
+            prop_assert_eq!(self.pool.num_holders(id), self.holders(id), "holders of {:?}", id);
         }
         prop_assert_eq!(self.pool.num_free(), self.free());
         let shared = self.ids.iter().filter(|&&id| self.holders(id) > 1).count();

@@ -1,0 +1,548 @@
+//! Random operations on a manager, against plain vectors and a naive index. The pool's memory is simulated: what a reservation
+//! says is written is written there, and what a sequence's table leads to is what the sequence holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{Config, TestRunner};
+
+use super::super::super::prefix::tests::Key;
+use super::ops::{Bad, Fate, Op, SALTS, op};
+use super::*;
+
+/// All that a failed call must leave alone.
+#[derive(Debug, PartialEq)]
+pub(super) struct State {
+    sequences: BTreeMap<SequenceId, (BlockTable, bool)>,
+    /// References, and the index's among them apart.
+    counts: Vec<(u32, u32)>,
+    free: Vec<BlockId>,
+    index: BTreeMap<Key, (BlockId, Option<u64>)>,
+    stats: PrefixStats,
+    next_id: SequenceId,
+    epoch: u64,
+}
+
+impl State {
+    pub(super) fn of(m: &Manager) -> Self {
+        let blocks = (0..m.pool.num_blocks()).map(BlockId);
+        Self {
+            sequences: m.sequences.iter().map(|(&id, s)| (id, (s.table.clone(), s.in_step))).collect(),
+            counts: blocks.map(|block| (m.pool.ref_count(block), m.pool.num_holders(block))).collect(),
+            free: m.pool.free_blocks().to_vec(),
+            index: m.prefixes.snapshot(),
+            stats: m.prefix_stats(),
+            next_id: m.next_id,
+            epoch: m.epoch,
+        }
+    }
+}
+
+/// What the cache holds for a token. A row of K or V depends on all tokens before it, and so does this.
+type Value = u64;
+
+fn value(before: Option<&(u32, Value)>, token: u32) -> Value {
+    // FNV-1a, a word at a time.
+    (before.map_or(0xcbf2_9ce4_8422_2325, |b| b.1) ^ u64::from(token + 1)).wrapping_mul(0x0100_0000_01b3)
+}
+
+/// Tokens, and what the cache holds for them.
+type Tokens = Vec<(u32, Value)>;
+
+struct Open {
+    pending: Vec<Pending>,
+    epoch: u64,
+    new: Vec<(SequenceId, Tokens)>,
+    blocks: Vec<BlockId>,
+}
+
+/// An entry of the naive index.
+#[derive(Clone, Debug)]
+struct Entry {
+    block: BlockId,
+    values: Vec<Value>,
+    /// The operation since which nobody but the index holds the block.
+    unused_since: Option<u32>,
+}
+
+struct World {
+    m: Manager,
+    block_size: u32,
+    memory: HashMap<(BlockId, u32), Value>,
+    sequences: Vec<(SequenceId, Tokens)>,
+    open: Vec<Open>,
+    loose: Vec<BlockId>,
+    index: BTreeMap<Key, Entry>,
+    /// lookups, queried, hit, evicted
+    stats: [u64; 4],
+    /// What has happened: hits, evictions, evictions of entries in use, reservations without room, forks in the
+    /// middle of a block.
+    seen: [u64; 5],
+    time: u32,
+}
+
+impl World {
+    fn new(block_size: u32, num_blocks: u32, collide: bool) -> Self {
+        let mut m = manager(block_size, num_blocks);
+        if collide {
+            m.prefixes = prefix::tests::colliding();
+        }
+        Self {
+            m,
+            block_size,
+            memory: HashMap::new(),
+            sequences: Vec::new(),
+            open: Vec::new(),
+            loose: Vec::new(),
+            index: BTreeMap::new(),
+            stats: [0; 4],
+            seen: [0; 5],
+            time: 0,
+        }
+    }
+
+    fn pick(&self, index: &Index) -> Option<usize> {
+        (!self.sequences.is_empty()).then(|| index.index(self.sequences.len()))
+    }
+
+    fn is_open(&self, sequence: SequenceId) -> bool {
+        self.open.iter().any(|open| open.new.iter().any(|(s, _)| *s == sequence))
+    }
+
+    /// A call that is refused if and only if the sequence is in an open step.
+    fn idle<T>(&mut self, sequence: SequenceId, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
+        let before = self.is_open(sequence).then(|| State::of(&self.m));
+        match (call(&mut self.m), before) {
+            (Ok(value), None) => Some(value),
+            (Err(Error::SequenceInStep(s)), Some(before)) if s == sequence => {
+                assert_eq!(State::of(&self.m), before);
+                None
+            }
+            (Ok(_), Some(_)) => panic!("{sequence} is in an open step"),
+            (Err(error), _) => panic!("{error}"),
+        }
+    }
+
+    fn apply(&mut self, op: &Op) {
+        self.time += 1;
+        match op {
+            Op::Create => {
+                let id = self.m.create();
+                self.sequences.push((id, Vec::new()));
+            }
+            Op::Prompt(count, bits) => {
+                let id = self.m.create();
+                self.sequences.push((id, Vec::new()));
+                self.step(vec![(self.sequences.len() - 1, *count, *bits)], Fate::Commit);
+                self.publish(self.sequences.len() - 1, *count as usize, 0, false);
+            }
+            Op::Step(batch, fate) => {
+                let batch = batch.iter().filter_map(|(s, count, bits)| Some((self.pick(s)?, *count, *bits)));
+                self.step(batch.collect(), *fate);
+            }
+            Op::End(step, commit) => {
+                if !self.open.is_empty() {
+                    let open = self.open.remove(step.index(self.open.len()));
+                    self.end(open, *commit);
+                }
+            }
+            Op::Fork(s) => {
+                let Some(i) = self.pick(s) else { return };
+                let (id, tokens) = self.sequences[i].clone();
+                if let Some(fork) = self.idle(id, |m| m.fork(id)) {
+                    self.sequences.push((fork, tokens));
+                }
+            }
+            Op::ForkAt(s, len) => {
+                let Some(i) = self.pick(s) else { return };
+                let (id, mut tokens) = self.sequences[i].clone();
+                tokens.truncate(len.index(tokens.len() + 1));
+                if let Some(fork) = self.idle(id, |m| m.fork_at(id, tokens.len() as u32)) {
+                    self.seen[4] += u64::from(!tokens.len().is_multiple_of(self.block_size as usize));
+                    self.sequences.push((fork, tokens));
+                }
+            }
+            Op::Truncate(s, len) => {
+                let Some(i) = self.pick(s) else { return };
+                let (id, len) = (self.sequences[i].0, len.index(self.sequences[i].1.len() + 1));
+                if self.idle(id, |m| m.truncate(id, len as u32)).is_some() {
+                    self.sequences[i].1.truncate(len);
+                }
+            }
+            Op::Free(s) => {
+                let Some(i) = self.pick(s) else { return };
+                let id = self.sequences[i].0;
+                if self.idle(id, |m| m.free(id)).is_some() {
+                    self.sequences.swap_remove(i);
+                }
+            }
+            Op::Publish { sequence, len, salt, lie } => {
+                let Some(i) = self.pick(sequence) else { return };
+                self.publish(i, len.index(self.sequences[i].1.len() + 1), *salt, *lie);
+            }
+            Op::Match { like, len, more, salt } => self.match_prefix(like, len, more, *salt),
+            Op::Forget(salt) => {
+                let mine = self.index.keys().filter(|key| key.0 == *salt).count() as u32;
+                self.index.retain(|key, _| key.0 != *salt);
+                if mine == 0 {
+                    self.m.refused(|m| m.forget_prefixes(*salt), ErrorKind::Caller, "unknown salt");
+                } else {
+                    assert_eq!(self.m.forget_prefixes(*salt).unwrap(), mine);
+                }
+            }
+            Op::Take(count) => {
+                if let Some(taken) = self.take(*count, |m| m.take_blocks((*count).into())) {
+                    assert_eq!(taken.len() as u32, *count);
+                    self.loose.extend(taken);
+                }
+            }
+            Op::GiveBack(block) => {
+                if !self.loose.is_empty() {
+                    let block = self.loose.swap_remove(block.index(self.loose.len()));
+                    assert!(self.m.pool.release(block));
+                    self.m.settle();
+                }
+            }
+            Op::Bad(s, bad) => self.bad(s, *bad),
+            Op::Clear => {
+                self.m.clear();
+                self.sequences.clear();
+                self.index.clear();
+                self.loose.clear();
+                self.memory.clear();
+                self.stats = [0; 4];
+                // What is left of open steps gives nothing back; see `end`.
+                for open in std::mem::take(&mut self.open) {
+                    let before = State::of(&self.m);
+                    self.end(open, false);
+                    assert_eq!(State::of(&self.m), before);
+                }
+            }
+        }
+    }
+
+    /// A call that takes between `least` and some more blocks from the pool, or none and fails. Checks what was evicted.
+    fn take<T: fmt::Debug>(&mut self, least: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
+        let before = State::of(&self.m);
+        let usage = self.m.usage();
+        let room = usage.free + usage.reclaimable;
+        match call(&mut self.m) {
+            Ok(taken) => {
+                assert!(room >= least);
+                let count = usage.free + self.count_evicted() - self.m.usage().free;
+                self.evict(count, &usage);
+                Some(taken)
+            }
+            Err(Error::OutOfBlocks { need, free, total }) => {
+                assert_eq!((free, total), (room, usage.total));
+                assert!(need >= least && need > free, "need {need} of {free}, at least {least}");
+                assert_eq!(State::of(&self.m), before);
+                self.seen[3] += 1;
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Blocks that were only the index's, and are not any more.
+    fn count_evicted(&self) -> u32 {
+        let kept: BTreeSet<_> = self.m.prefixes.snapshot().values().map(|e| e.0).collect();
+        let unused: BTreeSet<_> = self.index.values().filter(|e| e.unused_since.is_some()).map(|e| e.block).collect();
+        unused.difference(&kept).count() as u32
+    }
+
+    /// Follows an eviction for `count` blocks in the naive index: nothing more than needed, and the right entries.
+    fn evict(&mut self, count: u32, before: &PoolUsage) {
+        let freed = self.count_evicted();
+        assert_eq!(freed, count.saturating_sub(before.free), "evicted for {count} blocks, {before:?}");
+        self.stats[3] += u64::from(freed);
+        let kept = self.m.prefixes.snapshot();
+        let old = std::mem::take(&mut self.index);
+        let (mut gone, mut leaves) = (Vec::new(), Vec::new());
+        for (key, entry) in &old {
+            let is_leaf = !old
+                .keys()
+                .any(|(salt, tokens)| *salt == key.0 && tokens.len() > key.1.len() && tokens.starts_with(&key.1));
+            if !kept.contains_key(key) {
+                gone.push(entry.unused_since);
+            } else if let (true, Some(since)) = (is_leaf, entry.unused_since) {
+                leaves.push(since);
+            }
+        }
+        // Unused leaves that were there all the time are not older than anything that went; entries in use go only when there
+        // are no such leaves.
+        if let (Some(&oldest), false) = (leaves.iter().min(), gone.is_empty()) {
+            assert!(gone.iter().all(|since| since.is_some_and(|since| since <= oldest)), "{gone:?}, but not {oldest}");
+        }
+        self.seen[1] += u64::from(freed > 0);
+        self.seen[2] += u64::from(gone.iter().any(Option::is_none));
+        self.index = old.into_iter().filter(|(key, _)| kept.contains_key(key)).collect();
+    }
+
+    fn step(&mut self, batch: Vec<(usize, u32, u32)>, fate: Fate) {
+        let mut new: Vec<(SequenceId, Tokens)> = Vec::new();
+        let mut least = 0;
+        for (i, count, bits) in batch {
+            let (id, tokens) = &self.sequences[i];
+            if new.iter().any(|(s, _)| s == id) || self.is_open(*id) {
+                continue;
+            }
+            let mut all = tokens.clone();
+            for bit in 0..count {
+                let token = bits >> (bit % 3) & 1;
+                all.push((token, value(all.last(), token)));
+            }
+            let blocks = |len: usize| (len as u32).div_ceil(self.block_size);
+            least += blocks(all.len()) - blocks(tokens.len());
+            new.push((*id, all.split_off(tokens.len())));
+        }
+        let lens: Vec<_> = new.iter().map(|(s, tokens)| (*s, tokens.len() as u32)).collect();
+        if lens.is_empty() {
+            return;
+        }
+        let Some(reservation) = self.take(least, |m| m.reserve(&lens)) else { return };
+        let Reservation { batch, pending, slots, copies } = reservation;
+        assert!(copies.len() <= new.len());
+        let blocks: Vec<_> = pending.iter().flat_map(|p| p.replacement.iter().chain(&p.new_blocks)).copied().collect();
+        assert_eq!(blocks.len(), least as usize + copies.len());
+        if !matches!(fate, Fate::DropUnsubmitted) {
+            for &[from, to] in &copies {
+                for offset in 0..self.block_size {
+                    if let Some(&value) = self.memory.get(&(BlockId(from), offset)) {
+                        self.memory.insert((BlockId(to), offset), value);
+                    }
+                }
+            }
+            let values = new.iter().flat_map(|(_, tokens)| tokens);
+            assert_eq!(slots.len(), values.clone().count());
+            for (slot, &(_, value)) in slots.iter().zip(values) {
+                self.memory.insert((BlockId(slot / self.block_size), slot % self.block_size), value);
+            }
+            // What the step's attention reads.
+            for (entry, (id, tokens)) in batch.entries.iter().zip(&new) {
+                let before = self.sequences.iter().find(|(s, _)| s == id).unwrap();
+                assert_eq!((entry.context_len as usize, entry.query_len as usize), (before.1.len(), tokens.len()));
+                let table: Vec<_> = batch.tables[entry.table.clone()].iter().map(|&b| BlockId(b)).collect();
+                self.assert_holds(&table, before.1.iter().chain(tokens));
+            }
+        }
+        let open = Open { pending, epoch: self.m.epoch(), new, blocks };
+        match fate {
+            Fate::Hold => self.open.push(open),
+            Fate::Commit => self.end(open, true),
+            Fate::Drop | Fate::DropUnsubmitted => self.end(open, false),
+        }
+    }
+
+    fn end(&mut self, open: Open, commit: bool) {
+        if !commit {
+            self.m.roll_back(open.epoch, open.pending);
+            return;
+        }
+        self.m.commit(open.pending);
+        for (id, tokens) in open.new {
+            self.sequences.iter_mut().find(|(s, _)| *s == id).unwrap().1.extend(tokens);
+        }
+    }
+
+    /// Publishes up to `len` tokens of the `i`th sequence.
+    fn publish(&mut self, i: usize, len: usize, salt: u64, lie: bool) {
+        let (id, tokens) = &self.sequences[i];
+        let tokens = &tokens[..len.min(tokens.len())];
+        let said: Vec<_> = tokens.iter().map(|t| if lie { 1 - t.0 } else { t.0 }).collect();
+        let table = self.m.blocks(*id);
+        let block_size = self.block_size as usize;
+        let mut added = 0;
+        for (i, values) in tokens.chunks_exact(block_size).enumerate() {
+            let key = (salt, said[..(i + 1) * block_size].to_vec());
+            if let Some(entry) = self.index.get_mut(&key) {
+                entry.unused_since = entry.unused_since.map(|_| self.time);
+                continue;
+            }
+            let values = values.iter().map(|t| t.1).collect();
+            self.index.insert(key, Entry { block: table[i], values, unused_since: None });
+            added += 1;
+        }
+        assert_eq!(self.m.publish_prefix(*id, &said, salt).unwrap(), added);
+    }
+
+    fn match_prefix(&mut self, like: &Index, len: &Index, more: &[u32], salt: u64) {
+        let mut query: Vec<_> = self.pick(like).map_or_else(Vec::new, |i| {
+            let tokens = &self.sequences[i].1;
+            tokens[..len.index(tokens.len() + 1)].iter().map(|t| t.0).collect()
+        });
+        query.extend(more);
+        let mut found = Tokens::new();
+        let mut blocks = Vec::new();
+        for (i, tokens) in query.chunks_exact(self.block_size as usize).enumerate() {
+            let key = (salt, query[..(i + 1) * self.block_size as usize].to_vec());
+            let Some(entry) = self.index.get(&key) else { break };
+            blocks.push(entry.block);
+            found.extend(tokens.iter().copied().zip(entry.values.iter().copied()));
+        }
+        let hit = self.m.match_prefix(&query, salt);
+        assert_eq!((hit.len as usize, self.m.blocks(hit.sequence)), (found.len(), blocks));
+        self.seen[0] += u64::from(hit.len > 0);
+        for (stat, count) in self.stats.iter_mut().zip([1, query.len(), found.len()]) {
+            *stat += count as u64;
+        }
+        self.sequences.push((hit.sequence, found));
+    }
+
+    fn bad(&mut self, s: &Index, bad: Bad) {
+        let Some(i) = self.pick(s) else { return };
+        let (id, tokens) = &self.sequences[i];
+        let (id, len, open) = (*id, tokens.len() as u32, self.is_open(*id));
+        let ok = |kind| if open { ErrorKind::Caller } else { kind };
+        let total = self.m.pool.num_blocks();
+        let (m, caller) = (&mut self.m, ErrorKind::Caller);
+        match bad {
+            Bad::ForkBeyond => m.refused(|m| m.fork_at(id, len + 1), caller, ""),
+            Bad::TruncateBeyond => m.refused(|m| m.truncate(id, len + 1), caller, ""),
+            Bad::PublishBeyond => {
+                m.refused(|m| m.publish_prefix(id, &vec![0; len as usize + 1], 0), caller, "tokens");
+            }
+            Bad::UnknownSalt => m.refused(|m| m.forget_prefixes(SALTS + 1), caller, "unknown salt"),
+            Bad::UnknownSequence => {
+                let other = manager(1, 1).create();
+                m.refused(|m| m.fork_at(other, 0), caller, "not in this cache");
+                m.refused(|m| m.publish_prefix(other, &[], 0), caller, "not in this cache");
+                m.refused(|m| m.truncate(other, 0), caller, "not in this cache");
+                m.refused(|m| m.free(other), caller, "not in this cache");
+                m.refused(|m| m.reserve(&[(id, 1), (other, 1)]), caller, "");
+            }
+            Bad::EmptyBatch => m.refused(|m| m.reserve(&[]), caller, "batch"),
+            Bad::Twice => m.refused(|m| m.reserve(&[(id, 1), (id, 1)]), caller, ""),
+            Bad::NoTokens => m.refused(|m| m.reserve(&[(id, 0)]), caller, ""),
+            Bad::TooManyTokens => m.refused(|m| m.reserve(&[(id, u32::MAX)]), caller, ""),
+            Bad::TooManyBlocks => {
+                let count = (total + 1) * self.block_size;
+                m.refused(|m| m.reserve(&[(id, count)]), ok(ErrorKind::Retry), "");
+            }
+        }
+    }
+
+    fn assert_holds<'t>(&self, table: &[BlockId], tokens: impl Iterator<Item = &'t (u32, Value)>) {
+        let read = |i: u32| self.memory.get(&(table[(i / self.block_size) as usize], i % self.block_size)).copied();
+        for (i, &(_, value)) in (0..).zip(tokens) {
+            assert_eq!(read(i), Some(value), "token {i} of {table:?}");
+        }
+    }
+
+    fn check(&mut self) {
+        let block_size = self.block_size;
+        let mut holders = vec![0; self.m.pool.num_blocks() as usize];
+        assert_eq!(self.m.sequences.len(), self.sequences.len());
+        for (id, tokens) in &self.sequences {
+            let table = self.m.table(*id).unwrap();
+            assert_eq!(table.len() as usize, tokens.len());
+            assert_eq!(table.blocks().len(), tokens.len().div_ceil(block_size as usize));
+            self.assert_holds(table.blocks(), tokens.iter());
+            assert_eq!(self.m.sequences[id].in_step, self.is_open(*id));
+            table.blocks().iter().for_each(|b| holders[b.0 as usize] += 1);
+        }
+        let others = self.open.iter().flat_map(|open| &open.blocks).chain(&self.loose);
+        others.for_each(|b| holders[b.0 as usize] += 1);
+
+        for entry in self.index.values_mut() {
+            let unused = holders[entry.block.0 as usize] == 0;
+            entry.unused_since = unused.then(|| entry.unused_since.unwrap_or(self.time));
+        }
+        let index = self.m.prefixes.snapshot();
+        let naive = self.index.iter().map(|(key, entry)| (key, (entry.block, entry.unused_since.is_some())));
+        assert!(index.iter().map(|(key, entry)| (key, (entry.0, entry.1.is_some()))).eq(naive), "{index:?}");
+        self.m.prefixes.check(&self.m.pool);
+        for entry in self.index.values() {
+            let stored = (0..block_size).map(|offset| self.memory.get(&(entry.block, offset)));
+            assert!(stored.eq(entry.values.iter().map(Some)), "an indexed block holds its rows: {entry:?}");
+        }
+
+        let mut references = holders.clone();
+        index.values().for_each(|(b, _)| references[b.0 as usize] += 1);
+        let blocks = || (0..self.m.pool.num_blocks()).map(BlockId);
+        let pool = &self.m.pool;
+        assert!(blocks().map(|b| pool.ref_count(b)).eq(references.iter().copied()));
+        assert!(blocks().map(|b| pool.num_holders(b)).eq(holders.iter().copied()));
+        let mut free = pool.free_blocks().to_vec();
+        free.sort_unstable();
+        assert!(free.iter().copied().eq(blocks().filter(|b| references[b.0 as usize] == 0)), "{free:?}");
+
+        let indexed: BTreeSet<_> = index.values().map(|e| e.0).collect();
+        let reclaimable = indexed.iter().filter(|b| holders[b.0 as usize] == 0).count() as u32;
+        let usage = PoolUsage {
+            total: pool.num_blocks(),
+            free: free.len() as u32,
+            used: pool.num_blocks() - free.len() as u32,
+            shared: holders.iter().filter(|&&count| count > 1).count() as u32,
+            reclaimable,
+            sequences: self.sequences.len() as u32,
+        };
+        assert_eq!(self.m.usage(), usage);
+        let [lookups, queried_tokens, hit_tokens, evicted_blocks] = self.stats;
+        let stats = PrefixStats {
+            lookups,
+            queried_tokens,
+            hit_tokens,
+            indexed_blocks: indexed.len() as u32,
+            reclaimable_blocks: reclaimable,
+            evicted_blocks,
+        };
+        assert_eq!(self.m.prefix_stats(), stats);
+        self.check_report(usage);
+    }
+
+    fn check_report(&self, usage: PoolUsage) {
+        let report = self.m.memory();
+        assert_eq!((report.usage, report.prefixes), (usage, self.m.prefix_stats()));
+        let mut slots = BTreeSet::new();
+        let mut blocks = BTreeSet::<BlockId>::new();
+        for (id, tokens) in &self.sequences {
+            let table = self.m.table(*id).unwrap().blocks();
+            blocks.extend(table);
+            slots
+                .extend((0..tokens.len()).map(|i| (table[i / self.block_size as usize], i % self.block_size as usize)));
+        }
+        assert_eq!(report.cached_tokens, slots.len() as u64);
+        assert_eq!(report.sequence_tokens, self.sequences.iter().map(|s| s.1.len() as u64).sum::<u64>());
+        assert_eq!(report.sequence_blocks() as usize, blocks.len());
+        assert_eq!(report.sequences.len(), self.sequences.len());
+    }
+}
+
+#[test]
+fn random_operations_agree_with_plain_vectors() {
+    let mut runner = TestRunner::new(Config { cases: 6000, failure_persistence: None, ..Config::default() });
+    let runs = (1..5_u32, 4..40_u32, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
+    let seen = std::cell::Cell::new([0; 5]);
+    let result = runner.run(&runs, |(block_size, num_blocks, collide, ops)| {
+        let mut world = World::new(block_size, num_blocks, collide);
+        for op in &ops {
+            world.apply(op);
+            world.check();
+        }
+        let counts = seen.get();
+        seen.set(std::array::from_fn(|i| counts[i] + world.seen[i]));
+        for open in std::mem::take(&mut world.open) {
+            world.end(open, false);
+        }
+        for (id, _) in std::mem::take(&mut world.sequences) {
+            world.m.free(id).unwrap();
+        }
+        for block in std::mem::take(&mut world.loose) {
+            assert!(world.m.pool.release(block));
+        }
+        world.time += 1;
+        world.check();
+        let usage = world.m.usage();
+        prop_assert_eq!(usage.free + usage.reclaimable, num_blocks);
+        let total = world.m.take_blocks(num_blocks.into());
+        prop_assert_eq!(total.unwrap().len() as u32, num_blocks);
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    let seen = seen.get();
+    assert!(seen.iter().all(|&count| count > 100), "too little has happened to say much: {seen:?}");
+}
