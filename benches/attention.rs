@@ -5,6 +5,8 @@
 //! Every iteration times one attention call, by GPU timestamps where they make sense and by the wall clock (encode, submit and wait) elsewhere,
 //! and after it, untimed by criterion, the plain loop. The table at the end compares their medians: whatever else slows the machine down meets
 //! both alike.
+//!
+//! Races (`-- race`) let the formats take turns on D1, D2 and an append, and the contiguous cache with the paged one, and print ratios of medians.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -15,17 +17,23 @@
 mod support {
     pub(crate) mod adapter;
     pub(crate) mod limits;
+    pub(crate) mod race;
     pub(crate) mod timer;
 }
 
+use std::fmt;
 use std::time::Duration;
 
 use criterion::{Criterion, SamplingMode, Throughput};
 use fastrand::Rng;
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
-use folio::{Attention, AttentionConfig, AttentionPlan, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step, wgpu};
+use folio::{
+    Attention, AttentionConfig, AttentionPlan, ContiguousCache, ContiguousConfig, Gpu, KvCache, KvCacheConfig,
+    KvFormat, SequenceId, Step, wgpu,
+};
 
 use support::limits::{Loop, multiply_add_loop, read_loop};
+use support::race::{Contestant, Race};
 use support::timer::{Sample, Timer, median};
 use support::{adapter, timer};
 
@@ -78,6 +86,12 @@ impl Shape {
         if self.is_decode() { 2 * self.side_bytes(format) } else { self.flop() }
     }
 
+    /// Query lengths of the steps that bring the context, the same for all sequences.
+    fn context_steps(&self) -> impl Iterator<Item = u32> {
+        let context_len = self.seq_len - self.query_len;
+        (0..context_len).step_by(256).map(move |begin| 256.min(context_len - begin))
+    }
+
     fn describe(&self) -> String {
         let Self { id, batch, query_len, seq_len, num_q_heads, num_kv_heads, head_dim } = self;
         let batch = if *batch == 1 { String::new() } else { format!("{batch} x ") };
@@ -85,9 +99,32 @@ impl Shape {
     }
 }
 
-/// A filled cache with a step that is open, planned, and appended.
-struct Prepared {
-    cache: KvCache,
+/// Formats of K and V.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Formats {
+    k: KvFormat,
+    v: KvFormat,
+}
+
+impl Formats {
+    const fn both(format: KvFormat) -> Self {
+        Self { k: format, v: format }
+    }
+}
+
+impl fmt::Display for Formats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { k, v } = self;
+        if k == v { f.pad(&k.to_string()) } else { f.pad(&format!("{k} / {v}")) }
+    }
+}
+
+/// What races: every format, those with scales per channel for K only. The others are compared with F16.
+// INTEGRATION: both(E4M3), both(Int8), both(Int4), Int8PerChannel with Int8, Int4PerChannel with Int4.
+const RACING: [Formats; 2] = [Formats::both(KvFormat::F16), Formats::both(KvFormat::F32)];
+
+/// A planned attention call over a filled cache.
+struct Call {
     attention: Attention,
     plan: AttentionPlan,
     q: wgpu::Buffer,
@@ -96,35 +133,12 @@ struct Prepared {
     _step: Step,
 }
 
-impl Prepared {
-    fn new(gpu: &Gpu, shape: &Shape, format: KvFormat) -> folio::Result<Self> {
-        let mut rng = Rng::with_seed(1);
-        let cache = KvCache::new_blocking(
-            gpu,
-            KvCacheConfig {
-                num_layers: 1,
-                num_kv_heads: shape.num_kv_heads,
-                head_dim: shape.head_dim,
-                block_size: BLOCK_SIZE,
-                num_blocks: shape.batch * shape.seq_len.div_ceil(BLOCK_SIZE) + 16,
-                k_format: format,
-                v_format: format,
-            },
-        )?;
-        let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
-        shuffle_blocks(&cache, &mut rng)?;
-
-        let sequences: Vec<_> = (0..shape.batch).map(|_| cache.create_sequence()).collect();
-        let context_len = shape.seq_len - shape.query_len;
-        for begin in (0..context_len).step_by(256) {
-            let step = append(&cache, &sequences, 256.min(context_len - begin), &mut rng)?;
-            cache.commit(step)?.recycle();
-        }
-        let step = append(&cache, &sequences, shape.query_len, &mut rng)?;
+impl Call {
+    fn new(gpu: &Gpu, attention: Attention, step: Step, shape: &Shape, rng: &mut Rng) -> folio::Result<Self> {
         let plan = attention.plan(&step)?;
         let elements = step.num_tokens() * shape.num_q_heads * shape.head_dim;
-        let (q, out) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
-        Ok(Self { cache, attention, plan, q, out, _step: step })
+        let (q, out) = (random(gpu, elements, rng), random(gpu, elements, rng));
+        Ok(Self { attention, plan, q, out, _step: step })
     }
 
     fn measure(&self, timer: &Timer) -> Sample {
@@ -132,6 +146,78 @@ impl Prepared {
             self.attention.attend(pass, &self.plan, 0, &self.q, &self.out).expect("a valid call");
         })
     }
+}
+
+/// A paged cache with a step that is open, planned, and appended.
+struct Prepared {
+    cache: KvCache,
+    call: Call,
+}
+
+impl Prepared {
+    fn new(gpu: &Gpu, shape: &Shape, formats: Formats) -> folio::Result<Self> {
+        let mut rng = Rng::with_seed(1);
+        let cache = paged(gpu, shape, formats, &mut rng)?;
+        let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
+        let sequences: Vec<_> = (0..shape.batch).map(|_| cache.create_sequence()).collect();
+        for query_len in shape.context_steps() {
+            let step = append(&cache, &sequences, query_len, &mut rng)?;
+            cache.commit(step)?.recycle();
+        }
+        let step = append(&cache, &sequences, shape.query_len, &mut rng)?;
+        let call = Call::new(gpu, attention, step, shape, &mut rng)?;
+        Ok(Self { cache, call })
+    }
+}
+
+/// An empty cache with its blocks in random order.
+fn paged(gpu: &Gpu, shape: &Shape, formats: Formats, rng: &mut Rng) -> folio::Result<KvCache> {
+    let cache = KvCache::new_blocking(
+        gpu,
+        KvCacheConfig {
+            num_layers: 1,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim: shape.head_dim,
+            block_size: BLOCK_SIZE,
+            num_blocks: shape.batch * shape.seq_len.div_ceil(BLOCK_SIZE) + 16,
+            k_format: formats.k,
+            v_format: formats.v,
+        },
+    )?;
+    // INTEGRATION: if formats.k.is_per_channel(), cache.calibrate_keys(0, &values(.., rng))
+    shuffle_blocks(&cache, rng)?;
+    Ok(cache)
+}
+
+/// The same call over a contiguous cache.
+fn contiguous(gpu: &Gpu, shape: &Shape, formats: Formats) -> folio::Result<Call> {
+    let mut rng = Rng::with_seed(1);
+    let cache = ContiguousCache::new_blocking(
+        gpu,
+        ContiguousConfig {
+            num_layers: 1,
+            batch: shape.batch,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim: shape.head_dim,
+            max_seq_len: shape.seq_len,
+            k_format: formats.k,
+            v_format: formats.v,
+        },
+    )?;
+    let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
+    let mut append = |query_len| {
+        let batch: Vec<_> = (0..shape.batch).map(|row| (row, query_len)).collect();
+        let step = cache.begin_step(&batch)?;
+        let elements = step.num_tokens() * shape.num_kv_heads * shape.head_dim;
+        let (k, v) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
+        submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v))?;
+        Ok::<_, folio::Error>(step)
+    };
+    for query_len in shape.context_steps() {
+        cache.commit(append(query_len)?)?.recycle();
+    }
+    let step = append(shape.query_len)?;
+    Call::new(gpu, attention, step, shape, &mut rng)
 }
 
 /// Takes all blocks and gives them back in random order.
@@ -150,10 +236,15 @@ fn append(cache: &KvCache, sequences: &[SequenceId], tokens: u32, rng: &mut Rng)
     let step = cache.begin_step(&batch)?;
     let elements = step.num_tokens() * cache.config().num_kv_heads * cache.config().head_dim;
     let (k, v) = (random(gpu, elements, rng), random(gpu, elements, rng));
-    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    cache.append(&mut encoder, &step, 0, &k, &v)?;
-    gpu.queue().submit([encoder.finish()]);
+    submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v))?;
     Ok(step)
+}
+
+fn submit(gpu: &Gpu, record: impl FnOnce(&mut wgpu::CommandEncoder) -> folio::Result<()>) -> folio::Result<()> {
+    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    record(&mut encoder)?;
+    gpu.queue().submit([encoder.finish()]);
+    Ok(())
 }
 
 fn random(gpu: &Gpu, elements: u32, rng: &mut Rng) -> wgpu::Buffer {
@@ -225,17 +316,17 @@ fn bench(
     group.throughput(if shape.is_decode() { Throughput::Bytes(work) } else { Throughput::Elements(work) });
     group.bench_function(format.to_string(), |bencher| {
         let (prepared, read) = prepared.get_or_insert_with(|| {
-            let prepared = Prepared::new(timer.gpu(), shape, format)
+            let prepared = Prepared::new(timer.gpu(), shape, Formats::both(format))
                 .unwrap_or_else(|error| panic!("{}, {format}: {error}", shape.describe()));
             let read = shape.is_decode().then(|| read_loop(timer, &prepared.cache, shape.side_bytes(format)));
             // The driver's compiler runs at the first dispatch.
-            prepared.measure(timer);
+            prepared.call.measure(timer);
             (prepared, read)
         });
         bencher.iter_custom(|iterations| {
             let mut total = Duration::ZERO;
             for _ in 0..iterations {
-                let sample = prepared.measure(timer);
+                let sample = prepared.call.measure(timer);
                 total += sample.time();
                 samples.push(sample);
                 limit.push(read.as_ref().unwrap_or(multiply_adds).measure(timer));
@@ -247,6 +338,60 @@ fn bench(
     let (_, read) = prepared?;
     let plain = read.as_ref().unwrap_or(multiply_adds);
     Some(Row { shape: *shape, format, samples, limit, limit_work: plain.work, limit_name: plain.name.clone() })
+}
+
+/// All formats on one shape of decode.
+fn race_decode(criterion: &mut Criterion, timer: &Timer, shape: &'static Shape) -> Option<Race> {
+    let title = format!("decode, {}", shape.describe());
+    Race::run(criterion, timer, &format!("{} formats", shape.id), title, 0, || {
+        let contestant = |formats: Formats| {
+            let prepared = ready(Prepared::new(timer.gpu(), shape, formats));
+            let bytes = prepared.cache.config().token_bytes() * u64::from(shape.batch * shape.seq_len);
+            Contestant::new(formats, bytes, move |timer| prepared.call.measure(timer))
+        };
+        RACING.into_iter().map(contestant).collect()
+    })
+}
+
+/// All formats on one append of 2048 tokens with the heads of D1; the rate counts the f32 rows that come in.
+fn race_append(criterion: &mut Criterion, timer: &Timer) -> Option<Race> {
+    const SHAPE: Shape = Shape { id: "append", query_len: 256, seq_len: 256, ..SHAPES[0] };
+    let tokens = SHAPE.batch * SHAPE.query_len;
+    let title = format!("append, {tokens} tokens of {} heads, d {}", SHAPE.num_kv_heads, SHAPE.head_dim);
+    Race::run(criterion, timer, SHAPE.id, title, 0, || {
+        let contestant = |formats: Formats| {
+            let gpu = timer.gpu();
+            let mut rng = Rng::with_seed(1);
+            let cache = ready(paged(gpu, &SHAPE, formats, &mut rng));
+            let batch: Vec<_> = (0..SHAPE.batch).map(|_| (cache.create_sequence(), SHAPE.query_len)).collect();
+            let step = ready(cache.begin_step(&batch));
+            let elements = tokens * SHAPE.num_kv_heads * SHAPE.head_dim;
+            let (k, v) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
+            Contestant::new(formats, k.size() + v.size(), move |timer| {
+                timer.measure(|pass| cache.append(pass, &step, 0, &k, &v).expect("a valid call"))
+            })
+        };
+        RACING.into_iter().map(contestant).collect()
+    })
+}
+
+/// The contiguous cache against the paged one.
+fn race_contiguous(criterion: &mut Criterion, timer: &Timer, shape: &'static Shape) -> Option<Race> {
+    let title = format!("decode, {}, F16", shape.describe());
+    Race::run(criterion, timer, &format!("{} contiguous", shape.id), title, 0, || {
+        let formats = Formats::both(KvFormat::F16);
+        let paged = ready(Prepared::new(timer.gpu(), shape, formats));
+        let contiguous = ready(contiguous(timer.gpu(), shape, formats));
+        let bytes = 2 * shape.side_bytes(KvFormat::F16);
+        vec![
+            Contestant::new("paged", bytes, move |timer| paged.call.measure(timer)),
+            Contestant::new("contiguous", bytes, move |timer| contiguous.measure(timer)),
+        ]
+    })
+}
+
+fn ready<T>(result: folio::Result<T>) -> T {
+    result.unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn main() {
@@ -265,8 +410,18 @@ fn main() {
             rows.extend(bench(&mut criterion, &timer, &multiply_adds, shape, format));
         }
     }
+    let mut races = Vec::new();
+    for shape in &SHAPES[..2] {
+        races.extend(race_decode(&mut criterion, &timer, shape));
+        races.extend(race_contiguous(&mut criterion, &timer, shape));
+    }
+    races.extend(race_append(&mut criterion, &timer));
     criterion.final_summary();
     if !rows.is_empty() {
         print_table(&timer, &rows);
+    }
+    if !races.is_empty() {
+        println!("\nraces on {}, timed by {}; medians", adapter::describe(timer.gpu()), timer.clock());
+        races.iter().for_each(Race::print);
     }
 }

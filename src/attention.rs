@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{
-    KvCache, KvCacheConfig, LayerStorage, Segments, Step, StepTicket, check_foreign, layer_storage, params_binding,
+    Cache, KvCacheConfig, LayerStorage, Segments, Step, StepTicket, check_foreign, layer_storage, params_binding,
     push_params,
 };
 use crate::error::{Error, Result};
@@ -136,7 +136,7 @@ impl AttentionConfig {
     }
 }
 
-/// Attention over a [`KvCache`]: compiled kernels and a workspace. Make one per distinct [`AttentionConfig`] (a model whose layers
+/// Attention over a [`KvCache`](crate::KvCache) or a [`ContiguousCache`](crate::ContiguousCache): compiled kernels and a workspace. Make one per distinct [`AttentionConfig`] (a model whose layers
 /// alternate between windowed and full attention has two) and use it for all layers and steps.
 #[derive(Debug)]
 pub struct Attention {
@@ -200,7 +200,8 @@ impl Attention {
     /// # Errors
     /// [`Error::Argument`] for an option that breaks its rule; [`Error::Unsupported`] if a kernel needs more than the device offers;
     /// [`Error::Wgpu`] if one doesn't compile.
-    pub async fn new(cache: &KvCache, config: AttentionConfig) -> Result<Self> {
+    pub async fn new(cache: &impl Cache, config: AttentionConfig) -> Result<Self> {
+        let cache = cache.paged();
         let gpu = cache.gpu().clone();
         let geometry = *cache.config();
         config.validate(&geometry)?;
@@ -247,7 +248,7 @@ impl Attention {
     /// # Errors
     /// Those of [`Attention::new`].
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn new_blocking(cache: &KvCache, config: AttentionConfig) -> Result<Self> {
+    pub fn new_blocking(cache: &impl Cache, config: AttentionConfig) -> Result<Self> {
         pollster::block_on(Self::new(cache, config))
     }
 
@@ -434,7 +435,7 @@ impl Attention {
     ///
     /// `q` and `out`: f32 `[num_tokens, num_q_heads, head_dim]`, the tokens of all sequences of the step one after another. Each range needs
     /// usage `STORAGE`, an aligned offset and exactly the step's size; they must not overlap. Record the layer's
-    /// [`append`](KvCache::append) first, in the same or an earlier command buffer.
+    /// [`append`](crate::KvCache::append) first, in the same or an earlier command buffer.
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, a plan of another attention, or if

@@ -77,6 +77,16 @@ pub enum Error {
         /// Blocks of the pool.
         total: u32,
     },
+    /// A row of a [`ContiguousCache`](crate::ContiguousCache) is too short for the step. Truncate or reset it, then begin the step again.
+    #[error("row {row}: need {need} tokens, have max_seq_len, {max_seq_len}; truncate or reset the row and try again")]
+    RowFull {
+        /// Index in the batch.
+        row: u32,
+        /// Tokens that the row would have.
+        need: u64,
+        /// Tokens that a row has room for.
+        max_seq_len: u32,
+    },
     /// wgpu or the driver reported a failure.
     #[error("{during}: {message}")]
     Wgpu {
@@ -99,7 +109,7 @@ impl Error {
                 ErrorKind::Caller
             }
             Self::Unsupported { .. } | Self::NoAdapter { .. } => ErrorKind::Device,
-            Self::OutOfBlocks { .. } => ErrorKind::Retry,
+            Self::OutOfBlocks { .. } | Self::RowFull { .. } => ErrorKind::Retry,
             Self::Wgpu { .. } => ErrorKind::Wgpu,
         }
     }

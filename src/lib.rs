@@ -16,8 +16,8 @@ mod upload;
 
 pub use attention::{Attention, AttentionConfig, AttentionPlan};
 pub use cache::{
-    BlockId, Committed, KvCache, KvCacheConfig, KvFormat, KvRows, MemoryReport, PoolUsage, PrefixMatch, PrefixStats,
-    SequenceId, SequenceMemory, Step,
+    BlockId, Cache, Committed, ContiguousCache, ContiguousConfig, KvCache, KvCacheConfig, KvFormat, KvRows,
+    MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceId, SequenceMemory, Step,
 };
 pub use error::{Error, ErrorKind, Result};
 #[cfg(feature = "open")]

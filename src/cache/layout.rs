@@ -5,7 +5,9 @@ use crate::error::{Error, Result};
 
 /// Largest head_dim of the kernels.
 pub const MAX_HEAD_DIM: u32 = 256;
-/// Largest block_size, in tokens.
+/// Largest block_size of a paged cache, in tokens. What paging is good for shrinks as blocks grow: a sequence leaves half of its last block
+/// unused on average, a prefix is shared in whole blocks, and copy-on-write copies a whole block for one token. The kernels take any size:
+/// [`ContiguousCache`](super::ContiguousCache) has a block of `max_seq_len` tokens per row.
 pub const MAX_BLOCK_SIZE: u32 = 256;
 
 /// Shape of a cache: every layer has a K side and a V side of this geometry.
@@ -33,6 +35,14 @@ impl KvCacheConfig {
     /// # Errors
     /// [`Error::Argument`] that names the field.
     pub fn validate(&self) -> Result<()> {
+        if self.block_size > MAX_BLOCK_SIZE {
+            return Err(Error::argument("block_size", self.block_size, "1 to 256 tokens"));
+        }
+        self.validate_for_any_block_size()
+    }
+
+    /// [`KvCacheConfig::validate`] for blocks of any size that slot ids allow: what a contiguous cache needs.
+    pub(super) fn validate_for_any_block_size(&self) -> Result<()> {
         if self.num_layers == 0 {
             return Err(Error::argument("num_layers", 0, "at least 1"));
         }
@@ -43,7 +53,7 @@ impl KvCacheConfig {
         if self.head_dim == 0 || self.head_dim > MAX_HEAD_DIM || !self.head_dim.is_multiple_of(8) {
             return Err(Error::argument("head_dim", self.head_dim, "a multiple of 8 from 8 to 256"));
         }
-        if self.block_size == 0 || self.block_size > MAX_BLOCK_SIZE {
+        if self.block_size == 0 {
             return Err(Error::argument("block_size", self.block_size, "1 to 256 tokens"));
         }
         if self.num_blocks == 0 {

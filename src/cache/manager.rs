@@ -220,6 +220,32 @@ impl Manager {
         Ok(())
     }
 
+    /// Takes every block of a pool from which none has been taken, and gives block `i` to the `i`th of as many new, empty sequences: the
+    /// rows of a contiguous cache. [`Manager::shorten`] them; [`Manager::truncate`] would give their blocks back.
+    pub(crate) fn create_rows(&mut self) -> Vec<SequenceId> {
+        let blocks = self.pool.allocate(self.config.num_blocks).unwrap_or_default();
+        blocks
+            .into_iter()
+            .map(|block| {
+                let mut table = BlockTable::default();
+                table.grow(None, &[block], 0);
+                self.insert(table)
+            })
+            .collect()
+    }
+
+    /// [`Manager::truncate`] that keeps the blocks.
+    pub(crate) fn shorten(&mut self, id: SequenceId, len: u32) -> Result<()> {
+        let have = self.check_idle(id)?.table.len();
+        if len > have {
+            return Err(Error::argument("len", len, format!("at most the row's length, {have}")));
+        }
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.table.shorten(len);
+        }
+        Ok(())
+    }
+
     pub(crate) fn free(&mut self, id: SequenceId) -> Result<()> {
         self.truncate(id, 0)?;
         self.sequences.remove(&id);

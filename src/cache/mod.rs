@@ -1,5 +1,6 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
+mod contiguous;
 mod format;
 mod layout;
 mod manager;
@@ -11,6 +12,7 @@ mod step;
 mod storage;
 mod table;
 
+pub use contiguous::{ContiguousCache, ContiguousConfig};
 pub use format::KvFormat;
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
 pub use manager::{PoolUsage, SequenceId};
@@ -31,6 +33,25 @@ use manager::Manager;
 pub(crate) use manager::SharedState;
 use record::CacheKernels;
 pub(crate) use storage::{LayerStorage, check_foreign, layer as layer_storage};
+
+/// A cache that [`Attention`](crate::Attention) and [`Rope`](crate::Rope) work with: [`KvCache`] or [`ContiguousCache`]. Nothing else can be one.
+pub trait Cache: sealed::Paged {}
+
+pub(crate) mod sealed {
+    /// The blocks that a cache consists of. Not reachable from outside, so that nobody takes the rows of a contiguous cache apart.
+    pub trait Paged {
+        /// The cache as the paged one that it is, or is built on.
+        fn paged(&self) -> &super::KvCache;
+    }
+}
+
+impl Cache for KvCache {}
+
+impl sealed::Paged for KvCache {
+    fn paged(&self) -> &KvCache {
+        self
+    }
+}
 
 /// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
 ///
@@ -62,6 +83,11 @@ impl KvCache {
     /// bindings that a kernel may have, or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
     pub async fn new(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
         config.validate()?;
+        Self::with_any_block_size(gpu, config).await
+    }
+
+    /// [`KvCache::new`] with a configuration that has been validated, except perhaps for the block size.
+    async fn with_any_block_size(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
         let segments = storage::segments(gpu, &config)?;
         let layers = Arc::new(storage::allocate(gpu, &config, segments).await?);
         let kernels = CacheKernels::new(gpu, &config, segments).await?;

@@ -96,6 +96,11 @@ impl BlockTable {
         Self { blocks: blocks.to_vec(), len }
     }
 
+    /// Shortens to `len` tokens and keeps all blocks, to be written again. Does nothing if the table isn't longer.
+    pub(super) fn shorten(&mut self, len: u32) {
+        self.len = self.len.min(len);
+    }
+
     /// Shortens to `len` tokens and gives the blocks behind it back. Does nothing if the table isn't longer.
     pub fn truncate(&mut self, len: u32, block_size: u32, pool: &mut BlockPool) {
         if len >= self.len {

@@ -4,7 +4,7 @@ mod config;
 
 pub use config::{RopeConfig, RopeLayout, RopeScaling};
 
-use crate::cache::{KvCache, KvCacheConfig, Step, check_foreign, grid, params_binding, push_params};
+use crate::cache::{Cache, KvCache, KvCacheConfig, Step, check_foreign, grid, params_binding, push_params};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{AttendFlags, CacheParams, Kernel, MAX_GRID, Pipeline, RopeShape, Target, Variant};
@@ -38,7 +38,8 @@ impl Rope {
     /// # Errors
     /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a kernel needs more than the device offers;
     /// [`Error::Wgpu`] if one doesn't compile.
-    pub async fn new(cache: &KvCache, config: RopeConfig) -> Result<Self> {
+    pub async fn new(cache: &impl Cache, config: RopeConfig) -> Result<Self> {
+        let cache = cache.paged();
         let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
         config.validate(geometry.head_dim)?;
         let shape = RopeShape { layout: config.layout, rotary_dim: config.rotary_dim };
@@ -69,7 +70,7 @@ impl Rope {
     /// # Errors
     /// Those of [`Rope::new`].
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn new_blocking(cache: &KvCache, config: RopeConfig) -> Result<Self> {
+    pub fn new_blocking(cache: &impl Cache, config: RopeConfig) -> Result<Self> {
         pollster::block_on(Self::new(cache, config))
     }
 

@@ -46,7 +46,7 @@ fn open(options: GpuOptions) -> Result<Gpu> {
 
 /// Asserts that a call was refused, and that its text has all these parts.
 #[track_caller]
-fn refused<T>(result: Result<T>, kind: ErrorKind, parts: &[&str]) {
+pub(crate) fn refused<T>(result: Result<T>, kind: ErrorKind, parts: &[&str]) {
     let Err(error) = result else { panic!("accepted, but the error should say {parts:?}") };
     let text = error.to_string();
     assert_eq!(error.kind(), kind, "{text}");

@@ -4,7 +4,7 @@ use fastrand::Rng;
 use folio::reference::compare::{self, Comparison};
 use folio::reference::{ErrorModel, Options, Problem, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
-use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId};
+use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step};
 
 /// One step over a ragged batch, and everything that shapes it.
 #[derive(Clone, Debug)]
@@ -180,13 +180,29 @@ impl Case {
         sequences: &[SequenceId],
         rows: &[Rows],
     ) -> (Vec<f32>, Option<Vec<f32>>) {
-        let gpu = cache.gpu();
         let batch: Vec<_> = sequences.iter().copied().zip(self.lens.iter().map(|l| l.1)).collect();
         let step = cache.begin_step(&batch).expect("step");
+        let layer = cache.config().num_layers - 1;
+        let results = self.attend_step(cache.gpu(), attention, &step, layer, rows, |pass, k, v| {
+            cache.append(pass, &step, layer, k, v).expect("append");
+        });
+        cache.commit(step).expect("commit").recycle();
+        results
+    }
+
+    /// [`Case::attend`] for a step of any cache, which the caller commits.
+    pub(crate) fn attend_step(
+        &self,
+        gpu: &Gpu,
+        attention: &Attention,
+        step: &Step,
+        layer: u32,
+        rows: &[Rows],
+        append: impl FnOnce(&mut wgpu::ComputePass<'_>, &wgpu::Buffer, &wgpu::Buffer),
+    ) -> (Vec<f32>, Option<Vec<f32>>) {
         let masks: Vec<&[u32]> = rows.iter().map(|r| &r.mask[..]).collect();
-        let plan =
-            if self.config.custom_mask { attention.plan_with_masks(&step, &masks) } else { attention.plan(&step) }
-                .expect("plan");
+        let plan = if self.config.custom_mask { attention.plan_with_masks(step, &masks) } else { attention.plan(step) }
+            .expect("plan");
         let row = (self.num_kv_heads * self.head_dim) as usize;
         let new = |rows: &[f32], i: usize| rows[self.lens[i].0 as usize * row..].to_vec();
         let k: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.k, i)).collect();
@@ -198,10 +214,9 @@ impl Case {
         let lse = upload(gpu, &vec![f32::NAN; q.len() / self.head_dim as usize]);
         let q = upload(gpu, &q);
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let layer = cache.config().num_layers - 1;
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            cache.append(&mut pass, &step, layer, &k, &v).expect("append");
+            append(&mut pass, &k, &v);
             if self.config.lse {
                 attention.attend_with_lse(&mut pass, &plan, layer, &q, &out, &lse).expect("attend");
             } else {
@@ -209,7 +224,6 @@ impl Case {
             }
         }
         gpu.queue().submit([encoder.finish()]);
-        cache.commit(step).expect("commit").recycle();
         plan.recycle();
         (gpu.read_blocking(&out).expect("out"), self.config.lse.then(|| gpu.read_blocking(&lse).expect("lse")))
     }
@@ -269,10 +283,14 @@ pub(crate) fn append(cache: &KvCache, batch: &[(SequenceId, u32)], layer: u32, k
 pub(crate) fn poison(cache: &KvCache) {
     for layer in 0..cache.config().num_layers {
         let (k, v) = cache.layer_buffers(layer).expect("layer");
-        for buffer in k.iter().chain(v) {
-            let nan = vec![0xff_u8; buffer.size() as usize];
-            cache.gpu().queue().write_buffer(buffer, 0, &nan);
-        }
+        poison_buffers(cache.gpu(), k.iter().chain(v));
+    }
+}
+
+pub(crate) fn poison_buffers<'b>(gpu: &Gpu, buffers: impl IntoIterator<Item = &'b wgpu::Buffer>) {
+    for buffer in buffers {
+        let nan = vec![0xff_u8; buffer.size() as usize];
+        gpu.queue().write_buffer(buffer, 0, &nan);
     }
 }
 

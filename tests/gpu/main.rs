@@ -14,6 +14,7 @@ mod attend;
 mod bad_input;
 mod cache;
 mod case;
+mod contiguous;
 mod isolation;
 mod model_based;
 mod rope;

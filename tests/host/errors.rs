@@ -12,6 +12,7 @@ fn kinds_say_who_has_to_act() {
         (Error::Unsupported { what: "limit", need: text(), have: text(), hint: text() }, ErrorKind::Device),
         (Error::NoAdapter { wanted: text(), found: text() }, ErrorKind::Device),
         (Error::OutOfBlocks { need: 3, free: 2, total: 8 }, ErrorKind::Retry),
+        (Error::RowFull { row: 1, need: 101, max_seq_len: 100 }, ErrorKind::Retry),
         (Error::Wgpu { during: "compiling", message: text() }, ErrorKind::Wgpu),
     ] {
         assert_eq!(error.kind(), kind, "{error:?}");
@@ -42,6 +43,10 @@ fn texts_say_what_was_given_and_what_is_needed() {
         (
             Error::OutOfBlocks { need: 3, free: 2, total: 8 },
             "blocks: need 3, have 2 free of 8; free or truncate a sequence and try again",
+        ),
+        (
+            Error::RowFull { row: 1, need: 101, max_seq_len: 100 },
+            "row 1: need 101 tokens, have max_seq_len, 100; truncate or reset the row and try again",
         ),
         (
             Error::Wgpu { during: "compiling a kernel", message: s("Validation Error") },

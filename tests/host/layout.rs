@@ -1,7 +1,7 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
 use folio::cache::KvLayout;
-use folio::{Error, ErrorKind, KvCacheConfig, KvFormat};
+use folio::{ContiguousConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
 const CONFIG: KvCacheConfig = KvCacheConfig {
@@ -161,5 +161,39 @@ fn formats_are_read_by_their_names() {
         assert_eq!(format.to_string().to_lowercase().parse::<KvFormat>().ok(), Some(format));
     }
     let error = "f8".parse::<KvFormat>().err().map(|error| error.to_string());
-    assert_eq!(error.as_deref(), Some("format: got \"f8\", need one of f32, f16, e4m3, int8, int4, int8-channel, int4-channel"));
+    assert_eq!(
+        error.as_deref(),
+        Some("format: got \"f8\", need one of f32, f16, e4m3, int8, int4, int8-channel, int4-channel")
+    );
+}
+
+/// A contiguous cache of 4 rows of 100 tokens that `change` spoils.
+fn contiguous_refusal(change: impl FnOnce(&mut ContiguousConfig)) -> String {
+    let mut config = ContiguousConfig {
+        num_layers: 1,
+        batch: 4,
+        num_kv_heads: 2,
+        head_dim: 64,
+        max_seq_len: 100,
+        k_format: KvFormat::F32,
+        v_format: KvFormat::F16,
+    };
+    assert!(config.validate().is_ok());
+    change(&mut config);
+    config.validate().expect_err("a refusal").to_string()
+}
+
+#[test]
+fn contiguous_configurations_are_checked() {
+    assert_eq!(contiguous_refusal(|c| c.batch = 0), "batch: got 0, need at least 1");
+    assert_eq!(contiguous_refusal(|c| c.max_seq_len = 0), "max_seq_len: got 0, need 1 to 2^31 - 1 tokens");
+    assert_eq!(
+        contiguous_refusal(|c| c.max_seq_len = 1 << 31),
+        "max_seq_len: got 2147483648, need 1 to 2^31 - 1 tokens"
+    );
+    let want = "max_seq_len: got 1073741824 for 4 rows, need batch * max_seq_len below 2^32";
+    assert_eq!(contiguous_refusal(|c| c.max_seq_len = 1 << 30), want);
+    assert_eq!(contiguous_refusal(|c| c.num_layers = 0), "num_layers: got 0, need at least 1");
+    assert_eq!(contiguous_refusal(|c| c.num_kv_heads = 0), "num_kv_heads: got 0, need 1 to 65535");
+    assert_eq!(contiguous_refusal(|c| c.head_dim = 60), "head_dim: got 60, need a multiple of 8 from 8 to 256");
 }

@@ -6,7 +6,8 @@ use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
 const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
 const GROUP_SIZES: [u32; 5] = [1, 4, 7, 8, 32];
-const BLOCK_SIZES: [u32; 4] = [1, 5, 16, 256];
+/// The last one is a row of a contiguous cache.
+const BLOCK_SIZES: [u32; 5] = [1, 5, 16, 256, 131_072];
 const KV_HEADS: [u32; 3] = [1, 3, 8];
 /// How K and V are cut.
 const SEGMENTS: [[Segments; 2]; 3] = [

@@ -1,0 +1,287 @@
+//! What a cache format costs and what it loses: one long sequence is cached in each format, and a step of decode is timed and compared with
+//! the f64 oracle.
+//!
+//! `cargo run --release --example formats [-- --tokens 16384 --pairs f16:f16,f16 --quick]`
+//!
+//! Keys have outliers in a few channels, as real models' keys have: large, of nearly the same value in all tokens. A scale per token has to
+//! span them; a scale per channel has not. Times are medians of rounds in which all formats take turns, so that whatever else slows the
+//! machine down meets all alike.
+#![allow(clippy::print_stdout, reason = "an example shows what it did")]
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use fastrand::Rng;
+use folio::reference::{self, Options, Problem};
+use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
+use folio::{Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, Step, wgpu};
+
+const NUM_Q_HEADS: u32 = 8;
+const NUM_KV_HEADS: u32 = 2;
+const HEAD_DIM: u32 = 128;
+const BLOCK_SIZE: u32 = 16;
+/// Elements of a token's K or V row.
+const ROW: usize = (NUM_KV_HEADS * HEAD_DIM) as usize;
+/// Elements of a token's Q row.
+const Q_ROW: usize = (NUM_Q_HEADS * HEAD_DIM) as usize;
+/// Query tokens whose outputs are compared, so that errors are those of many rows.
+const QUERIES: usize = 8;
+
+/// Caches one sequence in each format and compares bytes, decode time and error.
+#[derive(Parser)]
+struct Arguments {
+    /// Keys of the sequence
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(16..=1 << 20), value_name = "N")]
+    tokens: u32,
+    /// Formats of K and V, `k:v`, or one name for both; a table line each. F16 is always there.
+    #[arg(long, value_delimiter = ',', default_value = DEFAULT_PAIRS, value_name = "K:V,...")]
+    pairs: Vec<Pair>,
+    /// 2048 tokens and few rounds
+    #[arg(long)]
+    quick: bool,
+    /// Part of an adapter's name [default: the best adapter]
+    #[arg(long, value_name = "NAME")]
+    adapter: Option<String>,
+}
+
+/// Every format; those with scales per channel are for K only.
+// INTEGRATION: "f32,f16,e4m3,int8,int4,int8_per_channel:int8,int4_per_channel:int4", in the names that `KvFormat::from_str` takes.
+const DEFAULT_PAIRS: &str = "f32,f16,f32:f16";
+
+/// Formats of K and V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pair {
+    k: KvFormat,
+    v: KvFormat,
+}
+
+const F16: Pair = Pair { k: KvFormat::F16, v: KvFormat::F16 };
+
+impl FromStr for Pair {
+    type Err = folio::Error;
+
+    fn from_str(names: &str) -> folio::Result<Self> {
+        let (k, v) = names.split_once(':').unwrap_or((names, names));
+        Ok(Self { k: k.parse()?, v: v.parse()? })
+    }
+}
+
+impl fmt::Display for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.k == self.v { f.pad(&self.k.to_string()) } else { f.pad(&format!("{} / {}", self.k, self.v)) }
+    }
+}
+
+/// What is cached and asked.
+struct Data {
+    /// `[tokens, NUM_KV_HEADS, HEAD_DIM]`
+    k: Vec<f32>,
+    /// `[tokens, NUM_KV_HEADS, HEAD_DIM]`
+    v: Vec<f32>,
+    /// `[QUERIES, NUM_Q_HEADS, HEAD_DIM]`
+    q: Vec<f32>,
+}
+
+impl Data {
+    fn new(tokens: usize) -> Self {
+        let mut rng = Rng::with_seed(1);
+        let mut normal = move || {
+            // The sum of four uniform numbers has variance 1/3.
+            ((0..4).map(|_| rng.f32() - 0.5).sum::<f32>()) * 1.732
+        };
+        // (mean, deviation) of every channel of K. In each head 4 of 128 are outliers.
+        let channels: Vec<(f32, f32)> = (0..ROW)
+            .map(|i| match i % HEAD_DIM as usize {
+                17 => (14.0, 1.0),
+                46 => (-9.0, 2.0),
+                81 => (-17.0, 1.5),
+                110 => (8.0, 2.0),
+                _ => (0.0, 1.0),
+            })
+            .collect();
+        let k =
+            (0..tokens).flat_map(|_| channels.clone()).map(|(mean, deviation)| mean + deviation * normal()).collect();
+        let v = (0..tokens * ROW).map(|_| normal()).collect();
+        // Logits of deviation 3: attention that picks some keys out of thousands.
+        let q = (0..QUERIES * Q_ROW).map(|_| 3.0 * normal()).collect();
+        Self { k, v, q }
+    }
+
+    /// The exact outputs. Every query sees all keys.
+    fn attend(&self) -> Result<Vec<f64>> {
+        let problem = Problem {
+            num_q_heads: NUM_Q_HEADS as usize,
+            num_kv_heads: NUM_KV_HEADS as usize,
+            head_dim: HEAD_DIM as usize,
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            options: Options { causal: false, ..Options::default() },
+        };
+        Ok(reference::attention(&problem)?.out)
+    }
+}
+
+/// The sequence in one pair of formats, with the step open that brings its last token.
+struct Cached {
+    pair: Pair,
+    cache: KvCache,
+    attention: Attention,
+    plan: AttentionPlan,
+    out: wgpu::Buffer,
+    times: Vec<Duration>,
+    /// The plan is good for as long as its step.
+    _step: Step,
+}
+
+impl Cached {
+    fn new(gpu: &Gpu, pair: Pair, data: &Data) -> Result<Self> {
+        let tokens = (data.k.len() / ROW) as u32;
+        let config = KvCacheConfig {
+            num_layers: 1,
+            num_kv_heads: NUM_KV_HEADS,
+            head_dim: HEAD_DIM,
+            block_size: BLOCK_SIZE,
+            num_blocks: tokens.div_ceil(BLOCK_SIZE),
+            k_format: pair.k,
+            v_format: pair.v,
+        };
+        let cache = KvCache::new_blocking(gpu, config).with_context(|| format!("a cache of {tokens} tokens"))?;
+        // INTEGRATION: formats with scales per channel of K learn them from the first tokens, as an app would from a prompt:
+        // if pair.k.is_per_channel() { cache.calibrate_keys(0, &data.k[..data.k.len().min(1024 * ROW)])?; }
+        let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_Q_HEADS))?;
+        let sequence = cache.create_sequence();
+        let mut begin = 0;
+        let step = loop {
+            let end = if begin == tokens - 1 { tokens } else { (begin + 1024).min(tokens - 1) };
+            let step = cache.begin_step(&[(sequence, end - begin)])?;
+            let range = begin as usize * ROW..end as usize * ROW;
+            let (k, v) = (upload(gpu, &data.k[range.clone()]), upload(gpu, &data.v[range]));
+            let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            cache.append(&mut encoder, &step, 0, &k, &v)?;
+            gpu.queue().submit([encoder.finish()]);
+            if end == tokens {
+                break step;
+            }
+            cache.commit(step)?.recycle();
+            begin = end;
+        };
+        let plan = attention.plan(&step)?;
+        let out = upload(gpu, &[f32::NAN; Q_ROW]);
+        Ok(Self { pair, cache, attention, plan, out, times: Vec::new(), _step: step })
+    }
+
+    /// Attends `repeats` times in one pass, and waits.
+    fn attend(&self, q: &wgpu::Buffer, repeats: u32) -> Result<Duration> {
+        let gpu = self.cache.gpu();
+        let start = Instant::now();
+        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            for _ in 0..repeats {
+                self.attention.attend(&mut pass, &self.plan, 0, q, &self.out)?;
+            }
+        }
+        gpu.queue().submit([encoder.finish()]);
+        gpu.device().poll(wgpu::PollType::wait_indefinitely())?;
+        Ok(start.elapsed() / repeats)
+    }
+
+    /// Outputs of all queries, one after another.
+    fn outputs(&self, queries: &[wgpu::Buffer]) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for q in queries {
+            self.attend(q, 1)?;
+            all.extend(self.cache.gpu().read_blocking(&self.out)?);
+        }
+        Ok(all)
+    }
+
+    fn median(&self) -> Duration {
+        let mut times = self.times.clone();
+        times.sort();
+        times[times.len() / 2]
+    }
+}
+
+fn upload(gpu: &Gpu, values: &[f32]) -> wgpu::Buffer {
+    gpu.device().create_buffer_init(&BufferInitDescriptor {
+        label: None,
+        contents: bytemuck::cast_slice(values),
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+    })
+}
+
+/// Passes shorter than this measure the submit rather than the kernel.
+const MIN_PASS: Duration = Duration::from_millis(5);
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let (tokens, rounds) = if arguments.quick { (arguments.tokens.min(2048), 7) } else { (arguments.tokens, 25) };
+    let mut pairs = arguments.pairs;
+    if !pairs.contains(&F16) {
+        pairs.insert(0, F16);
+    }
+    let gpu = Gpu::open_blocking(GpuOptions { adapter_name: arguments.adapter, ..GpuOptions::default() })?;
+
+    let data = Data::new(tokens as usize);
+    let want = data.attend()?;
+    let queries: Vec<_> = data.q.chunks(Q_ROW).map(|q| upload(&gpu, q)).collect();
+    let mut all = Vec::new();
+    for pair in pairs {
+        all.push(Cached::new(&gpu, pair, &data).with_context(|| pair.to_string())?);
+    }
+
+    // The first pass of each compiles; F16's second says how many fill a pass.
+    let mut repeats = 1;
+    for cached in &all {
+        cached.attend(&queries[0], 1)?;
+        if cached.pair == F16 {
+            let once = cached.attend(&queries[0], 1)?.max(Duration::from_micros(1));
+            repeats = MIN_PASS.div_duration_f64(once).ceil().clamp(1.0, 1000.0) as u32;
+        }
+    }
+    for round in 0..rounds {
+        // Nobody comes always after the same neighbour.
+        let count = all.len();
+        for i in 0..count {
+            let cached = &mut all[(i + round) % count];
+            let time = cached.attend(&queries[round % QUERIES], repeats)?;
+            cached.times.push(time);
+        }
+    }
+    print_table(&gpu, tokens, &want, &all, &queries)
+}
+
+fn print_table(gpu: &Gpu, tokens: u32, want: &[f64], all: &[Cached], queries: &[wgpu::Buffer]) -> Result<()> {
+    let rms = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
+    println!("adapter: {}, {:?} kernels", gpu.adapter_info().name, gpu.profile());
+    println!(
+        "one token attends to {tokens}, {NUM_Q_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}; outputs are {rms:.3} (rms)\n"
+    );
+    let f16 = all.iter().find(|cached| cached.pair == F16).context("F16 is among the pairs")?;
+    let (f16_bytes, f16_time) = (f16.cache.config().token_bytes(), f16.median());
+    println!(
+        "{:<24} {:>12} {:>8} {:>10} {:>8} {:>12} {:>12}",
+        "K / V", "bytes/token", "of F16", "decode ms", "of F16", "worst error", "mean error"
+    );
+    for cached in all {
+        let got = cached.outputs(queries)?;
+        let errors: Vec<f64> = got.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).collect();
+        let (bytes, time) = (cached.cache.config().token_bytes(), cached.median());
+        let worst = errors.iter().copied().fold(0.0, f64::max);
+        let mean = errors.iter().sum::<f64>() / errors.len() as f64;
+        ensure!(errors.iter().all(|error| error.is_finite()), "{}: an output that is not a number", cached.pair);
+        println!(
+            "{:<24} {bytes:>12} {:>8.3} {:>10.3} {:>8.3} {worst:>12.2e} {mean:>12.2e}",
+            cached.pair,
+            bytes as f64 / f16_bytes as f64,
+            time.as_secs_f64() * 1e3,
+            time.div_duration_f64(f16_time),
+        );
+    }
+    Ok(())
+}
