@@ -11,6 +11,7 @@ use folio::{KvCacheConfig, KvFormat, Profile};
 enum KernelName {
     Append,
     CopyBlocks,
+    PackBlocks,
     Gather,
     Decode,
     Prefill,
@@ -77,6 +78,7 @@ fn main() -> folio::Result<()> {
     let kernel = match args.kernel {
         KernelName::Append => Kernel::Append,
         KernelName::CopyBlocks => Kernel::CopyBlocks,
+        KernelName::PackBlocks => Kernel::PackBlocks,
         KernelName::Gather => Kernel::Gather,
         KernelName::Decode => Kernel::Decode,
         KernelName::Prefill => Kernel::Prefill,

@@ -11,6 +11,8 @@ pub enum ErrorKind {
     Device,
     /// Nothing is wrong, but it doesn't fit at the moment: free something, then try again.
     Retry,
+    /// A file can't be read or written, or holds something else: another file or place is needed.
+    File,
     /// wgpu or the driver reported a failure.
     Wgpu,
 }
@@ -34,10 +36,10 @@ pub enum Error {
     /// The sequence was never created by this cache, or it has been freed.
     #[error("sequence: {0} is not in this cache; need an id from create_sequence or fork that has not been freed")]
     UnknownSequence(SequenceId),
-    /// The sequence belongs to a step that is neither committed nor dropped.
-    #[error("sequence: {0} is in an open step; need that step committed or dropped first")]
+    /// The sequence belongs to a step, a swap-out or a defragmentation that is neither finished nor dropped.
+    #[error("sequence: {0} is in an open step, swap-out or defragmentation; need that finished or dropped first")]
     SequenceInStep(SequenceId),
-    /// The step (or its plan) can't be used any more, or not here.
+    /// The step (or its plan, a swap or a defragmentation) can't be used any more, or not here.
     #[error("step: {reason}; need an open step of this cache")]
     StaleStep {
         /// Why.
@@ -87,6 +89,14 @@ pub enum Error {
         /// Tokens that a row has room for.
         max_seq_len: u32,
     },
+    /// A file can't be read or written, or it isn't a sound file of a saved sequence.
+    #[error("{file}: {reason}")]
+    File {
+        /// Its path.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// wgpu or the driver reported a failure.
     #[error("{during}: {message}")]
     Wgpu {
@@ -110,6 +120,7 @@ impl Error {
             }
             Self::Unsupported { .. } | Self::NoAdapter { .. } => ErrorKind::Device,
             Self::OutOfBlocks { .. } | Self::RowFull { .. } => ErrorKind::Retry,
+            Self::File { .. } => ErrorKind::File,
             Self::Wgpu { .. } => ErrorKind::Wgpu,
         }
     }

@@ -12,16 +12,34 @@ pub(crate) struct Readback {
 }
 
 impl Readback {
+    /// Makes the staging buffer. The caller records the copies into it.
+    pub(crate) fn new(gpu: &Gpu, bytes: u64) -> Result<Self> {
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let buffer = gpu.create_buffer("creating a readback buffer", "folio readback", bytes, usage)?;
+        Ok(Self { buffer })
+    }
+
     /// Makes the staging buffer and records the copy of `source`.
     pub(crate) fn record(gpu: &Gpu, encoder: &mut wgpu::CommandEncoder, source: &BufferRef<'_>) -> Result<Self> {
-        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let buffer = gpu.create_buffer("creating a readback buffer", "folio readback", source.size(), usage)?;
-        encoder.copy_buffer_to_buffer(source.buffer(), source.offset(), &buffer, 0, source.size());
-        Ok(Self { buffer })
+        let readback = Self::new(gpu, source.size())?;
+        encoder.copy_buffer_to_buffer(source.buffer(), source.offset(), &readback.buffer, 0, source.size());
+        Ok(readback)
+    }
+
+    /// Where the copies go.
+    pub(crate) fn buffer(&self) -> &wgpu::Buffer {
+        &self.buffer
     }
 
     /// Waits for the copy, which must have been submitted. Natively somebody has to poll the device meanwhile.
     pub(crate) async fn read(self) -> Result<Vec<f32>> {
+        // The mapping may be less aligned than f32 asks for.
+        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        self.read_with(|bytes| bytes.chunks_exact(4).map(value).collect()).await
+    }
+
+    /// [`Readback::read`], handing the bytes to `take`.
+    pub(crate) async fn read_with<T>(self, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
         let during = "reading back";
         let (sender, receiver) = oneshot::channel();
         self.buffer.map_async(wgpu::MapMode::Read, .., move |result| {
@@ -33,11 +51,10 @@ impl Readback {
             .map_err(|_| Error::Wgpu { during, message: "the device was lost".to_owned() })?
             .map_err(|e| Error::Wgpu { during, message: e.to_string() })?;
         let mapped = self.buffer.get_mapped_range(..).map_err(|e| Error::Wgpu { during, message: e.to_string() })?;
-        // The mapping may be less aligned than f32 asks for.
-        let values = mapped.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let taken = take(&mapped);
         drop(mapped);
         self.buffer.unmap();
-        Ok(values)
+        Ok(taken)
     }
 }
 

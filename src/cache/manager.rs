@@ -46,9 +46,10 @@ pub struct PoolUsage {
 }
 
 #[derive(Debug, Default)]
-struct Sequence {
-    table: BlockTable,
-    in_step: bool,
+pub(super) struct Sequence {
+    pub(super) table: BlockTable,
+    /// In an open step, swap-out or defragmentation: nobody else may change it.
+    pub(super) in_step: bool,
 }
 
 /// What committing a step does to one sequence.
@@ -78,12 +79,14 @@ pub(crate) type SharedState = Arc<Mutex<Manager>>;
 #[derive(Debug)]
 pub(crate) struct Manager {
     config: KvCacheConfig,
-    pool: BlockPool,
-    prefixes: PrefixIndex,
-    sequences: HashMap<SequenceId, Sequence>,
+    pub(super) pool: BlockPool,
+    pub(super) prefixes: PrefixIndex,
+    pub(super) sequences: HashMap<SequenceId, Sequence>,
     next_id: SequenceId,
     /// Counts `clear`s: steps of an earlier epoch are void.
     epoch: u64,
+    /// Open swap-ins and defragmentations: they hold blocks that no table has.
+    pub(super) open_moves: u32,
 }
 
 impl Manager {
@@ -91,7 +94,15 @@ impl Manager {
         // std's per-map random keys: a number that no other cache has, without a global counter of our own.
         let next_id = SequenceId { cache: RandomState::new().build_hasher().finish(), number: 0 };
         let pool = BlockPool::new(config.num_blocks);
-        Self { config, pool, prefixes: PrefixIndex::default(), sequences: HashMap::new(), next_id, epoch: 0 }
+        Self {
+            config,
+            pool,
+            prefixes: PrefixIndex::default(),
+            sequences: HashMap::new(),
+            next_id,
+            epoch: 0,
+            open_moves: 0,
+        }
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -119,7 +130,7 @@ impl Manager {
         self.insert(BlockTable::default())
     }
 
-    fn insert(&mut self, table: BlockTable) -> SequenceId {
+    pub(super) fn insert(&mut self, table: BlockTable) -> SequenceId {
         let id = self.next_id;
         self.next_id.number += 1;
         self.sequences.insert(id, Sequence { table, in_step: false });
@@ -131,7 +142,7 @@ impl Manager {
     }
 
     /// Fails if the sequence is unknown or in an open step.
-    fn check_idle(&self, id: SequenceId) -> Result<&Sequence> {
+    pub(super) fn check_idle(&self, id: SequenceId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?;
         if sequence.in_step { Err(Error::SequenceInStep(id)) } else { Ok(sequence) }
     }
@@ -256,6 +267,7 @@ impl Manager {
         self.pool = BlockPool::new(self.config.num_blocks);
         self.prefixes = self.prefixes.emptied();
         self.sequences.clear();
+        self.open_moves = 0;
         self.epoch += 1;
     }
 

@@ -1,18 +1,25 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
 mod contiguous;
+mod defragment;
 mod format;
 mod layout;
 mod manager;
+mod pack;
 mod pool;
 mod prefix;
 mod record;
 mod report;
+#[cfg(feature = "save")]
+mod save;
+mod snapshot;
 mod step;
 mod storage;
+mod swap;
 mod table;
 
 pub use contiguous::{ContiguousCache, ContiguousConfig};
+pub use defragment::Defragment;
 pub use format::KvFormat;
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
 pub use manager::{PoolUsage, SequenceId};
@@ -21,8 +28,10 @@ pub use prefix::{PrefixMatch, PrefixStats};
 pub use record::KvRows;
 pub(crate) use record::{PARAM_BLOCK_WORDS, grid, params_binding, push_params};
 pub use report::{MemoryReport, SequenceMemory};
+pub use snapshot::{PendingSnapshot, SequenceSnapshot};
 pub(crate) use step::StepTicket;
 pub use step::{Committed, Step};
+pub use swap::{SwapIn, SwapOut};
 pub use table::{BlockTable, Growth};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -161,4 +161,33 @@ impl BlockPool {
         }
         true
     }
+
+    /// Takes these free blocks, each with one holder. They must be free and different, in ascending order.
+    pub(super) fn take(&mut self, blocks: &[BlockId]) {
+        self.free.retain(|block| blocks.binary_search(block).is_err());
+        for block in blocks {
+            self.ref_counts[block.0 as usize] = 1;
+        }
+    }
+
+    /// `to` gets the holders of `from`, which is free then. The caller is one holder of `from` and the only one of `to`, and is neither after it.
+    pub(super) fn hand_over(&mut self, from: BlockId, to: BlockId) {
+        let others = std::mem::take(&mut self.ref_counts[from.0 as usize]) - 1;
+        self.ref_counts[to.0 as usize] = others;
+        // `from` was not reclaimable, as the caller held it.
+        self.index_counts[to.0 as usize] = std::mem::take(&mut self.index_counts[from.0 as usize]);
+        if self.is_reclaimable(to) {
+            self.num_reclaimable += 1;
+            self.turned.push(to);
+        }
+        self.free.push(from);
+        if others == 0 {
+            self.free.push(to);
+        }
+    }
+
+    /// The lowest free blocks are taken first from now on.
+    pub(super) fn sort_free(&mut self) {
+        self.free.sort_unstable_by(|a, b| b.cmp(a));
+    }
 }

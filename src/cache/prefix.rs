@@ -305,6 +305,19 @@ impl PrefixIndex {
         }
     }
 
+    /// The contents of the block `from` are in `to` from now on.
+    pub(super) fn rename(&mut self, from: BlockId, to: BlockId) {
+        let range = (from, NodeId::MIN)..=(from, NodeId::MAX);
+        let ids: Vec<_> = self.by_block.range(range).map(|&(_, id)| id).collect();
+        for id in ids {
+            self.by_block.remove(&(from, id));
+            self.by_block.insert((to, id));
+            if let Some(entry) = self.entries.get_mut(&id) {
+                entry.block = to;
+            }
+        }
+    }
+
     /// Gives blocks up, of the entries that have been unused for the longest time, until the pool has `free` free ones or
     /// there is nothing more to give up. Children go before their parents.
     ///

@@ -3,7 +3,7 @@
 use super::{KvCache, KvCacheConfig, LayerStorage, Segments, SequenceId, Step, check_foreign, layer_storage};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::kernel::{AttendFlags, CacheParams, Kernel, Pipeline, Target, Variant, linear_grid};
+use crate::kernel::{AttendFlags, CacheParams, Kernel, PackParams, Pipeline, Target, Variant, linear_grid};
 use crate::readback::Readback;
 use crate::record::{BufferRef, Dispatch, Recorder};
 use crate::upload::Upload;
@@ -16,6 +16,7 @@ pub(crate) const PARAM_BLOCK_WORDS: u32 = 64;
 pub(super) struct CacheKernels {
     append: Pipeline,
     copy_blocks: Pipeline,
+    pub(super) pack_blocks: Pipeline,
     gather: Pipeline,
 }
 
@@ -26,6 +27,7 @@ impl CacheKernels {
         Ok(Self {
             append: Pipeline::new(gpu, variant(Kernel::Append)).await?,
             copy_blocks: Pipeline::new(gpu, variant(Kernel::CopyBlocks)).await?,
+            pack_blocks: Pipeline::new(gpu, variant(Kernel::PackBlocks)).await?,
             gather: Pipeline::new(gpu, variant(Kernel::Gather)).await?,
         })
     }
@@ -175,7 +177,13 @@ impl KvCache {
         Ok(())
     }
 
-    fn copy_dispatch(&self, storage: &LayerStorage, upload: &wgpu::Buffer, count: u32) -> Result<Dispatch<'_>> {
+    /// Copies of whole blocks of a layer, as an upload of [`CacheKernels::upload`] lists them.
+    pub(super) fn copy_dispatch(
+        &self,
+        storage: &LayerStorage,
+        upload: &wgpu::Buffer,
+        count: u32,
+    ) -> Result<Dispatch<'_>> {
         let (x, y) = grid(&self.kernels.copy_blocks, "batch", copy_chunks(&self.config, count))?;
         let mut resources: Vec<_> = storage.bindings().collect();
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 1)]);
@@ -287,7 +295,7 @@ impl KvCache {
         self.gpu.block_on(self.gather(sequence, layer))
     }
 
-    /// Runs the append, copy and gather kernels once on no tokens, so that drivers which compile at the first dispatch do it now (on
+    /// Runs the append, copy, pack and gather kernels once on no tokens, so that drivers which compile at the first dispatch do it now (on
     /// lavapipe 0.05 to 0.3 s). **Submits** a command buffer; doesn't wait for it.
     ///
     /// # Errors
@@ -297,6 +305,7 @@ impl KvCache {
         let storage = self.layer(0)?;
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams { num_blocks: self.config.num_blocks, ..CacheParams::default() });
+        push_params(&mut words, &PackParams { num_blocks: self.config.num_blocks, ..PackParams::default() });
         let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
         let scratch =
             || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
@@ -308,10 +317,12 @@ impl KvCache {
         let list = step.as_entire_binding();
         let append = [&[a.clone(), b.clone()], &caches[..], &[list.clone(), params.clone()]].concat();
         let copy = [&caches[..], &[list.clone(), params.clone()]].concat();
+        let pack = [caches[0].clone(), a.clone(), list.clone(), params_binding::<PackParams>(step, 1)];
         let gather = [&caches[..], &[list, a, b, params]].concat();
         let dispatches = [
             self.kernels.append.dispatch(gpu, &append, [1, 1, 1])?,
             self.kernels.copy_blocks.dispatch(gpu, &copy, [1, 1, 1])?,
+            self.kernels.pack_blocks.dispatch(gpu, &pack, [1, 1, 1])?,
             self.kernels.gather.dispatch(gpu, &gather, [1, 1, 1])?,
         ];
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

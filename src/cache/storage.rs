@@ -1,7 +1,8 @@
 //! The GPU buffers of all layers.
 
+use std::ops::Range;
+
 use super::layout::{KvCacheConfig, KvLayout, Segments};
-use super::pool::BlockId;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::attention_storage_buffers;
@@ -26,11 +27,12 @@ impl SideStorage {
         self.buffers.iter().map(wgpu::Buffer::as_entire_binding)
     }
 
-    /// The bytes of a block, which must be of the pool.
-    pub(crate) fn block(&self, block: BlockId) -> BufferRef<'_> {
-        let (segment, within) = self.segments.locate(block.index());
-        let bytes = self.layout.block_bytes();
-        BufferRef::new(&self.buffers[segment as usize], u64::from(within) * bytes, bytes)
+    /// The segments, each with the blocks that it holds, of a pool of `num_blocks`.
+    pub(crate) fn parts(&self, num_blocks: u32) -> impl Iterator<Item = (&wgpu::Buffer, Range<u32>)> {
+        (0..).zip(&self.buffers).map(move |(segment, buffer)| {
+            let start = segment * self.segments.blocks;
+            (buffer, start..start + self.segments.blocks_of(segment, num_blocks))
+        })
     }
 
     /// The table of channel scales: empty in formats without.
@@ -48,6 +50,11 @@ pub(crate) struct LayerStorage {
 }
 
 impl LayerStorage {
+    /// K, then V.
+    pub(crate) fn sides(&self) -> [&SideStorage; 2] {
+        [&self.k, &self.v]
+    }
+
     /// K's segments, then V's: what kernels bind one after another.
     pub(crate) fn bindings(&self) -> impl Iterator<Item = wgpu::BindingResource<'_>> {
         self.k.bindings().chain(self.v.bindings())

@@ -101,6 +101,13 @@ impl BlockTable {
         self.len = self.len.min(len);
     }
 
+    /// Replaces each block by what `rename` says, which must be as many different blocks.
+    pub(super) fn rename(&mut self, rename: impl Fn(BlockId) -> BlockId) {
+        for block in &mut self.blocks {
+            *block = rename(*block);
+        }
+    }
+
     /// Shortens to `len` tokens and gives the blocks behind it back. Does nothing if the table isn't longer.
     pub fn truncate(&mut self, len: u32, block_size: u32, pool: &mut BlockPool) {
         if len >= self.len {

@@ -61,6 +61,7 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
     let (first, access, rest) = match variant.kernel {
         Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step"), PARAMS]),
         Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step"), PARAMS]),
+        Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step"), PARAMS], None, vec![]),
         Kernel::Gather => (vec![], Some(Access::Read), vec![read("step"), write("k_out"), write("v_out"), PARAMS]),
         Kernel::Decode | Kernel::Prefill => {
             (vec![read("q")], Some(Access::Read), vec![read("plan"), write("out"), write("partials"), PARAMS])
@@ -100,6 +101,26 @@ pub struct CacheParams {
     pub positions_offset: u32,
     /// Keeps the block a multiple of 16 bytes.
     pub reserved: u32,
+}
+
+/// Parameters of pack_blocks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PackParams {
+    /// Where in the step buffer the (block, position) pairs start, in words.
+    pub list_offset: u32,
+    /// Blocks that the bound side holds; ids are clamped below it.
+    pub num_blocks: u32,
+    /// Units of 16 bytes of a block.
+    pub block_len: u32,
+    /// Units of 16 bytes before position 0 of the packed blocks.
+    pub packed_offset: u32,
+    /// Workgroups along x: the bytes of a block continue along z.
+    pub grid_x: u32,
+    /// 0: from the side to the packed blocks; 1: back.
+    pub unpack: u32,
+    /// Keeps the block a multiple of 16 bytes.
+    pub reserved: [u32; 2],
 }
 
 /// Parameters of decode, prefill and merge.

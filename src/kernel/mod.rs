@@ -7,7 +7,7 @@ pub mod tuning;
 mod variant;
 
 pub(crate) use bindings::attention_storage_buffers;
-pub use bindings::{Access, AttendParams, Binding, CacheParams, bindings};
+pub use bindings::{Access, AttendParams, Binding, CacheParams, PackParams, bindings};
 pub use pipelines::Pipeline;
 pub use source::compose;
 pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};

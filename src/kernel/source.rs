@@ -28,6 +28,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "gpu/decode.wgsl",
     "gpu/prefill.wgsl",
     "merge.wgsl",
+    "pack_blocks.wgsl",
     "rope.wgsl",
     "shared/attend_params.wgsl",
     "shared/cache_params.wgsl",
@@ -57,6 +58,7 @@ fn template_name(variant: &Variant) -> &'static str {
     match (variant.kernel, variant.target.profile) {
         (Kernel::Append, _) => "append.wgsl",
         (Kernel::CopyBlocks, _) => "copy_blocks.wgsl",
+        (Kernel::PackBlocks, _) => "pack_blocks.wgsl",
         (Kernel::Gather, _) => "gather.wgsl",
         (Kernel::Merge, _) => "merge.wgsl",
         (Kernel::Rope, _) => "rope.wgsl",

@@ -24,10 +24,11 @@ pub(crate) fn choose(variant: &mut Variant) {
         (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
         // A row has at most 64 vec4s.
         (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
-        (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::Gather | Kernel::Rope) => (64, 0, 0),
-        (Profile::Cpu, Kernel::Append | Kernel::CopyBlocks | Kernel::Gather | Kernel::Merge | Kernel::Rope) => {
-            (lanes, 0, 0)
+        (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Rope) => {
+            (64, 0, 0)
         }
+        (Profile::Cpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks) => (lanes, 0, 0),
+        (Profile::Cpu, Kernel::Gather | Kernel::Merge | Kernel::Rope) => (lanes, 0, 0),
     };
 }
 

@@ -11,6 +11,8 @@ pub enum Kernel {
     Append,
     /// Copies whole blocks, for copy-on-write.
     CopyBlocks,
+    /// Copies blocks of one side into consecutive memory, or back.
+    PackBlocks,
     /// Reads a sequence out of its blocks into contiguous f32 rows.
     Gather,
     /// Attention of single-token sequences.
@@ -25,8 +27,16 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Self; 7] =
-        [Self::Append, Self::CopyBlocks, Self::Gather, Self::Decode, Self::Prefill, Self::Merge, Self::Rope];
+    pub const ALL: [Self; 8] = [
+        Self::Append,
+        Self::CopyBlocks,
+        Self::PackBlocks,
+        Self::Gather,
+        Self::Decode,
+        Self::Prefill,
+        Self::Merge,
+        Self::Rope,
+    ];
 
     /// Entry point and file name.
     #[must_use]
@@ -34,6 +44,7 @@ impl Kernel {
         match self {
             Self::Append => "append",
             Self::CopyBlocks => "copy_blocks",
+            Self::PackBlocks => "pack_blocks",
             Self::Gather => "gather",
             Self::Decode => "decode",
             Self::Prefill => "prefill",

@@ -254,7 +254,7 @@ fn sequences_in_an_open_step_stay_as_they_are() {
     let step = cache.begin_step(&[(a, 2)]).expect("step");
     let before = fixture.state(&[a, b]);
     let name = format!("sequence: {a} is in an open step");
-    let parts = [&name[..], "need that step committed or dropped first"];
+    let parts = [&name[..], "need that finished or dropped first"];
     refused(cache.free(a), Caller, &parts);
     refused(cache.fork(a), Caller, &parts);
     refused(cache.fork_at(a, 1), Caller, &parts);

@@ -17,6 +17,7 @@ mod case;
 mod contiguous;
 mod isolation;
 mod model_based;
+mod movable;
 mod rope;
 mod steady_state;
 mod tokens;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::mem::offset_of;
 
-use folio::kernel::{Access, AttendParams, CacheParams, Kernel, Variant, bindings, compose};
+use folio::kernel::{Access, AttendParams, CacheParams, Kernel, PackParams, Variant, bindings, compose};
 use folio::wgpu::Features;
 use folio::{KvFormat, Profile};
 use naga::valid::{Capabilities, ModuleInfo, ValidationError, ValidationFlags, Validator};
@@ -27,6 +27,11 @@ fn append_variants() {
 #[test]
 fn copy_blocks_variants() {
     check_all(Kernel::CopyBlocks);
+}
+
+#[test]
+fn pack_blocks_variants() {
+    check_all(Kernel::PackBlocks);
 }
 
 #[test]
@@ -219,6 +224,14 @@ fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
             num_blocks: U32,
             grid_x: U32,
             positions_offset: U32,
+        }),
+        Kernel::PackBlocks => fields!(PackParams {
+            list_offset: U32,
+            num_blocks: U32,
+            block_len: U32,
+            packed_offset: U32,
+            grid_x: U32,
+            unpack: U32,
         }),
         Kernel::Decode | Kernel::Prefill | Kernel::Merge => fields!(AttendParams {
             items_offset: U32,

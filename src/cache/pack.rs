@@ -1,0 +1,325 @@
+//! Blocks of a sequence into staging buffers and back: what snapshots and swaps record.
+//!
+//! The stream is the sequence's blocks in the order of its tokens, of K, then of V, layer after layer. Blocks of a chunk of the stream are packed
+//! into one scratch buffer, and one copy moves them on to a buffer that the host can map; unpacking is the way back. A kernel packs scattered
+//! blocks, because a copy command for each would keep the host busy (131 000 of them for 32 768 tokens and 32 layers); long runs of
+//! neighbours are copied by commands.
+
+use std::ops::Range;
+
+use super::{BlockId, KvCache, KvCacheConfig, PARAM_BLOCK_WORDS, params_binding, push_params};
+use crate::error::{Error, Result};
+use crate::gpu::{Gpu, Profile};
+use crate::kernel::{MAX_GRID, PackParams, linear_grid};
+use crate::readback::Readback;
+use crate::record::{Dispatch, Recorder};
+
+/// Bytes of a chunk: of the scratch buffer on the device, and of each staging buffer. Far below WebGPU's guaranteed buffer of 256 MiB; 4 GB of
+/// blocks take 256 chunks. A staging buffer is freed when its bytes have been read, so smaller chunks also save host memory.
+const CHUNK_BYTES: u64 = 16 << 20;
+
+/// The shortest run of bytes, on average, that is copied by commands and not by the kernel.
+///
+/// A command costs 2 us: 0.2 to record, 0.6 to finish the encoder, 1 to run on lavapipe, where the kernel moves about 1 KiB in that time. On
+/// GPUs the kernel moves 200 KB and more (100 GB/s and more), and keeps the host free besides.
+fn min_run_bytes(profile: Profile) -> u64 {
+    match profile {
+        Profile::Cpu => 1 << 10,
+        Profile::Gpu => 256 << 10,
+    }
+}
+
+/// What ends the stream: a staging buffer that no submitted command has written holds zeros.
+const MARKER: [u8; 4] = *b"done";
+
+/// Consecutive blocks of one side of a layer, in a chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    layer: u32,
+    /// 0: K, 1: V.
+    side: usize,
+    /// Which of the sequence's blocks.
+    blocks: Range<usize>,
+    /// Bytes of the chunk before them.
+    offset: u64,
+}
+
+/// The part of the stream that one staging buffer holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Chunk {
+    bytes: u64,
+    pieces: Vec<Piece>,
+}
+
+/// Cuts the stream of `num_blocks` blocks into chunks of up to `chunk_bytes`, each of at least one block.
+fn chunks(config: &KvCacheConfig, num_blocks: usize, chunk_bytes: u64) -> Vec<Chunk> {
+    let mut chunks: Vec<Chunk> = Vec::new();
+    let mut chunk = Chunk::default();
+    for layer in 0..config.num_layers {
+        for (side, layout) in [config.k_layout(), config.v_layout()].into_iter().enumerate() {
+            let mut start = 0;
+            while start < num_blocks {
+                let fit = (chunk_bytes.saturating_sub(chunk.bytes) / layout.block_bytes()) as usize;
+                if fit == 0 && chunk.bytes > 0 {
+                    chunks.push(std::mem::take(&mut chunk));
+                    continue;
+                }
+                // The listed blocks are one dimension of a grid.
+                let len = fit.clamp(1, MAX_GRID as usize).min(num_blocks - start);
+                chunk.pieces.push(Piece { layer, side, blocks: start..start + len, offset: chunk.bytes });
+                chunk.bytes += len as u64 * layout.block_bytes();
+                start += len;
+            }
+        }
+    }
+    chunks.extend((chunk.bytes > 0).then_some(chunk));
+    chunks
+}
+
+/// Consecutive blocks at consecutive positions.
+struct Run {
+    block: u32,
+    position: u32,
+    len: u32,
+}
+
+/// The runs among `blocks` that lie in `held`: positions are indices into `blocks`, block ids count from the start of `held`.
+fn runs(blocks: &[BlockId], held: &Range<u32>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (position, block) in (0..).zip(blocks).filter(|(_, block)| held.contains(&block.index())) {
+        let block = block.index() - held.start;
+        match runs.last_mut() {
+            Some(run) if (run.block + run.len, run.position + run.len) == (block, position) => run.len += 1,
+            _ => runs.push(Run { block, position, len: 1 }),
+        }
+    }
+    runs
+}
+
+/// A copy between a side and the scratch buffer.
+struct SideCopy<'p> {
+    side: &'p wgpu::Buffer,
+    side_offset: u64,
+    scratch_offset: u64,
+    bytes: u64,
+}
+
+/// How a chunk gets into the scratch buffer, or out of it.
+#[derive(Default)]
+struct PackChunk<'p> {
+    bytes: u64,
+    copies: Vec<SideCopy<'p>>,
+    dispatches: Vec<Dispatch<'p>>,
+}
+
+/// Everything that packs or unpacks, ready to be recorded.
+struct Packing<'p> {
+    scratch: wgpu::Buffer,
+    chunks: Vec<PackChunk<'p>>,
+}
+
+/// A mapped buffer with `bytes` in it, to copy from. Its memory is the mapping: nothing is queued.
+fn filled_buffer(gpu: &Gpu, bytes: &[u8]) -> Result<wgpu::Buffer> {
+    let during = "creating a staging buffer";
+    let descriptor = wgpu::BufferDescriptor {
+        label: Some("folio staging"),
+        size: bytes.len() as u64,
+        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: true,
+    };
+    let buffer = gpu.scoped_now(during, || gpu.device().create_buffer(&descriptor))?;
+    let mut mapped = buffer.get_mapped_range_mut(..).map_err(|e| Error::Wgpu { during, message: e.to_string() })?;
+    mapped.copy_from_slice(bytes);
+    drop(mapped);
+    buffer.unmap();
+    Ok(buffer)
+}
+
+/// Bytes of the stream of `num_blocks` blocks, or `None` on overflow.
+pub(super) fn stream_bytes(config: &KvCacheConfig, num_blocks: u32) -> Option<u64> {
+    let block = config.k_layout().block_bytes().checked_add(config.v_layout().block_bytes())?;
+    block.checked_mul(num_blocks.into())?.checked_mul(config.num_layers.into())
+}
+
+/// Takes the end mark off a stream that was read back. Fails if the commands that write it were not submitted.
+pub(super) fn strip_marker(stream: &mut Vec<u8>) -> Result<()> {
+    if !stream.ends_with(&MARKER) {
+        let need = "the encoder submitted before they are read";
+        return Err(Error::argument("snapshot", "copies that were never submitted", need));
+    }
+    stream.truncate(stream.len() - MARKER.len());
+    Ok(())
+}
+
+impl KvCache {
+    /// Makes everything that packing (or unpacking) these blocks needs.
+    fn packing(&self, blocks: &[BlockId], unpack: bool) -> Result<Packing<'_>> {
+        let (gpu, config, kernel) = (&self.gpu, &self.config, &self.kernels.pack_blocks);
+        let block_bytes = [config.k_layout().block_bytes(), config.v_layout().block_bytes()];
+        let min_run = min_run_bytes(gpu.profile());
+        // A block is never larger than a binding, because a side of one block isn't.
+        let plan = chunks(config, blocks.len(), CHUNK_BYTES.min(gpu.max_storage_bytes()));
+        let mut chunks: Vec<_> = plan.iter().map(|c| PackChunk { bytes: c.bytes, ..PackChunk::default() }).collect();
+        // Of each dispatch: chunk, buffer, parameters and grid.
+        let mut jobs = Vec::new();
+        let mut list: Vec<u32> = Vec::new();
+        for (chunk, piece) in plan.iter().enumerate().flat_map(|(i, c)| c.pieces.iter().map(move |p| (i, p))) {
+            let block_bytes = block_bytes[piece.side];
+            for (side, held) in self.layer(piece.layer)?.sides()[piece.side].parts(config.num_blocks) {
+                let runs = runs(&blocks[piece.blocks.clone()], &held);
+                let count: u32 = runs.iter().map(|run| run.len).sum();
+                if u64::from(count) * block_bytes >= min_run * runs.len() as u64 {
+                    chunks[chunk].copies.extend(runs.iter().map(|run| SideCopy {
+                        side,
+                        side_offset: u64::from(run.block) * block_bytes,
+                        scratch_offset: piece.offset + u64::from(run.position) * block_bytes,
+                        bytes: u64::from(run.len) * block_bytes,
+                    }));
+                    continue;
+                }
+                let block_len = (block_bytes / 16) as u32;
+                let workgroups = block_len.div_ceil(kernel.variant().workgroup_size);
+                let Some((x, z)) = linear_grid(workgroups.into()) else {
+                    return Err(Error::argument("sequence", format!("blocks of {block_bytes} bytes"), "smaller ones"));
+                };
+                let params = PackParams {
+                    list_offset: list.len() as u32,
+                    num_blocks: held.end - held.start,
+                    block_len,
+                    packed_offset: (piece.offset / 16) as u32,
+                    grid_x: x,
+                    unpack: unpack.into(),
+                    ..PackParams::default()
+                };
+                jobs.push((chunk, side, params, [x, count, z]));
+                list.extend(runs.iter().flat_map(|r| (0..r.len).flat_map(|i| [r.block + i, r.position + i])));
+            }
+        }
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let largest = chunks.iter().map(|chunk| chunk.bytes).max().unwrap_or(0);
+        let scratch = gpu.create_buffer("creating a scratch buffer", "folio pack", largest, usage)?;
+        if jobs.is_empty() {
+            return Ok(Packing { scratch, chunks });
+        }
+        let lists_start = jobs.len() as u32 * PARAM_BLOCK_WORDS;
+        let mut words = Vec::with_capacity(lists_start as usize + list.len());
+        for (_, _, params, _) in &jobs {
+            push_params(&mut words, &PackParams { list_offset: lists_start + params.list_offset, ..*params });
+        }
+        words.extend(list);
+        let upload = gpu.uploads().fill(gpu, "sequence", &words)?;
+        for (index, &(chunk, side, _, grid)) in (0..).zip(&jobs) {
+            let step = upload.buffer();
+            let resources = [
+                side.as_entire_binding(),
+                scratch.as_entire_binding(),
+                step.as_entire_binding(),
+                params_binding::<PackParams>(step, index),
+            ];
+            chunks[chunk].dispatches.push(kernel.dispatch(gpu, &resources, grid)?);
+        }
+        Ok(Packing { scratch, chunks })
+    }
+
+    /// Records the copy of these blocks into staging buffers: the stream and [`MARKER`], one part in each. Nothing for no blocks.
+    pub(super) fn record_pack(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[BlockId]) -> Result<Vec<Readback>> {
+        if blocks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Packing { scratch, chunks } = self.packing(blocks, false)?;
+        let marker = filled_buffer(&self.gpu, &MARKER)?;
+        let last = chunks.len() - 1;
+        let staging = (0..)
+            .zip(&chunks)
+            .map(|(i, chunk)| Readback::new(&self.gpu, chunk.bytes + if i == last { marker.size() } else { 0 }))
+            .collect::<Result<Vec<_>>>()?;
+        // Nothing fails from here on.
+        for (chunk, staging) in chunks.iter().zip(&staging) {
+            for c in &chunk.copies {
+                encoder.copy_buffer_to_buffer(c.side, c.side_offset, &scratch, c.scratch_offset, c.bytes);
+            }
+            if !chunk.dispatches.is_empty() {
+                Recorder::from(&mut *encoder).record("folio pack", &chunk.dispatches);
+            }
+            encoder.copy_buffer_to_buffer(&scratch, 0, staging.buffer(), 0, chunk.bytes);
+        }
+        encoder.copy_buffer_to_buffer(&marker, 0, staging[last].buffer(), chunks[last].bytes, marker.size());
+        Ok(staging)
+    }
+
+    /// Records the copy of a stream into these blocks.
+    pub(super) fn record_unpack(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        blocks: &[BlockId],
+        mut stream: &[u8],
+    ) -> Result<()> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let Packing { scratch, chunks } = self.packing(blocks, true)?;
+        let mut staging = Vec::with_capacity(chunks.len());
+        for chunk in &chunks {
+            let (part, rest) = stream.split_at(chunk.bytes as usize);
+            staging.push(filled_buffer(&self.gpu, part)?);
+            stream = rest;
+        }
+        // Nothing fails from here on.
+        for (chunk, staging) in chunks.iter().zip(&staging) {
+            encoder.copy_buffer_to_buffer(staging, 0, &scratch, 0, chunk.bytes);
+            for c in &chunk.copies {
+                encoder.copy_buffer_to_buffer(&scratch, c.scratch_offset, c.side, c.side_offset, c.bytes);
+            }
+            if !chunk.dispatches.is_empty() {
+                Recorder::from(&mut *encoder).record("folio unpack", &chunk.dispatches);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::KvFormat;
+
+    /// K blocks of 256 bytes, V blocks of 128.
+    const CONFIG: KvCacheConfig = KvCacheConfig {
+        num_layers: 3,
+        num_kv_heads: 2,
+        head_dim: 8,
+        block_size: 4,
+        num_blocks: 100,
+        k_format: KvFormat::F32,
+        v_format: KvFormat::F16,
+    };
+
+    #[test]
+    fn chunks_are_the_stream_in_order() {
+        for chunk_bytes in [1, 128, 255, 256, 300, 1000, 1 << 20] {
+            for num_blocks in [0, 1, 2, 7, 70_000] {
+                let chunks = chunks(&CONFIG, num_blocks, chunk_bytes);
+                let mut at = Vec::new();
+                for chunk in &chunks {
+                    let mut bytes = 0;
+                    for piece in &chunk.pieces {
+                        assert_eq!(piece.offset, bytes);
+                        assert!((1..=65_535).contains(&piece.blocks.len()));
+                        bytes += piece.blocks.len() as u64 * [256, 128][piece.side];
+                        at.extend(piece.blocks.clone().map(|block| (piece.layer, piece.side, block)));
+                    }
+                    assert_eq!(chunk.bytes, bytes);
+                    let one = chunk.pieces.len() == 1 && chunk.pieces[0].blocks.len() == 1;
+                    assert!(bytes <= chunk_bytes || one, "{bytes} of {chunk_bytes}");
+                }
+                let want: Vec<_> = (0..3)
+                    .flat_map(|layer| [0, 1].map(|side| (layer, side)))
+                    .flat_map(|(layer, side)| (0..num_blocks).map(move |block| (layer, side, block)))
+                    .collect();
+                assert!(at == want, "{num_blocks} blocks in chunks of {chunk_bytes}");
+                let total: u64 = chunks.iter().map(|chunk| chunk.bytes).sum();
+                assert_eq!(Some(total), stream_bytes(&CONFIG, num_blocks as u32));
+            }
+        }
+    }
+}

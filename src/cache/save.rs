@@ -1,0 +1,450 @@
+//! Snapshots in files.
+//!
+//! A file is in the [safetensors](https://github.com/huggingface/safetensors) format, so that other tools can look into it: tensors
+//! `layers.{i}.k` and `layers.{i}.v`, U8 `[num_blocks, block_bytes]`; `layers.{i}.key_scales`, F32 `[2, num_kv_heads, head_dim]`, for formats
+//! with scales per channel of K; `tokens`, U32 `[len]`, if they are known. The metadata say what it is, and hold a CRC-32 of everything else.
+//!
+//! There is one right header for a snapshot: the loader reads the fields, builds that header, and compares. With the checksum over header and
+//! tensors, no byte of the file can change unnoticed.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{Read, Write};
+use std::path::Path;
+
+use safetensors::SafeTensors;
+
+use super::pack::stream_bytes;
+use super::{KvCacheConfig, KvFormat, SequenceSnapshot};
+use crate::error::{Error, Result};
+
+/// What every file starts with, behind the 8 bytes of the header's length. The version is next.
+const START: &str = r#"{"__metadata__":{"format":"folio.sequence","version":""#;
+/// The version that is written, and the only one that is read.
+const VERSION: u32 = 1;
+/// Bytes of the length in front of the header.
+const LEN_BYTES: usize = 8;
+
+/// What a header says about its tensors.
+#[derive(Clone, Copy)]
+struct Contents {
+    /// `num_blocks` is the sequence's.
+    config: KvCacheConfig,
+    len: u32,
+    has_key_scales: bool,
+    has_tokens: bool,
+}
+
+impl Contents {
+    /// Floats of the key scales of a layer.
+    fn scales_len(&self) -> usize {
+        2 * self.config.num_kv_heads as usize * self.config.head_dim as usize
+    }
+
+    /// Tensors in the file.
+    fn num_tensors(&self) -> u64 {
+        u64::from(self.config.num_layers) * (2 + u64::from(self.has_key_scales)) + u64::from(self.has_tokens)
+    }
+
+    /// Bytes of all tensors, or `None` on overflow.
+    fn tensor_bytes(&self) -> Option<u64> {
+        let scales = if self.has_key_scales { 4 * self.scales_len() as u64 } else { 0 };
+        let tokens = if self.has_tokens { 4 * u64::from(self.len) } else { 0 };
+        let scales = scales.checked_mul(self.config.num_layers.into())?;
+        stream_bytes(&self.config, self.config.num_blocks)?.checked_add(scales)?.checked_add(tokens)
+    }
+
+    /// The header with its length, padded to 8 bytes. The caller has checked that sizes don't overflow.
+    ///
+    /// Written here and not by the safetensors crate, because that one wants all tensors in memory a second time and shuffles the metadata.
+    fn header(&self, crc: u32) -> Vec<u8> {
+        let KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format } =
+            self.config;
+        let mut text = format!(
+            r#"{START}{VERSION}","num_layers":"{num_layers}","num_kv_heads":"{num_kv_heads}","head_dim":"{head_dim}","#
+        );
+        // Writing into a String can't fail.
+        let _ = write!(
+            text,
+            r#""block_size":"{block_size}","k_format":"{k_format}","v_format":"{v_format}","len":"{}","crc32":"{crc:08x}"}}"#,
+            self.len
+        );
+        let mut at = 0;
+        let mut tensor = |name: String, dtype: &str, shape: String, bytes: u64| {
+            let end = at + bytes;
+            let _ = write!(text, r#","{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{at},{end}]}}"#);
+            at = end;
+        };
+        for layer in 0..num_layers {
+            for (side, layout) in [("k", self.config.k_layout()), ("v", self.config.v_layout())] {
+                let block = layout.block_bytes();
+                let (name, shape) = (format!("layers.{layer}.{side}"), format!("{num_blocks},{block}"));
+                tensor(name, "U8", shape, block * u64::from(num_blocks));
+            }
+        }
+        if self.has_key_scales {
+            for layer in 0..num_layers {
+                let (name, shape) = (format!("layers.{layer}.key_scales"), format!("2,{num_kv_heads},{head_dim}"));
+                tensor(name, "F32", shape, 4 * self.scales_len() as u64);
+            }
+        }
+        if self.has_tokens {
+            tensor("tokens".to_owned(), "U32", self.len.to_string(), 4 * u64::from(self.len));
+        }
+        text.push('}');
+        let padded = text.len().next_multiple_of(LEN_BYTES);
+        let mut header = (padded as u64).to_le_bytes().to_vec();
+        header.extend_from_slice(text.as_bytes());
+        header.resize(LEN_BYTES + padded, b' ');
+        header
+    }
+
+    /// What a file's header says, before its checksum is known to be right. Also returns that checksum.
+    fn parse(bytes: &[u8]) -> Result<(Self, u32), String> {
+        if !starts_as_saved(bytes) {
+            return Err("not a sequence that folio saved".to_owned());
+        }
+        // The longest version has 10 digits.
+        let version: Vec<u8> =
+            bytes[LEN_BYTES + START.len()..].iter().copied().take_while(|&b| b != b'"').take(10).collect();
+        let version = String::from_utf8_lossy(&version);
+        if version != VERSION.to_string() {
+            return Err(format!("version {version:?} of the format; this folio reads version {VERSION}"));
+        }
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("truncated or damaged: {e}"))?;
+        let fields = header.metadata().as_ref().ok_or("damaged: no metadata")?;
+        let config = KvCacheConfig {
+            num_layers: number(fields, "num_layers")?,
+            num_kv_heads: number(fields, "num_kv_heads")?,
+            head_dim: number(fields, "head_dim")?,
+            block_size: number(fields, "block_size")?,
+            num_blocks: 1,
+            k_format: format_of(fields, "k_format")?,
+            v_format: format_of(fields, "v_format")?,
+        };
+        config.validate().map_err(|e| format!("damaged: {e}"))?;
+        let len = number(fields, "len")?;
+        // As in a cache, lengths are below 2^31.
+        if len > i32::MAX as u32 {
+            return Err(format!("damaged: {len} tokens"));
+        }
+        let crc = field(fields, "crc32")?;
+        let crc = u32::from_str_radix(crc, 16).map_err(|_| format!("damaged: crc32 is {crc:?}"))?;
+        let contents = Self {
+            config: KvCacheConfig { num_blocks: config.blocks_for(len), ..config },
+            len,
+            has_key_scales: header.info("layers.0.key_scales").is_some(),
+            has_tokens: header.info("tokens").is_some(),
+        };
+        // Both before a header of that many layers is built.
+        let same_size = contents.tensor_bytes() == Some(header.data_len() as u64);
+        if !same_size || contents.num_tensors() != header.offset_keys().len() as u64 {
+            return Err("damaged: other tensors than its metadata say".to_owned());
+        }
+        Ok((contents, crc))
+    }
+}
+
+/// Whether a file (or its first bytes) can be a saved sequence of any version.
+fn starts_as_saved(bytes: &[u8]) -> bool {
+    bytes.get(LEN_BYTES..).is_some_and(|header| header.starts_with(START.as_bytes()))
+}
+
+fn field<'f>(fields: &'f HashMap<String, String>, name: &str) -> Result<&'f str, String> {
+    fields.get(name).map(String::as_str).ok_or_else(|| format!("damaged: no {name}"))
+}
+
+fn number(fields: &HashMap<String, String>, name: &str) -> Result<u32, String> {
+    let text = field(fields, name)?;
+    text.parse().map_err(|_| format!("damaged: {name} is {text:?}"))
+}
+
+fn format_of(fields: &HashMap<String, String>, name: &str) -> Result<KvFormat, String> {
+    let text = field(fields, name)?;
+    text.parse().map_err(|_| format!("damaged: {name} is {text:?}"))
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+/// What stands for the path in errors about bytes in memory.
+const IN_MEMORY: &str = "saved sequence";
+
+impl SequenceSnapshot {
+    /// Header and small tensors at the end of the file; the blocks lie between them.
+    fn file_parts(&self, tokens: &[u32]) -> Result<(Vec<u8>, Vec<u8>)> {
+        if !tokens.is_empty() && tokens.len() as u64 != u64::from(self.len) {
+            let need = format!("none, or one per token of the sequence, {}", self.len);
+            return Err(Error::argument("tokens", tokens.len(), need));
+        }
+        let contents = Contents {
+            config: self.config,
+            len: self.len,
+            has_key_scales: self.key_scales.is_some(),
+            has_tokens: !tokens.is_empty(),
+        };
+        let scales = self.key_scales.iter().flatten().flatten().map(|x| x.to_bits());
+        let tail: Vec<u8> = scales.chain(tokens.iter().copied()).flat_map(u32::to_le_bytes).collect();
+        let crc = checksum(&contents, &[&self.data, &tail]);
+        Ok((contents.header(crc), tail))
+    }
+
+    /// The contents of a file, as [`SequenceSnapshot::save`] writes it. Equal snapshots and tokens give equal bytes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for tokens that are neither none nor one per token.
+    pub fn to_bytes(&self, tokens: &[u32]) -> Result<Vec<u8>> {
+        let (header, tail) = self.file_parts(tokens)?;
+        Ok([&header[..], &self.data, &tail].concat())
+    }
+
+    /// Writes the sequence into a file in the safetensors format, with version, geometry, formats and a checksum.
+    ///
+    /// `tokens` are the ids of the sequence's tokens, so that a later run can see which prompt this is: exactly [`len`](Self::len) of them,
+    /// or none if the caller keeps them elsewhere.
+    ///
+    /// The bytes go to a temporary file in the same folder, which then takes the path's name: a crash leaves the old file or the new one,
+    /// never half of one. Blocks the thread.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for tokens that are neither none nor one per token; [`Error::File`] if the file can't be written.
+    pub fn save(&self, path: impl AsRef<Path>, tokens: &[u32]) -> Result<()> {
+        let path = path.as_ref();
+        let (header, tail) = self.file_parts(tokens)?;
+        let failed = |e: std::io::Error| file_error(path, format!("can't be written: {e}"));
+        let name = path.file_name().ok_or_else(|| file_error(path, "not the path of a file".to_owned()))?;
+        // std's random keys, so that two saves at a time don't write into one file.
+        let mut temporary = std::ffi::OsString::from(".");
+        temporary.push(name);
+        temporary.push(format!(".{:016x}.part", RandomState::new().build_hasher().finish()));
+        let temporary = path.with_file_name(temporary);
+        let write = || {
+            let mut file = File::options().write(true).create_new(true).open(&temporary)?;
+            file.write_all(&header)?;
+            file.write_all(&self.data)?;
+            file.write_all(&tail)?;
+            // The name must not be there before the bytes are.
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        };
+        write().map_err(|e| {
+            // It may not exist; the first error is the one to report.
+            let _ = fs::remove_file(&temporary);
+            failed(e)
+        })
+    }
+
+    /// Reads a file that [`SequenceSnapshot::save`] wrote: the snapshot and the tokens, which are empty if none were given. Blocks the
+    /// thread.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it can't be read, is truncated, altered in any byte, no saved sequence or one of another version.
+    pub fn load(path: impl AsRef<Path>) -> Result<(Self, Vec<u32>)> {
+        let path = path.as_ref();
+        let failed = |e: std::io::Error| file_error(path, format!("can't be read: {e}"));
+        let mut file = File::open(path).map_err(failed)?;
+        let mut bytes = Vec::new();
+        // A foreign file may be huge: look before it is read.
+        let start = (LEN_BYTES + START.len()) as u64;
+        (&mut file).take(start).read_to_end(&mut bytes).map_err(failed)?;
+        if starts_as_saved(&bytes) {
+            file.read_to_end(&mut bytes).map_err(failed)?;
+        }
+        Self::parse(bytes).map_err(|reason| file_error(path, reason))
+    }
+
+    /// [`SequenceSnapshot::load`] of bytes in memory.
+    ///
+    /// # Errors
+    /// Those of [`SequenceSnapshot::load`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<(Self, Vec<u32>)> {
+        let parsed = if starts_as_saved(bytes) { Self::parse(bytes.to_vec()) } else { Self::parse(Vec::new()) };
+        parsed.map_err(|reason| Error::File { file: IN_MEMORY.to_owned(), reason })
+    }
+
+    fn parse(mut bytes: Vec<u8>) -> Result<(Self, Vec<u32>), String> {
+        let (contents, crc) = Contents::parse(&bytes)?;
+        let header = contents.header(crc);
+        if !bytes.starts_with(&header) {
+            return Err("damaged: its header is not the one of its contents".to_owned());
+        }
+        let found = checksum(&contents, &[&bytes[header.len()..]]);
+        if found != crc {
+            return Err(format!("damaged: its CRC-32 is {found:08x}, and should be {crc:08x}"));
+        }
+        // The tensors are the rest of the file, so the blocks fit a usize.
+        let data_end = header.len() + stream_bytes(&contents.config, contents.config.num_blocks).unwrap_or(0) as usize;
+        let scales_len = contents.scales_len();
+        let num_scales = if contents.has_key_scales { scales_len * contents.config.num_layers as usize } else { 0 };
+        let tail: Vec<u32> = words(&bytes[data_end..]).collect();
+        let (scales, tokens) = tail.split_at(num_scales);
+        let scales: Vec<f32> = scales.iter().map(|&bits| f32::from_bits(bits)).collect();
+        let key_scales =
+            contents.has_key_scales.then(|| scales.chunks_exact(scales_len).map(<[f32]>::to_vec).collect());
+        let tokens = tokens.to_vec();
+        bytes.truncate(data_end);
+        bytes.drain(..header.len());
+        Ok((Self { config: contents.config, len: contents.len, data: bytes, key_scales }, tokens))
+    }
+}
+
+/// Of the header without a checksum, and of the tensors.
+fn checksum(contents: &Contents, tensors: &[&[u8]]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&contents.header(0));
+    for bytes in tensors {
+        hasher.update(bytes);
+    }
+    hasher.finalize()
+}
+
+fn file_error(path: &Path, reason: String) -> Error {
+    Error::File { file: path.display().to_string(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(len: u32, key_scales: bool) -> SequenceSnapshot {
+        let config = KvCacheConfig {
+            num_layers: 2,
+            num_kv_heads: 2,
+            head_dim: 8,
+            block_size: 4,
+            num_blocks: len.div_ceil(4),
+            k_format: KvFormat::F32,
+            v_format: KvFormat::F16,
+        };
+        let bytes = stream_bytes(&config, config.num_blocks).unwrap_or(0);
+        let data = (0..bytes).map(|i| (i * 37 % 251) as u8).collect();
+        let scales = |layer: u32| (0..32).map(|i| (i + 100 * layer) as f32 * 0.37).collect();
+        SequenceSnapshot { config, len, data, key_scales: key_scales.then(|| (0..2).map(scales).collect()) }
+    }
+
+    #[test]
+    fn what_is_saved_is_what_is_loaded() {
+        for len in [0, 1, 4, 9] {
+            for key_scales in [false, true] {
+                let snapshot = snapshot(len, key_scales);
+                for tokens in [Vec::new(), (0..len).map(|i| i * 1000).collect()] {
+                    let bytes = snapshot.to_bytes(&tokens).expect("bytes");
+                    assert_eq!(
+                        SequenceSnapshot::from_bytes(&bytes).expect("sound"),
+                        (snapshot.clone(), tokens.clone())
+                    );
+                    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+                    let (k, v) = snapshot.layer_bytes(1).expect("layer");
+                    assert_eq!(tensors.tensor("layers.1.k").expect("k").data(), k);
+                    assert_eq!(tensors.tensor("layers.1.v").expect("v").data(), v);
+                    assert_eq!(tensors.tensor("tokens").is_ok(), !tokens.is_empty());
+                }
+            }
+        }
+    }
+
+    /// Files of version 1 exist: another header or checksum needs another version.
+    #[test]
+    fn version_1_stays_as_it_is() {
+        let bytes = snapshot(1, false).to_bytes(&[7]).expect("bytes");
+        let want = concat!(
+            r#"{"__metadata__":{"format":"folio.sequence","version":"1","num_layers":"2","num_kv_heads":"2","head_dim":"8","#,
+            r#""block_size":"4","k_format":"F32","v_format":"F16","len":"1","crc32":"5f33bae8"},"#,
+            r#""layers.0.k":{"dtype":"U8","shape":[1,256],"data_offsets":[0,256]},"#,
+            r#""layers.0.v":{"dtype":"U8","shape":[1,128],"data_offsets":[256,384]},"#,
+            r#""layers.1.k":{"dtype":"U8","shape":[1,256],"data_offsets":[384,640]},"#,
+            r#""layers.1.v":{"dtype":"U8","shape":[1,128],"data_offsets":[640,768]},"#,
+            r#""tokens":{"dtype":"U32","shape":[1],"data_offsets":[768,772]}}"#,
+        );
+        assert_eq!(String::from_utf8_lossy(&bytes[8..8 + want.len()]), want);
+    }
+
+    /// Whatever happens to a file: it is refused, with the reason, and nothing panics.
+    fn refused(bytes: &[u8]) -> String {
+        match SequenceSnapshot::from_bytes(bytes) {
+            Err(Error::File { file, reason }) => {
+                assert_eq!(file, IN_MEMORY);
+                reason
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_truncation_is_noticed() {
+        let sound = snapshot(5, true).to_bytes(&[1, 2, 3, 4, 5]).expect("bytes");
+        assert!(SequenceSnapshot::from_bytes(&sound).is_ok());
+        for at in 0..sound.len() {
+            for bit in 0..8 {
+                let mut bytes = sound.clone();
+                bytes[at] ^= 1 << bit;
+                refused(&bytes);
+            }
+            refused(&sound[..at]);
+        }
+        for extra in [&[0][..], &[0; 8], &sound] {
+            refused(&[&sound, extra].concat());
+        }
+    }
+
+    /// A file with a valid checksum, whatever its header says.
+    fn forged(header: &str, tensors: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + tensors, 0);
+        bytes
+    }
+
+    #[test]
+    fn absurd_and_foreign_headers_are_refused() {
+        let sound = snapshot(5, false).to_bytes(&[]).expect("bytes");
+        let text = String::from_utf8_lossy(
+            &sound[8..8 + u64::from_le_bytes(sound[..8].try_into().unwrap_or_default()) as usize],
+        )
+        .into_owned();
+        let newer = forged(&text.replacen(r#""version":"1""#, r#""version":"2""#, 1), sound.len() - 8 - text.len());
+        assert!(refused(&newer).contains("version \"2\""));
+        let large = u32::MAX.to_string();
+        for (from, to) in [
+            (r#""num_layers":"2""#, format!(r#""num_layers":"{large}""#)),
+            (r#""num_layers":"2""#, r#""num_layers":"0""#.to_owned()),
+            (r#""num_kv_heads":"2""#, r#""num_kv_heads":"65535""#.to_owned()),
+            (r#""head_dim":"8""#, r#""head_dim":"7""#.to_owned()),
+            (r#""len":"5""#, format!(r#""len":"{large}""#)),
+            (r#""len":"5""#, r#""len":"2147483647""#.to_owned()),
+            (r#""len":"5""#, r#""len":"6""#.to_owned()),
+            (r#""len":"5""#, r#""len":"-5""#.to_owned()),
+            (r#""len":"5""#, r#""len":"+5""#.to_owned()),
+            (r#""k_format":"F32""#, r#""k_format":"f32""#.to_owned()),
+            (r#""k_format":"F32""#, r#""k_format":"F16""#.to_owned()),
+            (r#""data_offsets":[0,"#, r#""data_offsets":[18446744073709551615,"#.to_owned()),
+            (r#""shape":[2,"#, r#""shape":[9223372036854775807,"#.to_owned()),
+        ] {
+            let changed = text.replacen(from, &to, 1);
+            assert_ne!(changed, text, "{from}");
+            refused(&forged(&changed, sound.len() - 8 - text.len()));
+        }
+        for layers in [1 << 20, u32::MAX] {
+            // No tokens, so no bytes: only the number of tensors is wrong.
+            let empty = snapshot(0, false).to_bytes(&[]).expect("bytes");
+            let text = String::from_utf8_lossy(&empty[8..]).replacen(
+                r#""num_layers":"2""#,
+                &format!(r#""num_layers":"{layers}""#),
+                1,
+            );
+            refused(&forged(&text, 0));
+        }
+        let model = r#"{"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+        for foreign in [Vec::new(), vec![0; 7], vec![0; 8], vec![0xff; 4096], forged(model, 4), forged("{}", 0)] {
+            assert!(refused(&foreign).contains("not a sequence"));
+        }
+        for n in [u64::MAX, 1 << 62, 99_999_999] {
+            let mut bytes = sound.clone();
+            bytes[..8].copy_from_slice(&n.to_le_bytes());
+            refused(&bytes);
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Sequences leave the pool for host memory, and come back.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use super::manager::{Manager, SharedState};
+use super::snapshot::{PendingSnapshot, SequenceSnapshot};
+use super::{BlockId, BlockTable, KvCache, SequenceId};
+use crate::error::{Error, Result};
+
+const CLEARED: Error = Error::StaleStep { reason: "the cache has been cleared since it began" };
+
+pub(super) fn lock(state: &SharedState) -> MutexGuard<'_, Manager> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Manager {
+    /// Nobody else may change the sequence until [`Manager::thaw`].
+    pub(super) fn freeze(&mut self, id: SequenceId) -> Result<()> {
+        self.check_idle(id)?;
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.in_step = true;
+        }
+        Ok(())
+    }
+
+    pub(super) fn thaw(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.in_step = false;
+        }
+    }
+
+    /// Ends a sequence that is frozen for a swap-out.
+    pub(super) fn finish_swap_out(&mut self, epoch: u64, id: SequenceId) -> Result<()> {
+        self.check_epoch(epoch)?;
+        self.thaw(id);
+        self.free(id)
+    }
+
+    /// Takes blocks for a sequence that comes in.
+    pub(super) fn begin_swap_in(&mut self, count: u32) -> Result<Vec<BlockId>> {
+        let blocks = self.take_blocks(count.into())?;
+        self.open_moves += 1;
+        Ok(blocks)
+    }
+
+    pub(super) fn commit_swap_in(&mut self, epoch: u64, blocks: &[BlockId], len: u32) -> Result<SequenceId> {
+        self.check_epoch(epoch)?;
+        self.open_moves -= 1;
+        let mut table = BlockTable::default();
+        table.grow(None, blocks, len);
+        Ok(self.insert(table))
+    }
+
+    pub(super) fn roll_back_swap_in(&mut self, epoch: u64, blocks: &[BlockId]) {
+        if self.check_epoch(epoch).is_ok() {
+            self.open_moves -= 1;
+            // In reverse, so that the next one takes the same blocks in the same order.
+            for &block in blocks.iter().rev() {
+                self.pool.release(block);
+            }
+            self.settle();
+        }
+    }
+
+    /// Fails if the cache has been cleared since this epoch.
+    pub(super) fn check_epoch(&self, epoch: u64) -> Result<()> {
+        if epoch == self.epoch() { Ok(()) } else { Err(CLEARED) }
+    }
+}
+
+/// A sequence on its way to the host, from [`KvCache::swap_out`]. Until [`SwapOut::finish`] it is still in the cache, and nobody can change it.
+///
+/// Dropping this, or the future of `finish` before it completes, leaves the sequence as it was.
+#[derive(Debug)]
+#[must_use = "dropping it leaves the sequence in the cache"]
+pub struct SwapOut {
+    state: SharedState,
+    epoch: u64,
+    sequence: SequenceId,
+    /// Until it is being read.
+    pending: Option<PendingSnapshot>,
+}
+
+impl SwapOut {
+    /// The sequence.
+    #[must_use]
+    pub fn sequence(&self) -> SequenceId {
+        self.sequence
+    }
+
+    /// Waits for the copies, which must have been submitted, then ends the sequence: its blocks return to the pool, except those that others
+    /// hold. Natively the future completes only while somebody polls the device: run it by [`Gpu::block_on`](crate::Gpu::block_on) if nobody
+    /// does.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the encoder has not been submitted; [`Error::StaleStep`] after [`KvCache::clear`]; [`Error::Wgpu`]. The sequence
+    /// is as it was before the swap.
+    pub async fn finish(mut self) -> Result<SequenceSnapshot> {
+        let Some(pending) = self.pending.take() else { return Err(Error::UnknownSequence(self.sequence)) };
+        let snapshot = pending.read().await?;
+        lock(&self.state).finish_swap_out(self.epoch, self.sequence)?;
+        Ok(snapshot)
+    }
+}
+
+impl Drop for SwapOut {
+    fn drop(&mut self) {
+        // After `finish`, or in a cleared cache, nobody has this id any more.
+        lock(&self.state).thaw(self.sequence);
+    }
+}
+
+/// A sequence on its way back into a cache, from [`KvCache::swap_in`]. Dropping it gives the blocks back; drop it only if its
+/// commands will never be submitted, or have been submitted already.
+#[derive(Debug)]
+#[must_use = "dropping it gives the blocks back"]
+pub struct SwapIn {
+    state: SharedState,
+    epoch: u64,
+    blocks: Vec<BlockId>,
+    len: u32,
+    is_open: bool,
+}
+
+impl SwapIn {
+    /// Makes it a sequence, with a new id. As with a step, its commands must be submitted before those of later steps.
+    ///
+    /// # Errors
+    /// [`Error::StaleStep`] after [`KvCache::clear`].
+    pub fn commit(mut self) -> Result<SequenceId> {
+        let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len)?;
+        self.is_open = false;
+        Ok(id)
+    }
+}
+
+impl Drop for SwapIn {
+    fn drop(&mut self) {
+        if self.is_open {
+            lock(&self.state).roll_back_swap_in(self.epoch, &self.blocks);
+        }
+    }
+}
+
+impl KvCache {
+    /// Records the copy of a sequence to the host, and reserves the sequence for [`SwapOut::finish`], which ends it here: steps, forks,
+    /// truncation and freeing are refused with [`Error::SequenceInStep`] until then. Other sequences go on meanwhile, also those that share
+    /// blocks with it.
+    ///
+    /// Memory: see [`KvCache::record_snapshot`].
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; those of [`KvCache::record_snapshot`]. Nothing has changed then.
+    pub fn swap_out(&self, encoder: &mut wgpu::CommandEncoder, sequence: SequenceId) -> Result<SwapOut> {
+        let epoch = {
+            let mut state = self.state();
+            state.freeze(sequence)?;
+            state.epoch()
+        };
+        // From here on, dropping it lets the sequence go.
+        let mut swap = SwapOut { state: Arc::clone(&self.state), epoch, sequence, pending: None };
+        swap.pending = Some(self.record_snapshot(encoder, sequence)?);
+        Ok(swap)
+    }
+
+    /// Reserves blocks for a snapshot and records the copies into them. [`SwapIn::commit`] makes them a sequence. Which blocks they are has
+    /// nothing to do with where the sequence was before.
+    ///
+    /// Takes host-visible memory of the snapshot's size until the GPU is done with the commands, and up to 16 MiB on the device (or one
+    /// block, if that is larger).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's; [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
+    /// list of blocks doesn't fit into a binding; [`Error::Wgpu`], for example if memory is short. Nothing has changed then.
+    pub fn swap_in(&self, encoder: &mut wgpu::CommandEncoder, snapshot: &SequenceSnapshot) -> Result<SwapIn> {
+        self.check_snapshot(snapshot)?;
+        let (blocks, epoch) = {
+            let mut state = self.state();
+            (state.begin_swap_in(snapshot.config.num_blocks)?, state.epoch())
+        };
+        // From here on, dropping it gives the blocks back.
+        let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len: snapshot.len, is_open: true };
+        self.record_unpack(encoder, &swap.blocks, &snapshot.data)?;
+        Ok(swap)
+    }
+}
