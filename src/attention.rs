@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{
-    Cache, KvCacheConfig, LayerStorage, Segments, Step, StepTicket, check_foreign, layer_storage, params_binding,
-    push_params,
+    Cache, KvCacheConfig, LayerStorage, Segments, Step, StepTicket, check_foreign, check_lse, layer_storage,
+    params_binding, push_params,
 };
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -198,13 +198,17 @@ impl Attention {
     /// Compiles the kernels for a cache's shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an option that breaks its rule; [`Error::Unsupported`] if a kernel needs more than the device offers;
+    /// [`Error::Argument`] for an option that breaks its rule; [`Error::Unsupported`] if a kernel needs more than the device offers,
+    /// such as a storage buffer for [`AttentionConfig::lse`] beside a cache whose segments take all but one of them;
     /// [`Error::Wgpu`] if one doesn't compile.
     pub async fn new(cache: &impl Cache, config: AttentionConfig) -> Result<Self> {
         let cache = cache.paged();
         let gpu = cache.gpu().clone();
         let geometry = *cache.config();
         config.validate(&geometry)?;
+        if config.lse {
+            check_lse(&gpu, &geometry)?;
+        }
         let group_size = config.num_q_heads / geometry.num_kv_heads;
         let segments = cache.segments();
         let variant = |kernel| {

@@ -63,6 +63,8 @@ pub struct GpuOptions {
     pub shader_checks: ShaderChecks,
     /// An upper bound on `max_storage_buffer_binding_size` to request, in bytes (for tests of small devices).
     pub max_binding_bytes: Option<u64>,
+    /// An upper bound on `max_storage_buffers_per_shader_stage` to request (for tests of small devices; folio needs WebGPU's default, 8).
+    pub max_storage_buffers: Option<u32>,
 }
 
 #[cfg(feature = "open")]
@@ -76,6 +78,7 @@ impl Default for GpuOptions {
             profile: None,
             shader_checks: ShaderChecks::default(),
             max_binding_bytes: None,
+            max_storage_buffers: None,
         }
     }
 }
@@ -158,10 +161,15 @@ impl Gpu {
         limits.max_buffer_size = offered.max_buffer_size;
         limits.max_compute_workgroup_storage_size = offered.max_compute_workgroup_storage_size;
         limits.max_storage_buffers_per_shader_stage = offered.max_storage_buffers_per_shader_stage;
+        limits.max_buffers_and_acceleration_structures_per_shader_stage =
+            offered.max_buffers_and_acceleration_structures_per_shader_stage;
         limits.min_storage_buffer_offset_alignment = offered.min_storage_buffer_offset_alignment;
         limits.min_uniform_buffer_offset_alignment = offered.min_uniform_buffer_offset_alignment;
         if let Some(bytes) = options.max_binding_bytes {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes);
+        }
+        if let Some(buffers) = options.max_storage_buffers {
+            limits.max_storage_buffers_per_shader_stage = limits.max_storage_buffers_per_shader_stage.min(buffers);
         }
         check_limits(&offered)?;
         // Graphics limits below the defaults (headless or GL adapters) are none of folio's business.

@@ -96,7 +96,7 @@ impl ContiguousCache {
         config.validate()?;
         let cache = KvCache::with_any_block_size(gpu, config.paged()).await.map_err(|error| match error {
             // The same limit in this cache's words.
-            Error::Unsupported { what: "num_blocks", need, have, .. } => Error::Unsupported {
+            Error::Unsupported { what: "num_blocks" | "block_size", need, have, .. } => Error::Unsupported {
                 what: "batch * max_seq_len",
                 need,
                 have,

@@ -59,7 +59,8 @@ impl KvCacheConfig {
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));
         }
-        // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels.
+        // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels, over all segments of a
+        // side. What lies within a segment (elements, words) is bounded by the segment's bytes; see `storage`.
         let slots = u64::from(self.num_blocks) * u64::from(self.block_size);
         if slots > u64::from(u32::MAX) / u64::from(self.num_kv_heads) {
             let got = format!("{} ({slots} slots)", self.num_blocks);
@@ -188,7 +189,10 @@ impl KvLayout {
         bytes.saturating_sub(self.channel_table_bytes()) / self.block_bytes()
     }
 
-    /// Cuts a side of `num_blocks` blocks into as few equal segments as bindings of `max_bytes` allow, or `None` if not even one block fits.
+    /// Cuts a side of `num_blocks` blocks into as few equal segments as bindings of `max_bytes` allow, or `None` if not even one block fits
+    /// (or there is none). Only the last segment has fewer blocks than the others; it is never empty.
+    ///
+    /// Each is allowed the blocks that fit beside the table of channel scales, which the first one holds.
     #[must_use]
     pub fn segments(&self, num_blocks: u32, max_bytes: u64) -> Option<Segments> {
         let most = self.max_blocks(max_bytes).min(num_blocks.into());
@@ -196,7 +200,7 @@ impl KvLayout {
             return None;
         }
         let count = u64::from(num_blocks).div_ceil(most);
-        // Equal ones, so that no segment is a stub; `most` is at most num_blocks, a u32.
+        // Equal ones, so that no segment is a stub; `most` is at most num_blocks, a u32. As blocks <= most, it still takes `count` of them.
         let blocks = num_blocks.div_ceil(count as u32);
         Some(if count == 1 { Segments::ONE } else { Segments { count: count as u32, blocks } })
     }
@@ -233,12 +237,16 @@ impl Segments {
     /// The segment of a block, and its number there.
     #[must_use]
     pub fn locate(&self, block: u32) -> (u32, u32) {
-        if self.count == 1 { (0, block) } else { (block / self.blocks, block % self.blocks) }
+        if self.count <= 1 || self.blocks == 0 { (0, block) } else { (block / self.blocks, block % self.blocks) }
     }
 
     /// Blocks of a segment, of a side of `num_blocks`.
     #[must_use]
     pub fn blocks_of(&self, segment: u32, num_blocks: u32) -> u32 {
-        if self.count == 1 { num_blocks } else { self.blocks.min(num_blocks.saturating_sub(segment * self.blocks)) }
+        if self.count <= 1 {
+            num_blocks
+        } else {
+            self.blocks.min(num_blocks.saturating_sub(segment.saturating_mul(self.blocks)))
+        }
     }
 }

@@ -41,7 +41,7 @@ use crate::gpu::Gpu;
 use manager::Manager;
 pub(crate) use manager::SharedState;
 use record::CacheKernels;
-pub(crate) use storage::{LayerStorage, check_foreign, layer as layer_storage};
+pub(crate) use storage::{LayerStorage, check_foreign, check_lse, layer as layer_storage};
 
 /// A cache that [`Attention`](crate::Attention) and [`Rope`](crate::Rope) work with: [`KvCache`] or [`ContiguousCache`]. Nothing else can be one.
 pub trait Cache: sealed::Paged {}

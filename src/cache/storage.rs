@@ -61,38 +61,100 @@ impl LayerStorage {
     }
 }
 
+/// Bytes of a segment at most, however large the bindings of the device are (on Metal they are as large as a buffer). Where wgpu's checks are in,
+/// naga hands buffer lengths to Metal's shaders as `u32`. Elements that kernels address have 4 bytes at least, so their indices within a
+/// segment stay below 2^30.
+const MAX_SEGMENT_BYTES: u64 = u32::MAX as u64 / 16 * 16;
+
+/// What kernels can bind of a cache on a device.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// Bytes of a segment.
+    segment_bytes: u64,
+    /// Storage buffers of a kernel, those that are not the cache's included.
+    buffers: u32,
+}
+
+impl Room {
+    fn of(gpu: &Gpu) -> Self {
+        let limits = gpu.limits();
+        // Every kernel has one uniform buffer besides.
+        let group =
+            limits.max_bindings_per_bind_group.min(limits.max_buffers_and_acceleration_structures_per_shader_stage);
+        Self {
+            segment_bytes: gpu.max_storage_bytes().min(MAX_SEGMENT_BYTES),
+            buffers: limits.max_storage_buffers_per_shader_stage.min(group.saturating_sub(1)),
+        }
+    }
+
+    /// How K and V are cut so that the attention kernels can bind them beside their own buffers and, if asked for, an
+    /// lse; or why not, and what fits.
+    fn cut(&self, config: &KvCacheConfig, lse: bool) -> Result<[Segments; 2]> {
+        let layouts = [config.k_layout(), config.v_layout()];
+        let Self { segment_bytes, buffers } = *self;
+        let have = format!("{buffers} storage buffers of {segment_bytes} bytes");
+        let [Some(k), Some(v)] = layouts.map(|layout| layout.segments(config.num_blocks, segment_bytes)) else {
+            let need = layouts.map(|layout| layout.side_bytes(1).unwrap_or(u64::MAX)).into_iter().max().unwrap_or(0);
+            let hint = "; use smaller blocks".to_owned();
+            return Err(Error::Unsupported {
+                what: "block_size",
+                need: format!("{need} bytes for a block"),
+                have,
+                hint,
+            });
+        };
+        let others = attention_storage_buffers(k, v) - k.count - v.count;
+        let need = attention_storage_buffers(k, v) + u32::from(lse);
+        if need <= buffers {
+            return Ok([k, v]);
+        }
+        let [k_bytes, v_bytes] = layouts.map(|layout| layout.side_bytes(config.num_blocks).unwrap_or(u64::MAX));
+        let sides = format!("{} for {k_bytes} bytes of K, {} for {v_bytes} bytes of V", k.count, v.count);
+        let others = format!("{others} others{}", if lse { " and lse" } else { "" });
+        Err(Error::Unsupported {
+            what: "num_blocks",
+            need: format!("{need} storage buffers in a kernel ({sides}, {others})"),
+            have,
+            hint: format!("; the largest pool that fits has {} blocks", self.largest_pool(config, lse)),
+        })
+    }
+
+    /// Most blocks that [`Self::cut`] accepts, the other fields being those of `config`.
+    fn largest_pool(&self, config: &KvCacheConfig, lse: bool) -> u32 {
+        let layouts = [config.k_layout(), config.v_layout()];
+        let fits = |num_blocks| match layouts.map(|layout| layout.segments(num_blocks, self.segment_bytes)) {
+            [Some(k), Some(v)] => attention_storage_buffers(k, v) + u32::from(lse) <= self.buffers,
+            _ => false,
+        };
+        // More blocks never need fewer segments. Between a pool that fits (an empty one would) and one that doesn't, the range is halved.
+        let (mut fitting, mut refused) = (0, config.num_blocks);
+        while refused - fitting > 1 {
+            let middle = fitting + (refused - fitting) / 2;
+            *(if fits(middle) { &mut fitting } else { &mut refused }) = middle;
+        }
+        fitting
+    }
+}
+
 /// How K and V are cut on a device.
 ///
 /// # Errors
 /// [`Error::Unsupported`] if a block is larger than a binding, or there are more segments than the attention kernels can bind.
 pub(crate) fn segments(gpu: &Gpu, config: &KvCacheConfig) -> Result<[Segments; 2]> {
-    let max = gpu.max_storage_bytes();
-    let max_buffers = gpu.limits().max_storage_buffers_per_shader_stage;
-    let layouts = [config.k_layout(), config.v_layout()];
-    let [k, v] = layouts.map(|layout| layout.segments(config.num_blocks, max));
-    let need = match (k, v) {
-        (Some(k), Some(v)) if attention_storage_buffers(k, v) <= max_buffers => return Ok([k, v]),
-        (Some(k), Some(v)) => {
-            let [k_bytes, v_bytes] = layouts.map(|layout| layout.side_bytes(config.num_blocks).unwrap_or(u64::MAX));
-            let segments = format!("{} segments for {k_bytes} bytes of K and {} for {v_bytes} of V", k.count, v.count);
-            format!("{} storage buffers in a kernel ({segments} per layer)", attention_storage_buffers(k, v))
-        }
-        _ => format!("{} bytes for a block", layouts.map(|layout| layout.block_bytes()).into_iter().max().unwrap_or(0)),
-    };
-    Err(Error::Unsupported {
-        what: "num_blocks",
-        need,
-        have: format!("{max_buffers} storage buffers of {max} bytes"),
-        hint: format!("; the largest pool that fits has {} blocks", largest_pool(layouts, max, max_buffers)),
-    })
+    Room::of(gpu).cut(config, false)
 }
 
-/// Most blocks whose segments the attention kernels can bind.
-fn largest_pool([k, v]: [KvLayout; 2], max_bytes: u64, max_buffers: u32) -> u64 {
-    let (k_most, v_most) = (k.max_blocks(max_bytes), v.max_blocks(max_bytes));
-    let spare = u64::from(max_buffers.saturating_sub(attention_storage_buffers(Segments::ONE, Segments::ONE)));
-    let pools = (0..=spare).map(|more_k| (k_most * (1 + more_k)).min(v_most * (1 + spare - more_k)));
-    pools.max().unwrap_or(0)
+/// Fails if kernels that write an lse, which takes a buffer more, can't bind all segments of a cache.
+///
+/// # Errors
+/// [`Error::Unsupported`] that says which pool fits.
+pub(crate) fn check_lse(gpu: &Gpu, config: &KvCacheConfig) -> Result<()> {
+    Room::of(gpu).cut(config, true).map(drop).map_err(|e| match e {
+        Error::Unsupported { need, have, hint, .. } => {
+            Error::Unsupported { what: "lse", need, have, hint: format!("{hint}, or attend without lse") }
+        }
+        e => e,
+    })
 }
 
 /// Makes the buffers of all layers, or none.
@@ -145,4 +207,43 @@ pub(crate) fn check_foreign(layers: &[LayerStorage], argument: &'static str, ran
         return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{KvCacheConfig, MAX_SEGMENT_BYTES, Room};
+    use crate::cache::KvFormat;
+
+    proptest! {
+        /// What a refusal names fits, and one block more does not, whether the error of a much larger or a little larger pool is asked.
+        #[test]
+        fn the_pool_that_a_refusal_names_is_the_largest(
+            k_format in prop::sample::select(&KvFormat::ALL[..]),
+            v_format in prop::sample::select(&KvFormat::ALL[..5]),
+            num_kv_heads in 1_u32..9,
+            eighths in 1_u32..=32,
+            block_size in 1_u32..=64,
+            num_blocks in 1_u32..=u32::MAX / (9 * 64),
+            segment_bytes in 1_u64 << 20..=MAX_SEGMENT_BYTES,
+            // Four of these are not the cache's; some drivers have no limit.
+            buffers in prop_oneof![8_u32..40, Just(u32::MAX)],
+            lse: bool,
+        ) {
+            let room = Room { segment_bytes, buffers };
+            let head_dim = 8 * eighths;
+            let config = KvCacheConfig { num_layers: 1, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format };
+            prop_assert!(config.validate().is_ok());
+            if let Err(error) = room.cut(&config, lse) {
+                let largest = room.largest_pool(&config, lse);
+                let cut = |num_blocks| room.cut(&KvCacheConfig { num_blocks, ..config }, lse);
+                prop_assert!(largest < num_blocks);
+                prop_assert!(largest == 0 || cut(largest).is_ok(), "{error}");
+                let next = cut(largest + 1);
+                prop_assert!(next.is_err(), "{error}");
+                prop_assert_eq!(room.largest_pool(&KvCacheConfig { num_blocks: largest + 1, ..config }, lse), largest);
+            }
+        }
+    }
 }

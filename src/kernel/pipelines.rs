@@ -70,9 +70,11 @@ impl Pipeline {
 /// wgpu 30 checks neither workgroup memory nor workgroup size of a module against the limits in every backend, so folio does.
 fn check_budget(gpu: &Gpu, variant: &Variant) -> Result<()> {
     let limits = gpu.limits();
-    let storage_buffers = bindings(variant).iter().filter(|b| b.access != Access::Uniform).count() as u32;
+    let bindings = bindings(variant);
+    let storage_buffers = bindings.iter().filter(|b| b.access != Access::Uniform).count() as u32;
     for (what, need, have) in [
         ("storage buffers in a kernel", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+        ("bindings in a kernel", bindings.len() as u32, limits.max_bindings_per_bind_group),
         ("workgroup memory", variant.workgroup_bytes(), limits.max_compute_workgroup_storage_size),
         ("workgroup size", variant.workgroup_size, limits.max_compute_invocations_per_workgroup),
         ("workgroup size along x", variant.workgroup_size, limits.max_compute_workgroup_size_x),

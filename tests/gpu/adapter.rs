@@ -11,11 +11,18 @@ pub(crate) struct Open {
     pub(crate) profile: Option<Profile>,
     pub(crate) without: wgpu::Features,
     pub(crate) checks: ShaderChecks,
+    pub(crate) max_binding_bytes: Option<u64>,
+    pub(crate) max_storage_buffers: Option<u32>,
 }
 
 /// The adapter as folio opens it by itself.
-pub(crate) const DEFAULT: Open =
-    Open { profile: None, without: wgpu::Features::empty(), checks: ShaderChecks::Trusted };
+pub(crate) const DEFAULT: Open = Open {
+    profile: None,
+    without: wgpu::Features::empty(),
+    checks: ShaderChecks::Trusted,
+    max_binding_bytes: None,
+    max_storage_buffers: None,
+};
 
 /// Kernels for GPUs with subgroups.
 pub(crate) const GPU: Open = Open { profile: Some(Profile::Gpu), ..DEFAULT };
@@ -51,6 +58,8 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
         profile: how.profile,
         without: how.without,
         shader_checks: how.checks,
+        max_binding_bytes: how.max_binding_bytes,
+        max_storage_buffers: how.max_storage_buffers,
         ..GpuOptions::default()
     };
     match Gpu::open_blocking(options) {

@@ -140,27 +140,29 @@ fn shapes_of_caches_and_attentions() {
 
 #[test]
 fn a_pool_or_step_larger_than_the_device_says_what_fits() {
-    if adapter::open(DEFAULT).is_none() {
-        return;
-    }
-    let gpu = open(GpuOptions { max_binding_bytes: Some(1 << 20), ..GpuOptions::default() }).expect("a small device");
-    // K blocks have 4 * 2 * 8 * 4 = 256 bytes and are the larger side.
+    let how = adapter::Open { max_binding_bytes: Some(1 << 20), max_storage_buffers: Some(8), ..DEFAULT };
+    let Some(gpu) = adapter::open(how) else { return };
+    // K blocks have 4 * 2 * 8 * 4 = 256 bytes, V blocks half of that: with four storage buffers for both, K can have three segments of 4096.
     let config = |num_blocks| KvCacheConfig { num_layers: 1, num_blocks, ..SHAPE };
     let parts = [
-        "num_blocks: need 1048832 bytes for one side of a layer",
-        "have 1048576 bytes in a storage binding",
-        "the largest pool that fits has 4096 blocks",
+        "num_blocks: need 9 storage buffers in a kernel",
+        "(3 for 2097408 bytes of K, 2 for 1048704 bytes of V, 4 others)",
+        "have 8 storage buffers of 1048576 bytes",
+        "the largest pool that fits has 8192 blocks",
     ];
-    refused(KvCache::new_blocking(&gpu, config(4097)), Device, &parts);
-    let cache = KvCache::new_blocking(&gpu, config(4096)).expect("the largest pool");
+    refused(KvCache::new_blocking(&gpu, config(8193)), Device, &parts);
+    let large = KvCacheConfig { head_dim: 256, num_kv_heads: 5, block_size: 256, ..config(1) };
+    let parts = ["block_size: need 1310720 bytes for a block", "of 1048576 bytes", "use smaller blocks"];
+    refused(KvCache::new_blocking(&gpu, large), Device, &parts);
+    let cache = KvCache::new_blocking(&gpu, config(8192)).expect("the largest pool");
 
     // Its last block works.
     let (filler, s) = (cache.create_sequence(), cache.create_sequence());
-    let step = cache.begin_step(&[(filler, 4095 * 4)]).expect("step");
+    let step = cache.begin_step(&[(filler, 8191 * 4)]).expect("step");
     cache.commit(step).expect("commit").recycle();
     crate::tokens::grow(&cache, &[(s, &[1, 2, 3])]);
     crate::tokens::assert_holds(&cache, s, &[1, 2, 3]);
-    refused(cache.begin_step(&[(filler, 1)]), Retry, &["blocks: need 1, have 0 free of 4096"]);
+    refused(cache.begin_step(&[(filler, 1)]), Retry, &["blocks: need 1, have 0 free of 8192"]);
 
     // The rows of a step must fit into a binding as well: 64 bytes of K and 256 of q per token.
     let attention = Attention::new_blocking(&cache, AttentionConfig::new(8)).expect("attention");
@@ -173,7 +175,7 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     let parts = ["q: need 4194304 bytes", "have 1048576 bytes in a storage binding", "use smaller steps"];
     refused(attention.attend(&mut encoder, &plan, 0, &q, &out), Device, &parts);
     drop(step);
-    assert_eq!(cache.usage().free, 4096);
+    assert_eq!(cache.usage().free, 8192);
     let rows = 17_000;
     let larger = KvCacheConfig { num_blocks: 5000, k_format: SHAPE.v_format, ..config(0) };
     let cache = KvCache::new_blocking(&gpu, larger).expect("a pool of halves");

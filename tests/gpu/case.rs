@@ -15,6 +15,8 @@ pub(crate) struct Case {
     pub(crate) num_kv_heads: u32,
     pub(crate) head_dim: u32,
     pub(crate) block_size: u32,
+    /// Blocks of the pool. `None`: three more than the case needs.
+    pub(crate) num_blocks: Option<u32>,
     pub(crate) k_format: KvFormat,
     pub(crate) v_format: KvFormat,
     /// Factor of q: large logits.
@@ -45,6 +47,7 @@ impl Case {
             num_kv_heads,
             head_dim,
             block_size: 16,
+            num_blocks: None,
             k_format: KvFormat::F32,
             v_format: KvFormat::F32,
             q_scale: 1.0,
@@ -236,13 +239,19 @@ impl Case {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             block_size: self.block_size,
-            num_blocks: blocks + 3,
+            num_blocks: self.num_blocks.unwrap_or(blocks + 3),
             k_format: self.k_format,
             v_format: self.v_format,
         };
         let cache = KvCache::new_blocking(gpu, config).expect("cache");
         poison(&cache);
         shuffle(&cache, self.seed);
+        let sequences = self.append_context(&cache, rows);
+        (cache, sequences)
+    }
+
+    /// Makes the sequences and appends their context.
+    pub(crate) fn append_context(&self, cache: &KvCache, rows: &[Rows]) -> Vec<SequenceId> {
         let sequences: Vec<_> = self.lens.iter().map(|_| cache.create_sequence()).collect();
         let row = (self.num_kv_heads * self.head_dim) as usize;
         // Sequences grow in turns of a few tokens where that is cheap, so that their blocks interleave.
@@ -261,9 +270,9 @@ impl Case {
                 }
             }
             if batch.is_empty() {
-                return (cache, sequences);
+                return sequences;
             }
-            append(&cache, &batch, 0, &k, &v);
+            append(cache, &batch, 0, &k, &v);
         }
     }
 }
@@ -294,18 +303,29 @@ pub(crate) fn poison_buffers<'b>(gpu: &Gpu, buffers: impl IntoIterator<Item = &'
     }
 }
 
-/// Takes all blocks and gives them back in random order: later tables are not contiguous.
+/// Takes all blocks and gives them back in random order: later tables are not contiguous. The last block of the pool is the first to be taken.
 pub(crate) fn shuffle(cache: &KvCache, seed: u64) {
+    let mut order: Vec<_> = (0..cache.config().num_blocks - 1).collect();
+    Rng::with_seed(seed).shuffle(&mut order);
+    order.insert(0, cache.config().num_blocks - 1);
+    arrange(cache, &order);
+}
+
+/// The blocks of an empty cache will be taken in this order.
+pub(crate) fn arrange(cache: &KvCache, order: &[u32]) {
     let block_size = cache.config().block_size;
     let mut holders: Vec<_> = (0..cache.config().num_blocks).map(|_| cache.create_sequence()).collect();
     for &holder in &holders {
         let step = cache.begin_step(&[(holder, block_size)]).expect("step");
         cache.commit(step).expect("commit").recycle();
     }
-    Rng::with_seed(seed).shuffle(&mut holders);
-    for holder in holders {
-        cache.free(holder).expect("free");
+    let held = |&holder: &SequenceId| cache.block_table(holder).expect("table")[0].index();
+    holders.sort_unstable_by_key(held);
+    // What is freed last is taken first.
+    for &block in order.iter().rev() {
+        cache.free(holders[block as usize]).expect("free");
     }
+    assert_eq!(cache.usage().free, cache.usage().total, "an order of all blocks");
 }
 
 /// What the cache keeps of `rows`.

@@ -19,5 +19,6 @@ mod isolation;
 mod model_based;
 mod movable;
 mod rope;
+mod segments;
 mod steady_state;
 mod tokens;

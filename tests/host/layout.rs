@@ -1,7 +1,8 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
-use folio::cache::KvLayout;
+use folio::cache::{KvLayout, Segments};
 use folio::{ContiguousConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
+use proptest::prelude::*;
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
 const CONFIG: KvCacheConfig = KvCacheConfig {
@@ -132,6 +133,78 @@ fn offsets_of_large_caches_do_not_wrap() {
 fn max_blocks_is_the_most_that_fits() {
     let v = CONFIG.v_layout();
     assert_eq!((v.max_blocks(0), v.max_blocks(1199), v.max_blocks(1200), v.max_blocks(128 << 20)), (0, 0, 1, 111_848));
+}
+
+#[test]
+fn a_side_is_cut_into_equal_segments() {
+    // Blocks of 2400 bytes.
+    let k = CONFIG.k_layout();
+    let cut = |num_blocks, max_bytes| k.segments(num_blocks, max_bytes);
+    assert_eq!(cut(7, 7 * 2400), Some(Segments::ONE));
+    assert_eq!(cut(7, u64::MAX), Some(Segments::ONE));
+    assert_eq!(cut(7, 7 * 2400 - 1), Some(Segments { count: 2, blocks: 4 }));
+    assert_eq!(cut(7, 3 * 2400), Some(Segments { count: 3, blocks: 3 }));
+    // Not 5 and 5 and 1.
+    assert_eq!(cut(11, 5 * 2400), Some(Segments { count: 3, blocks: 4 }));
+    assert_eq!(cut(7, 2400), Some(Segments { count: 7, blocks: 1 }));
+    assert_eq!(cut(7, 2399), None);
+    assert_eq!(cut(0, 2400), None);
+    let three = Segments { count: 3, blocks: 4 };
+    assert_eq!([0, 3, 4, 8, 10].map(|block| three.locate(block)), [(0, 0), (0, 3), (1, 0), (2, 0), (2, 2)]);
+    assert_eq!([0, 1, 2, 3, u32::MAX].map(|segment| three.blocks_of(segment, 11)), [4, 4, 3, 0, 0]);
+    assert_eq!((Segments::ONE.locate(u32::MAX), Segments::ONE.blocks_of(0, 7)), ((0, u32::MAX), 7));
+}
+
+#[test]
+fn the_table_of_channel_scales_has_room_in_the_first_segment() {
+    let layout = KvLayout { format: KvFormat::Int8PerChannel, ..CONFIG.k_layout() };
+    // Rows of 40 bytes, 15 of them in a block, in whole 16 bytes; two f32 for each of 3 * 40 channels.
+    assert_eq!((layout.block_bytes(), layout.channel_table_bytes()), (608, 960));
+    assert_eq!(layout.segments(7, 7 * 608 + 960), Some(Segments::ONE));
+    assert_eq!(layout.segments(7, 7 * 608 + 959), Some(Segments { count: 2, blocks: 4 }));
+    assert_eq!(layout.segments(7, 607 + 960), None);
+}
+
+proptest! {
+    /// Every block is in one segment, inside its buffer; no buffer is larger than allowed; none is empty; fewer would not do.
+    #[test]
+    fn segments_hold_every_block_once(
+        format in prop::sample::select(&KvFormat::ALL[..]),
+        num_kv_heads in 1_u32..20,
+        eighths in 1_u32..=32,
+        block_size in 1_u32..=256,
+        num_blocks in 1_u32..3000,
+        // In blocks, as that is where cuts change, and some bytes besides.
+        max_blocks in 0_u64..3500,
+        bytes in 0_u64..20_000,
+    ) {
+        let layout = KvLayout { num_kv_heads, head_dim: 8 * eighths, block_size, format };
+        let table = layout.channel_table_bytes();
+        let max_bytes = layout.block_bytes() * max_blocks + bytes;
+        let Some(segments) = layout.segments(num_blocks, max_bytes) else {
+            prop_assert!(max_bytes < layout.block_bytes() + table);
+            return Ok(());
+        };
+        let blocks: Vec<u32> = (0..segments.count).map(|s| segments.blocks_of(s, num_blocks)).collect();
+        prop_assert_eq!(blocks.iter().map(|&n| u64::from(n)).sum::<u64>(), u64::from(num_blocks));
+        prop_assert!(blocks.iter().all(|&n| n > 0 && u64::from(n) * layout.block_bytes() + table <= max_bytes));
+        prop_assert!(blocks.windows(2).all(|pair| pair[0] >= pair[1]), "{blocks:?}");
+        prop_assert!(blocks.iter().rev().skip(1).all(|&n| n == blocks[0]), "{blocks:?}");
+        prop_assert_eq!(segments.blocks_of(segments.count, num_blocks), if segments.count == 1 { num_blocks } else { 0 });
+        // One buffer less would need to be larger than allowed.
+        let fewer = u64::from(segments.count) - 1;
+        let fit = (max_bytes - table) / layout.block_bytes();
+        prop_assert!(fewer * fit < u64::from(num_blocks));
+        let mut next = vec![0; blocks.len()];
+        for block in 0..num_blocks {
+            let (segment, within) = segments.locate(block);
+            // In order, without a gap, and before the end of the buffer.
+            prop_assert_eq!(within, next[segment as usize]);
+            prop_assert!(within < blocks[segment as usize]);
+            next[segment as usize] += 1;
+        }
+        prop_assert_eq!(next, blocks);
+    }
 }
 
 #[test]
