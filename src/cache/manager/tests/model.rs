@@ -73,12 +73,14 @@ struct World {
     sequences: Vec<(SequenceId, Tokens)>,
     open: Vec<Open>,
     loose: Vec<BlockId>,
+    /// What the host has of sequences that were swapped out.
+    swapped: Vec<Tokens>,
     index: BTreeMap<Key, Entry>,
     /// lookups, queried, hit, evicted
     stats: [u64; 4],
     /// What has happened: hits, evictions, evictions of entries in use, reservations without room, forks in the
-    /// middle of a block.
-    seen: [u64; 5],
+    /// middle of a block, sequences swapped in, blocks that moved and were only the index's.
+    seen: [u64; 7],
     time: u32,
 }
 
@@ -95,9 +97,10 @@ impl World {
             sequences: Vec::new(),
             open: Vec::new(),
             loose: Vec::new(),
+            swapped: Vec::new(),
             index: BTreeMap::new(),
             stats: [0; 4],
-            seen: [0; 5],
+            seen: [0; 7],
             time: 0,
         }
     }
@@ -204,6 +207,22 @@ impl World {
                     self.m.settle();
                 }
             }
+            Op::SwapOut(s, finish) => {
+                let Some(i) = self.pick(s) else { return };
+                let id = self.sequences[i].0;
+                if self.idle(id, |m| m.freeze(id)).is_none() {
+                    return;
+                }
+                self.m.refused(|m| m.truncate(id, 0), ErrorKind::Caller, "swap-out");
+                if *finish {
+                    self.m.finish_swap_out(self.m.epoch(), id).unwrap();
+                    self.swapped.push(self.sequences.swap_remove(i).1);
+                } else {
+                    self.m.thaw(id);
+                }
+            }
+            Op::SwapIn(commit) => self.swap_in(*commit),
+            Op::Defragment(commit) => self.defragment(*commit),
             Op::Bad(s, bad) => self.bad(s, *bad),
             Op::Clear => {
                 self.m.clear();
@@ -220,6 +239,58 @@ impl World {
                 }
             }
         }
+    }
+
+    fn swap_in(&mut self, commit: bool) {
+        let Some(tokens) = self.swapped.pop() else { return };
+        let (len, epoch) = (tokens.len() as u32, self.m.epoch());
+        let count = len.div_ceil(self.block_size);
+        let Some(blocks) = self.take(count, |m| m.begin_swap_in(count)) else { return self.swapped.push(tokens) };
+        for (i, &(_, value)) in (0..).zip(&tokens) {
+            self.memory.insert((blocks[(i / self.block_size) as usize], i % self.block_size), value);
+        }
+        if self.open.is_empty() {
+            self.m.refused(Manager::begin_defragment, ErrorKind::Caller, "open swap-ins");
+        }
+        if commit {
+            let id = self.m.commit_swap_in(epoch, &blocks, len).unwrap();
+            self.sequences.push((id, tokens));
+            self.seen[5] += 1;
+        } else {
+            self.m.roll_back_swap_in(epoch, &blocks);
+            self.swapped.push(tokens);
+        }
+    }
+
+    fn defragment(&mut self, commit: bool) {
+        if self.open.iter().any(|open| !open.new.is_empty()) {
+            return self.m.refused(Manager::begin_defragment, ErrorKind::Caller, "open step");
+        }
+        if !self.loose.is_empty() {
+            // Blocks outside of tables are those of open moves, which bar this; these it would move away from us.
+            return;
+        }
+        let moves = self.m.begin_defragment().unwrap();
+        for &(from, to) in &moves.blocks {
+            for offset in 0..self.block_size {
+                let value = self.memory.get(&(from, offset)).copied();
+                value.map(|value| self.memory.insert((to, offset), value));
+            }
+        }
+        for entry in self.index.values_mut() {
+            let Some(&(_, to)) = moves.blocks.iter().find(|(from, _)| *from == entry.block) else { continue };
+            // The move held the block: it is unused since now.
+            self.seen[6] += u64::from(entry.unused_since.take().is_some());
+            if commit {
+                entry.block = to;
+            }
+        }
+        if !commit {
+            return self.m.roll_back_defragment(self.m.epoch(), &moves);
+        }
+        self.m.commit_defragment(self.m.epoch(), &moves).unwrap();
+        let used = self.m.usage().used;
+        assert!((0..self.m.pool.num_blocks()).all(|b| (self.m.pool.ref_count(BlockId(b)) > 0) == (b < used)));
     }
 
     /// A call that takes between `least` and some more blocks from the pool, or none and fails. Checks what was evicted.
@@ -514,7 +585,7 @@ impl World {
 fn random_operations_agree_with_plain_vectors() {
     let mut runner = TestRunner::new(Config { cases: 6000, failure_persistence: None, ..Config::default() });
     let runs = (1..5_u32, 4..40_u32, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
-    let seen = std::cell::Cell::new([0; 5]);
+    let seen = std::cell::Cell::new([0; 7]);
     let result = runner.run(&runs, |(block_size, num_blocks, collide, ops)| {
         let mut world = World::new(block_size, num_blocks, collide);
         for op in &ops {

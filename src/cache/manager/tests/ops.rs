@@ -47,6 +47,12 @@ pub(super) enum Op {
     /// Takes blocks as whoever needs blocks for something else does (swapping a sequence in, for one) and holds them.
     Take(u32),
     GiveBack(Index),
+    /// To the host, or not after all.
+    SwapOut(Index, bool),
+    /// The sequence that was swapped out last comes back, or its blocks are given back.
+    SwapIn(bool),
+    /// Committed or dropped.
+    Defragment(bool),
     Bad(Index, Bad),
     Clear,
 }
@@ -108,6 +114,9 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         2 => salt().prop_map(Op::Forget),
         2 => (0..6_u32).prop_map(Op::Take),
         2 => any().prop_map(Op::GiveBack),
+        4 => (any(), prop::bool::weighted(0.8)).prop_map(|(s, finish)| Op::SwapOut(s, finish)),
+        4 => prop::bool::weighted(0.8).prop_map(Op::SwapIn),
+        4 => prop::bool::weighted(0.8).prop_map(Op::Defragment),
         4 => (any(), bad).prop_map(|(s, bad)| Op::Bad(s, bad)),
         1 => Just(Op::Clear),
     ]
