@@ -3,14 +3,15 @@
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
-use folio::{BlockId, Error, KvCache, KvCacheConfig, PoolUsage, SequenceId, Step};
+use folio::wgpu::CommandEncoder;
+use folio::{BlockId, Error, KvCache, KvCacheConfig, PoolUsage, SequenceId, SequenceSnapshot, Step};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::adapter::{self, DEFAULT};
 use crate::case::poison;
-use crate::tokens::{SHAPE, assert_holds, run};
+use crate::tokens::{SHAPE, assert_holds, encoder, run};
 
 const BLOCK_SIZE: u32 = 3;
 const NUM_BLOCKS: u32 = 14;
@@ -45,6 +46,18 @@ enum Op {
     Forget(u64),
     Truncate(Index, Index),
     Free(Index),
+    /// To host memory; dropped half-way if not `finish`.
+    SwapOut {
+        sequence: Index,
+        finish: bool,
+    },
+    /// The last one that left comes back, or its blocks are given back.
+    SwapIn {
+        commit: bool,
+    },
+    Defragment {
+        commit: bool,
+    },
     Check(Index),
 }
 
@@ -63,6 +76,9 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..2_u64).prop_map(Op::Forget),
         3 => (any::<Index>(), any::<Index>()).prop_map(|(s, len)| Op::Truncate(s, len)),
         4 => any::<Index>().prop_map(Op::Free),
+        2 => (any::<Index>(), prop::bool::weighted(0.8)).prop_map(|(sequence, finish)| Op::SwapOut { sequence, finish }),
+        2 => prop::bool::weighted(0.8).prop_map(|commit| Op::SwapIn { commit }),
+        1 => prop::bool::weighted(0.8).prop_map(|commit| Op::Defragment { commit }),
         1 => any::<Index>().prop_map(Op::Check),
     ]
 }
@@ -82,6 +98,7 @@ struct Model<'a> {
     cache: &'a KvCache,
     sequences: Vec<(SequenceId, Vec<u32>)>,
     open: Vec<Open>,
+    swapped: Vec<(SequenceSnapshot, Vec<u32>)>,
     /// All that was ever published, each with its salt.
     published: Vec<(u64, Vec<u32>)>,
     next_token: u32,
@@ -164,6 +181,13 @@ impl Model<'_> {
                     assert!(matches!(self.cache.seq_len(sequence), Err(Error::UnknownSequence(s)) if s == sequence));
                 }
             }
+            Op::SwapOut { sequence, finish } => {
+                if let Some(i) = self.pick(sequence) {
+                    self.swap_out(i, *finish);
+                }
+            }
+            Op::SwapIn { commit } => self.swap_in(*commit),
+            Op::Defragment { commit } => self.defragment(*commit),
             Op::Check(index) => {
                 let Some(i) = self.pick(index) else { return };
                 assert_holds(self.cache, self.sequences[i].0, &self.sequences[i].1);
@@ -186,6 +210,66 @@ impl Model<'_> {
         if !self.refused_in_step(sequence, fork.as_ref().err()) {
             self.sequences.push((fork.expect("fork"), tokens));
         }
+    }
+
+    fn submit(&self, encoder: CommandEncoder) {
+        self.cache.gpu().queue().submit([encoder.finish()]);
+    }
+
+    fn swap_out(&mut self, i: usize, finish: bool) {
+        let sequence = self.sequences[i].0;
+        let mut encoder = encoder(self.cache);
+        let swap = self.cache.swap_out(&mut encoder, sequence);
+        if self.refused_in_step(sequence, swap.as_ref().err()) {
+            return;
+        }
+        self.submit(encoder);
+        if finish {
+            let snapshot = self.cache.gpu().block_on(swap.expect("swap").finish()).expect("finish");
+            self.swapped.push((snapshot, self.sequences.swap_remove(i).1));
+        }
+    }
+
+    fn swap_in(&mut self, commit: bool) {
+        let Some((snapshot, tokens)) = self.swapped.pop() else { return };
+        let before = self.cache.usage();
+        let mut encoder = encoder(self.cache);
+        match self.cache.swap_in(&mut encoder, &snapshot) {
+            Ok(swap) if commit => {
+                self.submit(encoder);
+                return self.sequences.push((swap.commit().expect("commit"), tokens));
+            }
+            Ok(swap) => {
+                self.submit(encoder);
+                drop(swap);
+                assert_eq!(room(self.cache.usage()), room(before));
+            }
+            Err(Error::OutOfBlocks { need, free, .. }) => {
+                assert!(need > free && free == room(before), "need {need}, {before:?}");
+                assert_eq!(self.cache.usage(), before);
+            }
+            Err(error) => panic!("{error}"),
+        }
+        self.swapped.push((snapshot, tokens));
+    }
+
+    fn defragment(&self, commit: bool) {
+        let mut encoder = encoder(self.cache);
+        let before = self.cache.usage();
+        match self.cache.defragment(&mut encoder) {
+            Ok(defragment) => {
+                assert!(self.open.is_empty());
+                self.submit(encoder);
+                if commit {
+                    defragment.commit().expect("commit");
+                    let blocks = self.sequences.iter().flat_map(|(sequence, _)| self.table(*sequence));
+                    assert!(blocks.into_iter().all(|block| block.index() < before.used));
+                }
+            }
+            Err(Error::SequenceInStep(sequence)) => assert!(self.is_open(sequence)),
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(self.cache.usage(), before);
     }
 
     fn publish(&mut self, i: usize, len: usize, salt: u64) {
@@ -296,8 +380,14 @@ fn random_operations_agree_with_plain_vectors() {
     let result = runner.run(&prop::collection::vec(op(), 1..60), |ops| {
         cache.clear();
         poison(&cache);
-        let mut model =
-            Model { cache: &cache, sequences: Vec::new(), open: Vec::new(), published: Vec::new(), next_token: 0 };
+        let mut model = Model {
+            cache: &cache,
+            sequences: Vec::new(),
+            open: Vec::new(),
+            swapped: Vec::new(),
+            published: Vec::new(),
+            next_token: 0,
+        };
         for op in &ops {
             model.apply(op);
             model.check_blocks();
