@@ -21,7 +21,6 @@ mod support {
     pub(crate) mod timer;
 }
 
-use std::fmt;
 use std::time::Duration;
 
 use criterion::{Criterion, SamplingMode, Throughput};
@@ -29,7 +28,7 @@ use fastrand::Rng;
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{
     Attention, AttentionConfig, AttentionPlan, ContiguousCache, ContiguousConfig, Gpu, KvCache, KvCacheConfig,
-    KvFormat, SequenceId, Step, wgpu,
+    KvFormat, KvFormats, SequenceId, Step, wgpu,
 };
 
 use support::limits::{Loop, multiply_add_loop, read_loop};
@@ -99,29 +98,11 @@ impl Shape {
     }
 }
 
-/// Formats of K and V.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Formats {
-    k: KvFormat,
-    v: KvFormat,
+/// What races: every format. The first one is what the others are compared with.
+fn racing() -> impl Iterator<Item = KvFormats> {
+    const BASE: KvFormats = KvFormats::both(KvFormat::F16);
+    std::iter::once(BASE).chain(KvFormats::ALL.into_iter().filter(|&formats| formats != BASE))
 }
-
-impl Formats {
-    const fn both(format: KvFormat) -> Self {
-        Self { k: format, v: format }
-    }
-}
-
-impl fmt::Display for Formats {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { k, v } = self;
-        if k == v { f.pad(&k.to_string()) } else { f.pad(&format!("{k} / {v}")) }
-    }
-}
-
-/// What races: every format, those with scales per channel for K only. The others are compared with F16.
-// INTEGRATION: both(E4M3), both(Int8), both(Int4), Int8PerChannel with Int8, Int4PerChannel with Int4.
-const RACING: [Formats; 2] = [Formats::both(KvFormat::F16), Formats::both(KvFormat::F32)];
 
 /// A planned attention call over a filled cache.
 struct Call {
@@ -155,7 +136,7 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(gpu: &Gpu, shape: &Shape, formats: Formats) -> folio::Result<Self> {
+    fn new(gpu: &Gpu, shape: &Shape, formats: KvFormats) -> folio::Result<Self> {
         let mut rng = Rng::with_seed(1);
         let cache = paged(gpu, shape, formats, &mut rng)?;
         let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
@@ -171,7 +152,7 @@ impl Prepared {
 }
 
 /// An empty cache with its blocks in random order.
-fn paged(gpu: &Gpu, shape: &Shape, formats: Formats, rng: &mut Rng) -> folio::Result<KvCache> {
+fn paged(gpu: &Gpu, shape: &Shape, formats: KvFormats, rng: &mut Rng) -> folio::Result<KvCache> {
     let cache = KvCache::new_blocking(
         gpu,
         KvCacheConfig {
@@ -184,13 +165,16 @@ fn paged(gpu: &Gpu, shape: &Shape, formats: Formats, rng: &mut Rng) -> folio::Re
             v_format: formats.v,
         },
     )?;
-    // INTEGRATION: if formats.k.is_per_channel(), cache.calibrate_keys(0, &values(.., rng))
+    if formats.k.has_channel_scales() {
+        let keys: Vec<f32> = (0..shape.num_kv_heads * shape.head_dim * 64).map(|_| rng.f32() - 0.5).collect();
+        cache.calibrate_keys(0, &keys)?;
+    }
     shuffle_blocks(&cache, rng)?;
     Ok(cache)
 }
 
 /// The same call over a contiguous cache.
-fn contiguous(gpu: &Gpu, shape: &Shape, formats: Formats) -> folio::Result<Call> {
+fn contiguous(gpu: &Gpu, shape: &Shape, formats: KvFormats) -> folio::Result<Call> {
     let mut rng = Rng::with_seed(1);
     let cache = ContiguousCache::new_blocking(
         gpu,
@@ -316,7 +300,7 @@ fn bench(
     group.throughput(if shape.is_decode() { Throughput::Bytes(work) } else { Throughput::Elements(work) });
     group.bench_function(format.to_string(), |bencher| {
         let (prepared, read) = prepared.get_or_insert_with(|| {
-            let prepared = Prepared::new(timer.gpu(), shape, Formats::both(format))
+            let prepared = Prepared::new(timer.gpu(), shape, KvFormats::both(format))
                 .unwrap_or_else(|error| panic!("{}, {format}: {error}", shape.describe()));
             let read = shape.is_decode().then(|| read_loop(timer, &prepared.cache, shape.side_bytes(format)));
             // The driver's compiler runs at the first dispatch.
@@ -344,12 +328,12 @@ fn bench(
 fn race_decode(criterion: &mut Criterion, timer: &Timer, shape: &'static Shape) -> Option<Race> {
     let title = format!("decode, {}", shape.describe());
     Race::run(criterion, timer, &format!("{} formats", shape.id), title, 0, || {
-        let contestant = |formats: Formats| {
+        let contestant = |formats: KvFormats| {
             let prepared = ready(Prepared::new(timer.gpu(), shape, formats));
             let bytes = prepared.cache.config().token_bytes() * u64::from(shape.batch * shape.seq_len);
             Contestant::new(formats, bytes, move |timer| prepared.call.measure(timer))
         };
-        RACING.into_iter().map(contestant).collect()
+        racing().map(contestant).collect()
     })
 }
 
@@ -359,7 +343,7 @@ fn race_append(criterion: &mut Criterion, timer: &Timer) -> Option<Race> {
     let tokens = SHAPE.batch * SHAPE.query_len;
     let title = format!("append, {tokens} tokens of {} heads, d {}", SHAPE.num_kv_heads, SHAPE.head_dim);
     Race::run(criterion, timer, SHAPE.id, title, 0, || {
-        let contestant = |formats: Formats| {
+        let contestant = |formats: KvFormats| {
             let gpu = timer.gpu();
             let mut rng = Rng::with_seed(1);
             let cache = ready(paged(gpu, &SHAPE, formats, &mut rng));
@@ -371,7 +355,7 @@ fn race_append(criterion: &mut Criterion, timer: &Timer) -> Option<Race> {
                 timer.measure(|pass| cache.append(pass, &step, 0, &k, &v).expect("a valid call"))
             })
         };
-        RACING.into_iter().map(contestant).collect()
+        racing().map(contestant).collect()
     })
 }
 
@@ -379,7 +363,7 @@ fn race_append(criterion: &mut Criterion, timer: &Timer) -> Option<Race> {
 fn race_contiguous(criterion: &mut Criterion, timer: &Timer, shape: &'static Shape) -> Option<Race> {
     let title = format!("decode, {}, F16", shape.describe());
     Race::run(criterion, timer, &format!("{} contiguous", shape.id), title, 0, || {
-        let formats = Formats::both(KvFormat::F16);
+        let formats = KvFormats::both(KvFormat::F16);
         let paged = ready(Prepared::new(timer.gpu(), shape, formats));
         let contiguous = ready(contiguous(timer.gpu(), shape, formats));
         let bytes = 2 * shape.side_bytes(KvFormat::F16);

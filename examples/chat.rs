@@ -19,7 +19,7 @@ use folio::model::{
     Decoder, DecoderOptions, Finish, Model, ModelConfig, ModelOptions, Prompt, Sampling, TextStream, Tokenizer,
     WeightFormat, progress_bar,
 };
-use folio::{Gpu, GpuOptions, KvFormat, PoolUsage, SequenceId};
+use folio::{Gpu, GpuOptions, KvFormats, PoolUsage, SequenceId};
 
 /// Streams text from a Hugging Face checkpoint (GPT-2, Llama, Qwen2, Qwen3, GPT-NeoX) through folio's paged KV cache.
 #[derive(Parser)]
@@ -58,8 +58,8 @@ struct Options {
     seed: u64,
 
     /// How keys and values are stored
-    #[arg(long, default_value = "f16", value_name = "f32|f16", help_heading = "Cache")]
-    cache: KvFormat,
+    #[arg(long, default_value = "f16", value_name = "K:V", help_heading = "Cache")]
+    cache: KvFormats,
     /// Tokens per block
     #[arg(long, default_value_t = 16, help_heading = "Cache", value_name = "N")]
     block_size: u32,
@@ -97,8 +97,8 @@ impl Options {
         const MAX_BYTES: u64 = 512 << 20;
         let options = DecoderOptions {
             block_size: self.block_size,
-            k_format: self.cache,
-            v_format: self.cache,
+            k_format: self.cache.k,
+            v_format: self.cache.v,
             ..DecoderOptions::default()
         };
         // A block size of 0 is refused by the cache, with better words than a division's.
@@ -289,6 +289,10 @@ fn main() -> Result<()> {
     let model = Arc::new(model);
     let mut decoder = Decoder::new_blocking(Arc::clone(&model), decoder_options)?;
     let start = Instant::now();
+    if options.cache.k.has_channel_scales() {
+        let opening = tokenizer.encode(options.prompt.first().map_or("Once upon a time", String::as_str), true)?;
+        decoder.calibrate_keys_on_own_text_blocking(&[&opening], 200)?;
+    }
     decoder.warm_up_blocking()?;
     eprintln!(
         "{}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",

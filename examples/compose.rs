@@ -1,6 +1,6 @@
 //! Prints the WGSL of a kernel variant, as it is compiled: for reading, and for shader compilers' statistics. Needs no GPU.
 //!
-//! `cargo run --release --example compose -- decode --profile gpu --head-dim 128 --group-size 4 --f16`
+//! `cargo run --release --example compose -- decode --profile gpu --head-dim 128 --group-size 4 --k-format int8 --v-format f16`
 #![allow(clippy::print_stdout, reason = "an example shows what it did")]
 
 use clap::{Parser, ValueEnum};
@@ -38,9 +38,12 @@ struct Args {
     group_size: u32,
     #[arg(long, default_value_t = 16)]
     block_size: u32,
-    /// Store K and V in half precision.
-    #[arg(long)]
-    f16: bool,
+    /// How K is stored: f32, f16, e4m3, int8, int4, int8-channel or int4-channel.
+    #[arg(long, default_value = "f32")]
+    k_format: KvFormat,
+    /// How V is stored: the same, without the last two.
+    #[arg(long, default_value = "f32")]
+    v_format: KvFormat,
     /// Use no subgroup operations.
     #[arg(long)]
     no_subgroups: bool,
@@ -54,15 +57,14 @@ struct Args {
 
 fn main() -> folio::Result<()> {
     let args = Args::parse();
-    let format = if args.f16 { KvFormat::F16 } else { KvFormat::F32 };
     let config = KvCacheConfig {
         num_layers: 1,
         num_kv_heads: args.kv_heads,
         head_dim: args.head_dim,
         block_size: args.block_size,
         num_blocks: 1,
-        k_format: format,
-        v_format: format,
+        k_format: args.k_format,
+        v_format: args.v_format,
     };
     config.validate()?;
     let target = Target {

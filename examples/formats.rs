@@ -8,8 +8,6 @@
 //! machine down meets all alike.
 #![allow(clippy::print_stdout, reason = "an example shows what it did")]
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -17,7 +15,9 @@ use clap::Parser;
 use fastrand::Rng;
 use folio::reference::{self, Options, Problem};
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
-use folio::{Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, Step, wgpu};
+use folio::{
+    Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, KvFormats, Step, wgpu,
+};
 
 const NUM_Q_HEADS: u32 = 8;
 const NUM_KV_HEADS: u32 = 2;
@@ -37,8 +37,8 @@ struct Arguments {
     #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(16..=1 << 20), value_name = "N")]
     tokens: u32,
     /// Formats of K and V, `k:v`, or one name for both; a table line each. F16 is always there.
-    #[arg(long, value_delimiter = ',', default_value = DEFAULT_PAIRS, value_name = "K:V,...")]
-    pairs: Vec<Pair>,
+    #[arg(long, value_delimiter = ',', default_value = DEFAULT_FORMATS, value_name = "K:V,...")]
+    pairs: Vec<KvFormats>,
     /// 2048 tokens and few rounds
     #[arg(long)]
     quick: bool,
@@ -47,33 +47,10 @@ struct Arguments {
     adapter: Option<String>,
 }
 
-/// Every format; those with scales per channel are for K only.
-// INTEGRATION: "f32,f16,e4m3,int8,int4,int8_per_channel:int8,int4_per_channel:int4", in the names that `KvFormat::from_str` takes.
-const DEFAULT_PAIRS: &str = "f32,f16,f32:f16";
+/// Every format.
+const DEFAULT_FORMATS: &str = "f32,f16,e4m3,int8,int8-channel,int4,int4-channel,int4-channel:int8,int8-channel:int4";
 
-/// Formats of K and V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pair {
-    k: KvFormat,
-    v: KvFormat,
-}
-
-const F16: Pair = Pair { k: KvFormat::F16, v: KvFormat::F16 };
-
-impl FromStr for Pair {
-    type Err = folio::Error;
-
-    fn from_str(names: &str) -> folio::Result<Self> {
-        let (k, v) = names.split_once(':').unwrap_or((names, names));
-        Ok(Self { k: k.parse()?, v: v.parse()? })
-    }
-}
-
-impl fmt::Display for Pair {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.k == self.v { f.pad(&self.k.to_string()) } else { f.pad(&format!("{} / {}", self.k, self.v)) }
-    }
-}
+const F16: KvFormats = KvFormats::both(KvFormat::F16);
 
 /// What is cached and asked.
 struct Data {
@@ -127,7 +104,7 @@ impl Data {
 
 /// The sequence in one pair of formats, with the step open that brings its last token.
 struct Cached {
-    pair: Pair,
+    pair: KvFormats,
     cache: KvCache,
     attention: Attention,
     plan: AttentionPlan,
@@ -138,7 +115,7 @@ struct Cached {
 }
 
 impl Cached {
-    fn new(gpu: &Gpu, pair: Pair, data: &Data) -> Result<Self> {
+    fn new(gpu: &Gpu, pair: KvFormats, data: &Data) -> Result<Self> {
         let tokens = (data.k.len() / ROW) as u32;
         let config = KvCacheConfig {
             num_layers: 1,
@@ -150,8 +127,10 @@ impl Cached {
             v_format: pair.v,
         };
         let cache = KvCache::new_blocking(gpu, config).with_context(|| format!("a cache of {tokens} tokens"))?;
-        // INTEGRATION: formats with scales per channel of K learn them from the first tokens, as an app would from a prompt:
-        // if pair.k.is_per_channel() { cache.calibrate_keys(0, &data.k[..data.k.len().min(1024 * ROW)])?; }
+        if pair.k.has_channel_scales() {
+            // From the first tokens, as an app would from a prompt.
+            cache.calibrate_keys(0, &data.k[..data.k.len().min(1024 * ROW)])?;
+        }
         let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_Q_HEADS))?;
         let sequence = cache.create_sequence();
         let mut begin = 0;

@@ -10,13 +10,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use folio::model::{Decoder, DecoderOptions, Input, Model, ModelOptions, Prompt, Sampling, Tokenizer, WeightFormat};
-use folio::{Gpu, GpuOptions, KvFormat};
+use folio::{Gpu, GpuOptions, KvFormats};
 use serde::Deserialize;
 
 /// Answers the questions of the held-out stories, for each cache format.
@@ -25,9 +26,9 @@ struct Options {
     /// Folder with the model, its tokenizer and held_out.jsonl [default: the story model of this repository]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Cache formats, one table line each
-    #[arg(long, value_delimiter = ',', default_value = "f32,f16", value_name = "FORMATS")]
-    cache: Vec<KvFormat>,
+    /// Cache formats, one table line each: of K and V, as in "int4-channel:int8", or of both
+    #[arg(long, value_delimiter = ',', default_value = DEFAULT_FORMATS, value_name = "FORMATS")]
+    cache: Vec<KvFormats>,
     /// How the weights of the linear layers are stored
     #[arg(long, default_value = "f16", value_name = "f32|f16|int8|int4")]
     weights: WeightFormat,
@@ -37,12 +38,35 @@ struct Options {
     /// Fail unless each format answers at least this many per cent of the questions
     #[arg(long, value_name = "PERCENT")]
     require: Option<f64>,
+    /// Fail if a format answers more points fewer than the first one does, as in "int8=1,int4-channel:int4=5"
+    #[arg(long, value_delimiter = ',', value_name = "FORMATS=POINTS")]
+    max_loss: Vec<MaxLoss>,
     /// Print the wrong answers
     #[arg(long)]
     show_wrong: bool,
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
+}
+
+/// Every format on both sides (K with scales per channel beside V with scales per token), and mixtures that spend more on one side.
+const DEFAULT_FORMATS: &str =
+    "f32,f16,e4m3,int8,int8-channel,int4,int4-channel,f16:int8,int8:e4m3,int8:int4,int8-channel:int4,int4-channel:int8";
+
+/// Percentage points that formats may lose against the first ones.
+#[derive(Clone, Copy)]
+struct MaxLoss {
+    formats: KvFormats,
+    points: f64,
+}
+
+impl FromStr for MaxLoss {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (formats, points) = text.split_once('=').with_context(|| format!("got {text:?}, need FORMATS=POINTS"))?;
+        Ok(Self { formats: formats.parse()?, points: points.parse()? })
+    }
 }
 
 /// A line of `held_out.jsonl`.
@@ -119,8 +143,8 @@ fn main() -> Result<()> {
     println!("{} stories on {} ({:?})\n", stories.len(), gpu.adapter_info().name, gpu.adapter_info().backend);
 
     let mut outcomes = Vec::new();
-    for &format in &options.cache {
-        outcomes.push((format, ask_all(&model, &tokenizer, &stories, format, options.show_wrong)?));
+    for &formats in &options.cache {
+        outcomes.push((formats, ask_all(&model, &tokenizer, &stories, formats, options.show_wrong)?));
     }
     print_tables(&outcomes);
 
@@ -129,6 +153,13 @@ fn main() -> Result<()> {
     {
         bail!("{name}: {:.1} % right, need {percent} %", outcome.total.percent());
     }
+    let base = outcomes[0].1.total.percent();
+    for MaxLoss { formats, points } in options.max_loss {
+        let outcome = outcomes.iter().find(|(asked, _)| *asked == formats);
+        let (_, outcome) = outcome.with_context(|| format!("{formats} is not among --cache"))?;
+        let loss = base - outcome.total.percent();
+        ensure!(loss <= points, "{formats} loses {loss:.2} points against {}, need at most {points}", outcomes[0].0);
+    }
     Ok(())
 }
 
@@ -136,7 +167,7 @@ fn ask_all(
     model: &Arc<Model>,
     tokenizer: &Tokenizer,
     stories: &[Story],
-    format: KvFormat,
+    formats: KvFormats,
     show_wrong: bool,
 ) -> Result<Outcome> {
     const BLOCK_SIZE: u32 = 16;
@@ -145,11 +176,14 @@ fn ask_all(
         block_size: BLOCK_SIZE,
         // A story, and for each question a copy of its last block and room for the question and the answer.
         num_blocks: model.config().max_positions.div_ceil(BLOCK_SIZE) + 6 * most_questions,
-        k_format: format,
-        v_format: format,
+        k_format: formats.k,
+        v_format: formats.v,
         ..DecoderOptions::default()
     };
     let mut decoder = Decoder::new_blocking(Arc::clone(model), decoder_options)?;
+    if formats.k.has_channel_scales() {
+        calibrate(&mut decoder, tokenizer)?;
+    }
     decoder.warm_up_blocking()?;
     let mut outcome = Outcome { bytes_per_token: decoder.bytes_per_token(), ..Outcome::default() };
     let newline = tokenizer.encode("\n", false)?;
@@ -196,18 +230,43 @@ fn ask_all(
     Ok(outcome)
 }
 
-fn print_tables(outcomes: &[(KvFormat, Outcome)]) {
-    let base = outcomes[0].1.decode.as_secs_f64();
-    println!("cache   bytes/token   right              prefill   decode   of {}'s", outcomes[0].0);
-    for (name, outcome) in outcomes {
+/// What scales per channel are fixed with: stories that the model tells by itself, and questions of each kind. The held-out stories stay unseen.
+fn calibrate(decoder: &mut Decoder, tokenizer: &Tokenizer) -> Result<()> {
+    const STORIES: usize = 8;
+    const STORY_TOKENS: usize = 400;
+    const QUESTIONS: [&str; 5] = [
+        "Who was Mia?",
+        "What did Tom love?",
+        "What were the magic words?",
+        "Where is the silver key?",
+        "Who has the red lantern?",
+    ];
+    let bos: Vec<u32> = decoder.model().config().bos_token_id.into_iter().collect();
+    let title = [bos, tokenizer.encode("Title:", false)?].concat();
+    let questions: String = QUESTIONS.iter().map(|question| prompt(question)).collect();
+    let questions = tokenizer.encode(&questions, false)?;
+    let mut openings = vec![&title[..]; STORIES];
+    openings.push(&questions);
+    Ok(decoder.calibrate_keys_on_own_text_blocking(&openings, STORY_TOKENS)?)
+}
+
+fn print_tables(outcomes: &[(KvFormats, Outcome)]) {
+    let base = &outcomes[0];
+    println!(
+        "{:20} bytes/token   of {1}'s   right              points   prefill   decode   of {1}'s",
+        "cache (K:V)", base.0
+    );
+    for (formats, outcome) in outcomes {
         let Score { right, asked } = outcome.total;
         println!(
-            "{name:7} {:11}   {right}/{asked} {:6.2} %   {:6.1} s {:6.1} s   {:.2}",
+            "{formats:20} {:11} {:10.3}   {right}/{asked} {:6.2} % {:+7.2}   {:6.1} s {:6.1} s   {:.2}",
             outcome.bytes_per_token,
+            outcome.bytes_per_token as f64 / base.1.bytes_per_token as f64,
             outcome.total.percent(),
+            outcome.total.percent() - base.1.total.percent(),
             outcome.prefill.as_secs_f64(),
             outcome.decode.as_secs_f64(),
-            outcome.decode.as_secs_f64() / base
+            outcome.decode.as_secs_f64() / base.1.decode.as_secs_f64()
         );
     }
     for (title, scores) in [
@@ -217,10 +276,10 @@ fn print_tables(outcomes: &[(KvFormat, Outcome)]) {
         println!(
             "\n{title:18} {:>6} {}",
             "asked",
-            outcomes.iter().map(|(name, _)| format!("{name:>9}")).collect::<String>()
+            outcomes.iter().map(|(formats, _)| format!("{formats:>19}")).collect::<String>()
         );
         for (row, (name, score)) in scores[0].iter().enumerate() {
-            let percents: String = scores.iter().map(|s| format!("{:7.1} %", s[row].1.percent())).collect();
+            let percents: String = scores.iter().map(|s| format!("{:17.1} %", s[row].1.percent())).collect();
             println!("{name:18} {:>6} {percents}", score.asked);
         }
     }

@@ -1,10 +1,19 @@
-{% from "shared/kv_rows.wgsl" import element_type, store, f16_functions %}
+{% from "shared/kv_rows.wgsl" import element_type, store, store_functions %}
 {% from "shared/kv_side.wgsl" import declare %}
 // append: new K and V rows go into their slots, converted to the cache's formats.
 {% if rope %}
 // K rows are turned by their tokens' positions before.
 {% endif %}
-// One invocation writes 8 elements of one row of K and the same of V. No loops.
+// One invocation writes 8 elements of one row of K and the same of V.
+{% set k_scaled = k_format in ["int8", "int4"] %}
+{% set v_scaled = v_format in ["int8", "int4"] %}
+{% set levels = {"int8": 255, "int4": 15} %}
+{% if k_scaled or v_scaled %}
+// The invocations of a row are neighbours in a workgroup, and find the row's range together.
+// Iterations per invocation: head_dim / 8.
+{% else %}
+// No loops.
+{% endif %}
 {% include "shared/cache_params.wgsl" %}
 
 {# Partners that lie a multiple of 4 apart, or in the same 8 elements, come in vec4s. #}
@@ -24,13 +33,18 @@
 @group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
 {% endif %}
 
-{{ f16_functions() if "f16" in [k_format, v_format] }}
+{% if k_scaled or v_scaled %}
+const ROWS: u32 = WORKGROUP_SIZE / CHUNKS;
+
+var<workgroup> ranges: array<vec4<u32>, WORKGROUP_SIZE>;  // [lane]: least and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
+
+{% endif %}
+struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+{{ store_functions([k_format, v_format]) }}
 {{ store(k_side) }}
 {{ store(v_side) }}
 {% if rope %}
 {% include "shared/rope.wgsl" %}
-
-struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 
 {% if rope == "interleaved" %}
 // Elements 8 * chunk .. 8 * chunk + 8 of a row of k_new: four pairs, turned.
@@ -78,21 +92,58 @@ fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
 {% endif %}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+{% if k_scaled or v_scaled %}
+  let chunk = lane % CHUNKS;
+  let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / CHUNKS;
+{% else %}
   let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
   let chunk = idx % CHUNKS;
   let row = idx / CHUNKS;
+{% endif %}
   let kv_head = row % NUM_KV_HEADS;
   let token = row / NUM_KV_HEADS;
+{% if k_scaled or v_scaled %}
+  let live = lane < ROWS * CHUNKS && token < params.num_tokens;
+  var k = Chunk();
+  var v = Chunk();
+  if (live) {
+    let at = 2u * (row * CHUNKS + chunk);
+{% if rope %}
+    k = turned_chunk(row, chunk, step[params.positions_offset + token]);
+{% else %}
+    k = Chunk(k_new[at], k_new[at + 1u]);
+{% endif %}
+    v = Chunk(v_new[at], v_new[at + 1u]);
+  }
+  ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_scaled else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_scaled else "0u, 0u" }});
+  workgroupBarrier();
+  // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
+  if (live && chunk == 0u) {
+    var range = ranges[lane];
+    for (var other = lane + 1u; other < lane + CHUNKS; other++) {
+      let next = ranges[other];
+      range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
+    }
+    ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(levels[k_format]) if k_scaled else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(levels[v_format]) if v_scaled else "0u" }}, 0u, 0u);
+  }
+  workgroupBarrier();
+  if (!live) {
+    return;
+  }
+  let pairs = ranges[lane - chunk].xy;
+{% else %}
   if (token >= params.num_tokens) {
     return;
   }
-  let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
-  let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
 {% if rope %}
   let k = turned_chunk(row, chunk, step[params.positions_offset + token]);
-  store_k(cache_row, chunk, k.lo, k.hi);
 {% else %}
-  store_k(cache_row, chunk, k_new[2u * idx], k_new[2u * idx + 1u]);
+  let k = Chunk(k_new[2u * idx], k_new[2u * idx + 1u]);
 {% endif %}
-  store_v(cache_row, chunk, v_new[2u * idx], v_new[2u * idx + 1u]);
+  let v = Chunk(v_new[2u * idx], v_new[2u * idx + 1u]);
+{% endif %}
+  let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
+  let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
+  store_k(cache_row, chunk, k.lo, k.hi{{ ", pairs.x" if k_scaled }});
+  store_v(cache_row, chunk, v.lo, v.hi{{ ", pairs.y" if v_scaled }});
 }

@@ -1,4 +1,4 @@
-{% from "shared/kv_rows.wgsl" import element_type, load %}
+{% from "shared/kv_rows.wgsl" import element_type, load, load_functions %}
 {% from "shared/kv_side.wgsl" import declare %}
 // gather: a sequence's rows are read out of its blocks into contiguous f32.
 // One invocation reads 8 elements of one row of K and the same of V. No loops.
@@ -14,6 +14,7 @@
 
 struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 
+{{ load_functions([k_format, v_format]) }}
 {{ load(k_side) }}
 {{ load(v_side) }}
 @compute @workgroup_size(WORKGROUP_SIZE)

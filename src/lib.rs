@@ -16,9 +16,9 @@ mod upload;
 
 pub use attention::{Attention, AttentionConfig, AttentionPlan};
 pub use cache::{
-    BlockId, Cache, Committed, ContiguousCache, ContiguousConfig, Defragment, KvCache, KvCacheConfig, KvFormat, KvRows,
-    MemoryReport, PendingSnapshot, PoolUsage, PrefixMatch, PrefixStats, SequenceId, SequenceMemory, SequenceSnapshot,
-    Step, SwapIn, SwapOut,
+    BlockId, Cache, Committed, ContiguousCache, ContiguousConfig, Defragment, KvCache, KvCacheConfig, KvFormat,
+    KvFormats, KvRows, MemoryReport, PendingSnapshot, PoolUsage, PrefixMatch, PrefixStats, SequenceId, SequenceMemory,
+    SequenceSnapshot, Step, SwapIn, SwapOut,
 };
 pub use error::{Error, ErrorKind, Result};
 #[cfg(feature = "open")]

@@ -6,6 +6,10 @@ Per iteration every lane loads its own part of `step` K rows, once for all query
 (row, key). Summing these across lanes also transposes them, so that lane i ends up with score i, and masks, bias and softmax
 are done for all scores at once. The weights then go back to all lanes, which add up their part of the V rows.
 
+Formats with scales never have their elements computed. With x = least + scale * code per row, a score is
+scale * (q . code) + least * sum(q), and an output sum(p * scale * code) + sum(p * least): the lane of a score applies both scales, and sums
+the last term up. Per channel, q takes the scales, and q . least is the same for all keys.
+
 tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES; 0 = this file's choice. It is 1 without
 subgroups.
 Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
@@ -14,6 +18,8 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% set lanes = workgroup_size %}
 {% set rows = tile_q %}
 {% set step = (tile_kv or (4 if rows <= 4 else 2)) if subgroups else 1 %}
+{% set load_keys = 1 %}
+{% set load_lanes = lanes %}
 {% import "shared/cpu_kv.wgsl" as kv %}
 {% set k_vecs = kv.k_dims // 4 %}
 {% set v_vecs = kv.v_dims // 4 %}
@@ -24,11 +30,15 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% set scores = rows * step %}
 {% set vectors = (scores + lanes - 1) // lanes %}
 {% set lookups = 1 if block_size % step == 0 else step %}
+{% set row_scales = kv.k_row_scales or kv.v_row_scales %}
+{% set offsets = kv.k_row_scales or kv.k_channel_scales %}
+{# The weights that V's elements or codes are multiplied by. #}
+{% set weight = "pv" if kv.v_row_scales else "p" %}
 {% include "shared/cpu_bindings.wgsl" %}
 {% if not subgroups %}
 
 var<workgroup> partial_scores: array<vec4<f32>, {{ scores * lanes // 4 }}>;  // [score, lane/4]
-var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of the key, rescaling of the row
+var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the least values, factor of the row
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
@@ -43,7 +53,7 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
             let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
 {% endif %}
 {% for i in range(vecs) %}
-            let {{ x }}_{{ i }} = {{ kv.widen(format, x, i) }};
+            let {{ x }}_{{ i }} = {{ kv.widen(format, kv.k_type if name == "k" else kv.v_type, x, i) }};
 {% endfor %}
 {% endmacro %}
 {# The value that the lane of score n holds in the per-score variable `name`, for all lanes. #}
@@ -54,6 +64,43 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 {% macro vec_idx(j, i, loads, vecs) -%}
     {% if (j + 1) * lanes > loads %}min({{ plus(j * lanes) }}lane, {{ loads - 1 }}u){% elif j %}({{ j * lanes }}u + lane){% else %}lane{% endif %} * {{ vecs }}u{% if i %} + {{ i }}u{% endif %}
 {%- endmacro %}
+{# Sums the partial scores z0, z1, ... of all lanes: lane i gets score v * LANES + i in the variable `result`{v}. #}
+{% macro sum_scores(result) %}
+{% for v in range(vectors) %}
+{% if subgroups %}
+        // Sum and transpose: each exchange halves the number of partial sums and doubles the lanes that they cover.
+{% set n = namespace(count=[scores - v * lanes, lanes] | min, at="z", first=v * lanes) %}
+{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
+{% set n.to = "z" ~ v ~ "_over" ~ 2 * w ~ "_" %}
+{% for i in range((n.count + 1) // 2) %}
+{% set a = n.at ~ (n.first + 2 * i) %}
+{% set b = n.at ~ (n.first + 2 * i + 1) if 2 * i + 1 < n.count else "0.0" %}
+        let {{ n.to }}{{ i }} = select({{ a }}, {{ b }}, swap{{ w }}) + subgroupShuffleXor(select({{ b }}, {{ a }}, swap{{ w }}), {{ w }}u);
+{% endfor %}
+{% set n.count = (n.count + 1) // 2 %}
+{% set n.at = n.to %}
+{% set n.first = 0 %}
+{% endfor %}
+        {{ result }}{{ v }} = {{ n.at }}0;
+{% else %}
+{% for n in range(v * lanes, [scores, v * lanes + lanes] | min) %}
+        partial_scores[{{ plus(n * lanes // 4) }}lane / 4u][lane % 4u] = z{{ n }};
+{% endfor %}
+{% endif %}
+{% endfor %}
+{% if not subgroups %}
+        workgroupBarrier();
+{% for v in range(vectors) %}
+        var parts{{ v }} = vec4<f32>();
+        if {{ plus(v * lanes) }}lane < {{ scores }}u {
+{% for i in range(lanes // 4) %}
+            parts{{ v }} += partial_scores[({{ plus(v * lanes) }}lane) * {{ lanes // 4 }}u + {{ i }}u];
+{% endfor %}
+        }
+        {{ result }}{{ v }} = (parts{{ v }}.x + parts{{ v }}.y) + (parts{{ v }}.z + parts{{ v }}.w);
+{% endfor %}
+{% endif %}
+{% endmacro %}
 
 @compute @workgroup_size({{ lanes }})
 fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -64,7 +111,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     let row{{ r }} = min({{ plus(r) }}row_start, last_row);
     let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% for j in range(k_rounds) %}{% for i in range(k_vecs) %}
-    let q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, k_loads, k_vecs) }}] * params.qk_scale;
+    {{ "var" if kv.k_channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, k_loads, k_vecs) }}] * params.qk_scale;
 {% endfor %}{% endfor %}
 {% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
     var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
@@ -91,12 +138,54 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
     var row_max{{ v }} = MAX_FLOOR;
     var row_sum{{ v }} = 0.0;
+{% if kv.v_row_scales %}
+    var row_least{{ v }} = 0.0;
+{% endif %}
 {% endfor %}
 
 {% if subgroups %}
 {% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
     let swap{{ w }} = (lane & {{ w }}u) != 0u;
 {% endfor %}
+
+{% endif %}
+{% if offsets %}
+    // What the least values add to the scores of a row: {{ "sum(q), times that of the key's row" if kv.k_row_scales else "q . least, of the channels" }}.
+{% for v in range(vectors) %}
+    var offset{{ v }} = 0.0;
+{% endfor %}
+    {
+{% for r in range(rows) %}
+        var z{{ r * step }} = 0.0;
+{% endfor %}
+{% for j in range(k_rounds) %}
+{% if (j + 1) * lanes > k_loads %}
+        if lane < {{ k_loads - j * lanes }}u {
+{% else %}
+        {
+{% endif %}
+{% for i in range(k_vecs) %}
+{% if kv.k_channel_scales %}
+            let least{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, k_loads, k_vecs) }}));
+            let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx(j, i, k_loads, k_vecs) }}));
+{% endif %}
+{% for r in range(rows) %}
+            z{{ r * step }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "least" ~ i if kv.k_channel_scales else "vec4<f32>(1.0)" }});
+{% if kv.k_channel_scales %}
+            q{{ r }}_{{ j }}_{{ i }} *= scale{{ i }};
+{% endif %}
+{% endfor %}
+{% endfor %}
+        }
+{% endfor %}
+{% for r in range(rows) %}{% for t in range(1, step) %}
+        let z{{ r * step + t }} = z{{ r * step }};
+{% endfor %}{% endfor %}
+{{ sum_scores("offset") }}
+{%- if not subgroups %}
+        workgroupBarrier();
+{% endif %}
+    }
 
 {% endif %}
     for (var base = kv_begin{% if step > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
@@ -135,40 +224,28 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 
         let key = base + score_key;
-{% for v in range(vectors) %}
+{% if row_scales %}
+        // Scale and least value of the rows of this lane's key.
+{% for x, scaled in [("k", kv.k_row_scales), ("v", kv.v_row_scales)] if scaled %}
 {% if subgroups %}
-        // Sum and transpose: each exchange halves the number of partial sums and doubles the lanes that they cover.
-{% set n = namespace(count=[scores - v * lanes, lanes] | min, at="z", first=v * lanes) %}
-{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
-{% set n.to = "z" ~ v ~ "_over" ~ 2 * w ~ "_" %}
-{% for i in range((n.count + 1) // 2) %}
-{% set a = n.at ~ (n.first + 2 * i) %}
-{% set b = n.at ~ (n.first + 2 * i + 1) if 2 * i + 1 < n.count else "0.0" %}
-        let {{ n.to }}{{ i }} = select({{ a }}, {{ b }}, swap{{ w }}) + subgroupShuffleXor(select({{ b }}, {{ a }}, swap{{ w }}), {{ w }}u);
-{% endfor %}
-{% set n.count = (n.count + 1) // 2 %}
-{% set n.at = n.to %}
-{% set n.first = 0 %}
-{% endfor %}
-        var s{{ v }} = {{ n.at }}0;
-{% else %}
-{% for n in range(v * lanes, [scores, v * lanes + lanes] | min) %}
-        partial_scores[{{ plus(n * lanes // 4) }}lane / 4u][lane % 4u] = z{{ n }};
-{% endfor %}
-{% endif %}
-{% endfor %}
-{% if not subgroups %}
-        workgroupBarrier();
-{% for v in range(vectors) %}
-        var parts{{ v }} = vec4<f32>();
-        if {{ plus(v * lanes) }}lane < {{ scores }}u {
-{% for i in range(lanes // 4) %}
-            parts{{ v }} += partial_scores[({{ plus(v * lanes) }}lane) * {{ lanes // 4 }}u + {{ i }}u];
-{% endfor %}
+        var loaded_{{ x }}_scale = vec2<f32>();
+        if lane < STEP {
+            loaded_{{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if lookups == step else "cache_row0 + clamp(base + lane, kv_begin, kv_end - 1u) - key0" }});
         }
-        var s{{ v }} = (parts{{ v }}.x + parts{{ v }}.y) + (parts{{ v }}.z + parts{{ v }}.w);
+        let {{ x }}_scale = subgroupShuffle(loaded_{{ x }}_scale, score_key);
+{% else %}
+        let {{ x }}_scale = {{ x }}_row_scale(cache_row0);
+{% endif %}
 {% endfor %}
 {% endif %}
+{{ sum_scores("var s") }}
+{%- for v in range(vectors) %}
+{% if kv.k_row_scales %}
+        s{{ v }} = s{{ v }} * k_scale.x + k_scale.y * offset{{ v }};
+{% elif kv.k_channel_scales %}
+        s{{ v }} += offset{{ v }};
+{% endif %}
+{% endfor %}
 {% for v in range(vectors) %}
         let visible{{ v }} = key - kv_begin < kv_end - kv_begin
             {%- if causal %} && key <= score_pos{{ v }}{% endif %}
@@ -189,18 +266,23 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         let p{{ v }} = select(0.0, exp2(s{{ v }} - max{{ v }}), visible{{ v }});
         row_max{{ v }} = max{{ v }};
         row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + p{{ v }};
+{% if kv.v_row_scales %}
+        // (What lies in a slot that is not visible may be NaN.)
+        let pv{{ v }} = select(0.0, p{{ v }} * v_scale.x, visible{{ v }});
+        row_least{{ v }} = row_least{{ v }} * scale{{ v }} + select(0.0, p{{ v }} * v_scale.y, visible{{ v }});
+{% endif %}
 {% endfor %}
 {% if subgroups %}
 {% for r in range(rows) %}
         let scale_row{{ r }} = {{ from_score("scale", r * step) }};
 {% for t in range(step) %}
-        let p{{ r }}_{{ t }} = {{ from_score("p", r * step + t) }};
+        let p{{ r }}_{{ t }} = {{ from_score(weight, r * step + t) }};
 {% endfor %}
 {% endfor %}
 {% else %}
 {% for v in range(vectors) %}
         if {{ plus(v * lanes) }}lane < {{ scores }}u {
-            weights[{{ plus(v * lanes) }}lane] = vec2<f32>(p{{ v }}, scale{{ v }});
+            weights[{{ plus(v * lanes) }}lane] = vec2<f32>({{ weight }}{{ v }}, scale{{ v }});
         }
 {% endfor %}
         workgroupBarrier();
@@ -227,6 +309,9 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% for v in range(vectors) %}
 {% for w in [1, 2, 4, 8, 16, 32] if w < step %}
     row_sum{{ v }} += subgroupShuffleXor(row_sum{{ v }}, {{ w }}u);
+{% if kv.v_row_scales %}
+    row_least{{ v }} += subgroupShuffleXor(row_least{{ v }}, {{ w }}u);
+{% endif %}
 {% endfor %}
     let owner{{ v }} = score_key == 0u && row_start + ({{ plus(v * lanes) }}lane) / STEP <= last_row{% if scores % lanes and loop.last %} && {{ plus(v * lanes) }}lane < {{ scores }}u{% endif %};
     var scale{{ v }} = 1.0;
@@ -256,7 +341,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     workgroupBarrier();
 {% for v in range(vectors) %}
     if {{ plus(v * lanes) }}lane < {{ scores }}u {
-        weights[{{ plus(v * lanes) }}lane].y = scale{{ v }};
+        weights[{{ plus(v * lanes) }}lane] = vec2<f32>({{ "row_least%d"|format(v) if kv.v_row_scales else "0.0" }}, scale{{ v }});
     }
 {% endfor %}
     workgroupBarrier();
@@ -264,10 +349,13 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% for r in range(rows) %}
     {
         let scale_row = {% if subgroups %}{{ from_score("scale", r * step) }}{% else %}weights[{{ r }}u].y{% endif %};
+{% if kv.v_row_scales %}
+        let least_row = {% if subgroups %}{{ from_score("row_least", r * step) }}{% else %}weights[{{ r }}u].x{% endif %};
+{% endif %}
 {% for j in range(v_rounds) %}
         if {% if (j + 1) * lanes > v_loads %}lane < {{ v_loads - j * lanes }}u && {% endif %}{{ plus(r) }}row_start <= last_row {
 {% for i in range(v_vecs) %}
-            let result{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row;
+            let result{{ i }} = {{ "(sum%d_%d_%d + least_row)"|format(r, j, i) if kv.v_row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
 {% endfor %}
             if part_row == DIRECT {
 {% for i in range(v_vecs) %}

@@ -7,6 +7,8 @@ A larger tile shares each load among more rows; more keys per iteration save res
 loop-carried variables. The price is JIT time, as all is unrolled: tile_q * head_dim = 4096 with two keys takes some 1.5 s, and twice
 that tile is up to 1.4 times as fast and takes 3 s.
 
+Scales are applied as in cpu/decode.wgsl: to scores and weights, or to q.
+
 Without subgroups every lane loads the whole K and V rows itself: for few lanes that is cheaper than barriers and workgroup memory.
 
 tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 0 = this file's choice.
@@ -15,15 +17,21 @@ Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1 + head_dim / 
 Workgroup memory: none.
 #}
 {% set lanes = workgroup_size %}
-{% import "shared/cpu_kv.wgsl" as kv %}
 {% set rows = tile_q // lanes %}
 {% set step = (tile_kv or 2) if subgroups else 1 %}
+{% set load_keys = step %}
+{% set load_lanes = lanes if subgroups else 1 %}
+{% import "shared/cpu_kv.wgsl" as kv %}
 {% set vecs = head_dim // 4 %}
 {% set k_vecs = kv.k_dims // 4 %}
 {% set v_vecs = kv.v_dims // 4 %}
 {% set k_loads = head_dim // kv.k_dims %}
 {% set v_loads = head_dim // kv.v_dims %}
 {% set lookups = 1 if block_size % step == 0 else step %}
+{% set row_scales = kv.k_row_scales or kv.v_row_scales %}
+{% set offsets = kv.k_row_scales or kv.k_channel_scales %}
+{# The weights that V's elements or codes are multiplied by. #}
+{% set weight = "pv" if kv.v_row_scales else "p" %}
 {# Rows whose scores are summed together: some 8 sums fit the registers beside their operands. #}
 {% set row_block = [8 // step, 1] | max if subgroups else rows %}
 {% include "shared/cpu_bindings.wgsl" %}
@@ -46,7 +54,7 @@ Workgroup memory: none.
         let {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
 {% endif %}
 {% for i in range(vecs) %}
-        let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, x ~ j, i) }};
+        let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
 {% endfor %}
 {% endfor %}
 {% endmacro %}
@@ -56,7 +64,7 @@ Workgroup memory: none.
     {%- set part = t * loads + e // vecs -%}
     subgroupBroadcast({{ x }}{{ part // lanes }}_{{ e % vecs }}, {{ part % lanes }}u)
     {%- else -%}
-    {{ kv.widen(format, x ~ "_element(block_row, " ~ e // vecs ~ "u)", e % vecs) }}
+    {{ kv.widen(format, kv.k_type if x == "k" else kv.v_type, x ~ "_element(block_row, " ~ e // vecs ~ "u)", e % vecs) }}
     {%- endif -%}
 {%- endmacro %}
 
@@ -80,6 +88,12 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endif %}
     var max{{ r }} = MAX_FLOOR;
     var sum{{ r }} = 0.0;
+{% if offsets %}
+    var offset{{ r }} = 0.0;  // what the least values add to scores: {{ "sum(q), times that of the key's row" if kv.k_row_scales else "q . least, of the channels" }}
+{% endif %}
+{% if kv.v_row_scales %}
+    var least{{ r }} = 0.0;
+{% endif %}
 {% for e in range(vecs) %}
     var q{{ r }}_{{ e }} = vec4<f32>();
     var o{{ r }}_{{ e }} = vec4<f32>();
@@ -90,11 +104,21 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     // (The bound hides its value, or the compiler would unroll the loop.)
     let row_vecs = select(ROW_VECS, 0u, query_len == 0u);
     for (var e = 0u; e < row_vecs; e++) {
+{% if kv.k_channel_scales %}
+        let channel_scale = k_channels(0u, kv_head, 4u * e);
+        let channel_least = k_channels(1u, kv_head, 4u * e);
+{% endif %}
 {% for r in range(rows) %}
 {% for e in range(vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
         q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * ROW_VECS + e] * params.qk_scale;
+{% if kv.k_channel_scales %}
+        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, channel_least);
+        q{{ r }}_{{ vecs - 1 }} *= channel_scale;
+{% elif kv.k_row_scales %}
+        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, vec4<f32>(1.0));
+{% endif %}
 {% endfor %}
     }
 
@@ -122,6 +146,20 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         let first_key = clamp(base, kv_begin, kv_end - 1u);
 {% endif %}
 {% endif %}
+{% for x, scaled in [("k", kv.k_row_scales), ("v", kv.v_row_scales)] if scaled %}
+        // Scale and least value of {{ x|upper }}'s row of each key.
+{% if subgroups %}
+        var {{ x }}_scale = vec2<f32>();
+        if lane < STEP {
+            {{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if lookups == step else "block_row + clamp(base + lane, kv_begin, kv_end - 1u) - first_key" }});
+        }
+{% for t in range(step) %}
+        let {{ x }}_scale{{ t }} = subgroupBroadcast({{ x }}_scale, {{ t }}u);
+{% endfor %}
+{% else %}
+        let {{ x }}_scale0 = {{ x }}_row_scale(block_row);
+{% endif %}
+{% endfor %}
 
         // Scores.
 {% if subgroups %}
@@ -155,6 +193,11 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
             {%- if causal %} && key{{ t }} <= pos{{ r }}{% endif %}
             {%- if window %} && key{{ t }} + params.window > pos{{ r }}{% endif %}
             {%- if mask %} && (plan[mask_row{{ r }} + min(key{{ t }}, kv_end - 1u) / 32u] >> (key{{ t }} % 32u) & 1u) != 0u{% endif %};
+{% if kv.k_row_scales %}
+        s{{ r }}_{{ t }} = s{{ r }}_{{ t }} * k_scale{{ t }}.x + k_scale{{ t }}.y * offset{{ r }};
+{% elif kv.k_channel_scales %}
+        s{{ r }}_{{ t }} += offset{{ r }};
+{% endif %}
 {% if softcap %}
         s{{ r }}_{{ t }} = params.softcap_log2e * tanh(clamp(s{{ r }}_{{ t }}, -10.0, 10.0));
 {% endif %}
@@ -167,9 +210,17 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         let scale{{ r }} = exp2(max{{ r }} - new_max{{ r }});
         max{{ r }} = new_max{{ r }};
         sum{{ r }} *= scale{{ r }};
+{% if kv.v_row_scales %}
+        least{{ r }} *= scale{{ r }};
+{% endif %}
 {% for t in range(step) %}
         let p{{ r }}_{{ t }} = select(0.0, exp2(s{{ r }}_{{ t }} - new_max{{ r }}), visible{{ r }}_{{ t }});
         sum{{ r }} += p{{ r }}_{{ t }};
+{% if kv.v_row_scales %}
+        // (What lies in a slot that is not visible may be NaN.)
+        let pv{{ r }}_{{ t }} = select(0.0, p{{ r }}_{{ t }} * v_scale{{ t }}.x, visible{{ r }}_{{ t }});
+        least{{ r }} += select(0.0, p{{ r }}_{{ t }} * v_scale{{ t }}.y, visible{{ r }}_{{ t }});
+{% endif %}
 {% endfor %}
 {% endfor %}
 
@@ -184,7 +235,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
             let v_{{ t }} = {{ all_lanes("v", t, e, v_format, v_loads, v_vecs) }};
 {% endfor %}
 {% for r in range(first, [first + row_block, rows] | min) %}
-            o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
+            o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(step) %} + {{ weight }}{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
 {% endfor %}
         }
 {% endfor %}
@@ -221,7 +272,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     for (var e = 0u; e < row_vecs; e++) {
 {% for r in range(rows) %}
         if live{{ r }} {
-            let result = o{{ r }}_0 * scale{{ r }};
+            let result = {{ "(o%d_0 + least%d)"|format(r, r) if kv.v_row_scales else "o%d_0"|format(r) }} * scale{{ r }};
             if part_row == DIRECT {
                 out[q_row{{ r }} * ROW_VECS + e] = result;
             } else {

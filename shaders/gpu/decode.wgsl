@@ -1,8 +1,19 @@
-{% from "shared/gpu_kv.wgsl" import kv_element %}
+{% from "shared/gpu_kv.wgsl" import kv_element, place_functions %}
+{% import "shared/kv_side.wgsl" as sides %}
 {# ---- How the work is cut; Rust chooses workgroup_size and tile_kv (multiple of 4). ---- #}
-{% set k_dims = 8 if k_format == "f16" else 4 %}
+{# K in the widest elements that a row has two or more of, up to 16 bytes. #}
+{% set k_bits = 8 * k_side.row_bytes // head_dim %}
+{% set k_dims = 32 if k_bits == 4 and head_dim % 32 == 0 and head_dim > 32 else 16 if k_bits <= 8 and head_dim % 16 == 0 and head_dim > 16 else 8 if k_bits <= 16 else 4 %}
 {# 8 dims per invocation double its sums: with many heads, V is read in narrower elements. #}
-{% set v_dims = 8 if v_format == "f16" and group_size <= 2 else 4 %}
+{% set v_dims = 8 if v_format != "f32" and group_size <= 2 else 4 %}
+{# 4 dims of int4 are half a word: two invocations read the same one. #}
+{% set v_halves = v_format == "int4" and v_dims == 4 %}
+{# Scales per row: of K they are applied to sums, of V to weights. Scales per channel: the query takes them. #}
+{% set k_row_scales = k_format in ["int8", "int4"] %}
+{% set v_row_scales = v_format in ["int8", "int4"] %}
+{% set k_channel_scales = k_format in ["int8_channel", "int4_channel"] %}
+{% set k_affine = k_row_scales or k_channel_scales %}
+{% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
 {% set k_row = head_dim // k_dims %}
 {% set v_row = head_dim // v_dims %}
 {% set quads = tile_kv // 4 %}
@@ -25,6 +36,8 @@
 {% set head_sums = streams * head_dim // 4 %}
 {% set q_len = group_size * chunks * lanes * k_dims // 4 %}
 {% set merge_heads = [group_size, [1, q_len // head_sums]|max]|min %}
+{# Lanes that read vec4s of the query 16 words or more apart would share their banks; up to 8 apart, 4 lanes have banks of their own. #}
+{% set q_turned = k_dims > 8 and lanes > 1 %}
 {% set k_parts = range(0, k_dims, 4) %}
 {% set v_parts = range(0, v_dims, 4) %}
 // Decode attention for GPUs: one query token per sequence, over a paged KV cache.
@@ -43,10 +56,11 @@
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV), and at most 300 to begin and end.
 
-{{ kv_element("k", k_format, k_dims) }}
-{{ kv_element("v", v_format, v_dims) }}
+{{ kv_element(k_side, k_dims, head_dim) }}
+{{ kv_element(v_side, v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
+{{ place_functions(sides, v_side, [v_side.row_bytes * v_dims // head_dim, 4]|max) }}
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const TILE_KV: u32 = {{ tile_kv }}u;
 const QUADS: u32 = {{ quads }}u;
@@ -64,22 +78,56 @@ const MERGE_HEADS: u32 = {{ merge_heads }}u;
 
 // [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
 var<workgroup> tile: array<vec4<f32>, {{ [q_len, merge_heads * head_sums]|max }}>;
-// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights
+// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for least values of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
 var<workgroup> logits: array<f32, {{ parts * group_size * (tile_kv + 8) }}>;
 // [GROUP_SIZE, QUADS]
 var<workgroup> weights: array<vec4<f32>, {{ group_size * quads }}>;
 // [STREAMS, GROUP_SIZE] what the sums so far are multiplied with
 var<workgroup> rescale: array<f32, {{ streams * group_size }}>;
-// [TILE_KV] cache rows
+// [TILE_KV] cache rows, as v_place has them
 var<workgroup> rows: array<u32, {{ tile_kv }}>;
+{% for s, has in scaled if has %}
+// [TILE_KV] scale and least value of each row of {{ s.name|upper }}
+var<workgroup> {{ s.name }}_scales: array<u32, {{ tile_kv }}>;
+{% endfor %}
+{% for s, has in scaled if has %}
+
+// Scales, or as they stand in the upper halves least values, of a quad of the tile's rows of {{ s.name|upper }}.
+fn {{ s.name }}_quad_words(quad: u32) -> vec4<u32> {
+    let at = 4u * quad;
+    return vec4<u32>({{ s.name }}_scales[at], {{ s.name }}_scales[at + 1u], {{ s.name }}_scales[at + 2u], {{ s.name }}_scales[at + 3u]);
+}
+{% endfor %}
+{% if k_row_scales or v_row_scales %}
+
+fn scales_of(words: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(words << vec4<u32>(16u));
+}
+
+fn least_of(words: vec4<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
+}
+{% endif %}
 
 // Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
-fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32) -> vec4<f32> {
+{% if k_row_scales %}
+// A key is least + scale * codes: its product with the query is least * q_offset + scale * (query . codes), where
+// q_offset is the sum of the query.
+{% elif k_channel_scales %}
+// The query in workgroup memory has the scales in it; q_offset is its product with the least values.
+{% endif %}
+fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
     var products = vec4<f32>(0.0);
 {% for part in range(parts) %}
     let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
     products += vec4<f32>(logits[at_{{ part }}], logits[at_{{ part }} + 1u], logits[at_{{ part }} + 2u], logits[at_{{ part }} + 3u]);
 {% endfor %}
+{% if k_row_scales %}
+    let words = k_quad_words(quad);
+    products = fma(products, scales_of(words), q_offset * least_of(words));
+{% elif k_channel_scales %}
+    products += vec4<f32>(q_offset);
+{% endif %}
     let query = item.context_len;
     let key = tile_begin + 4u * quad;
     let distance = vec4<f32>(f32(key), f32(key + 1u), f32(key + 2u), f32(key + 3u)) - f32(query);
@@ -113,13 +161,38 @@ fn decode(
     let v_idx = local_idx % V_ROW;
 
     for (var i = local_idx; i < GROUP_SIZE * Q_ROW; i += WORKGROUP_SIZE) {
+{% if q_turned %}
+        // In the order in which the lanes of a key read them: side by side, on different banks.
+        let place = i % Q_ROW;
+        let d = place / {{ lanes * k_dims // 4 }}u * {{ lanes * k_dims // 4 }}u + place % LANES * {{ k_dims // 4 }}u + place / LANES % {{ k_dims // 4 }}u;
+{% else %}
         let d = i % Q_ROW;
+{% endif %}
         let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW) * HEAD_VEC4S;
-        tile[i] = select(vec4<f32>(0.0), q[head + min(d, HEAD_VEC4S - 1u)] * params.qk_scale, d < HEAD_VEC4S);
+        let at = min(d, HEAD_VEC4S - 1u);
+        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channel_vec4(0u, kv_head, at)" if k_channel_scales }}, d < HEAD_VEC4S);
     }
+{% if k_affine %}
+    // What the least values are multiplied by, per head in QUADS parts.
+    if (local_idx < GROUP_SIZE * QUADS) {
+        let head = (item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS) * HEAD_VEC4S;
+        var part = vec4<f32>(0.0);
+        for (var d = local_idx % QUADS; d < HEAD_VEC4S; d += QUADS) {
+{% if k_channel_scales %}
+            part = fma(q[head + d], k_channel_vec4(1u, kv_head, d), part);
+{% else %}
+            part += q[head + d];
+{% endif %}
+        }
+        weights[local_idx] = part * params.qk_scale;
+    }
+{% endif %}
 
 {% for i in range(keys_per_lane) %}
     var next_entry_{{ i }} = 0u;
+{% for s, has in scaled if has %}
+    var {{ s.name }}_scale_{{ i }} = 0u;
+{% endfor %}
 {% for c in range(chunks) %}
     var k_load_{{ i }}_{{ c }}: KElement;
 {% endfor %}
@@ -131,6 +204,9 @@ fn decode(
             let key = min({{ begin }} + key_slot + {{ i }}u * KEY_SLOTS, last_key);
             let row = cache_row(next_entry_{{ i }}, kv_head, key);
             next_entry_{{ i }} = table_entry(item, min(key + TILE_KV, last_key));
+{% for s, has in scaled if has %}
+            {{ s.name }}_scale_{{ i }} = {{ s.name }}_scale_word(row);
+{% endfor %}
 {% for c in range(chunks) %}
 {% if (c + 1) * lanes > k_row %}
             // Past the end of the row the query is zero: any element of the same key will do.
@@ -140,7 +216,7 @@ fn decode(
 {% endif %}
 {% endfor %}
             if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
-                rows[key_slot + {{ i }}u * KEY_SLOTS] = row;
+                rows[key_slot + {{ i }}u * KEY_SLOTS] = v_place(row);
             }
         }
 {% endfor %}
@@ -165,7 +241,20 @@ fn decode(
     var sum_{{ h }}_{{ d }} = vec4<f32>(0.0);
 {% endfor %}
 {% endfor %}
+{% if v_row_scales %}
+    // Sum of weight * least value, which every dim of the result gets.
+    var least_sum = 0.0;
+{% endif %}
     workgroupBarrier();
+{% if k_affine %}
+    var q_offset = 0.0;
+    if (softmax_head < GROUP_SIZE) {
+        for (var quad = 0u; quad < QUADS; quad++) {
+            let part = weights[softmax_head * QUADS + quad];
+            q_offset += (part.x + part.y) + (part.z + part.w);
+        }
+    }
+{% endif %}
 
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Values of this tile: on their way while the scores are computed.
@@ -177,7 +266,7 @@ fn decode(
         {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
 {% for j in range(stream_quads) %}
 {% for e in range(4) %}
-            v_load_{{ j }}_{{ e }} = v_element(rows[4u * stream + {{ 4 * j * streams + e }}u], v_idx);
+            v_load_{{ j }}_{{ e }} = v_at(rows[4u * stream + {{ 4 * j * streams + e }}u], v_idx{{ " / 2u" if v_halves }});
 {% endfor %}
 {% endfor %}
         }
@@ -192,7 +281,7 @@ fn decode(
 {% for d in k_parts %}
             let k_{{ c }}_{{ d }} = k_dims_{{ d }}(k_load_{{ i }}_{{ c }});
 {% for h in range(group_size) %}
-            score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + lane * {{ k_dims // 4 }}u + {{ (c * lanes * k_dims + d) // 4 }}u], k_{{ c }}_{{ d }}, score_{{ h }});
+            score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + {% if q_turned %}lane + {{ lanes * (c * k_dims + d) // 4 }}u{% else %}lane * {{ k_dims // 4 }}u + {{ (c * lanes * k_dims + d) // 4 }}u{% endif %}], k_{{ c }}_{{ d }}, score_{{ h }});
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -217,6 +306,13 @@ fn decode(
 {% endfor %}
 {% endif %}
             }
+{% if k_row_scales or v_row_scales %}
+            if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
+{% for s, has in scaled if has %}
+                {{ s.name }}_scales[key_slot + {{ i }}u * KEY_SLOTS] = {{ s.name }}_scale_{{ i }};
+{% endfor %}
+            }
+{% endif %}
         }
 {% endfor %}
         workgroupBarrier();
@@ -231,17 +327,26 @@ fn decode(
             var new_max = logit_max;
 {% for j in range(stream_quads) %}
             let quad_{{ j }} = softmax_stream + {{ j * streams }}u;
-            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope);
+            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if k_affine }});
             new_max = max(new_max, max(max(logits_{{ j }}.x, logits_{{ j }}.y), max(logits_{{ j }}.z, logits_{{ j }}.w)));
 {% endfor %}
             let factor = exp2(logit_max - new_max);
             logit_max = new_max;
             p_sum *= factor;
+{% if v_row_scales %}
+            least_sum *= factor;
+{% endif %}
             rescale[softmax_stream * GROUP_SIZE + softmax_head] = factor;
 {% for j in range(stream_quads) %}
             let p_{{ j }} = weights_of(logits_{{ j }}, vec4<f32>(new_max));
             p_sum += (p_{{ j }}.x + p_{{ j }}.y) + (p_{{ j }}.z + p_{{ j }}.w);
+{% if v_row_scales %}
+            let v_words_{{ j }} = v_quad_words(quad_{{ j }});
+            least_sum = fma_dot(p_{{ j }}, least_of(v_words_{{ j }}), least_sum);
+            weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }} * scales_of(v_words_{{ j }});
+{% else %}
             weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }};
+{% endif %}
 {% endfor %}
         }
         workgroupBarrier();
@@ -258,7 +363,7 @@ fn decode(
             {
 {% for e in range(4) %}
 {% for d in v_parts %}
-                let v_{{ e }}_{{ d }} = v_dims_{{ d }}(v_load_{{ j }}_{{ e }});
+                let v_{{ e }}_{{ d }} = v_dims_{{ d }}(v_load_{{ j }}_{{ e }}{{ " >> (v_idx % 2u * 4u)" if v_halves }});
 {% endfor %}
 {% endfor %}
 {% for h in range(group_size) %}
@@ -278,6 +383,9 @@ fn decode(
     if (softmax_head < GROUP_SIZE) {
         logits[local_idx] = logit_max;
         logits[GROUP_SIZE * STREAMS + local_idx] = p_sum;
+{% if v_row_scales %}
+        logits[2u * GROUP_SIZE * STREAMS + local_idx] = least_sum;
+{% endif %}
     }
     workgroupBarrier();
     let is_split = item.part_row != NOT_SPLIT;
@@ -310,6 +418,13 @@ fn decode(
             lse[item.query_start * NUM_Q_HEADS + q_head] = natural_lse(item_max, item_sum);
 {% endif %}
         }
+{% if v_row_scales %}
+        var item_least = 0.0;
+        for (var s = 0u; s < STREAMS; s++) {
+            item_least = fma(logits[(2u * GROUP_SIZE + local_idx) * STREAMS + s], rescale[s * GROUP_SIZE + local_idx], item_least);
+        }
+        logits[3u * GROUP_SIZE * STREAMS + local_idx] = item_least;
+{% endif %}
     }
     workgroupBarrier();
 {% for base in range(0, group_size, merge_heads) %}
@@ -325,7 +440,7 @@ fn decode(
     for (var i = local_idx; i < {{ heads }}u * HEAD_VEC4S; i += WORKGROUP_SIZE) {
         let head = i / HEAD_VEC4S;
         let d = i % HEAD_VEC4S;
-        var sum = vec4<f32>(0.0);
+        var sum = vec4<f32>({{ "logits[%du * STREAMS + %du + head]"|format(3 * group_size, base) if v_row_scales else "0.0" }});
         for (var s = 0u; s < STREAMS; s++) {
             sum += tile[(head * STREAMS + s) * HEAD_VEC4S + d];
         }

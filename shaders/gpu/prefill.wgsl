@@ -1,7 +1,11 @@
 {% from "shared/gpu_kv.wgsl" import kv_element %}
 {# ---- How the work is cut; Rust chooses workgroup_size, tile_q and tile_kv. ---- #}
-{% set k_dims = 8 if k_format == "f16" else 4 %}
-{% set v_dims = 8 if v_format == "f16" else 4 %}
+{# 8 dims whatever they take: wider elements would leave most invocations without any to widen. #}
+{% set k_dims = 4 if k_format == "f32" else 8 %}
+{% set v_dims = 4 if v_format == "f32" else 8 %}
+{% set k_row_scales = k_format in ["int8", "int4"] %}
+{% set v_row_scales = v_format in ["int8", "int4"] %}
+{% set k_channel_scales = k_format in ["int8_channel", "int4_channel"] %}
 {% set head_vec4s = head_dim // 4 %}
 {# An invocation has 4 rows, and every `lanes`th key of the tile and vec4 of the head. #}
 {% set row_sets = tile_q // 4 %}
@@ -47,12 +51,19 @@
 {% if subgroups %}
 // Lanes of a row are neighbours by local_invocation_index, and so in their subgroup.
 {% endif %}
+{% if k_row_scales or v_row_scales %}
+// Rows with scales are put together (least + scale * code) on their way to workgroup memory.
+{% endif %}
+{% if k_channel_scales %}
+// Keys are least + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
+// products with the least values are what a score starts from.
+{% endif %}
 // While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS)
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS){{ ", and 4 to begin" if k_channel_scales }}
 
-{{ kv_element("k", k_format, k_dims) }}
-{{ kv_element("v", v_format, v_dims) }}
+{{ kv_element(k_side, k_dims, head_dim) }}
+{{ kv_element(v_side, v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
 const TILE_Q: u32 = {{ tile_q }}u;
@@ -87,6 +98,10 @@ const LANE_PARTS: u32 = {{ lane_parts }}u;
 var<workgroup> tile: array<vec4<f32>, {{ tile_len }}>;
 // [2, TILE_KV] cache rows of this tile and the next
 var<workgroup> rows: array<u32, {{ 2 * tile_kv }}>;
+{% if k_channel_scales %}
+// [ROW_SETS] products of 4 queries with the least values of the channels: in registers they would cost a wave.
+var<workgroup> least_products: array<vec4<f32>, {{ row_sets }}>;
+{% endif %}
 
 // Row of q, and of out, that a row of the sequence is.
 fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
@@ -95,6 +110,13 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
     return (item.query_start + r / GROUP_SIZE) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
 }
 
+{% if k_row_scales or v_row_scales %}
+// A row's elements from their codes and the word of its scale and least value.
+fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
+    return fma(codes, vec4<f32>(bitcast<f32>(word << 16u)), vec4<f32>(bitcast<f32>(word & 0xffff0000u)));
+}
+
+{% endif %}
 {# Combines `value` (a vec4 variable, of 4 rows) over their lanes. #}
 {% macro combine_lanes(value, op) %}
 {% for step in [1, 2, 4, 8, 16, 32] if step < butterfly %}
@@ -134,6 +156,9 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
             q_load_{{ n }} = q[q_at_{{ n }} + {{ d }} + q_col];
 {% endif %}
 {% endfor %}
+{% if k_channel_scales %}
+            q_scale = k_channel_vec4(0u, kv_head, {{ "min(%s + q_col, HEAD_VEC4S - 1u)"|format(d) if is_padded else d ~ " + q_col" }});
+{% endif %}
 {% set k_first = "(%s) / 2u"|format(d) if k_dims == 8 else d %}
 {% for n in range(k_loads) %}
 {% if is_padded %}
@@ -148,13 +173,13 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
 {% macro store_chunk(buffer) %}
 {% for n in range(q_loads) %}
             {{ "if (local_idx + %du < TILE_Q * CHUNK) "|format(n * workgroup_size) if (n + 1) * workgroup_size > q_count }}{
-                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // chunk * (chunk + 1) }}u] = q_load_{{ n }};
+                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // chunk * (chunk + 1) }}u] = q_load_{{ n }}{{ " * q_scale" if k_channel_scales }};
             }
 {% endfor %}
 {% for n in range(k_loads) %}
             {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, k_count) if (n + 1) * workgroup_size > k_count }}{
 {% for d in range(0, k_dims, 4) %}
-                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // k_cols * (chunk + 1) + d // 4 }}u] = k_dims_{{ d }}(k_load_{{ n }});
+                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // k_cols * (chunk + 1) + d // 4 }}u] = {% if k_row_scales %}scaled(k_dims_{{ d }}(k_load_{{ n }}), k_scale_{{ n }}){% else %}k_dims_{{ d }}(k_load_{{ n }}){% endif %};
 {% endfor %}
             }
 {% endfor %}
@@ -163,13 +188,16 @@ fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
 {% macro load_values(first_key) %}
 {% for n in range(v_loads) %}
             v_load_{{ n }} = v_element(rows[tile_rows + {{ first_key }} + v_key_{{ n }}], v_col_{{ n }});
+{% if v_row_scales %}
+            v_scale_{{ n }} = v_scale_word(rows[tile_rows + {{ first_key }} + v_key_{{ n }}]);
+{% endif %}
 {% endfor %}
 {% endmacro %}
 {% macro store_values(buffer) %}
 {% for n in range(v_loads) %}
             {{ "if (local_idx + %du < V_KEYS * V_ROW) "|format(n * workgroup_size) if (n + 1) * workgroup_size > v_count }}{
 {% for d in range(0, v_dims, 4) %}
-                tile[{{ buffer }} + local_idx * {{ v_dims // 4 }}u + {{ n * workgroup_size * v_dims // 4 + d // 4 }}u] = v_dims_{{ d }}(v_load_{{ n }});
+                tile[{{ buffer }} + local_idx * {{ v_dims // 4 }}u + {{ n * workgroup_size * v_dims // 4 + d // 4 }}u] = {% if v_row_scales %}scaled(v_dims_{{ d }}(v_load_{{ n }}), v_scale_{{ n }}){% else %}v_dims_{{ d }}(v_load_{{ n }}){% endif %};
 {% endfor %}
             }
 {% endfor %}
@@ -197,6 +225,9 @@ fn prefill(
     let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / CHUNK + {{ n * workgroup_size // chunk }}u) * HEAD_VEC4S;
     var q_load_{{ n }}: vec4<f32>;
 {% endfor %}
+{% if k_channel_scales %}
+    var q_scale: vec4<f32>;
+{% endif %}
     let k_col = local_idx % {{ k_cols }}u;
     let k_slot = K_TILE + local_idx / {{ k_cols }}u * CHUNK_ROW + k_col * {{ k_dims // 4 }}u;
 {% for n in range(k_loads) %}
@@ -207,6 +238,9 @@ fn prefill(
     let v_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > v_count }}(local_idx + {{ n * workgroup_size }}u) / V_ROW{{ ", V_KEYS - 1u)" if (n + 1) * workgroup_size > v_count }};
     let v_col_{{ n }} = (local_idx + {{ n * workgroup_size }}u) % V_ROW;
     var v_load_{{ n }}: VElement;
+{% if v_row_scales %}
+    var v_scale_{{ n }}: u32;
+{% endif %}
 {% endfor %}
 
     // The rows of this invocation.
@@ -223,6 +257,20 @@ fn prefill(
     var sum_{{ r }}_{{ c }} = vec4<f32>(0.0);
 {% endfor %}
 {% endfor %}
+{% if k_channel_scales %}
+    // Products of the queries with the least values: vec4s of the head over lanes, then summed.
+    var least_product = vec4<f32>(0.0);
+    for (var d = lane; d < HEAD_VEC4S; d += LANES) {
+        let least = k_channel_vec4(1u, kv_head, d);
+{% for r in range(4) %}
+        least_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], least, least_product.{{ "xyzw"[r] }});
+{% endfor %}
+    }
+{{ combine_lanes("least_product", "sum")|trim("\n")|replace("        ", "    ") }}
+    if (lane == 0u) {
+        least_products[row_set] = least_product;
+    }
+{% endif %}
     // Positions of the first and last row: tiles of keys that all rows see need no mask.
     let first_query = item.context_len + item.row_start / GROUP_SIZE;
     let last_query = item.context_len + (min(item.row_start + TILE_Q, num_rows) - 1u) / GROUP_SIZE;
@@ -244,10 +292,13 @@ fn prefill(
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Scores.
 {% for j in range(keys_per_lane) %}
-        var score_{{ j }} = vec4<f32>(0.0);
+        var score_{{ j }} = {{ "least_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
 {% endfor %}
 {% for n in range(k_loads) %}
         let k_cache_row_{{ n }} = rows[tile_rows + k_key_{{ n }}];
+{% if k_row_scales %}
+        let k_scale_{{ n }} = k_scale_word(k_cache_row_{{ n }});
+{% endif %}
 {% endfor %}
         {
 {{ load_chunk("0u")|trim("\n") }}

@@ -29,6 +29,14 @@ const DIRECT = 0xffffffffu;  // part_row of an item that has its rows to itself
 {{ kv.functions() }}
 {{ side.element_function(k_side, kv.k_type, k_side.row_bytes * kv.k_dims // head_dim) }}
 {{ side.element_function(v_side, kv.v_type, v_side.row_bytes * kv.v_dims // head_dim) }}
+{% if kv.k_row_scales %}
+{{ side.row_scale_function(k_side, kv.k_type) }}
+{% elif kv.k_channel_scales %}
+{{ side.channel_function(k_side, kv.k_type, num_kv_heads, head_dim) }}
+{% endif %}
+{% if kv.v_row_scales %}
+{{ side.row_scale_function(v_side, kv.v_type) }}
+{% endif %}
 // The row of K and of V that holds `key`.
 fn cache_row(table_offset: u32, kv_head: u32, key: u32) -> u32 {
     let block_id = min(plan[table_offset + key / BLOCK_SIZE], params.num_blocks - 1u);

@@ -3,6 +3,7 @@
   element types KElement and VElement (shared/gpu_kv.wgsl) and sets k_dims and v_dims.
 #}
 {% import "shared/kv_side.wgsl" as side %}
+{% import "shared/gpu_kv.wgsl" as kv %}
 {% set after = 1 + k_side.segments + v_side.segments %}
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
@@ -78,7 +79,13 @@ fn cache_row(entry: u32, kv_head: u32, key: u32) -> u32 {
 }
 
 {{ side.element_function(k_side, "KElement", k_side.row_bytes * k_dims // head_dim) }}
-{{ side.element_function(v_side, "VElement", v_side.row_bytes * v_dims // head_dim) }}
+{{ side.element_function(v_side, "VElement", [v_side.row_bytes * v_dims // head_dim, 4]|max) }}
+{% for s, dims in [(k_side, k_dims), (v_side, v_dims)] if s.format in ["int8", "int4"] %}
+{{ kv.scale_word_function(side, s, kv.element_type(s, dims, head_dim)) }}
+{% endfor %}
+{% if k_side.format in ["int8_channel", "int4_channel"] %}
+{{ kv.channel_function(side, k_side, kv.element_type(k_side, k_dims, head_dim)) }}
+{% endif %}
 fn head_slope(q_head: u32) -> f32 {
     return bitcast<f32>(plan[params.head_offset + q_head]);
 }

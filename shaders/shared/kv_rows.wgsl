@@ -1,9 +1,11 @@
 {# Whole-row access to one side of the cache, 8 elements (a chunk) at a time. A format says what the buffer is made of, and how a chunk is
    written and read. #}
 {% import "shared/kv_side.wgsl" as sides %}
+{% import "shared/kv_codes.wgsl" as codes %}
 
+{# Chunks of the small formats are written by different invocations, and writing a part of a vector may write all of it: hence words. #}
 {% macro element_type(format) %}
-{%- if format == "f32" -%} vec4<f32> {%- else -%} vec4<u32> {%- endif -%}
+{%- if format == "f32" -%} vec4<f32> {%- elif format == "f16" -%} vec4<u32> {%- else -%} u32 {%- endif -%}
 {% endmacro %}
 
 {% macro f16_functions() %}
@@ -28,17 +30,79 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 }
 {% endmacro %}
 
+{# The functions that `store` calls, for sides of these formats. #}
+{% macro store_functions(formats) %}
+{{ f16_functions() if "f16" in formats }}
+{%- set small = formats | reject("in", ["f32", "f16"]) | list %}
+{{ codes.byte_word() if small }}
+{{ codes.e4m3_bits() if "e4m3" in formats }}
+{{ codes.affine_codes() if small | reject("eq", "e4m3") | list }}
+{{ codes.row_ranges() if "int8" in formats or "int4" in formats }}
+{%- endmacro %}
+
+{# The functions that `load` calls. #}
+{% macro load_functions(formats) %}
+{%- set small = formats | reject("in", ["f32", "f16"]) | list %}
+{{ codes.e4m3_floats() if "e4m3" in formats }}
+{{ codes.byte_floats() if "int8" in formats or "int8_channel" in formats }}
+{{ codes.nibble_floats() if "int4" in formats or "int4_channel" in formats }}
+{{ codes.affine_values() if small | reject("eq", "e4m3") | list }}
+{%- endmacro %}
+
+{# Declares lo and hi of `x`, a scale or least value of each element of a chunk. #}
+{% macro scale_of_chunk(side, x, plane) %}
+{% if side.format in ["int8", "int4"] %}
+  let {{ x }}_lo = vec4<f32>(pair[{{ plane }}]);
+  let {{ x }}_hi = {{ x }}_lo;
+{% else %}
+  let {{ x }}_lo = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * chunk);
+  let {{ x }}_hi = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * chunk + 4u);
+{% endif %}
+{% endmacro %}
+
 {% macro store(side) %}
-// Writes elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
-fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>) {
+{% set row_scales = side.format in ["int8", "int4"] %}
+{% set channel_scales = side.format in ["int8_channel", "int4_channel"] %}
+{% if channel_scales %}
+{{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
+{% endif %}
+// Writes elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}
+{%- if row_scales %}, whose scale and least value are `row_pair`{% endif %}.
+fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ", row_pair: u32" if row_scales }}) {
+{% if row_scales %}
+  let pair = vec2<f32>(bitcast<f32>(row_pair << 16u), bitcast<f32>(row_pair & 0xffff0000u));
+{% elif channel_scales %}
+  let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
+{% endif %}
+{% if row_scales or channel_scales %}
+{% set levels = 255 if side.format in ["int8", "int8_channel"] else 15 %}
+{{ scale_of_chunk(side, "scale", 0) }}
+{{- scale_of_chunk(side, "least", 1) }}
+  let codes_lo = affine_codes(lo, scale_lo, least_lo, {{ levels }}u);
+  let codes_hi = affine_codes(hi, scale_hi, least_hi, {{ levels }}u);
+{% elif side.format == "e4m3" %}
+  let codes_lo = e4m3_bits(lo);
+  let codes_hi = e4m3_bits(hi);
+{% endif %}
 {% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
 {% if side.format == "f32" %}
   let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
   {{ cache }}[at] = lo;
   {{ cache }}[at + 1u] = hi;
-{% else %}
+{% elif side.format == "f16" %}
   {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk] =
     vec4<u32>(half_pair(lo.x, lo.y), half_pair(lo.z, lo.w), half_pair(hi.x, hi.y), half_pair(hi.z, hi.w));
+{% elif side.format in ["int4", "int4_channel"] %}
+  {{ cache }}[{{ sides.row_start(side, local, 4) }} + chunk] = byte_word(codes_lo) | (byte_word(codes_hi) << 4u);
+{% else %}
+  let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
+  {{ cache }}[at] = byte_word(codes_lo);
+  {{ cache }}[at + 1u] = byte_word(codes_hi);
+{% endif %}
+{% if row_scales %}
+  if (chunk == 0u) {
+    {{ cache }}[{{ sides.scale_word(side, local) }}] = row_pair;
+  }
 {% endif %}
   return;
 {%- endcall %}
@@ -46,17 +110,46 @@ fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>) {
 {% endmacro %}
 
 {% macro load(side) %}
+{% set row_scales = side.format in ["int8", "int4"] %}
+{% set channel_scales = side.format in ["int8_channel", "int4_channel"] %}
+{% if row_scales %}
+{{ sides.row_scale_function(side, element_type(side.format)) }}
+{% elif channel_scales %}
+{{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
+{% endif %}
 // Reads elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
 fn load_{{ side.name }}(row: u32, chunk: u32) -> Chunk {
+{% if row_scales %}
+  let pair = {{ side.name }}_row_scale(row);
+{% elif channel_scales %}
+  let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
+{% endif %}
+{% if row_scales or channel_scales %}
+{{ scale_of_chunk(side, "scale", 0) }}
+{{- scale_of_chunk(side, "least", 1) }}
+{% endif %}
 {% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
 {% if side.format == "f32" %}
   let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
   return Chunk({{ cache }}[at], {{ cache }}[at + 1u]);
-{% else %}
+{% elif side.format == "f16" %}
   let x = {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk];
   return Chunk(
     vec4<f32>(unpack2x16float(x.x), unpack2x16float(x.y)),
     vec4<f32>(unpack2x16float(x.z), unpack2x16float(x.w)));
+{% elif side.format == "e4m3" %}
+  let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
+  return Chunk(e4m3_floats({{ cache }}[at]), e4m3_floats({{ cache }}[at + 1u]));
+{% elif side.format in ["int4", "int4_channel"] %}
+  let x = {{ cache }}[{{ sides.row_start(side, local, 4) }} + chunk];
+  return Chunk(
+    affine_values(nibble_floats(x), scale_lo, least_lo),
+    affine_values(nibble_floats(x >> 4u), scale_hi, least_hi));
+{% else %}
+  let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
+  return Chunk(
+    affine_values(byte_floats({{ cache }}[at]), scale_lo, least_lo),
+    affine_values(byte_floats({{ cache }}[at + 1u]), scale_hi, least_hi));
 {% endif %}
 {%- endcall %}
 }

@@ -63,24 +63,36 @@ fn {{ side.name }}_element(row: u32, part: u32) -> {{ element }} {
     {%- endif -%}
 {%- endmacro %}
 
+{# Word of the scale and least value of row `row` of a segment. #}
+{% macro scale_word(side, row) -%}
+    {{ row }} / {{ side.block_rows }}u * {{ side.block_bytes // 4 }}u + {{ row }} % {{ side.block_rows }}u + {{ side.block_rows * side.row_bytes // 4 }}u
+{%- endmacro %}
+
 {# fn {name}_row_scale(row): scale and least value of a row, in formats with scales per row. #}
 {% macro row_scale_function(side, element) %}
 // Scale and least value of a row of {{ side.name|upper }}.
 fn {{ side.name }}_row_scale(row: u32) -> vec2<f32> {
 {% call(cache, local) in_segment(side, "row", side.block_rows) %}
-  let at = {{ local }} / {{ side.block_rows }}u * {{ side.block_bytes // 4 }}u + {{ local }} % {{ side.block_rows }}u + {{ side.block_rows * side.row_bytes // 4 }}u;
+  let at = {{ scale_word(side, local) }};
   let pair = {{ word(cache, element, "at") }};
   return vec2<f32>(bitcast<f32>(pair << 16u), bitcast<f32>(pair & 0xffff0000u));
 {%- endcall %}
 }
 {% endmacro %}
 
-{# fn {name}_channel(plane, kv_head, dim): the scale (plane 0) or least value (1) of a channel, in formats with scales per channel. #}
+{# fn {name}_channel(plane, kv_head, dim): the scale (plane 0) or least value (1) of a channel, in formats with scales per channel; and
+   fn {name}_channels: those of four channels from `dim` on. #}
 {% macro channel_function(side, element, num_kv_heads, head_dim) %}
 // Scale (plane 0) or least value (plane 1) of a channel of {{ side.name|upper }}.
 fn {{ side.name }}_channel(plane: u32, kv_head: u32, dim: u32) -> f32 {
   let table = {{ "params.num_blocks" if side.segments == 1 else side.segment_blocks ~ "u" }} * {{ side.block_bytes // 4 }}u;
   let at = table + (plane * {{ num_kv_heads }}u + kv_head) * {{ head_dim }}u + dim;
   return bitcast<f32>({{ word(buffer(side, 0), element, "at") }});
+}
+
+// The same of four channels.
+fn {{ side.name }}_channels(plane: u32, kv_head: u32, dim: u32) -> vec4<f32> {
+  return vec4<f32>(
+{%- for i in range(4) %}{{ side.name }}_channel(plane, kv_head, dim + {{ i }}u){{ ", " if not loop.last }}{% endfor %});
 }
 {% endmacro %}

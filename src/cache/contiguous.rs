@@ -1,5 +1,7 @@
 //! [`ContiguousCache`]: a row of fixed length per sequence, allocated beforehand.
 
+use std::sync::Arc;
+
 use super::{Cache, Committed, KvCache, KvCacheConfig, KvFormat, KvRows, MemoryReport, SequenceId, Step, sealed};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -296,6 +298,28 @@ impl ContiguousCache {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn gather_blocking(&self, row: u32, layer: u32) -> Result<KvRows> {
         self.cache.gather_blocking(self.row(row)?, layer)
+    }
+
+    /// [`KvCache::key_scales`].
+    #[must_use]
+    pub fn key_scales(&self, layer: u32) -> Option<Arc<[f32]>> {
+        self.cache.key_scales(layer)
+    }
+
+    /// [`KvCache::set_key_scales`]: all rows must be empty.
+    ///
+    /// # Errors
+    /// Those of [`KvCache::set_key_scales`].
+    pub fn set_key_scales(&self, layer: u32, table: &[f32]) -> Result<()> {
+        self.cache.set_key_scales(layer, table)
+    }
+
+    /// [`KvCache::calibrate_keys`]: all rows must be empty.
+    ///
+    /// # Errors
+    /// Those of [`KvCache::calibrate_keys`].
+    pub fn calibrate_keys(&self, layer: u32, keys: &[f32]) -> Result<()> {
+        self.cache.calibrate_keys(layer, keys)
     }
 
     /// Runs the kernels once on no tokens: [`KvCache::warm_up`]. **Submits** a command buffer; doesn't wait for it.

@@ -6,6 +6,20 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 
 /// How the elements of the K or the V side are stored. The two sides choose independently; arithmetic is f32 always.
+///
+/// | Format | bytes per element | and per row | bytes of a row of 128 | largest error of an element |
+/// |---|---|---|---|---|
+/// | `F32` | 4 | | 512 | 0 |
+/// | `F16` | 2 | | 256 | 2^-11 of it, at least 2^-14; magnitudes to 65504 |
+/// | `E4M3` | 1 | | 128 | 2^-4 of it, at least 2^-10; magnitudes to 448 |
+/// | `Int8` | 1 | 4 | 132 | half a step: about the row's range / 510 |
+/// | `Int4` | 1/2 | 4 | 68 | half a step: about the row's range / 30 |
+/// | `Int8PerChannel` | 1 | | 128 | half a step: the channel's range in calibration / 510 |
+/// | `Int4PerChannel` | 1/2 | | 64 | half a step: the channel's range in calibration / 30 |
+///
+/// The table of a format with scales per channel takes 8 bytes per channel, once per layer. [`row_error`](Self::row_error) has the exact
+/// bound of formats with scales per row. These saturate at ±1.9609375 · 2^127 (3.34e38). Attention sums codes and least values up apart, so
+/// where a row's range comes near the largest f32 its sums may overflow, though the elements do not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KvFormat {
@@ -17,15 +31,18 @@ pub enum KvFormat {
     /// range saturate at ±65504.
     F16,
     /// 8-bit floats with 4 bits of exponent and 3 of mantissa (OCP E4M3, no infinities), four elements in a `u32`, the first one
-    /// lowest. No scale: finite values beyond the range saturate at ±448.
+    /// lowest. No scale: finite values beyond the range saturate at ±448; infinities become NaN. Rounding is to nearest, ties to even.
     E4M3,
-    /// 8-bit codes with a scale and a least value per row (token and KV head): `x = min + scale * code`. Scale and least value are
-    /// bfloat16, in one `u32` per row.
+    /// 8-bit codes with a scale and a least value per row (token and KV head): `x = least + scale * code`. The least value is rounded
+    /// down to a bfloat16 and the scale up (where it is more than 2^-20 above one), so that the codes 0 to 255 cover the row; both stand in
+    /// one `u32` per row. Four codes in a `u32`, the first one lowest. A row with a NaN or an infinity reads as NaN as a whole.
     Int8,
-    /// 4-bit codes with a scale and a least value per row, as [`KvFormat::Int8`].
+    /// 4-bit codes, 0 to 15, with a scale and a least value per row, as [`KvFormat::Int8`]. Eight codes in a `u32`: the first four in the lower
+    /// halves of its bytes, the others in the upper halves.
     Int4,
     /// 8-bit codes with a scale and a least value per layer, KV head and channel (element of a row), fixed by
-    /// [`KvCache::calibrate_keys`](super::KvCache::calibrate_keys) before anything is appended. For K only: keys have channels that are large in
+    /// [`KvCache::calibrate_keys`](super::KvCache::calibrate_keys) before anything is appended; values outside the calibrated range
+    /// saturate at its ends, and a NaN becomes some value of the range. For K only: keys have channels that are large in
     /// every token, which scales per token serve badly (KIVI, Liu et al. 2024).
     Int8PerChannel,
     /// 4-bit codes with a scale and a least value per layer, KV head and channel, as [`KvFormat::Int8PerChannel`].
@@ -83,6 +100,23 @@ impl KvFormat {
         }
     }
 
+    /// Largest error of an element of a row whose least and largest elements are `least` and `most`, in formats with scales per row: half a step,
+    /// and the roundings of f32 on the way. 0 in other formats.
+    ///
+    /// The stored least value is up to `2^-7 |least|` lower, which is the distance of bfloat16 numbers. The scale, rounded up, is less than `1 + 2^-7` of the
+    /// widened range's `levels`th part, and at least 2^-118. Reading adds a multiple of the scale to the least value, with two roundings.
+    #[must_use]
+    pub fn row_error(self, least: f64, most: f64) -> f64 {
+        if !self.has_row_scales() {
+            return 0.0;
+        }
+        let levels = f64::from((1_u32 << self.element_bits()) - 1);
+        let range = most - least + least.abs() / 128.0;
+        let step = (range / levels * (1.0 + 1.0 / 128.0)).max(1.0 / 332_306_998_946_228_968_225_951_765_070_086_144.0);
+        let magnitude = least.abs().max(most.abs()) + range;
+        0.5 * step + magnitude * (4.0 / f64::from(1 << 24)) + f64::from(f32::MIN_POSITIVE)
+    }
+
     /// The name that shader templates know the format by.
     pub(crate) const fn shader_name(self) -> &'static str {
         match self {
@@ -121,5 +155,52 @@ impl FromStr for KvFormat {
             let names: Vec<_> = Self::ALL.iter().map(|format| format.to_string().to_ascii_lowercase()).collect();
             Error::argument("format", format!("{name:?}"), format!("one of {}", names.join(", ")))
         })
+    }
+}
+
+/// A format of K and one of V, as programs take them from a command line: `"int8"` for both sides, or `"int4-channel:int8"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KvFormats {
+    /// How K is stored.
+    pub k: KvFormat,
+    /// How V is stored.
+    pub v: KvFormat,
+}
+
+impl KvFormats {
+    /// Every format of K, with the same one for V; beside K with scales per channel, V with as many bits and scales per row.
+    pub const ALL: [Self; 7] = [
+        Self::both(KvFormat::F32),
+        Self::both(KvFormat::F16),
+        Self::both(KvFormat::E4M3),
+        Self::both(KvFormat::Int8),
+        Self::both(KvFormat::Int4),
+        Self { k: KvFormat::Int8PerChannel, v: KvFormat::Int8 },
+        Self { k: KvFormat::Int4PerChannel, v: KvFormat::Int4 },
+    ];
+
+    /// The same format for K and V.
+    #[must_use]
+    pub const fn both(format: KvFormat) -> Self {
+        Self { k: format, v: format }
+    }
+}
+
+impl fmt::Display for KvFormats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&if self.k == self.v { self.k.to_string() } else { format!("{}:{}", self.k, self.v) })
+    }
+}
+
+impl FromStr for KvFormats {
+    type Err = Error;
+
+    /// One name, or K's and V's with a colon between them. One name with scales per channel stands for its pair in [`KvFormats::ALL`].
+    fn from_str(names: &str) -> Result<Self> {
+        if let Some((k, v)) = names.split_once(':') {
+            return Ok(Self { k: k.parse()?, v: v.parse()? });
+        }
+        let k = names.parse()?;
+        Ok(Self::ALL.into_iter().find(|formats| formats.k == k).unwrap_or(Self::both(k)))
     }
 }

@@ -126,6 +126,12 @@ impl Manager {
         MemoryReport::new(&self.config, &self.pool, self.usage(), self.prefix_stats(), tables)
     }
 
+    /// Whether nothing is cached and nothing is under way.
+    pub(crate) fn is_empty(&self) -> bool {
+        let is_idle = |sequence: &Sequence| sequence.table.is_empty() && !sequence.in_step;
+        self.open_moves == 0 && self.pool.num_indexed() == 0 && self.sequences.values().all(is_idle)
+    }
+
     pub(crate) fn create(&mut self) -> SequenceId {
         self.insert(BlockTable::default())
     }

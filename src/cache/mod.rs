@@ -1,5 +1,6 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
+mod calibrate;
 mod contiguous;
 mod defragment;
 mod format;
@@ -20,7 +21,7 @@ mod table;
 
 pub use contiguous::{ContiguousCache, ContiguousConfig};
 pub use defragment::Defragment;
-pub use format::KvFormat;
+pub use format::{KvFormat, KvFormats};
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
 pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
@@ -38,6 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use calibrate::KeyScales;
 use manager::Manager;
 pub(crate) use manager::SharedState;
 use record::CacheKernels;
@@ -82,6 +84,7 @@ pub struct KvCache {
     state: SharedState,
     layers: Arc<Vec<LayerStorage>>,
     kernels: CacheKernels,
+    key_scales: KeyScales,
 }
 
 impl KvCache {
@@ -107,6 +110,7 @@ impl KvCache {
             state: Arc::new(Mutex::new(Manager::new(config))),
             layers,
             kernels,
+            key_scales: KeyScales::new(config.num_layers),
         })
     }
 
@@ -244,7 +248,7 @@ impl KvCache {
         self.state().free(sequence)
     }
 
-    /// Ends all sequences and empties the prefix index. Open steps become stale: committing them is refused.
+    /// Ends all sequences and empties the prefix index; calibrated scales stay. Open steps become stale: committing them is refused.
     pub fn clear(&self) {
         self.state().clear();
     }

@@ -57,6 +57,17 @@ fn copy_chunks(config: &KvCacheConfig, count: u32) -> u64 {
     u64::from(count) * config.k_layout().block_bytes().max(config.v_layout().block_bytes()) / 16
 }
 
+/// Workgroups of append for a number of tokens: (x, y).
+fn append_grid(
+    pipeline: &Pipeline,
+    argument: &'static str,
+    config: &KvCacheConfig,
+    num_tokens: u32,
+) -> Result<(u32, u32)> {
+    let num_rows = u64::from(num_tokens) * u64::from(config.num_kv_heads);
+    grid(pipeline, argument, pipeline.variant().append_invocations(num_rows))
+}
+
 /// Workgroups for a number of invocations: (x, y).
 pub(crate) fn grid(pipeline: &Pipeline, argument: &'static str, invocations: u64) -> Result<(u32, u32)> {
     // Kernels number their invocations with u32.
@@ -89,7 +100,7 @@ impl CacheKernels {
             num_blocks: config.num_blocks,
             ..CacheParams::default()
         };
-        let append = grid(&self.append, "batch", row_chunks(config, params.num_tokens))?;
+        let append = append_grid(&self.append, "batch", config, params.num_tokens)?;
         let copy = grid(&self.copy_blocks, "batch", copy_chunks(config, params.num_copies))?;
         let mut words = Vec::with_capacity(num_words);
         push_params(&mut words, &CacheParams { grid_x: append.0, ..params });
@@ -124,7 +135,8 @@ impl KvCache {
     /// `k` and `v`: f32 `[num_tokens, num_kv_heads, head_dim]`, the tokens of all sequences of the step one after another. Each
     /// range needs usage `STORAGE`, an offset that is a multiple of `min_storage_buffer_offset_alignment`, and exactly the step's size.
     ///
-    /// Tokens of *any* sequence may hold NaN or infinities: they stay in their sequence.
+    /// Tokens of *any* sequence may hold NaN or infinities: they stay in their sequence. [`KvFormat`](super::KvFormat) says what each format
+    /// makes of them. Formats with scales per channel need [`calibrate_keys`](Self::calibrate_keys) before.
     ///
     /// Models with rotary embeddings use [`append_with_rope`](Self::append_with_rope).
     ///
@@ -155,6 +167,7 @@ impl KvCache {
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
+        self.check_calibrated(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
         let num_tokens = step.num_tokens();
         let elements = row_elements(config, num_tokens);
@@ -167,7 +180,7 @@ impl KvCache {
         if step.num_copies > 0 {
             dispatches.push(self.copy_dispatch(storage, upload, step.num_copies)?);
         }
-        let (x, y) = grid(kernel, "k", row_chunks(config, num_tokens))?;
+        let (x, y) = append_grid(kernel, "k", config, num_tokens)?;
         let mut resources = vec![k.binding(), v.binding()];
         resources.extend(storage.bindings());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 0)]);

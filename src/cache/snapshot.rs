@@ -91,6 +91,13 @@ impl SequenceSnapshot {
         Ok(self.data[start..start + k + v].split_at(k))
     }
 
+    /// The scales of a layer's keys, `[2, num_kv_heads, head_dim]`, in formats with scales per channel: what
+    /// [`KvCache::set_key_scales`] wants in a new cache before the sequence is swapped in there.
+    #[must_use]
+    pub fn key_scales(&self, layer: u32) -> Option<&[f32]> {
+        self.key_scales.as_ref()?.get(layer as usize).map(Vec::as_slice)
+    }
+
     /// Fails unless the sequence fits into a cache of this shape and with these channel scales.
     fn check_fits(&self, cache: &KvCacheConfig, key_scales: Option<&[Vec<f32>]>) -> Result<()> {
         let own = &self.config;
@@ -110,7 +117,7 @@ impl SequenceSnapshot {
             scales.iter().map(|layer| layer.iter().map(|x| x.to_bits()).collect()).collect()
         };
         if self.key_scales.as_deref().map(bits) != key_scales.map(bits) {
-            let need = "the scales that the cache was calibrated with";
+            let need = "those of the cache; an empty one takes them by set_key_scales";
             return Err(Error::argument("snapshot", "K with other scales per channel", need));
         }
         Ok(())
@@ -211,16 +218,16 @@ impl KvCache {
         };
         let config = KvCacheConfig { num_blocks: blocks.len() as u32, ..self.config };
         let staging = self.record_pack(encoder, &blocks)?;
-        Ok(PendingSnapshot { config, len, staging, key_scales: self.key_scales() })
+        Ok(PendingSnapshot { config, len, staging, key_scales: self.all_key_scales() })
     }
 
     /// Fails unless the snapshot can be swapped in here.
     pub(super) fn check_snapshot(&self, snapshot: &SequenceSnapshot) -> Result<()> {
-        snapshot.check_fits(&self.config, self.key_scales().as_deref())
+        snapshot.check_fits(&self.config, self.all_key_scales().as_deref())
     }
 
-    /// The scales per channel of K, of each layer `[2, num_kv_heads, head_dim]`, if the format has such.
-    fn key_scales(&self) -> Option<Vec<Vec<f32>>> {
-        None
+    /// The scales per channel of K, of each layer `[2, num_kv_heads, head_dim]`, if all of them are fixed.
+    fn all_key_scales(&self) -> Option<Vec<Vec<f32>>> {
+        (0..self.config.num_layers).map(|layer| Some(self.key_scales(layer)?.to_vec())).collect()
     }
 }

@@ -37,6 +37,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/cpu_kv.wgsl",
     "shared/gpu_interface.wgsl",
     "shared/gpu_kv.wgsl",
+    "shared/kv_codes.wgsl",
     "shared/kv_rows.wgsl",
     "shared/kv_side.wgsl",
     "shared/rope.wgsl",

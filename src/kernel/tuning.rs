@@ -9,14 +9,19 @@ use crate::plan::SplitPolicy;
 pub(crate) fn choose(variant: &mut Variant) {
     let (head_dim, group_size) = (variant.head_dim, variant.group_size);
     let lanes = cpu_lanes(variant);
-    let both_f16 = variant.k_format == KvFormat::F16 && variant.v_format == KvFormat::F16;
+    let both_narrow = variant.k_format != KvFormat::F32 && variant.v_format != KvFormat::F32;
     (variant.workgroup_size, variant.tile_q, variant.tile_kv) = match (variant.target.profile, variant.kernel) {
         // Lanes over head_dim; all heads of the group in registers. 0: the kernel's own number of keys per iteration.
         (Profile::Cpu, Kernel::Decode) => (lanes, group_size, 0),
         (Profile::Cpu, Kernel::Prefill) => (lanes, cpu_tile_q(variant), 0),
         // Twice the keys per tile costs a third of the occupancy on RDNA2 for 12 % fewer instructions per key.
-        (Profile::Gpu, Kernel::Decode) if head_dim <= 32 => (128, group_size, 64),
-        (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_f16) => (128, group_size, 32),
+        // Rows of at most two loads (int4 at 64) take two invocations, so that 64 keys keep all of them busy without a second key for any.
+        (Profile::Gpu, Kernel::Decode)
+            if head_dim <= 32 || head_dim <= 2 * decode_k_dims(head_dim, variant.k_format) =>
+        {
+            (128, group_size, 64)
+        }
+        (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_narrow) => (128, group_size, 32),
         (Profile::Gpu, Kernel::Decode) => (128, group_size, 16),
         // The largest tiles that keep 4 waves per SIMD on RDNA2 (112 to 128 VGPR) and stay within 16 KiB.
         (Profile::Gpu, Kernel::Prefill) if head_dim <= 96 => (128, 64, 32),
@@ -24,6 +29,8 @@ pub(crate) fn choose(variant: &mut Variant) {
         (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
         // A row has at most 64 vec4s.
         (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
+        // The invocations of a row share its range: whole subgroups that hold the 8-element chunks of a row.
+        (Profile::Cpu, Kernel::Append) if variant.has_row_scales() => ((head_dim / 8).next_multiple_of(lanes), 0, 0),
         (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Rope) => {
             (64, 0, 0)
         }
@@ -60,13 +67,16 @@ pub(crate) fn workgroup_bytes(variant: &Variant) -> u32 {
             let partial_scores = variant.tile_q * variant.workgroup_size * 4;
             partial_scores.next_multiple_of(16) + (variant.tile_q * 8).next_multiple_of(16)
         }
+        // Least and largest elements of K and V.
+        (_, Kernel::Append) if variant.has_row_scales() => variant.workgroup_size * 16,
         _ => 0,
     }
 }
 
-/// Elements that an invocation of a GPU kernel takes of a row of this format in 16 bytes.
-fn wide_dims(format: KvFormat) -> u32 {
-    128 / format.element_bits()
+/// Elements of a row of K that an invocation of the GPU decode kernel reads at a time: the most that a row has two or more of, up to 16 bytes.
+fn decode_k_dims(head_dim: u32, format: KvFormat) -> u32 {
+    let fits = |dims: &u32| dims * format.element_bits() <= 128 && head_dim.is_multiple_of(*dims) && head_dim > *dims;
+    [32, 16].into_iter().find(fits).unwrap_or(if format == KvFormat::F32 { 4 } else { 8 })
 }
 
 /// Neighbouring lanes that share by shuffles: any subgroup has at least 4 invocations.
@@ -82,8 +92,8 @@ fn butterfly(variant: &Variant, lanes: u32) -> u32 {
 fn gpu_decode_bytes(variant: &Variant) -> u32 {
     let (head_dim, group_size, tile_kv) = (variant.head_dim, variant.group_size, variant.tile_kv);
     let workgroup_size = variant.workgroup_size;
-    let k_dims = wide_dims(variant.k_format);
-    let v_dims = if group_size <= 2 { wide_dims(variant.v_format) } else { 4 };
+    let k_dims = decode_k_dims(head_dim, variant.k_format);
+    let v_dims = if group_size <= 2 && variant.v_format != KvFormat::F32 { 8 } else { 4 };
     let (k_row, v_row) = (head_dim / k_dims, head_dim / v_dims);
     let lanes = match k_row {
         0..2 => 1,
@@ -101,7 +111,11 @@ fn gpu_decode_bytes(variant: &Variant) -> u32 {
     let logits = 4 * parts * group_size * (tile_kv + 8);
     let weights = 4 * group_size * tile_kv;
     let rescale = 4 * streams * group_size;
-    [tile, logits, weights, rescale, 4 * tile_kv].iter().map(|bytes| bytes.next_multiple_of(16)).sum()
+    let row_scales = [variant.k_format, variant.v_format].map(|f| if f.has_row_scales() { 4 * tile_kv } else { 0 });
+    [tile, logits, weights, rescale, 4 * tile_kv, row_scales[0], row_scales[1]]
+        .iter()
+        .map(|bytes| bytes.next_multiple_of(16))
+        .sum()
 }
 
 /// The arrays of gpu/prefill.wgsl, whose head derives these sizes in the same way.
@@ -116,7 +130,8 @@ fn gpu_prefill_bytes(variant: &Variant) -> u32 {
     let values = v_keys * variant.head_dim / 4;
     let scores = 2 * CHUNK_ROW * (tile_q + tile_kv);
     let combined = if parts > 1 { weights + values + parts * row_sets } else { 0 };
-    16 * scores.max(weights + 2 * values).max(combined) + (8 * tile_kv).next_multiple_of(16)
+    let least_products = if variant.k_format.has_channel_scales() { row_sets } else { 0 };
+    16 * (scores.max(weights + 2 * values).max(combined) + least_products) + (8 * tile_kv).next_multiple_of(16)
 }
 
 /// When a sequence's keys are split.

@@ -205,6 +205,22 @@ impl Variant {
         KvLayout { num_kv_heads, head_dim, block_size, format }
     }
 
+    /// Whether a side has a scale per row.
+    pub(crate) const fn has_row_scales(&self) -> bool {
+        self.k_format.has_row_scales() || self.v_format.has_row_scales()
+    }
+
+    /// Invocations of `append` for a number of rows of K and V, which take 8 elements each. Those of a row whose range they share are of one
+    /// workgroup, which has whole rows.
+    pub(crate) const fn append_invocations(&self, num_rows: u64) -> u64 {
+        let chunks = self.head_dim / 8;
+        if self.has_row_scales() {
+            num_rows.div_ceil((self.workgroup_size / chunks) as u64) * self.workgroup_size as u64
+        } else {
+            num_rows * chunks as u64
+        }
+    }
+
     /// The same kernel with a rotary embedding; `append` and `rope` know it.
     #[must_use]
     pub fn with_rope(self, rope: RopeShape) -> Self {

@@ -1,12 +1,14 @@
 //! [`Decoder`]: sequences of tokens that a [`Model`] continues.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use futures_channel::oneshot;
 
 use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
+use super::generate::Prompt;
 use super::program::Rows;
 use super::sampler::{Sampler, Sampling, SamplingRequest};
 use super::transformer::{Model, Scratch};
@@ -22,7 +24,7 @@ pub struct DecoderOptions {
     pub block_size: u32,
     /// Blocks of the cache, shared by all sequences.
     pub num_blocks: u32,
-    /// How keys are stored.
+    /// How keys are stored. With scales per channel they must be calibrated before anything else: [`Decoder::calibrate_keys`].
     pub k_format: KvFormat,
     /// How values are stored.
     pub v_format: KvFormat,
@@ -290,6 +292,84 @@ impl Decoder {
     /// [`Error::UnknownSequence`](crate::Error::UnknownSequence).
     pub fn tokens(&self, sequence: SequenceId) -> ModelResult<&[u32]> {
         self.histories.get(&sequence).map(Vec::as_slice).ok_or(ModelError::Folio(Error::UnknownSequence(sequence)))
+    }
+
+    /// Fixes the scales of a key format with scales per channel from the keys that the model computes for some texts. To be called once, with an
+    /// empty cache; a few hundred tokens of what the model will see are enough. The texts go through a decoder of their own, with keys in f32.
+    ///
+    /// # Errors
+    /// Those of [`step`](Self::step) for a text, and of [`KvCache::calibrate_keys`]: for other formats, for no texts, or if there are sequences.
+    pub async fn calibrate_keys(&mut self, texts: &[&[u32]]) -> ModelResult<()> {
+        let block_size = self.options.block_size;
+        let longest = texts.iter().map(|text| text.len()).max().unwrap_or(0) as u32;
+        let options = DecoderOptions {
+            num_blocks: longest.div_ceil(block_size).max(1),
+            k_format: KvFormat::F32,
+            v_format: KvFormat::F16,
+            ..self.options
+        };
+        let mut decoder = Self::new(Arc::clone(&self.model), options).await?;
+        let mut keys = vec![Vec::new(); self.model.config().num_layers as usize];
+        for tokens in texts {
+            let sequence = decoder.create_sequence();
+            decoder.step(&[Input { sequence, tokens, sampling: None }]).await?;
+            for (layer, keys) in (0..).zip(&mut keys) {
+                keys.extend(decoder.cache.gather(sequence, layer).await?.k);
+            }
+            decoder.free(sequence)?;
+        }
+        for (layer, keys) in (0..).zip(&keys) {
+            self.cache.calibrate_keys(layer, keys)?;
+        }
+        Ok(())
+    }
+
+    /// [`Decoder::calibrate_keys`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::calibrate_keys`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn calibrate_keys_blocking(&mut self, texts: &[&[u32]]) -> ModelResult<()> {
+        self.gpu().clone().block_on(self.calibrate_keys(texts))
+    }
+
+    /// [`calibrate_keys`](Self::calibrate_keys) with what the model itself writes after some openings, up to `max_new_tokens` each: for programs
+    /// that have no texts at hand. Sampled with temperature 0.7, each opening with a seed of its own.
+    ///
+    /// # Errors
+    /// Those of [`generate`](Self::generate) for an opening, and of [`calibrate_keys`](Self::calibrate_keys).
+    pub async fn calibrate_keys_on_own_text(&mut self, openings: &[&[u32]], max_new_tokens: usize) -> ModelResult<()> {
+        let block_size = self.options.block_size;
+        let tokens: usize = openings.iter().map(|opening| opening.len() + max_new_tokens + block_size as usize).sum();
+        let num_blocks = u32::try_from(tokens).unwrap_or(u32::MAX).div_ceil(block_size).max(1);
+        let options = DecoderOptions { num_blocks, k_format: KvFormat::F16, v_format: KvFormat::F16, ..self.options };
+        let mut writer = Self::new(Arc::clone(&self.model), options).await?;
+        let prompts: Vec<_> = (0..)
+            .zip(openings)
+            .map(|(seed, &tokens)| Prompt {
+                sequence: writer.create_sequence(),
+                tokens,
+                sampling: Sampling { temperature: 0.7, seed, ..Sampling::default() },
+            })
+            .collect();
+        let stop = &self.model.config().eos_token_ids;
+        let texts = writer.generate(&prompts, max_new_tokens, stop, |_, _| ControlFlow::Continue(())).await?;
+        let texts: Vec<_> =
+            openings.iter().zip(&texts).map(|(opening, text)| [opening, &text.tokens[..]].concat()).collect();
+        self.calibrate_keys(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>()).await
+    }
+
+    /// [`Decoder::calibrate_keys_on_own_text`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::calibrate_keys_on_own_text`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn calibrate_keys_on_own_text_blocking(
+        &mut self,
+        openings: &[&[u32]],
+        max_new_tokens: usize,
+    ) -> ModelResult<()> {
+        self.gpu().clone().block_on(self.calibrate_keys_on_own_text(openings, max_new_tokens))
     }
 
     /// Runs every kernel once, so that the first real step doesn't wait for the driver's compiler. Takes free blocks meanwhile, for

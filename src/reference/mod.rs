@@ -41,6 +41,7 @@
 
 pub mod bound;
 pub mod compare;
+pub mod quantise;
 pub mod rope;
 
 use std::fmt;

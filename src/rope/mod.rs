@@ -143,14 +143,19 @@ impl Rope {
         let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
         let scratch =
             || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
-        let (new, k, v) = (scratch()?, scratch()?, scratch()?);
-        let [new, k, v, step, table] =
-            [&new, &k, &v, upload.buffer(), &self.table].map(wgpu::Buffer::as_entire_binding);
+        let Variant { k_segments, v_segments, .. } = *self.append.variant();
+        let new = scratch()?;
+        // What is written needs a buffer for each binding.
+        let sides = (0..k_segments.count + v_segments.count).map(|_| scratch()).collect::<Result<Vec<_>>>()?;
+        let [new, step, table] = [&new, upload.buffer(), &self.table].map(wgpu::Buffer::as_entire_binding);
         let params = params_binding::<CacheParams>(upload.buffer(), 0);
-        let append = [new.clone(), new, k.clone(), v, step.clone(), params.clone(), table.clone()];
+        let mut append = vec![new.clone(), new];
+        append.extend(sides.iter().map(wgpu::Buffer::as_entire_binding));
+        append.extend([step.clone(), params.clone(), table.clone()]);
+        let x = sides[0].as_entire_binding();
         let dispatches = [
             self.append.dispatch(gpu, &append, [1, 1, 1])?,
-            self.rotate.dispatch(gpu, &[k, step, table, params], [1, 1, 1])?,
+            self.rotate.dispatch(gpu, &[x, step, table, params], [1, 1, 1])?,
         ];
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         Recorder::from(&mut encoder).record("folio warm-up", &dispatches);

@@ -2,7 +2,8 @@
 
 use fastrand::Rng;
 use folio::reference::compare::{self, Comparison};
-use folio::reference::{ErrorModel, Options, Problem, attention_with_bound};
+use folio::reference::quantise::stored;
+use folio::reference::{ElementError, ErrorModel, Options, Problem, Rounding, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
 use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step};
 
@@ -82,7 +83,7 @@ impl Case {
         self
     }
 
-    /// Random rows, about normally distributed.
+    /// Random rows, about normally distributed; none of their elements is so near to the middle of two codes that f32 decides which it gets.
     pub(crate) fn rows(&self) -> Vec<Rows> {
         let mut rng = Rng::with_seed(self.seed);
         let mut normal = |n: u32, scale: f32| -> Vec<f32> {
@@ -111,7 +112,26 @@ impl Case {
                     .collect();
             }
         }
+        let channels = self.channels(&rows);
+        for rows in &mut rows {
+            settle(self.k_format, &mut rows.k, self.head_dim, channels.as_deref());
+            settle(self.v_format, &mut rows.v, self.head_dim, None);
+        }
         rows
+    }
+
+    /// Scales and least values that cover all keys, for formats that have them per channel: `[2, num_kv_heads, head_dim]`.
+    pub(crate) fn channels(&self, rows: &[Rows]) -> Option<Vec<f32>> {
+        if !self.k_format.has_channel_scales() {
+            return None;
+        }
+        let row = (self.num_kv_heads * self.head_dim) as usize;
+        let levels = ((1 << self.k_format.element_bits()) - 1) as f32;
+        let keys = |channel| rows.iter().flat_map(move |rows| rows.k.iter().skip(channel).step_by(row).copied());
+        let least: Vec<_> = (0..row).map(|channel| keys(channel).fold(f32::INFINITY, f32::min)).collect();
+        let most = (0..row).map(|channel| keys(channel).fold(f32::NEG_INFINITY, f32::max));
+        let scales: Vec<_> = most.zip(&least).map(|(most, least)| (most - least) / levels).collect();
+        Some([scales, least].concat())
     }
 
     /// Runs the case on `gpu` and compares every row with the oracle.
@@ -147,10 +167,17 @@ impl Case {
     #[track_caller]
     pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
         let (mut at, mut lse_at) = (0, 0);
+        let channels = self.channels(rows);
         for (i, rows) in rows.iter().enumerate() {
-            let (k, v) = (round(self.k_format, &rows.k), round(self.v_format, &rows.v));
+            let (k, k_error) = self.kept(self.k_format, &rows.k, channels.as_deref());
+            let (v, v_error) = self.kept(self.v_format, &rows.v, None);
             let problem = self.problem(rows, &k, &v);
-            let expected = attention_with_bound(&problem, &ErrorModel::F32).expect("a valid problem");
+            // A dot product over codes errs by the rounding of its partial sums, as a random walk; an output sums up codes that all have the
+            // same sign, one key after the other.
+            let k = folded(k_error * (f64::from(self.head_dim).sqrt() + 4.0));
+            let v = folded(v_error * f64::from(self.lens[i].0 + self.lens[i].1 + 4));
+            let model = ErrorModel { k, v, rounding: Rounding::Independent };
+            let expected = attention_with_bound(&problem, &model).expect("a valid problem");
             let got = &out[at..at + rows.q.len()];
             self.assert_within(gpu, i, &compare::out(&expected, got));
             at += rows.q.len();
@@ -161,6 +188,18 @@ impl Case {
             }
         }
         assert_eq!(at, out.len());
+    }
+
+    /// What the cache keeps of rows; and 2^-24 times the largest number on the way from codes to sums where kernels don't compute elements: least
+    /// value and scale * code apart.
+    fn kept(&self, format: KvFormat, rows: &[f32], channels: Option<&[f32]>) -> (Vec<f32>, f64) {
+        let kept = stored(format, rows, self.head_dim as usize, channels);
+        let values: Vec<_> = kept.values.iter().map(|&x| x as f32).collect();
+        let levels = f64::from((1_u32 << format.element_bits().min(8)) - 1);
+        let largest = values.iter().zip(&kept.steps).map(|(x, step)| f64::from(x.abs()) + 2.0 * levels * step);
+        let is_folded = format.has_row_scales() || format.has_channel_scales();
+        let error = if is_folded { largest.fold(0.0, f64::max) / f64::from(1 << 24) } else { 0.0 };
+        (values, error)
     }
 
     #[track_caller]
@@ -245,6 +284,9 @@ impl Case {
         };
         let cache = KvCache::new_blocking(gpu, config).expect("cache");
         poison(&cache);
+        if let Some(channels) = self.channels(rows) {
+            cache.set_key_scales(0, &channels).expect("scales");
+        }
         shuffle(&cache, self.seed);
         let sequences = self.append_context(&cache, rows);
         (cache, sequences)
@@ -255,12 +297,17 @@ impl Case {
         let sequences: Vec<_> = self.lens.iter().map(|_| cache.create_sequence()).collect();
         let row = (self.num_kv_heads * self.head_dim) as usize;
         // Sequences grow in turns of a few tokens where that is cheap, so that their blocks interleave.
+        // A step's rows must fit into a binding.
+        let most = cache.gpu().limits().max_storage_buffer_binding_size / (4 * row * self.lens.len()) as u64;
         let mut done = vec![0; self.lens.len()];
         loop {
             let mut batch = Vec::new();
             let (mut k, mut v) = (Vec::new(), Vec::new());
             for (i, &(context_len, _)) in self.lens.iter().enumerate() {
-                let turn = (context_len / 3).max(self.block_size + 1).min(context_len - done[i]);
+                let turn = (context_len / 3)
+                    .max(self.block_size + 1)
+                    .min(u32::try_from(most).unwrap_or(u32::MAX))
+                    .min(context_len - done[i]);
                 if turn > 0 {
                     let range = done[i] as usize * row..(done[i] + turn) as usize * row;
                     k.extend_from_slice(&rows[i].k[range.clone()]);
@@ -328,7 +375,32 @@ pub(crate) fn arrange(cache: &KvCache, order: &[u32]) {
     assert_eq!(cache.usage().free, cache.usage().total, "an order of all blocks");
 }
 
-/// What the cache keeps of `rows`.
+/// An error of each element.
+fn folded(absolute: f64) -> ElementError {
+    ElementError { relative: 0.0, absolute }
+}
+
+/// Moves elements that lie within a hundredth of a step of the middle of two codes away from it.
+fn settle(format: KvFormat, rows: &mut [f32], head_dim: u32, channels: Option<&[f32]>) {
+    // The least or largest element of a row may move too, and its scale with it.
+    for _ in 0..100 {
+        let kept = stored(format, rows, head_dim as usize, channels);
+        let mut is_settled = true;
+        for ((x, value), step) in rows.iter_mut().zip(kept.values).zip(kept.steps) {
+            let off = value - f64::from(*x);
+            if step > 0.0 && (off.abs() - 0.5 * step).abs() < 0.01 * step {
+                *x += (0.05 * off) as f32;
+                is_settled = false;
+            }
+        }
+        if is_settled {
+            return;
+        }
+    }
+    panic!("rows that don't settle");
+}
+
+/// What the cache keeps of `rows` in a format without scales.
 pub(crate) fn round(format: KvFormat, rows: &[f32]) -> Vec<f32> {
     match format {
         KvFormat::F16 => rows.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect(),

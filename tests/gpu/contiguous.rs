@@ -1,7 +1,7 @@
 //! The contiguous cache: attention against the oracle and against the paged cache, where its bytes lie, and what it refuses.
 
 use fastrand::Rng;
-use folio::KvFormat::{F16, F32};
+use folio::KvFormat::{E4M3, F16, F32, Int4, Int4PerChannel, Int8};
 use folio::wgpu;
 use folio::{
     Attention, ContiguousCache, ContiguousConfig, ErrorKind, Gpu, KvCache, KvFormat, KvRows, Rope, RopeConfig, Step,
@@ -15,7 +15,8 @@ use crate::tokens::{self, SHAPE};
 use ErrorKind::{Caller, Device, Retry};
 
 /// Each format on either side.
-const FORMATS: [(KvFormat, KvFormat); 4] = [(F32, F32), (F16, F16), (F32, F16), (F16, F32)];
+const FORMATS: [(KvFormat, KvFormat); 7] =
+    [(F32, F32), (F16, F16), (F32, F16), (F16, F32), (Int8, Int8), (Int4PerChannel, Int4), (E4M3, Int8)];
 
 /// A cache of a row for each sequence of the case, and its attention.
 struct Contiguous {
@@ -51,6 +52,9 @@ impl Contiguous {
 
     /// Appends the context of each row in two steps.
     fn fill(&self, case: &Case, rows: &[Rows]) {
+        if let Some(channels) = case.channels(rows) {
+            self.cache.set_key_scales(0, &channels).expect("scales");
+        }
         let row_len = (case.num_kv_heads * case.head_dim) as usize;
         for part in 0..2 {
             let ranges = case.lens.iter().map(|&(context_len, _)| {
@@ -114,7 +118,7 @@ const LENS: [(u32, u32); 7] = [(99, 1), (0, 1), (50, 1), (7, 16), (60, 40), (0, 
 fn ragged_batches_in_every_family_and_format() {
     for (i, how) in ALL.into_iter().enumerate() {
         let Some(gpu) = adapter::open(how) else { return };
-        let formats = if [CPU, GPU].contains(&how) { &FORMATS[..] } else { &FORMATS[i % 4..][..1] };
+        let formats = if [CPU, GPU].contains(&how) { &FORMATS[..] } else { &FORMATS[i % FORMATS.len()..][..1] };
         for (j, &(k_format, v_format)) in formats.iter().enumerate() {
             // 103 divides into no tile, 100 into some.
             let max_seq_len = [100, 103][(i + j) % 2];

@@ -15,6 +15,8 @@ mod bad_input;
 mod cache;
 mod case;
 mod contiguous;
+mod encoded;
+mod formats;
 mod isolation;
 mod model_based;
 mod movable;

@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::task::{Context, Waker};
 
 use fastrand::Rng;
-use folio::KvFormat::{F16, F32};
+use folio::KvFormat::{E4M3, F16, F32, Int4, Int4PerChannel, Int8};
 use folio::{
     Attention, AttentionConfig, BlockId, Error, ErrorKind, Gpu, KvCache, KvCacheConfig, KvRows, PoolUsage, SequenceId,
     SequenceSnapshot,
@@ -19,6 +19,11 @@ use crate::tokens::{self, SHAPE, assert_holds, begin, encoder, grow, run, sequen
 fn cache_of(gpu: &Gpu, config: KvCacheConfig, seed: u64) -> KvCache {
     let cache = KvCache::new_blocking(gpu, config).expect("cache");
     poison(&cache);
+    if config.k_format.has_channel_scales() {
+        let row = (config.num_kv_heads * config.head_dim) as usize;
+        let keys = [vec![-2.0; row], vec![2.0; row]].concat();
+        (0..config.num_layers).for_each(|layer| cache.calibrate_keys(layer, &keys).expect("scales"));
+    }
     shuffle(&cache, seed);
     cache
 }
@@ -125,9 +130,14 @@ fn every_shape_comes_back_bit_by_bit_at_other_blocks() {
 
 fn every_shape(gpu: &Gpu) {
     let mut rng = Rng::with_seed(21);
-    for (block_size, num_kv_heads, head_dim, k_format, v_format) in
-        [(1, 1, 8, F16, F32), (5, 3, 24, F32, F16), (16, 2, 40, F32, F32), (64, 2, 64, F16, F16)]
-    {
+    for (block_size, num_kv_heads, head_dim, k_format, v_format) in [
+        (1, 1, 8, F16, F32),
+        (5, 3, 24, F32, F16),
+        (16, 2, 40, F32, F32),
+        (16, 2, 40, Int8, Int4),
+        (5, 3, 24, Int4PerChannel, E4M3),
+        (64, 2, 64, F16, F16),
+    ] {
         let shape =
             KvCacheConfig { num_layers: 3, num_kv_heads, head_dim, block_size, num_blocks: 0, k_format, v_format };
         let len = 3 * block_size + 1 + rng.u32(0..block_size);

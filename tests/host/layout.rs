@@ -227,6 +227,26 @@ fn formats_state_their_size_and_error() {
     assert_eq!(format!("{:>4}/{:<4}", KvFormat::F32, KvFormat::F16), " F32/F16 ");
 }
 
+/// What the docs of the formats promise of rows of 128 elements, scales included.
+#[test]
+fn formats_take_the_bytes_that_they_state() {
+    let bytes = |format| KvLayout { num_kv_heads: 8, head_dim: 128, block_size: 16, format }.token_row_bytes();
+    assert_eq!(KvFormat::ALL.map(bytes), [512, 256, 128, 132, 68, 128, 64]);
+    let ratio = |format| bytes(format) as f64 / bytes(KvFormat::F16) as f64;
+    assert!(ratio(KvFormat::Int8) <= 0.52 && ratio(KvFormat::Int4) <= 0.29);
+}
+
+/// Half a step of the widened range, by hand.
+#[test]
+fn row_errors_by_hand() {
+    let near = |got: f64, want: f64| (got - want).abs() <= 1e-3 * want;
+    assert!(near(KvFormat::Int8.row_error(0.0, 255.0), 0.5 * (1.0 + 1.0 / 128.0)));
+    assert!(near(KvFormat::Int4.row_error(-128.0, 21.0), 0.5 * 10.0 * (1.0 + 1.0 / 128.0)));
+    assert_eq!(KvFormat::F16.row_error(0.0, 1.0), 0.0);
+    // Steps end at 2^-118.
+    assert!(near(KvFormat::Int8.row_error(0.0, 0.0), 0.5_f64.powi(119) + 0.5_f64.powi(126)));
+}
+
 #[test]
 fn formats_are_read_by_their_names() {
     for format in KvFormat::ALL {

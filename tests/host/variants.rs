@@ -15,7 +15,9 @@ const SEGMENTS: [[Segments; 2]; 3] = [
     [Segments { count: 2, blocks: 32 }, Segments::ONE],
     [Segments { count: 3, blocks: 22 }, Segments { count: 2, blocks: 33 }],
 ];
-const FORMATS: [KvFormat; 2] = [KvFormat::F32, KvFormat::F16];
+const FORMATS: [KvFormat; 7] = KvFormat::ALL;
+/// Those without scales per channel.
+const V_FORMATS: [KvFormat; 5] = [KvFormat::F32, KvFormat::F16, KvFormat::E4M3, KvFormat::Int8, KvFormat::Int4];
 /// SwiftShader 4, lavapipe 8, Intel 8 to 32, NVIDIA and Apple 32, AMD 32 or 64; WARP varies, which is 0.
 const SUBGROUP_SIZES: [u32; 6] = [0, 4, 8, 16, 32, 64];
 
@@ -82,7 +84,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         BLOCK_SIZES.len(),
         KV_HEADS.len(),
         FORMATS.len(),
-        FORMATS.len(),
+        V_FORMATS.len(),
         ropes(kernel, 8).len(),
         segments.len(),
     ];
@@ -94,7 +96,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
             block_size: BLOCK_SIZES[choice[4]],
             num_blocks: 64,
             k_format: FORMATS[choice[6]],
-            v_format: FORMATS[choice[7]],
+            v_format: V_FORMATS[choice[7]],
         };
         let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
             .with_segments(segments[choice[9]]);
