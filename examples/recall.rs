@@ -41,6 +41,9 @@ struct Options {
     /// Fail if a format answers more points fewer than the first one does, as in "int8=1,int4-channel:int4=5"
     #[arg(long, value_delimiter = ',', value_name = "FORMATS=POINTS")]
     max_loss: Vec<MaxLoss>,
+    /// Also print the answers by kind of question and by distance
+    #[arg(long)]
+    details: bool,
     /// Print the wrong answers
     #[arg(long)]
     show_wrong: bool,
@@ -146,7 +149,10 @@ fn main() -> Result<()> {
     for &formats in &options.cache {
         outcomes.push((formats, ask_all(&model, &tokenizer, &stories, formats, options.show_wrong)?));
     }
-    print_tables(&outcomes);
+    print_table(&outcomes);
+    if options.details {
+        print_details(&outcomes);
+    }
 
     if let Some(percent) = options.require
         && let Some((name, outcome)) = outcomes.iter().find(|(_, outcome)| outcome.total.percent() < percent)
@@ -250,7 +256,7 @@ fn calibrate(decoder: &mut Decoder, tokenizer: &Tokenizer) -> Result<()> {
     Ok(decoder.calibrate_keys_on_own_text_blocking(&openings, STORY_TOKENS)?)
 }
 
-fn print_tables(outcomes: &[(KvFormats, Outcome)]) {
+fn print_table(outcomes: &[(KvFormats, Outcome)]) {
     let base = &outcomes[0];
     println!(
         "{:20} bytes/token   of {1}'s   right              points   prefill   decode   of {1}'s",
@@ -269,6 +275,9 @@ fn print_tables(outcomes: &[(KvFormats, Outcome)]) {
             outcome.decode.as_secs_f64() / base.1.decode.as_secs_f64()
         );
     }
+}
+
+fn print_details(outcomes: &[(KvFormats, Outcome)]) {
     for (title, scores) in [
         ("kind of question", outcomes.iter().map(|(_, o)| lines(&o.by_kind)).collect::<Vec<_>>()),
         ("tokens back", outcomes.iter().map(|(_, o)| lines(&o.by_distance)).collect()),

@@ -76,7 +76,7 @@ fn {{ name }}_dims_{{ d }}(element: {{ type }}) -> vec4<f32> {
 {% macro scale_word_function(sides, side, element) %}
 fn {{ side.name }}_scale_word(row: u32) -> u32 {
 {% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
-    let at = {{ local }} / {{ side.block_rows }}u * {{ side.block_bytes // 4 }}u + {{ local }} % {{ side.block_rows }}u + {{ side.block_rows * side.row_bytes // 4 }}u;
+    let at = {{ sides.scale_word(side, local) }};
     return {{ sides.word(cache, element, "at") }};
 {%- endcall %}
 }
