@@ -34,7 +34,9 @@ pub enum Error {
         need: String,
     },
     /// The sequence was never created by this cache, or it has been freed.
-    #[error("sequence: {0} is not in this cache; need an id from create_sequence or fork that has not been freed")]
+    #[error(
+        "sequence: {0} is not in this cache; need an id that it gave out and that has not been freed or swapped out"
+    )]
     UnknownSequence(SequenceId),
     /// The sequence belongs to a step, a swap-out or a defragmentation that is neither finished nor dropped.
     #[error("sequence: {0} is in an open step, swap-out or defragmentation; need that finished or dropped first")]

@@ -23,29 +23,42 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KvFormat {
-    /// 32-bit floats: what was appended, bit for bit.
+    /// 32-bit floats: what was appended, bit for bit. A row of one token and KV head takes `4 * head_dim` bytes.
     #[default]
     F32,
     /// IEEE half precision, two elements in a `u32` (the lower half is the even dim). Needs no `shader-f16`: the kernels
     /// convert with integer arithmetic. Rounding is to nearest, ties to even, on every adapter; finite values beyond the
     /// range saturate at ±65504.
+    ///
+    /// A row takes `2 * head_dim` bytes; an element is within [`relative_error`](Self::relative_error) or [`absolute_error`](Self::absolute_error).
     F16,
     /// 8-bit floats with 4 bits of exponent and 3 of mantissa (OCP E4M3, no infinities), four elements in a `u32`, the first one
     /// lowest. No scale: finite values beyond the range saturate at ±448; infinities become NaN. Rounding is to nearest, ties to even.
+    ///
+    /// A row takes `head_dim` bytes; an element is within [`relative_error`](Self::relative_error) or [`absolute_error`](Self::absolute_error).
     E4M3,
     /// 8-bit codes with a scale and a least value per row (token and KV head): `x = least + scale * code`. The least value is rounded
     /// down to a bfloat16 and the scale up (where it is more than 2^-20 above one), so that the codes 0 to 255 cover the row; both stand in
     /// one `u32` per row. Four codes in a `u32`, the first one lowest. A row with a NaN or an infinity reads as NaN as a whole.
+    ///
+    /// A row takes `head_dim + 4` bytes; an element is within [`row_error`](Self::row_error): half a step, some 1/510 of the row's range.
     Int8,
     /// 4-bit codes, 0 to 15, with a scale and a least value per row, as [`KvFormat::Int8`]. Eight codes in a `u32`: the first four in the lower
     /// halves of its bytes, the others in the upper halves.
+    ///
+    /// A row takes `head_dim / 2 + 4` bytes; an element is within [`row_error`](Self::row_error), some 1/30 of the row's range.
     Int4,
     /// 8-bit codes with a scale and a least value per layer, KV head and channel (element of a row), fixed by
     /// [`KvCache::calibrate_keys`](super::KvCache::calibrate_keys) before anything is appended; values outside the calibrated range
     /// saturate at its ends, and a NaN becomes some value of the range. For K only: keys have channels that are large in
     /// every token, which scales per token serve badly (KIVI, Liu et al. 2024).
+    ///
+    /// A row takes `head_dim` bytes, and a layer `8 * num_kv_heads * head_dim` bytes once; an element within the calibrated range of its
+    /// channel is within half a step, 1/510 of that range.
     Int8PerChannel,
     /// 4-bit codes with a scale and a least value per layer, KV head and channel, as [`KvFormat::Int8PerChannel`].
+    ///
+    /// A row takes `head_dim / 2` bytes; an element within the calibrated range of its channel is within 1/30 of that range.
     Int4PerChannel,
 }
 

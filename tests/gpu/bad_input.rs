@@ -199,7 +199,7 @@ fn unknown_sequences() {
     let [k, v] = [0, 1].map(|_| fixture.buffer(64, BufferUsages::STORAGE));
     for unknown in [freed, foreign[0], foreign[99]] {
         let name = format!("{unknown} is not in this cache");
-        let parts = ["sequence: ", &name, "need an id from create_sequence or fork"];
+        let parts = ["sequence: ", &name, "need an id that it gave out"];
         refused(cache.seq_len(unknown), Caller, &parts);
         refused(cache.block_table(unknown), Caller, &parts);
         refused(cache.fork(unknown), Caller, &parts);

@@ -8,7 +8,7 @@ use folio::model::{
     Decoder, DecoderOptions, Finish, Input, LogitRows, Model, ModelConfig, ModelError, ModelOptions, ModelResult,
     Prompt, Sampling, TensorSource, WeightFormat, WeightSource,
 };
-use folio::{Error, Gpu, KvFormat, SequenceId};
+use folio::{Error, Gpu, KvFormat, KvFormats, SequenceId};
 
 use crate::adapter;
 
@@ -66,6 +66,62 @@ fn forks_and_rollbacks_continue_as_if_alone() {
         decoder.free(sequence).unwrap();
     }
     assert_eq!(decoder.usage().used, 0);
+}
+
+/// Every cache format: logits near those of an F32 cache, the nearer the more bits there are, and a fork and a roll-back that change nothing.
+#[test]
+fn every_cache_format_tells_about_the_same() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let prompt = tokens(70, 3);
+    let openings = [tokens(12, 5), tokens(9, 6)];
+    let openings: Vec<_> = openings.iter().map(Vec::as_slice).collect();
+    let mut exact = Vec::new();
+    for formats in KvFormats::ALL {
+        let mut decoder = decoder_with(&gpu, DecoderOptions { k_format: formats.k, v_format: formats.v, ..small(64) });
+        let sequence = decoder.create_sequence();
+        if formats.k.has_channel_scales() {
+            let input = Input { sequence, tokens: &prompt, sampling: None };
+            let error = decoder.step_blocking(&[input]).expect_err("not calibrated").to_string();
+            assert!(error.contains("calibrate_keys"), "{error}");
+            assert_eq!((decoder.tokens(sequence).unwrap().len(), decoder.usage().used), (0, 0));
+            decoder.calibrate_keys_on_own_text_blocking(&openings, 60).unwrap();
+            // And again, with texts of the caller's.
+            decoder.calibrate_keys_blocking(&[&prompt, openings[0]]).unwrap();
+        }
+        let mut all =
+            |sequence, tokens| decoder.logits_blocking(&[(sequence, tokens)], LogitRows::All).unwrap().remove(0);
+        let logits = all(sequence, &prompt);
+        if exact.is_empty() {
+            exact = logits;
+            continue;
+        }
+        let mean = exact.iter().sum::<f32>() / exact.len() as f32;
+        let spread = (exact.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / exact.len() as f32).sqrt();
+        let squares: f32 = exact.iter().zip(&logits).map(|(a, b)| (a - b).powi(2)).sum();
+        let error = (squares / exact.len() as f32).sqrt() / spread;
+        println!("{formats:18} {error:.1e} of the spread");
+        // Halves have 11 significant bits, E4M3 has 4; the random weights make attention sharp, which enlarges both.
+        let most = match formats.k.element_bits() {
+            16 => 1e-2,
+            8 => 0.2,
+            _ => 0.8,
+        };
+        assert!(error > 0.0 && error < most, "{formats}: {error:.1e} of the spread");
+
+        let fork = decoder.fork(sequence).unwrap();
+        decoder.truncate(fork, 37).unwrap();
+        let again = decoder.logits_blocking(&[(fork, &prompt[37..])], LogitRows::Last).unwrap().remove(0);
+        let last = &logits[logits.len() - again.len()..];
+        let worst = again.iter().zip(last).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 2e-4 * spread, "{formats}: {worst:.1e} after a roll-back");
+        if formats.k.has_channel_scales() {
+            let error = decoder.calibrate_keys_blocking(&[&prompt]).expect_err("sequences").to_string();
+            assert!(error.contains("an empty cache"), "{error}");
+        } else {
+            let error = decoder.calibrate_keys_blocking(&[&prompt]).expect_err("no such scales").to_string();
+            assert!(error.contains("a format with scales per channel"), "{error}");
+        }
+    }
 }
 
 #[test]
