@@ -121,7 +121,7 @@ fn scattered(cache: &KvCache, len: u32, rng: &mut Rng) -> (SequenceId, SequenceI
 #[test]
 fn every_shape_comes_back_bit_by_bit_at_other_blocks() {
     // The profiles choose differently between the kernel and copy commands. With small bindings, the sides of the last shape are cut.
-    let cut = |how| Open { max_binding_bytes: Some(1 << 20), ..how };
+    let cut = |how| Open { max_binding_bytes: Some(4 << 20), ..how };
     for how in [CPU, GPU, cut(CPU), cut(GPU)] {
         let Some(gpu) = adapter::open(how) else { return };
         every_shape(&gpu);
