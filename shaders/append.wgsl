@@ -5,10 +5,8 @@
 // K rows are turned by their tokens' positions before.
 {% endif %}
 // One invocation writes 8 elements of one row of K and the same of V.
-{% set k_scaled = k_format in ["int8", "int4"] %}
-{% set v_scaled = v_format in ["int8", "int4"] %}
-{% set levels = {"int8": 255, "int4": 15} %}
-{% if k_scaled or v_scaled %}
+{% set row_scales = k_side.row_scales or v_side.row_scales %}
+{% if row_scales %}
 // The invocations of a row are neighbours in a workgroup, and find the row's range together.
 // Iterations per invocation: head_dim / 8.
 {% else %}
@@ -33,7 +31,7 @@
 @group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
 {% endif %}
 
-{% if k_scaled or v_scaled %}
+{% if row_scales %}
 const ROWS: u32 = WORKGROUP_SIZE / CHUNKS;
 
 var<workgroup> ranges: array<vec4<u32>, WORKGROUP_SIZE>;  // [lane]: least and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
@@ -92,7 +90,7 @@ fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
 {% endif %}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-{% if k_scaled or v_scaled %}
+{% if row_scales %}
   let chunk = lane % CHUNKS;
   let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / CHUNKS;
 {% else %}
@@ -102,7 +100,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
   let kv_head = row % NUM_KV_HEADS;
   let token = row / NUM_KV_HEADS;
-{% if k_scaled or v_scaled %}
+{% if row_scales %}
   let live = lane < ROWS * CHUNKS && token < params.num_tokens;
   var k = Chunk();
   var v = Chunk();
@@ -115,7 +113,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
     v = Chunk(v_new[at], v_new[at + 1u]);
   }
-  ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_scaled else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_scaled else "0u, 0u" }});
+  ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
   workgroupBarrier();
   // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
   if (live && chunk == 0u) {
@@ -124,7 +122,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
       let next = ranges[other];
       range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
     }
-    ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(levels[k_format]) if k_scaled else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(levels[v_format]) if v_scaled else "0u" }}, 0u, 0u);
+    ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales else "0u" }}, 0u, 0u);
   }
   workgroupBarrier();
   if (!live) {
@@ -144,6 +142,6 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
   let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
   let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
-  store_k(cache_row, chunk, k.lo, k.hi{{ ", pairs.x" if k_scaled }});
-  store_v(cache_row, chunk, v.lo, v.hi{{ ", pairs.y" if v_scaled }});
+  store_k(cache_row, chunk, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
+  store_v(cache_row, chunk, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
 }

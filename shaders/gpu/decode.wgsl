@@ -9,9 +9,9 @@
 {# 4 dims of int4 are half a word: two invocations read the same one. #}
 {% set v_halves = v_format == "int4" and v_dims == 4 %}
 {# Scales per row: of K they are applied to sums, of V to weights. Scales per channel: the query takes them. #}
-{% set k_row_scales = k_format in ["int8", "int4"] %}
-{% set v_row_scales = v_format in ["int8", "int4"] %}
-{% set k_channel_scales = k_format in ["int8_channel", "int4_channel"] %}
+{% set k_row_scales = k_side.row_scales %}
+{% set v_row_scales = v_side.row_scales %}
+{% set k_channel_scales = k_side.channel_scales %}
 {% set k_affine = k_row_scales or k_channel_scales %}
 {% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
 {% set k_row = head_dim // k_dims %}

@@ -3,9 +3,9 @@
 {# 8 dims whatever they take: wider elements would leave most invocations without any to widen. #}
 {% set k_dims = 4 if k_format == "f32" else 8 %}
 {% set v_dims = 4 if v_format == "f32" else 8 %}
-{% set k_row_scales = k_format in ["int8", "int4"] %}
-{% set v_row_scales = v_format in ["int8", "int4"] %}
-{% set k_channel_scales = k_format in ["int8_channel", "int4_channel"] %}
+{% set k_row_scales = k_side.row_scales %}
+{% set v_row_scales = v_side.row_scales %}
+{% set k_channel_scales = k_side.channel_scales %}
 {% set head_vec4s = head_dim // 4 %}
 {# An invocation has 4 rows, and every `lanes`th key of the tile and vec4 of the head. #}
 {% set row_sets = tile_q // 4 %}

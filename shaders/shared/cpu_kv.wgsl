@@ -34,9 +34,9 @@ divide a block.
 {% set k_dims = k.dims %}
 {% set v_type = v.type %}
 {% set v_dims = v.dims %}
-{% set k_row_scales = k_format in ["int8", "int4"] %}
-{% set v_row_scales = v_format in ["int8", "int4"] %}
-{% set k_channel_scales = k_format in ["int8_channel", "int4_channel"] %}
+{% set k_row_scales = k_side.row_scales %}
+{% set v_row_scales = v_side.row_scales %}
+{% set k_channel_scales = k_side.channel_scales %}
 
 {# Word n of the loaded value x. #}
 {% macro word_of(type, x, n) %}

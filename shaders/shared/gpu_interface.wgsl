@@ -4,6 +4,7 @@
 #}
 {% import "shared/kv_side.wgsl" as side %}
 {% import "shared/gpu_kv.wgsl" as kv %}
+{% import "shared/kv_codes.wgsl" as codes %}
 {% set after = 1 + k_side.segments + v_side.segments %}
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
@@ -80,10 +81,13 @@ fn cache_row(entry: u32, kv_head: u32, key: u32) -> u32 {
 
 {{ side.element_function(k_side, "KElement", k_side.row_bytes * k_dims // head_dim) }}
 {{ side.element_function(v_side, "VElement", [v_side.row_bytes * v_dims // head_dim, 4]|max) }}
-{% for s, dims in [(k_side, k_dims), (v_side, v_dims)] if s.format in ["int8", "int4"] %}
-{{ kv.scale_word_function(side, s, kv.element_type(s, dims, head_dim)) }}
+{% if "e4m3" in [k_format, v_format] %}
+{{ codes.e4m3_floats() }}
+{% endif %}
+{% for s, dims in [(k_side, k_dims), (v_side, v_dims)] if s.row_scales %}
+{{ side.scale_word_function(s, kv.element_type(s, dims, head_dim)) }}
 {% endfor %}
-{% if k_side.format in ["int8_channel", "int4_channel"] %}
+{% if k_side.channel_scales %}
 {{ kv.channel_function(side, k_side, kv.element_type(k_side, k_dims, head_dim)) }}
 {% endif %}
 fn head_slope(q_head: u32) -> f32 {

@@ -23,21 +23,7 @@
 {% set name = side.name %}
 {% set type = name|upper ~ "Element" %}
 alias {{ type }} = {{ element_type(side, dims, head_dim) }};
-{% if side.format == "e4m3" %}
-
-// Four 8-bit floats: 4 bits of exponent, 3 of mantissa, NaN where all of these are set. Their bits are moved to
-// where an f32 has them. Below 2^-6 that gives 2^-7 * (1 + m / 8) for 2^-6 * m / 8: no subnormal f32 or f16, which
-// adapters flush, is met. NaN is made by integers, which no compiler takes to be impossible.
-fn {{ name }}_floats(word: u32) -> vec4<f32> {
-    let bytes = vec4<u32>(word, word >> 8u, word >> 16u, word >> 24u);
-    let magnitude = bytes & vec4<u32>(0x7fu);
-    let f = bitcast<vec4<f32>>((magnitude << vec4<u32>(20u)) + vec4<u32>(0x3c000000u));
-    // The second is the smaller one below 2^-6 only.
-    let value = bitcast<vec4<u32>>(min(f, 2.0 * f - vec4<f32>(0.015625)));
-    let sign = (bytes << vec4<u32>(24u)) & vec4<u32>(0x80000000u);
-    return bitcast<vec4<f32>>(sign | select(value, vec4<u32>(0x7fc00000u), magnitude == vec4<u32>(0x7fu)));
-}
-{% elif side.format in ["int8", "int8_channel"] %}
+{% if side.format in ["int8", "int8_channel"] %}
 
 fn {{ name }}_codes(word: u32) -> vec4<f32> {
     return vec4<f32>(f32(word & 0xffu), f32((word >> 8u) & 0xffu), f32((word >> 16u) & 0xffu), f32(word >> 24u));
@@ -59,7 +45,7 @@ fn {{ name }}_dims_{{ d }}(element: {{ type }}) -> vec4<f32> {
     // Two halves per word, the even dim in the low one.
     return vec4<f32>(unpack2x16float({{ element_word(side, dims, head_dim, d // 2) }}), unpack2x16float({{ element_word(side, dims, head_dim, d // 2 + 1) }}));
 {% elif side.format == "e4m3" %}
-    return {{ name }}_floats({{ element_word(side, dims, head_dim, d // 4) }});
+    return e4m3_floats({{ element_word(side, dims, head_dim, d // 4) }});
 {% elif side.format in ["int8", "int8_channel"] %}
     return {{ name }}_codes({{ element_word(side, dims, head_dim, d // 4) }});
 {% else %}
@@ -67,19 +53,6 @@ fn {{ name }}_dims_{{ d }}(element: {{ type }}) -> vec4<f32> {
 {% endif %}
 }
 {% endfor %}
-{% endmacro %}
-
-{#
-  fn {name}_scale_word(row), in formats with scales per row: the word that holds a row's scale and least value.
-  Kernels read it beside the row and unpack it when it is needed (row_scale_of), so that nobody waits for it.
-#}
-{% macro scale_word_function(sides, side, element) %}
-fn {{ side.name }}_scale_word(row: u32) -> u32 {
-{% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
-    let at = {{ sides.scale_word(side, local) }};
-    return {{ sides.word(cache, element, "at") }};
-{%- endcall %}
-}
 {% endmacro %}
 
 {# fn {name}_channel_vec4(plane, kv_head, d), in formats with scales per channel: scales (plane 0) or least values (1) of vec4 `d` of the head. #}

@@ -51,7 +51,7 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 
 {# Declares lo and hi of `x`, a scale or least value of each element of a chunk. #}
 {% macro scale_of_chunk(side, x, plane) %}
-{% if side.format in ["int8", "int4"] %}
+{% if side.row_scales %}
   let {{ x }}_lo = vec4<f32>(pair[{{ plane }}]);
   let {{ x }}_hi = {{ x }}_lo;
 {% else %}
@@ -61,25 +61,22 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 {% endmacro %}
 
 {% macro store(side) %}
-{% set row_scales = side.format in ["int8", "int4"] %}
-{% set channel_scales = side.format in ["int8_channel", "int4_channel"] %}
-{% if channel_scales %}
+{% if side.channel_scales %}
 {{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
 {% endif %}
 // Writes elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}
-{%- if row_scales %}, whose scale and least value are `row_pair`{% endif %}.
-fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ", row_pair: u32" if row_scales }}) {
-{% if row_scales %}
-  let pair = vec2<f32>(bitcast<f32>(row_pair << 16u), bitcast<f32>(row_pair & 0xffff0000u));
-{% elif channel_scales %}
+{%- if side.row_scales %}, whose scale and least value are `row_pair`{% endif %}.
+fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ", row_pair: u32" if side.row_scales }}) {
+{% if side.row_scales %}
+  let pair = {{ sides.scale_pair("row_pair") }};
+{% elif side.channel_scales %}
   let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
 {% endif %}
-{% if row_scales or channel_scales %}
-{% set levels = 255 if side.format in ["int8", "int8_channel"] else 15 %}
+{% if side.row_scales or side.channel_scales %}
 {{ scale_of_chunk(side, "scale", 0) }}
 {{- scale_of_chunk(side, "least", 1) }}
-  let codes_lo = affine_codes(lo, scale_lo, least_lo, {{ levels }}u);
-  let codes_hi = affine_codes(hi, scale_hi, least_hi, {{ levels }}u);
+  let codes_lo = affine_codes(lo, scale_lo, least_lo, {{ side.levels }}u);
+  let codes_hi = affine_codes(hi, scale_hi, least_hi, {{ side.levels }}u);
 {% elif side.format == "e4m3" %}
   let codes_lo = e4m3_bits(lo);
   let codes_hi = e4m3_bits(hi);
@@ -99,7 +96,7 @@ fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ",
   {{ cache }}[at] = byte_word(codes_lo);
   {{ cache }}[at + 1u] = byte_word(codes_hi);
 {% endif %}
-{% if row_scales %}
+{% if side.row_scales %}
   if (chunk == 0u) {
     {{ cache }}[{{ sides.scale_word(side, local) }}] = row_pair;
   }
@@ -110,21 +107,19 @@ fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ",
 {% endmacro %}
 
 {% macro load(side) %}
-{% set row_scales = side.format in ["int8", "int4"] %}
-{% set channel_scales = side.format in ["int8_channel", "int4_channel"] %}
-{% if row_scales %}
+{% if side.row_scales %}
 {{ sides.row_scale_function(side, element_type(side.format)) }}
-{% elif channel_scales %}
+{% elif side.channel_scales %}
 {{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
 {% endif %}
 // Reads elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
 fn load_{{ side.name }}(row: u32, chunk: u32) -> Chunk {
-{% if row_scales %}
+{% if side.row_scales %}
   let pair = {{ side.name }}_row_scale(row);
-{% elif channel_scales %}
+{% elif side.channel_scales %}
   let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
 {% endif %}
-{% if row_scales or channel_scales %}
+{% if side.row_scales or side.channel_scales %}
 {{ scale_of_chunk(side, "scale", 0) }}
 {{- scale_of_chunk(side, "least", 1) }}
 {% endif %}

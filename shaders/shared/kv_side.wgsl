@@ -68,15 +68,29 @@ fn {{ side.name }}_element(row: u32, part: u32) -> {{ element }} {
     {{ row }} / {{ side.block_rows }}u * {{ side.block_bytes // 4 }}u + {{ row }} % {{ side.block_rows }}u + {{ side.block_rows * side.row_bytes // 4 }}u
 {%- endmacro %}
 
-{# fn {name}_row_scale(row): scale and least value of a row, in formats with scales per row. #}
-{% macro row_scale_function(side, element) %}
-// Scale and least value of a row of {{ side.name|upper }}.
-fn {{ side.name }}_row_scale(row: u32) -> vec2<f32> {
+{# fn {name}_scale_word(row), in formats with scales per row: the word that holds a row's scale and least value. GPU kernels read it beside the
+   row and unpack it (`scale_pair`) when it is needed, so that nobody waits for it. #}
+{% macro scale_word_function(side, element) %}
+fn {{ side.name }}_scale_word(row: u32) -> u32 {
 {% call(cache, local) in_segment(side, "row", side.block_rows) %}
   let at = {{ scale_word(side, local) }};
-  let pair = {{ word(cache, element, "at") }};
-  return vec2<f32>(bitcast<f32>(pair << 16u), bitcast<f32>(pair & 0xffff0000u));
+  return {{ word(cache, element, "at") }};
 {%- endcall %}
+}
+{% endmacro %}
+
+{# Scale and least value in such a word. #}
+{% macro scale_pair(word) -%}
+  vec2<f32>(bitcast<f32>({{ word }} << 16u), bitcast<f32>({{ word }} & 0xffff0000u))
+{%- endmacro %}
+
+{# fn {name}_row_scale(row): scale and least value of a row, in formats with scales per row. #}
+{% macro row_scale_function(side, element) %}
+{{ scale_word_function(side, element) }}
+// Scale and least value of a row of {{ side.name|upper }}.
+fn {{ side.name }}_row_scale(row: u32) -> vec2<f32> {
+  let pair = {{ side.name }}_scale_word(row);
+  return {{ scale_pair("pair") }};
 }
 {% endmacro %}
 

@@ -3,8 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::manager::{Manager, SharedState};
-use super::swap::lock;
+use super::manager::{Manager, SharedState, lock};
 use super::{BlockId, KvCache, SequenceId};
 use crate::error::{Error, Result};
 use crate::record::Recorder;

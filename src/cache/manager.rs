@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layout::KvCacheConfig;
 use super::pool::{BlockId, BlockPool};
@@ -75,6 +75,11 @@ pub(crate) struct Reservation {
 
 pub(crate) type SharedState = Arc<Mutex<Manager>>;
 
+pub(super) fn lock(state: &SharedState) -> MutexGuard<'_, Manager> {
+    // The manager checks before it changes anything, so a panic elsewhere never leaves it half-changed.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Sequences, their tables, the pool and the prefix index.
 #[derive(Debug)]
 pub(crate) struct Manager {
@@ -107,6 +112,14 @@ impl Manager {
 
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Fails if the cache has been cleared since this epoch.
+    pub(super) fn check_epoch(&self, epoch: u64) -> Result<()> {
+        if epoch == self.epoch {
+            return Ok(());
+        }
+        Err(Error::StaleStep { reason: "the cache has been cleared since it began" })
     }
 
     pub(crate) fn usage(&self) -> PoolUsage {

@@ -35,7 +35,7 @@ pub use step::{Committed, Step};
 pub use swap::{SwapIn, SwapOut};
 pub use table::{BlockTable, Growth};
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -124,8 +124,7 @@ impl KvCache {
     }
 
     fn state(&self) -> MutexGuard<'_, Manager> {
-        // The manager checks before it changes anything, so a panic elsewhere never leaves it half-changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        manager::lock(&self.state)
     }
 
     /// The device that the cache lives on.

@@ -1,9 +1,9 @@
 //! [`Step`]: the reservation of one batch of new tokens.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, PoisonError};
 
-use super::manager::{Pending, SharedState};
+use super::manager::{Pending, SharedState, lock};
 use super::{KvCacheConfig, LayerStorage, SequenceId};
 use crate::error::{Error, Result};
 use crate::plan::Batch;
@@ -43,9 +43,7 @@ pub(crate) struct StepTicket {
 impl StepTicket {
     /// Fails if the step has ended, or the cache has been cleared since it began.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.epoch != self.state.lock().unwrap_or_else(PoisonError::into_inner).epoch() {
-            return Err(Error::StaleStep { reason: "the cache has been cleared since it began" });
-        }
+        lock(&self.state).check_epoch(self.epoch)?;
         self.status.check_open()
     }
 }
@@ -141,7 +139,7 @@ impl Drop for Step {
     fn drop(&mut self) {
         if self.status.check_open().is_ok() {
             self.status.set(ROLLED_BACK);
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = lock(&self.state);
             state.roll_back(self.epoch, std::mem::take(&mut self.pending));
         }
     }

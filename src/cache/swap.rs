@@ -1,17 +1,11 @@
 //! Sequences leave the pool for host memory, and come back.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use super::manager::{Manager, SharedState};
+use super::manager::{Manager, SharedState, lock};
 use super::snapshot::{PendingSnapshot, SequenceSnapshot};
 use super::{BlockId, BlockTable, KvCache, SequenceId};
 use crate::error::{Error, Result};
-
-const CLEARED: Error = Error::StaleStep { reason: "the cache has been cleared since it began" };
-
-pub(super) fn lock(state: &SharedState) -> MutexGuard<'_, Manager> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Manager {
     /// Nobody else may change the sequence until [`Manager::thaw`].
@@ -60,11 +54,6 @@ impl Manager {
             }
             self.settle();
         }
-    }
-
-    /// Fails if the cache has been cleared since this epoch.
-    pub(super) fn check_epoch(&self, epoch: u64) -> Result<()> {
-        if epoch == self.epoch() { Ok(()) } else { Err(CLEARED) }
     }
 }
 

@@ -75,6 +75,10 @@ fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
     context! {
         name,
         format => layout.format.shader_name(),
+        row_scales => layout.format.has_row_scales(),
+        channel_scales => layout.format.has_channel_scales(),
+        // The largest code, in formats with scales.
+        levels => (1_u64 << layout.format.element_bits()) - 1,
         row_bytes => layout.row_bytes(),
         block_rows => layout.block_rows(),
         block_bytes => layout.block_bytes(),

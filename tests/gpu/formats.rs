@@ -1,11 +1,13 @@
 //! The formats: what append stores is what the oracle says, and attention over it is what the oracle computes from that.
 
 use fastrand::Rng;
+use folio::ErrorKind::Caller;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
 use folio::reference::quantise::stored;
-use folio::{ErrorKind, Gpu, GpuOptions, KvCache, KvCacheConfig, Profile, Rope, RopeConfig, RopeLayout};
+use folio::{Gpu, GpuOptions, KvCache, KvCacheConfig, Profile, Rope, RopeConfig, RopeLayout};
 
 use crate::adapter::{self, ALL, CPU, CPU_NO_INT64, DEFAULT, GPU, Open};
+use crate::bad_input::refused;
 use crate::case::{Case, append, poison, shuffle, upload};
 use crate::tokens::encoder;
 
@@ -361,15 +363,6 @@ fn broken_rows_stay_in_their_sequence() {
     }
 }
 
-#[track_caller]
-fn refused<T>(result: folio::Result<T>, parts: &[&str]) {
-    let error = result.err().expect("refused");
-    assert_eq!(error.kind(), ErrorKind::Caller, "{error}");
-    for part in parts {
-        assert!(error.to_string().contains(part), "{error}: {part:?} is missing");
-    }
-}
-
 #[test]
 fn calibration_is_asked_for_and_checked() {
     let config = KvCacheConfig {
@@ -384,21 +377,21 @@ fn calibration_is_asked_for_and_checked() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let keys: Vec<f32> = (0..48).map(|i| i as f32).collect();
-    refused(cache.calibrate_keys(0, &[]), &["keys", "got 0 elements", "16 elements, at least one"]);
-    refused(cache.calibrate_keys(0, &keys[..17]), &["keys", "got 17 elements"]);
-    refused(cache.calibrate_keys(0, &[[1.0; 15].as_slice(), &[f32::NAN]].concat()), &["keys", "NaN at 15"]);
-    refused(cache.calibrate_keys(0, &[f32::INFINITY; 16]), &["keys", "inf at 0"]);
-    refused(cache.calibrate_keys(2, &keys), &["layer", "got 2"]);
-    refused(cache.set_key_scales(0, &keys[..31]), &["table", "got 31 elements"]);
-    refused(cache.set_key_scales(0, &[-1.0; 32]), &["table", "scale -1"]);
+    refused(cache.calibrate_keys(0, &[]), Caller, &["keys", "got 0 elements", "16 elements, at least one"]);
+    refused(cache.calibrate_keys(0, &keys[..17]), Caller, &["keys", "got 17 elements"]);
+    refused(cache.calibrate_keys(0, &[[1.0; 15].as_slice(), &[f32::NAN]].concat()), Caller, &["keys", "NaN at 15"]);
+    refused(cache.calibrate_keys(0, &[f32::INFINITY; 16]), Caller, &["keys", "inf at 0"]);
+    refused(cache.calibrate_keys(2, &keys), Caller, &["layer", "got 2"]);
+    refused(cache.set_key_scales(0, &keys[..31]), Caller, &["table", "got 31 elements"]);
+    refused(cache.set_key_scales(0, &[-1.0; 32]), Caller, &["table", "scale -1"]);
     assert!((0..3).all(|layer| cache.key_scales(layer).is_none()));
 
     // An append before is refused, and the step goes on.
     let sequence = cache.create_sequence();
     let step = cache.begin_step(&[(sequence, 1)]).expect("step");
     let row = upload(&gpu, &keys[16..32]);
-    refused(cache.append(&mut encoder(&cache), &step, 0, &row, &row), &["layer", "got 0", "calibrate_keys"]);
-    refused(cache.calibrate_keys(0, &keys), &["layer", "got 0, with keys of the old scales", "an empty cache"]);
+    refused(cache.append(&mut encoder(&cache), &step, 0, &row, &row), Caller, &["layer", "got 0", "calibrate_keys"]);
+    refused(cache.calibrate_keys(0, &keys), Caller, &["layer", "got 0, with keys of the old scales", "an empty cache"]);
     drop(step);
     cache.calibrate_keys(0, &keys).expect("calibrated");
     let table = cache.key_scales(0).expect("scales");
@@ -406,7 +399,7 @@ fn calibration_is_asked_for_and_checked() {
     assert_eq!(table[16..], keys[..16]);
     assert!(cache.key_scales(1).is_none());
     append(&cache, &[(sequence, 3)], 0, &keys, &keys);
-    refused(cache.set_key_scales(0, &table), &["an empty cache"]);
+    refused(cache.set_key_scales(0, &table), Caller, &["an empty cache"]);
     let got = cache.gather_blocking(sequence, 0).expect("rows").k;
     check_rows("calibrated", Int8PerChannel, &keys, &got, 8, Some(&table));
     // The ends of the range are codes.
@@ -415,6 +408,6 @@ fn calibration_is_asked_for_and_checked() {
     assert!(cache.key_scales(0).is_some());
 
     let plain = KvCache::new_blocking(&gpu, KvCacheConfig { k_format: Int8, ..config }).expect("cache");
-    refused(plain.calibrate_keys(0, &keys), &["k_format", "Int8", "scales per channel"]);
+    refused(plain.calibrate_keys(0, &keys), Caller, &["k_format", "Int8", "scales per channel"]);
     assert!(plain.key_scales(0).is_none());
 }

@@ -12,6 +12,7 @@ use folio::{
 };
 
 use crate::adapter::{self, CPU, DEFAULT, GPU, Open};
+use crate::bad_input::refused;
 use crate::case::{poison, shuffle, upload};
 use crate::tokens::{self, SHAPE, assert_holds, begin, encoder, grow, run, sequence};
 
@@ -67,15 +68,6 @@ fn bits(rows: &KvRows) -> Vec<u32> {
 fn contents(cache: &KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
     let layer = |layer| bits(&cache.gather_blocking(sequence, layer).expect("gather"));
     (0..cache.config().num_layers).map(layer).collect()
-}
-
-#[track_caller]
-fn refused<T>(result: folio::Result<T>, kind: ErrorKind, parts: &[&str]) {
-    let Err(error) = result else { panic!("not refused: {parts:?}") };
-    assert_eq!(error.kind(), kind, "{error}");
-    for part in parts {
-        assert!(error.to_string().contains(part), "{part:?} is not in {error}");
-    }
 }
 
 /// What the newest token sees: a step that appends it, attends, and is dropped.

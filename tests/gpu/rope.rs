@@ -6,11 +6,12 @@ use folio::RopeLayout::{HalfSplit, Interleaved};
 use folio::reference::rope::{RopeProblem, Rotated, rotate, sin_cos};
 use folio::wgpu::{self, BufferUsages};
 use folio::{
-    BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, KvCacheConfig, Result, Rope, RopeConfig, RopeLayout, RopeScaling,
+    BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, KvCacheConfig, Rope, RopeConfig, RopeLayout, RopeScaling,
     SequenceId, Step,
 };
 
 use crate::adapter::{self, ALL, CPU, DEFAULT, GPU};
+use crate::bad_input::refused;
 use crate::case::{poison, round, shuffle, upload};
 use crate::tokens::encoder;
 
@@ -432,16 +433,6 @@ fn steady_steps_make_no_buffer_and_no_pipeline() {
         counts.push((hal.buffers.read(), hal.buffer_memory.read(), hal.compute_pipelines.read()));
     }
     assert!(counts[5].0 > 0 && counts[5..].iter().all(|count| *count == counts[5]), "{counts:?}");
-}
-
-#[track_caller]
-fn refused<T>(result: Result<T>, kind: ErrorKind, parts: &[&str]) {
-    let Err(error) = result else { panic!("accepted, but the error should say {parts:?}") };
-    let text = error.to_string();
-    assert_eq!(error.kind(), kind, "{text}");
-    for part in parts {
-        assert!(text.contains(part), "{part:?} is not in {text:?}");
-    }
 }
 
 #[test]
