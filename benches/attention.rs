@@ -27,8 +27,7 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use fastrand::Rng;
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{
-    Attention, AttentionConfig, AttentionPlan, ContiguousCache, ContiguousConfig, Gpu, KvCache, KvCacheConfig,
-    KvFormat, KvFormats, SequenceId, Step, wgpu,
+    Attention, AttentionConfig, AttentionPlan, Gpu, KvCache, KvCacheConfig, KvFormat, KvFormats, SequenceId, Step, wgpu,
 };
 
 use support::limits::{Loop, multiply_add_loop, read_loop};
@@ -143,7 +142,7 @@ impl Prepared {
         let sequences: Vec<_> = (0..shape.batch).map(|_| cache.create_sequence()).collect();
         for query_len in shape.context_steps() {
             let step = append(&cache, &sequences, query_len, &mut rng)?;
-            cache.commit(step)?.recycle();
+            cache.commit(step)?;
         }
         let step = append(&cache, &sequences, shape.query_len, &mut rng)?;
         let call = Call::new(gpu, attention, step, shape, &mut rng)?;
@@ -155,15 +154,9 @@ impl Prepared {
 fn paged(gpu: &Gpu, shape: &Shape, formats: KvFormats, rng: &mut Rng) -> folio::Result<KvCache> {
     let cache = KvCache::new_blocking(
         gpu,
-        KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: shape.num_kv_heads,
-            head_dim: shape.head_dim,
-            block_size: BLOCK_SIZE,
-            num_blocks: shape.batch * shape.seq_len.div_ceil(BLOCK_SIZE) + 16,
-            k_format: formats.k,
-            v_format: formats.v,
-        },
+        KvCacheConfig::new(1, shape.num_kv_heads, shape.head_dim)
+            .with_blocks(shape.batch * shape.seq_len.div_ceil(BLOCK_SIZE) + 16, BLOCK_SIZE)
+            .with_formats(formats.k, formats.v),
     )?;
     if formats.k.has_channel_scales() {
         let keys: Vec<f32> = (0..shape.num_kv_heads * shape.head_dim * 64).map(|_| rng.f32() - 0.5).collect();
@@ -176,29 +169,20 @@ fn paged(gpu: &Gpu, shape: &Shape, formats: KvFormats, rng: &mut Rng) -> folio::
 /// The same call over a contiguous cache.
 fn contiguous(gpu: &Gpu, shape: &Shape, formats: KvFormats) -> folio::Result<Call> {
     let mut rng = Rng::with_seed(1);
-    let cache = ContiguousCache::new_blocking(
-        gpu,
-        ContiguousConfig {
-            num_layers: 1,
-            batch: shape.batch,
-            num_kv_heads: shape.num_kv_heads,
-            head_dim: shape.head_dim,
-            max_seq_len: shape.seq_len,
-            k_format: formats.k,
-            v_format: formats.v,
-        },
-    )?;
+    let config = KvCacheConfig::contiguous(1, shape.num_kv_heads, shape.head_dim, shape.batch, shape.seq_len);
+    let cache = KvCache::new_blocking(gpu, config.with_formats(formats.k, formats.v))?;
+    let rows: Vec<_> = (0..shape.batch).map(|_| cache.create_sequence()).collect();
     let attention = Attention::new_blocking(&cache, AttentionConfig::new(shape.num_q_heads))?;
     let mut append = |query_len| {
-        let batch: Vec<_> = (0..shape.batch).map(|row| (row, query_len)).collect();
+        let batch: Vec<_> = rows.iter().map(|&row| (row, query_len)).collect();
         let step = cache.begin_step(&batch)?;
         let elements = step.num_tokens() * shape.num_kv_heads * shape.head_dim;
         let (k, v) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
-        submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v))?;
+        submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v, None))?;
         Ok::<_, folio::Error>(step)
     };
     for query_len in shape.context_steps() {
-        cache.commit(append(query_len)?)?.recycle();
+        cache.commit(append(query_len)?)?;
     }
     let step = append(shape.query_len)?;
     Call::new(gpu, attention, step, shape, &mut rng)
@@ -208,7 +192,7 @@ fn contiguous(gpu: &Gpu, shape: &Shape, formats: KvFormats) -> folio::Result<Cal
 fn shuffle_blocks(cache: &KvCache, rng: &mut Rng) -> folio::Result<()> {
     let mut holders: Vec<_> = (0..cache.config().num_blocks).map(|_| (cache.create_sequence(), BLOCK_SIZE)).collect();
     let step = cache.begin_step(&holders)?;
-    cache.commit(step)?.recycle();
+    cache.commit(step)?;
     rng.shuffle(&mut holders);
     holders.into_iter().try_for_each(|(holder, _)| cache.free(holder))
 }
@@ -220,7 +204,7 @@ fn append(cache: &KvCache, sequences: &[SequenceId], tokens: u32, rng: &mut Rng)
     let step = cache.begin_step(&batch)?;
     let elements = step.num_tokens() * cache.config().num_kv_heads * cache.config().head_dim;
     let (k, v) = (random(gpu, elements, rng), random(gpu, elements, rng));
-    submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v))?;
+    submit(gpu, |encoder| cache.append(encoder, &step, 0, &k, &v, None))?;
     Ok(step)
 }
 
@@ -352,7 +336,7 @@ fn race_append(criterion: &mut Criterion, timer: &Timer) -> Option<Race> {
             let elements = tokens * SHAPE.num_kv_heads * SHAPE.head_dim;
             let (k, v) = (random(gpu, elements, &mut rng), random(gpu, elements, &mut rng));
             Contestant::new(formats, k.size() + v.size(), move |timer| {
-                timer.measure(|pass| cache.append(pass, &step, 0, &k, &v).expect("a valid call"))
+                timer.measure(|pass| cache.append(pass, &step, 0, &k, &v, None).expect("a valid call"))
             })
         };
         racing().map(contestant).collect()

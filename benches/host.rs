@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --bench host [-- FILTER]`; `FOLIO_ADAPTER` names the adapter.
 //!
-//! The loop is a steady one: everything is recycled, and between the timed parts the step is committed and truncated away again.
+//! The loop is a steady one: between the timed parts the step is committed and truncated away again.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -51,21 +51,15 @@ impl Decoder {
     fn new(gpu: &Gpu, num_sequences: u32) -> folio::Result<Self> {
         let cache = KvCache::new_blocking(
             gpu,
-            KvCacheConfig {
-                num_layers: NUM_LAYERS,
-                num_kv_heads: 1,
-                head_dim: HEAD_DIM,
-                block_size: BLOCK_SIZE,
-                num_blocks: num_sequences * (SEQ_LEN / BLOCK_SIZE + 1),
-                k_format: KvFormat::F16,
-                v_format: KvFormat::F16,
-            },
+            KvCacheConfig::new(NUM_LAYERS, 1, HEAD_DIM)
+                .with_blocks(num_sequences * (SEQ_LEN / BLOCK_SIZE + 1), BLOCK_SIZE)
+                .with_formats(KvFormat::F16, KvFormat::F16),
         )?;
         let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_Q_HEADS))?;
         // A few sequences need a new block in a step, as in a real batch.
         let lens: Vec<u32> = (0..num_sequences).map(|i| SEQ_LEN - i % BLOCK_SIZE).collect();
         let fill: Vec<_> = lens.iter().map(|&len| (cache.create_sequence(), len)).collect();
-        cache.commit(cache.begin_step(&fill)?)?.recycle();
+        cache.commit(cache.begin_step(&fill)?)?;
         let buffer = |heads: u32| {
             gpu.device().create_buffer(&wgpu::BufferDescriptor {
                 label: None,
@@ -90,7 +84,7 @@ impl Decoder {
         let device = self.cache.gpu().device();
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         for layer in 0..NUM_LAYERS {
-            self.cache.append(&mut encoder, step, layer, &self.k, &self.v).expect("append");
+            self.cache.append(&mut encoder, step, layer, &self.k, &self.v, None).expect("append");
             self.attention.attend(&mut encoder, plan, layer, &self.q, &self.out).expect("attend");
         }
         encoder
@@ -102,7 +96,7 @@ impl Decoder {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for layer in 0..NUM_LAYERS {
-            self.cache.append(&mut pass, step, layer, &self.k, &self.v).expect("append");
+            self.cache.append(&mut pass, step, layer, &self.k, &self.v, None).expect("append");
             self.attention.attend(&mut pass, plan, layer, &self.q, &self.out).expect("attend");
         }
         drop(pass);
@@ -110,9 +104,8 @@ impl Decoder {
     }
 
     /// Ends a step and takes its tokens back.
-    fn end(&self, step: Step, plan: AttentionPlan) {
-        self.cache.commit(step).expect("commit").recycle();
-        plan.recycle();
+    fn end(&self, step: Step) {
+        self.cache.commit(step).expect("commit");
         for (&(sequence, _), &len) in self.batch.iter().zip(&self.lens) {
             self.cache.truncate(sequence, len).expect("truncate");
         }
@@ -152,7 +145,8 @@ fn bench_sequences(criterion: &mut Criterion, gpu: &Gpu, num_sequences: u32) -> 
         let start = Instant::now();
         let (step, plan) = decoder.plan();
         let time = start.elapsed();
-        decoder.end(step, plan);
+        drop(plan);
+        decoder.end(step);
         time
     });
     let (step, plan) = decoder.plan();
@@ -181,14 +175,14 @@ fn bench_sequences(criterion: &mut Criterion, gpu: &Gpu, num_sequences: u32) -> 
         decoder.settle();
         time
     });
-    decoder.end(step, plan);
+    decoder.end(step);
     run(WHOLE, &mut || {
         let start = Instant::now();
         let (step, plan) = decoder.plan();
         let commands = black_box(decoder.record(&step, &plan).finish());
         let time = start.elapsed();
-        drop(commands);
-        decoder.end(step, plan);
+        drop((commands, plan));
+        decoder.end(step);
         time
     });
     rows
@@ -201,20 +195,14 @@ const LONG_LEN: u32 = 32_768;
 fn bench_sharing(criterion: &mut Criterion, gpu: &Gpu) -> folio::Result<Vec<(String, Duration)>> {
     let cache = KvCache::new_blocking(
         gpu,
-        KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: 1,
-            head_dim: HEAD_DIM,
-            block_size: BLOCK_SIZE,
-            num_blocks: LONG_LEN / BLOCK_SIZE,
-            k_format: KvFormat::F16,
-            v_format: KvFormat::F16,
-        },
+        KvCacheConfig::new(1, 1, HEAD_DIM)
+            .with_blocks(LONG_LEN / BLOCK_SIZE, BLOCK_SIZE)
+            .with_formats(KvFormat::F16, KvFormat::F16),
     )?;
     // Ids as they come from a vocabulary.
     let tokens: Vec<u32> = (0..LONG_LEN).map(|i| i.wrapping_mul(0x9e37_79b9) % 50_257).collect();
     let sequence = cache.create_sequence();
-    cache.commit(cache.begin_step(&[(sequence, LONG_LEN)])?)?.recycle();
+    cache.commit(cache.begin_step(&[(sequence, LONG_LEN)])?)?;
     let forget = || cache.forget_prefixes(0).expect("a published prompt");
     let publish = || cache.publish_prefix(sequence, &tokens, 0).expect("the sequence has the tokens");
     let free = |made: SequenceId| cache.free(made).expect("a new sequence");

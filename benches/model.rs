@@ -210,10 +210,11 @@ impl Bench<'_> {
     fn run(&self, name: &str, model: Model, mut torch: Option<Torch>) -> Result<Vec<Row>> {
         let model = Arc::new(model);
         let most = BATCHES.into_iter().max().unwrap_or(1);
-        let options = DecoderOptions {
-            num_blocks: PROMPT.div_ceil(16) + most * 8,
-            max_step_tokens: PROMPT,
-            ..DecoderOptions::default()
+        let options = {
+            let mut options = DecoderOptions::default();
+            options.num_blocks = PROMPT.div_ceil(16) + most * 8;
+            options.max_step_tokens = PROMPT;
+            options
         };
         let mut decoder = Decoder::new_blocking(Arc::clone(&model), options)?;
         decoder.warm_up_blocking()?;
@@ -299,22 +300,14 @@ fn random_llama(gpu: &Gpu, weights: WeightFormat) -> Result<Model> {
     let config = ModelConfig::from_json(RANDOM_LLAMA)?;
     let tensors = config.weights()?;
     let source = RandomWeights(RefCell::new(fastrand::Rng::with_seed(1)));
-    Ok(Model::from_source_blocking(gpu, config, &tensors, &source, ModelOptions { weights }, |_| {})?)
+    Ok(Model::from_source_blocking(gpu, config, &tensors, &source, ModelOptions::new(weights), |_| {})?)
 }
 
 /// A side of a cache as large as the weights of a layer or two: beyond every cache of the processor.
 fn read_source(gpu: &Gpu) -> folio::Result<KvCache> {
     KvCache::new_blocking(
         gpu,
-        KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: 8,
-            head_dim: 128,
-            block_size: 16,
-            num_blocks: 1024,
-            k_format: KvFormat::F32,
-            v_format: KvFormat::F32,
-        },
+        KvCacheConfig::new(1, 8, 128).with_blocks(1024, 16).with_formats(KvFormat::F32, KvFormat::F32),
     )
 }
 
@@ -343,7 +336,7 @@ fn main() -> Result<()> {
         if options.torch.is_some() { "PyTorch/s  ratio" } else { "" }
     );
     let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
-    let model = Model::load_blocking(&gpu, &stories, ModelOptions { weights: WeightFormat::F16 }, |_| {})?;
+    let model = Model::load_blocking(&gpu, &stories, ModelOptions::new(WeightFormat::F16), |_| {})?;
     let torch = options.torch.as_deref().map(|python| Torch::start(python, &[&stories.to_string_lossy()]));
     bench.run("stories, F16", model, torch.transpose()?)?;
     for &weights in &options.weights {

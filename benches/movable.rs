@@ -25,15 +25,8 @@ use support::adapter;
 
 const TOKENS: u32 = 32_768;
 /// A small model: 128 MiB of F16 for the sequence.
-const CONFIG: KvCacheConfig = KvCacheConfig {
-    num_layers: 4,
-    num_kv_heads: 4,
-    head_dim: 64,
-    block_size: 16,
-    num_blocks: TOKENS / 16,
-    k_format: KvFormat::F16,
-    v_format: KvFormat::F16,
-};
+const CONFIG: KvCacheConfig =
+    KvCacheConfig::new(4, 4, 64).with_blocks(TOKENS / 16, 16).with_formats(KvFormat::F16, KvFormat::F16);
 
 fn encoder(gpu: &Gpu) -> wgpu::CommandEncoder {
     gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
@@ -82,7 +75,7 @@ fn main() {
     let mut sequence = cache.create_sequence();
     // The cost doesn't depend on what the rows are.
     let step = cache.begin_step(&[(sequence, TOKENS)]).expect("room for the sequence");
-    cache.commit(step).expect("an open step").recycle();
+    cache.commit(step).expect("an open step");
     let bytes = CONFIG.token_bytes() * u64::from(TOKENS);
 
     let mut times = Times::default();

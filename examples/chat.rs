@@ -16,10 +16,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use folio::model::{
-    Decoder, DecoderOptions, Finish, Model, ModelConfig, ModelOptions, Prompt, Sampling, TextStream, Tokenizer,
-    WeightFormat, progress_bar,
+    Decoder, DecoderOptions, Finish, Model, ModelConfig, ModelOptions, Progress, Prompt, Sampling, TextStream,
+    Tokenizer, WeightFormat,
 };
 use folio::{Gpu, GpuOptions, KvFormats, PoolUsage, SequenceId};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Streams text from a Hugging Face checkpoint (GPT-2, Llama, Qwen2, Qwen3, GPT-NeoX) through folio's paged KV cache.
 #[derive(Parser)]
@@ -83,30 +84,37 @@ Examples:
 
 impl Options {
     fn sampling(&self, branch: u32, default_temperature: f32) -> Sampling {
-        Sampling {
-            temperature: self.temperature.unwrap_or(default_temperature),
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
-            seed: self.seed + u64::from(branch),
+        {
+            let mut options = Sampling::default();
+            options.temperature = self.temperature.unwrap_or(default_temperature);
+            options.top_k = self.top_k;
+            options.top_p = self.top_p;
+            options.min_p = self.min_p;
+            options.repetition_penalty = self.repetition_penalty;
+            options.seed = self.seed + u64::from(branch);
+            options
         }
     }
 
     fn decoder(&self, model: &ModelConfig) -> DecoderOptions {
         const MAX_BYTES: u64 = 512 << 20;
-        let options = DecoderOptions {
-            block_size: self.block_size,
-            k_format: self.cache.k,
-            v_format: self.cache.v,
-            ..DecoderOptions::default()
+        let options = {
+            let mut options = DecoderOptions::default();
+            options.block_size = self.block_size;
+            options.k_format = self.cache.k;
+            options.v_format = self.cache.v;
+            options
         };
         // A block size of 0 is refused by the cache, with better words than a division's.
         let per_sequence = model.max_positions.div_ceil(self.block_size.max(1)) + 1;
         let affordable = MAX_BYTES / options.cache_config(model).block_bytes().max(1);
         let affordable = affordable.clamp(1, u64::from(u32::MAX)) as u32;
         let num_blocks = self.blocks.unwrap_or(per_sequence.saturating_mul(self.branches).min(affordable));
-        DecoderOptions { num_blocks, ..options }
+        {
+            let mut options = options;
+            options.num_blocks = num_blocks;
+            options
+        }
     }
 }
 
@@ -274,13 +282,17 @@ fn main() -> Result<()> {
     ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("listening for Ctrl-C")?;
 
     let adapter_name = options.adapter.clone();
-    let gpu = Gpu::open_blocking(GpuOptions { adapter_name, ..GpuOptions::default() })?;
+    let gpu = Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = adapter_name;
+        options
+    })?;
     let stories = options.model.is_none();
     let folder =
         options.model.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/stories"));
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
     let start = Instant::now();
-    let model = Model::load_blocking(&gpu, &folder, ModelOptions { weights: options.weights }, progress_bar())?;
+    let model = Model::load_blocking(&gpu, &folder, ModelOptions::new(options.weights), progress_bar())?;
     let load_time = start.elapsed();
     tokenizer.check_vocab_size(model.config().vocab_size)?;
 
@@ -408,5 +420,31 @@ impl Chat {
             "blocks         {} of {} used; at most {} used and {} shared",
             usage.used, usage.total, self.peak.used, self.peak.shared
         );
+    }
+}
+
+/// A bar on stderr that shows how far loading has come, and nothing if stderr is no terminal. It's gone when all is done or the closure is
+/// dropped.
+fn progress_bar() -> impl FnMut(Progress<'_>) {
+    struct ClearOnDrop(ProgressBar);
+    impl Drop for ClearOnDrop {
+        fn drop(&mut self) {
+            self.0.finish_and_clear();
+        }
+    }
+    let bar = ClearOnDrop(ProgressBar::no_length());
+    // The template is constant; indicatif's own style is the fallback of one that it can't parse.
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {wide_msg}") {
+        bar.0.set_style(style);
+    }
+    move |progress| {
+        // All of it, not only the field.
+        let bar = &bar;
+        bar.0.set_length(progress.bytes_total);
+        bar.0.set_position(progress.bytes_done);
+        bar.0.set_message(progress.what.to_owned());
+        if progress.bytes_done >= progress.bytes_total {
+            bar.0.finish_and_clear();
+        }
     }
 }

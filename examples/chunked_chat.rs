@@ -67,7 +67,11 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let gpu = Gpu::open_blocking(GpuOptions { adapter_name: args.adapter.clone(), ..GpuOptions::default() })?;
+    let gpu = Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = args.adapter.clone();
+        options
+    })?;
     let mut texts: Vec<String> = TEXTS.iter().map(|text| (*text).to_owned()).collect();
     let own = args.text.join(" ");
     if !own.trim().is_empty() {
@@ -147,15 +151,9 @@ impl<'a> Chat<'a> {
         let block_size = 16;
         // Room for every branch at full length without any sharing: what a contiguous cache would have to hold as well.
         let num_blocks = prompts.len() as u32 * (args.branches + 1) * max_len.div_ceil(block_size);
-        let config = KvCacheConfig {
-            num_layers: NUM_LAYERS,
-            num_kv_heads: NUM_KV_HEADS,
-            head_dim: HEAD_DIM,
-            block_size,
-            num_blocks,
-            k_format: format,
-            v_format: format,
-        };
+        let config = KvCacheConfig::new(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM)
+            .with_blocks(num_blocks, block_size)
+            .with_formats(format, format);
         let cache = KvCache::new_blocking(gpu, config)?;
         let mut options = AttentionConfig::new(NUM_Q_HEADS);
         options.softmax_scale = Some(1.0);
@@ -284,12 +282,11 @@ impl<'a> Chat<'a> {
         let plan = self.attention.plan(&step)?;
         let mut encoder = self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         for (layer, [q, k, v, out]) in (0..).zip(&buffers) {
-            self.cache.append(&mut encoder, &step, layer, k, v)?;
+            self.cache.append(&mut encoder, &step, layer, k, v, None)?;
             self.attention.attend(&mut encoder, &plan, layer, q, out)?;
         }
         self.gpu.queue().submit([encoder.finish()]);
-        self.cache.commit(step)?.recycle();
-        plan.recycle();
+        self.cache.commit(step)?;
         let outputs = buffers.iter().map(|b| self.gpu.read_blocking(&b[3])).collect::<folio::Result<Vec<_>>>()?;
         let mut phase = Phase { steps: 1, time: start.elapsed(), ..Phase::default() };
 

@@ -57,15 +57,9 @@ struct Args {
 
 fn main() -> folio::Result<()> {
     let args = Args::parse();
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: args.kv_heads,
-        head_dim: args.head_dim,
-        block_size: args.block_size,
-        num_blocks: 1,
-        k_format: args.k_format,
-        v_format: args.v_format,
-    };
+    let config = KvCacheConfig::new(1, args.kv_heads, args.head_dim)
+        .with_blocks(1, args.block_size)
+        .with_formats(args.k_format, args.v_format);
     config.validate()?;
     let target = Target {
         profile: match args.profile {

@@ -12,15 +12,8 @@ const HEAD_DIM: u32 = 64;
 
 fn main() -> folio::Result<()> {
     let gpu = Gpu::open_blocking(GpuOptions::default())?;
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: NUM_KV_HEADS,
-        head_dim: HEAD_DIM,
-        block_size: 16,
-        num_blocks: 64,
-        k_format: KvFormat::F16,
-        v_format: KvFormat::F16,
-    };
+    let config =
+        KvCacheConfig::new(1, NUM_KV_HEADS, HEAD_DIM).with_blocks(64, 16).with_formats(KvFormat::F16, KvFormat::F16);
     let cache = KvCache::new_blocking(&gpu, config)?;
     let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_Q_HEADS))?;
 
@@ -35,11 +28,10 @@ fn main() -> folio::Result<()> {
         let step = cache.begin_step(&[(sequence, query_len)])?;
         let plan = attention.plan(&step)?;
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        cache.append(&mut encoder, &step, 0, &k, &v)?;
+        cache.append(&mut encoder, &step, 0, &k, &v, None)?;
         attention.attend(&mut encoder, &plan, 0, &q, &out)?;
         gpu.queue().submit([encoder.finish()]);
-        cache.commit(step)?.recycle();
-        plan.recycle();
+        cache.commit(step)?;
 
         let out = gpu.read_blocking(&out)?;
         println!("{query_len} tokens, {} cached: out[0] starts {:?}", cache.seq_len(sequence)?, &out[..4]);

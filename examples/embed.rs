@@ -46,15 +46,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (before, after) = (buffers.pipeline(&device, "before"), buffers.pipeline(&device, "after"));
 
     let gpu = Gpu::from_parts(device.clone(), queue.clone())?;
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: NUM_HEADS,
-        head_dim: HEAD_DIM,
-        block_size: 16,
-        num_blocks: 16,
-        k_format: KvFormat::F32,
-        v_format: KvFormat::F32,
-    };
+    let config =
+        KvCacheConfig::new(1, NUM_HEADS, HEAD_DIM).with_blocks(16, 16).with_formats(KvFormat::F32, KvFormat::F32);
     let cache = KvCache::new_blocking(&gpu, config)?;
     let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_HEADS))?;
     let sequence = cache.create_sequence();
@@ -68,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         pass.set_bind_group(0, &buffers.bind_group, &[]);
         pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
 
-        cache.append(&mut pass, &step, 0, &buffers.k, &buffers.v)?;
+        cache.append(&mut pass, &step, 0, &buffers.k, &buffers.v, None)?;
         attention.attend(&mut pass, &plan, 0, &buffers.q, &buffers.attended)?;
 
         pass.set_pipeline(&after);

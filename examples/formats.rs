@@ -117,15 +117,9 @@ struct Cached {
 impl Cached {
     fn new(gpu: &Gpu, pair: KvFormats, data: &Data) -> Result<Self> {
         let tokens = (data.k.len() / ROW) as u32;
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: NUM_KV_HEADS,
-            head_dim: HEAD_DIM,
-            block_size: BLOCK_SIZE,
-            num_blocks: tokens.div_ceil(BLOCK_SIZE),
-            k_format: pair.k,
-            v_format: pair.v,
-        };
+        let config = KvCacheConfig::new(1, NUM_KV_HEADS, HEAD_DIM)
+            .with_blocks(tokens.div_ceil(BLOCK_SIZE), BLOCK_SIZE)
+            .with_formats(pair.k, pair.v);
         let cache = KvCache::new_blocking(gpu, config).with_context(|| format!("a cache of {tokens} tokens"))?;
         if pair.k.has_channel_scales() {
             // From the first tokens, as an app would from a prompt.
@@ -140,12 +134,12 @@ impl Cached {
             let range = begin as usize * ROW..end as usize * ROW;
             let (k, v) = (upload(gpu, &data.k[range.clone()]), upload(gpu, &data.v[range]));
             let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            cache.append(&mut encoder, &step, 0, &k, &v)?;
+            cache.append(&mut encoder, &step, 0, &k, &v, None)?;
             gpu.queue().submit([encoder.finish()]);
             if end == tokens {
                 break step;
             }
-            cache.commit(step)?.recycle();
+            cache.commit(step)?;
             begin = end;
         };
         let plan = attention.plan(&step)?;
@@ -204,7 +198,11 @@ fn main() -> Result<()> {
     if !pairs.contains(&F16) {
         pairs.insert(0, F16);
     }
-    let gpu = Gpu::open_blocking(GpuOptions { adapter_name: arguments.adapter, ..GpuOptions::default() })?;
+    let gpu = Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = arguments.adapter;
+        options
+    })?;
 
     let data = Data::new(tokens as usize);
     let want = data.attend()?;

@@ -140,9 +140,13 @@ fn main() -> Result<()> {
     ensure!(!stories.is_empty(), "{}: got no story, need at least one", path.display());
 
     let adapter_name = options.adapter.clone();
-    let gpu = Gpu::open_blocking(GpuOptions { adapter_name, ..GpuOptions::default() })?;
+    let gpu = Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = adapter_name;
+        options
+    })?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
-    let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions { weights: options.weights }, |_| {})?);
+    let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions::new(options.weights), |_| {})?);
     println!("{} stories on {} ({:?})\n", stories.len(), gpu.adapter_info().name, gpu.adapter_info().backend);
 
     let mut outcomes = Vec::new();
@@ -178,13 +182,13 @@ fn ask_all(
 ) -> Result<Outcome> {
     const BLOCK_SIZE: u32 = 16;
     let most_questions = stories.iter().map(|s| s.questions.len()).max().unwrap_or(0) as u32;
-    let decoder_options = DecoderOptions {
-        block_size: BLOCK_SIZE,
-        // A story, and for each question a copy of its last block and room for the question and the answer.
-        num_blocks: model.config().max_positions.div_ceil(BLOCK_SIZE) + 6 * most_questions,
-        k_format: formats.k,
-        v_format: formats.v,
-        ..DecoderOptions::default()
+    let decoder_options = {
+        let mut options = DecoderOptions::default();
+        options.block_size = BLOCK_SIZE;
+        options.num_blocks = model.config().max_positions.div_ceil(BLOCK_SIZE) + 6 * most_questions;
+        options.k_format = formats.k;
+        options.v_format = formats.v;
+        options
     };
     let mut decoder = Decoder::new_blocking(Arc::clone(model), decoder_options)?;
     if formats.k.has_channel_scales() {

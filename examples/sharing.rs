@@ -9,15 +9,8 @@ use anyhow::{Result, ensure};
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, SequenceId, SequenceSnapshot, wgpu};
 
-const CONFIG: KvCacheConfig = KvCacheConfig {
-    num_layers: 2,
-    num_kv_heads: 2,
-    head_dim: 32,
-    block_size: 16,
-    num_blocks: 32,
-    k_format: KvFormat::F16,
-    v_format: KvFormat::F16,
-};
+const CONFIG: KvCacheConfig =
+    KvCacheConfig::new(2, 2, 32).with_blocks(32, 16).with_formats(KvFormat::F16, KvFormat::F16);
 
 /// Parts what must not mix although its tokens are equal: here, two tenants.
 const TENANT: u64 = 1;
@@ -70,10 +63,10 @@ impl Host {
         let mut encoder = self.encoder();
         for layer in 0..CONFIG.num_layers {
             let [k, v] = Self::rows(layer, conversation.tokens.len(), tokens).map(|rows| upload(&rows));
-            self.cache.append(&mut encoder, &step, layer, &k, &v)?;
+            self.cache.append(&mut encoder, &step, layer, &k, &v, None)?;
         }
         self.submit(encoder);
-        self.cache.commit(step)?.recycle();
+        self.cache.commit(step)?;
         conversation.tokens.extend_from_slice(tokens);
         Ok(copies)
     }

@@ -1,9 +1,12 @@
 //! The one error type, grouped by who has to act.
 
-use crate::cache::SequenceId;
+use std::fmt;
+
+use crate::ids::SequenceId;
 
 /// Who has to act on an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// The call was wrong: the program has to change.
     Caller,
@@ -15,7 +18,39 @@ pub enum ErrorKind {
     File,
     /// wgpu or the driver reported a failure.
     Wgpu,
+    /// The device is lost: open a new one, and make everything on it anew.
+    DeviceLost,
 }
+
+/// What holds a sequence, so that nobody else may change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Holder {
+    /// An open step.
+    Step,
+    /// A swap-out that is neither finished nor dropped.
+    SwapOut,
+    /// A defragmentation that is neither committed nor dropped.
+    Defragmentation,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Step => "step",
+            Self::SwapOut => "swap-out",
+            Self::Defragmentation => "defragmentation",
+        })
+    }
+}
+
+/// An error of another library, kept as the [source](std::error::Error::source).
+#[cfg(not(target_arch = "wasm32"))]
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+/// An error of another library, kept as the [source](std::error::Error::source). In a browser it may hold JavaScript objects, which stay on
+/// their thread.
+#[cfg(target_arch = "wasm32")]
+pub type BoxError = Box<dyn std::error::Error>;
 
 /// What can go wrong in folio. Every variant names what was given and what is needed.
 ///
@@ -38,17 +73,24 @@ pub enum Error {
         "sequence: {0} is not in this cache; need an id that it gave out and that has not been freed or swapped out"
     )]
     UnknownSequence(SequenceId),
-    /// The sequence belongs to a step, a swap-out or a defragmentation that is neither finished nor dropped.
-    #[error("sequence: {0} is in an open step, swap-out or defragmentation; need that finished or dropped first")]
-    SequenceInStep(SequenceId),
-    /// The step (or its plan, a swap or a defragmentation) can't be used any more, or not here.
-    #[error("step: {reason}; need an open step of this cache")]
-    StaleStep {
+    /// The sequence belongs to a step, a swap-out or a defragmentation that is still open.
+    #[error("sequence: {sequence} is in an open {holder}; need that finished or dropped first")]
+    SequenceBusy {
+        /// The sequence.
+        sequence: SequenceId,
+        /// What holds it.
+        holder: Holder,
+    },
+    /// The step, or its plan, can't be used any more, or not here; likewise a swap or a defragmentation.
+    #[error("{what}: {reason}; need an open one of this cache")]
+    Stale {
+        /// "step", "plan", "swap-out", "swap-in" or "defragmentation".
+        what: &'static str,
         /// Why.
         reason: &'static str,
     },
     /// The adapter or device lacks something.
-    #[error("{what}: need {need}, have {have}{hint}")]
+    #[error("{what}: need {need}, have {have}{}", hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default())]
     Unsupported {
         /// The limit, feature or shape.
         what: &'static str,
@@ -56,8 +98,8 @@ pub enum Error {
         need: String,
         /// What there is.
         have: String,
-        /// What would fit or help, empty or starting with "; ".
-        hint: String,
+        /// What would fit or help.
+        hint: Option<String>,
     },
     /// No adapter was found, or none with the wanted name.
     #[error(
@@ -81,12 +123,12 @@ pub enum Error {
         /// Blocks of the pool.
         total: u32,
     },
-    /// A row of a [`ContiguousCache`](crate::ContiguousCache) is too short for the step. Truncate or reset it, then begin the step again.
-    #[error("row {row}: need {need} tokens, have max_seq_len, {max_seq_len}; truncate or reset the row and try again")]
-    RowFull {
-        /// Index in the batch.
-        row: u32,
-        /// Tokens that the row would have.
+    /// A sequence of a contiguous cache would outgrow its row. Truncate it, then begin the step again.
+    #[error("{sequence}: need {need} tokens, have max_seq_len, {max_seq_len}; truncate it and try again")]
+    SequenceFull {
+        /// The sequence.
+        sequence: SequenceId,
+        /// Tokens that it would have.
         need: u64,
         /// Tokens that a row has room for.
         max_seq_len: u32,
@@ -100,13 +142,22 @@ pub enum Error {
         reason: String,
     },
     /// wgpu or the driver reported a failure.
-    #[error("{during}: {message}")]
+    #[error("{during}: {source}")]
     Wgpu {
         /// What folio was doing.
         during: &'static str,
-        /// wgpu's own words.
-        message: String,
+        /// wgpu's own error.
+        source: BoxError,
     },
+    /// The device was lost: destroyed by its owner, removed, or given up by its driver. Nothing has changed.
+    #[error("{during}: the device is lost; open a new one and make caches and models on it anew")]
+    DeviceLost {
+        /// What folio was doing.
+        during: &'static str,
+    },
+    /// One of folio's own shader templates is broken: a defect of folio.
+    #[error("composing a shader: {0}")]
+    Shader(String),
 }
 
 /// `Result` with [`Error`].
@@ -117,13 +168,16 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Argument { .. } | Self::UnknownSequence(_) | Self::SequenceInStep(_) | Self::StaleStep { .. } => {
-                ErrorKind::Caller
-            }
+            Self::Argument { .. }
+            | Self::UnknownSequence(_)
+            | Self::SequenceBusy { .. }
+            | Self::Stale { .. }
+            | Self::Shader(_) => ErrorKind::Caller,
             Self::Unsupported { .. } | Self::NoAdapter { .. } => ErrorKind::Device,
-            Self::OutOfBlocks { .. } | Self::RowFull { .. } => ErrorKind::Retry,
+            Self::OutOfBlocks { .. } | Self::SequenceFull { .. } => ErrorKind::Retry,
             Self::File { .. } => ErrorKind::File,
             Self::Wgpu { .. } => ErrorKind::Wgpu,
+            Self::DeviceLost { .. } => ErrorKind::DeviceLost,
         }
     }
 
@@ -136,6 +190,23 @@ impl Error {
     /// An [`Error::Unsupported`] without a hint.
     #[must_use]
     pub fn unsupported(what: &'static str, need: impl ToString, have: impl ToString) -> Self {
-        Self::Unsupported { what, need: need.to_string(), have: have.to_string(), hint: String::new() }
+        Self::Unsupported { what, need: need.to_string(), have: have.to_string(), hint: None }
+    }
+
+    /// An [`Error::Unsupported`] with a hint at what would fit or help; any other error as it is.
+    #[must_use]
+    pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
+        match self {
+            Self::Unsupported { what, need, have, .. } => {
+                Self::Unsupported { what, need, have, hint: Some(hint.into()) }
+            }
+            error => error,
+        }
+    }
+
+    /// An [`Error::Wgpu`].
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn wgpu(during: &'static str, source: impl Into<BoxError>) -> Self {
+        Self::Wgpu { during, source: source.into() }
     }
 }

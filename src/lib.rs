@@ -1,30 +1,42 @@
-#![doc = include_str!("../README.md")]
+#![cfg_attr(all(feature = "open", feature = "model"), doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(all(feature = "open", feature = "model")),
+    doc = "Tiled flash attention over a paged KV cache on every GPU, through WebGPU."
+)]
+// What only the half with a device calls.
+#![cfg_attr(not(feature = "wgpu"), allow(dead_code, unused_imports, reason = "the half that needs a device calls it"))]
 
-pub mod attention;
+#[cfg(feature = "wgpu")]
+mod attention;
+#[cfg(feature = "wgpu")]
 pub mod cache;
 mod error;
+mod format;
+#[cfg(feature = "wgpu")]
 mod gpu;
+mod ids;
 pub mod kernel;
+mod layout;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod plan;
-mod readback;
-mod record;
 pub mod reference;
-mod rope;
-mod upload;
+pub mod sequence;
 
-pub use attention::{Attention, AttentionConfig, AttentionPlan};
-pub use cache::{
-    BlockId, Cache, Committed, ContiguousCache, ContiguousConfig, Defragment, KvCache, KvCacheConfig, KvFormat,
-    KvFormats, KvRows, MemoryReport, PendingSnapshot, PoolUsage, PrefixMatch, PrefixStats, SequenceId, SequenceMemory,
-    SequenceSnapshot, Step, SwapIn, SwapOut,
-};
-pub use error::{Error, ErrorKind, Result};
+#[cfg(feature = "wgpu")]
+pub use attention::{Attention, AttentionPlan};
+#[cfg(feature = "wgpu")]
+pub use cache::{Defragment, KvCache, KvRows, PendingSnapshot, Rope, SequenceSnapshot, Step, SwapIn, SwapOut};
+pub use error::{BoxError, Error, ErrorKind, Holder, Result};
+pub use format::{KvFormat, KvFormats};
 #[cfg(feature = "open")]
 pub use gpu::GpuOptions;
-pub use gpu::{Gpu, Profile, ShaderChecks, required_limits, useful_features};
-pub use record::{BufferRef, Recorder};
-pub use rope::{Rope, RopeConfig, RopeLayout, RopeScaling};
-pub use upload::Upload;
+#[cfg(feature = "wgpu")]
+pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, required_limits, useful_features};
+pub use ids::{BlockId, SequenceId};
+pub use kernel::{AdapterClass, Profile, RopeConfig, RopeLayout, RopeScaling};
+pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
+pub use plan::AttentionConfig;
+pub use sequence::{MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceMemory};
+#[cfg(feature = "wgpu")]
 pub use wgpu;

@@ -69,7 +69,7 @@ fn the_heap_stays_below_a_third_of_the_file() {
     for weights in [WeightFormat::F16, WeightFormat::F32, WeightFormat::Int4 { group_size: 32 }] {
         let before = ALLOCATOR.current_usage() as f64;
         ALLOCATOR.reset_peak_usage();
-        let model = Model::load_blocking(&gpu, folder.path(), ModelOptions { weights }, |_| {}).unwrap();
+        let model = Model::load_blocking(&gpu, folder.path(), ModelOptions::new(weights), |_| {}).unwrap();
         let heap = ALLOCATOR.peak_usage() as f64 - before;
         println!("{weights:?}: {:.1} MB of heap at most, for a file of {:.1} MB", heap / 1e6, file_bytes / 1e6);
         assert!(heap < 0.3 * file_bytes, "{weights:?}: {heap} bytes of heap for a file of {file_bytes}");

@@ -11,9 +11,15 @@ pub(crate) fn open() -> Option<Gpu> {
         other => panic!("FOLIO_PROFILE: got {other:?}, need gpu or cpu"),
     });
     let adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-    Gpu::open_blocking(GpuOptions { adapter_name, profile, ..GpuOptions::default() })
-        .map_err(|error| eprintln!("nothing measured: {error}"))
-        .ok()
+    Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = adapter_name;
+        options.profile = profile;
+        options.timestamps = true;
+        options
+    })
+    .map_err(|error| eprintln!("nothing measured: {error}"))
+    .ok()
 }
 
 /// The adapter in words.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
-use folio::{Gpu, KvCache, Profile, ShaderChecks, wgpu};
+use folio::{AdapterClass, Gpu, KvCache, Profile, ShaderChecks, wgpu};
 
 use super::timer::{Sample, Timer, median};
 
@@ -86,7 +86,7 @@ fn module(gpu: &Gpu, text: &str) -> wgpu::ShaderModule {
 
 /// What suits the adapter, whichever kernels are forced onto it.
 fn profile(gpu: &Gpu) -> Profile {
-    Profile::for_adapter(gpu.adapter_info())
+    if gpu.adapter_class() == AdapterClass::Cpu { Profile::Cpu } else { Profile::Gpu }
 }
 
 /// Invocations of a workgroup: a subgroup on CPU adapters.

@@ -2,8 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{KvCache, KvCacheConfig};
+use super::KvCache;
 use crate::error::{Error, Result};
+use crate::layout::KvCacheConfig;
 
 /// Largest magnitude that formats with scales keep: bits 0x7f7b of a bfloat16. The widest row then has finite values, whatever is rounded.
 const LARGEST: f64 = 1.960_937_5 * 170_141_183_460_469_231_731_687_303_715_884_105_728.0;
@@ -117,7 +118,8 @@ impl KvCache {
             return Err(Error::argument("layer", format!("{layer}, with keys of the old scales"), "an empty cache"));
         }
         let place = storage.k.channel_table();
-        self.gpu().queue().write_buffer(place.buffer(), place.offset(), bytemuck::cast_slice(&table));
+        let write = || self.gpu().queue().write_buffer(place.buffer(), place.offset(), bytemuck::cast_slice(&table));
+        self.gpu().scoped_now("writing key scales", write)?;
         if let Some(slot) = self.key_scales.lock().get_mut(layer as usize) {
             *slot = Some(table);
         }

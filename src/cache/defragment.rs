@@ -1,100 +1,13 @@
 //! [`Defragment`]: used blocks move to the front of the pool.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::manager::{Manager, SharedState, lock};
-use super::{BlockId, KvCache, SequenceId};
-use crate::error::{Error, Result};
-use crate::record::Recorder;
-
-/// What an open defragmentation has reserved.
-#[derive(Debug)]
-pub(super) struct Moves {
-    /// Blocks that move: from, to.
-    pub(super) blocks: Vec<(BlockId, BlockId)>,
-    /// Frozen sequences.
-    pub(super) sequences: Vec<SequenceId>,
-}
-
-impl Manager {
-    /// The fewest moves that put all used blocks at the front of the pool. Reserves the blocks of both ends and all sequences.
-    pub(super) fn begin_defragment(&mut self) -> Result<Moves> {
-        let mut ids: Vec<_> = self.sequences.keys().copied().collect();
-        ids.sort_unstable();
-        if let Some(&busy) = ids.iter().find(|&id| self.sequences[id].in_step) {
-            return Err(Error::SequenceInStep(busy));
-        }
-        if self.open_moves > 0 {
-            let got = format!("{} open swap-ins or defragmentations", self.open_moves);
-            return Err(Error::argument("defragment", got, "them committed or dropped first"));
-        }
-        let used = self.pool.num_blocks() - self.pool.num_free();
-        // The sequences' blocks in the order of their tokens, then those that only an index holds.
-        let tables = ids.iter().flat_map(|id| self.sequences[id].table.blocks());
-        let all = (used..self.pool.num_blocks()).map(BlockId);
-        let mut seen = HashSet::new();
-        let from: Vec<_> = tables
-            .copied()
-            .chain(all)
-            .filter(|&block| block.index() >= used && self.pool.ref_count(block) > 0 && seen.insert(block))
-            .collect();
-        let to: Vec<_> = (0..used).map(BlockId).filter(|&block| self.pool.ref_count(block) == 0).collect();
-        debug_assert_eq!(from.len(), to.len(), "as many used blocks behind the front as free ones in it");
-        self.pool.take(&to);
-        for &block in &from {
-            // Nobody may give it to somebody else before the copy is in use.
-            self.pool.retain(block);
-        }
-        self.settle();
-        for &id in &ids {
-            self.freeze(id)?;
-        }
-        self.open_moves += 1;
-        Ok(Moves { blocks: from.into_iter().zip(to).collect(), sequences: ids })
-    }
-
-    pub(super) fn commit_defragment(&mut self, epoch: u64, moves: &Moves) -> Result<()> {
-        self.check_epoch(epoch)?;
-        self.apply_moves(&moves.blocks);
-        self.end_defragment(moves);
-        Ok(())
-    }
-
-    pub(super) fn roll_back_defragment(&mut self, epoch: u64, moves: &Moves) {
-        if self.check_epoch(epoch).is_ok() {
-            for &(from, to) in moves.blocks.iter().rev() {
-                self.pool.release(from);
-                self.pool.release(to);
-            }
-            self.settle();
-            self.end_defragment(moves);
-        }
-    }
-
-    fn end_defragment(&mut self, moves: &Moves) {
-        self.open_moves -= 1;
-        for &id in &moves.sequences {
-            self.thaw(id);
-        }
-    }
-
-    /// Everything that holds the block `from` holds `to` from now on. Both are reserved by the caller, who is no holder any more then.
-    pub(super) fn apply_moves(&mut self, moves: &[(BlockId, BlockId)]) {
-        let targets: HashMap<_, _> = moves.iter().copied().collect();
-        let target = |block| targets.get(&block).copied().unwrap_or(block);
-        for sequence in self.sequences.values_mut() {
-            sequence.table.rename(target);
-        }
-        for &(from, to) in moves {
-            self.prefixes.rename(from, to);
-            self.pool.hand_over(from, to);
-        }
-        self.settle();
-        // New blocks are taken from the front, too.
-        self.pool.sort_free();
-    }
-}
+use super::KvCache;
+use super::state::{SharedState, lock};
+use crate::error::Result;
+use crate::gpu::{Recorder, Upload};
+use crate::ids::BlockId;
+use crate::sequence::Moves;
 
 /// Blocks on their way to the front of the pool, from [`KvCache::defragment`]. Until [`Defragment::commit`] nobody can change a sequence.
 ///
@@ -119,7 +32,7 @@ impl Defragment {
     /// steps.
     ///
     /// # Errors
-    /// [`Error::StaleStep`] after [`KvCache::clear`].
+    /// [`Error::Stale`](crate::Error::Stale) after [`KvCache::clear`].
     pub fn commit(mut self) -> Result<u32> {
         lock(&self.state).commit_defragment(self.epoch, &self.moves)?;
         self.is_open = false;
@@ -145,8 +58,8 @@ impl KvCache {
     /// sequence contiguous.
     ///
     /// # Errors
-    /// [`Error::SequenceInStep`] while a step or a swap-out is open; [`Error::Argument`] while a swap-in or another defragmentation is;
-    /// [`Error::Unsupported`] if the list of moves doesn't fit into a binding; [`Error::Wgpu`]. Nothing has changed then.
+    /// [`Error::SequenceBusy`](crate::Error::SequenceBusy) while a step or a swap-out is open; [`Error::Argument`](crate::Error::Argument) while a swap-in or another defragmentation is;
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the list of moves doesn't fit into a binding; [`Error::Wgpu`](crate::Error::Wgpu). Nothing has changed then.
     pub fn defragment(&self, encoder: &mut wgpu::CommandEncoder) -> Result<Defragment> {
         let (moves, epoch) = {
             let mut state = self.state();
@@ -159,189 +72,14 @@ impl KvCache {
         }
         let copies: Vec<_> = defragment.moves.blocks.iter().map(|(from, to)| [from.index(), to.index()]).collect();
         let upload = self.kernels.upload(&self.gpu, &self.config, &[], &[], &copies)?;
-        let dispatches = self
-            .layers
-            .iter()
-            .map(|storage| self.copy_dispatch(storage, upload.buffer(), copies.len() as u32))
-            .collect::<Result<Vec<_>>>()?;
-        Recorder::from(encoder).record("folio defragment", &dispatches);
+        self.record_copies(encoder, &upload, copies.len() as u32)?;
         Ok(defragment)
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use fastrand::Rng;
-
-    use super::*;
-    use crate::cache::{KvCacheConfig, KvFormat};
-
-    const BLOCK_SIZE: u32 = 3;
-    const NUM_BLOCKS: u32 = 18;
-
-    /// The manager over a memory of one word per slot, beside plain vectors.
-    struct World {
-        manager: Manager,
-        memory: Vec<u32>,
-        model: Vec<(SequenceId, Vec<u32>)>,
-        swapped: Vec<Vec<u32>>,
-        open: Option<Moves>,
-    }
-
-    impl World {
-        fn copy(&mut self, from: u32, to: u32) {
-            let size = BLOCK_SIZE as usize;
-            let from = from as usize * size;
-            self.memory.copy_within(from..from + size, to as usize * size);
-        }
-
-        fn slots(blocks: &[BlockId], len: u32) -> impl Iterator<Item = usize> {
-            (0..len).map(|i| (blocks[(i / BLOCK_SIZE) as usize].index() * BLOCK_SIZE + i % BLOCK_SIZE) as usize)
-        }
-
-        /// Every sequence holds its tokens, and every block has as many holders as there are.
-        fn check(&self) {
-            let mut holders = vec![0; NUM_BLOCKS as usize];
-            for (id, tokens) in &self.model {
-                let table = self.manager.table(*id).expect("known");
-                assert_eq!(table.len() as usize, tokens.len());
-                let found: Vec<_> = Self::slots(table.blocks(), table.len()).map(|slot| self.memory[slot]).collect();
-                assert_eq!(&found, tokens, "{id}");
-                table.blocks().iter().for_each(|block| holders[block.index() as usize] += 1);
-            }
-            for (from, to) in self.open.iter().flat_map(|moves| &moves.blocks) {
-                holders[from.index() as usize] += 1;
-                holders[to.index() as usize] += 1;
-            }
-            let found: Vec<_> = (0..NUM_BLOCKS).map(|block| self.manager.pool.ref_count(BlockId(block))).collect();
-            assert_eq!(found, holders);
-            assert_eq!(self.manager.pool.num_free() as usize, holders.iter().filter(|&&count| count == 0).count());
-        }
-
-        fn grow(&mut self, rng: &mut Rng) {
-            let Some(i) = rng.choice(0..self.model.len()) else { return };
-            let id = self.model[i].0;
-            let frozen = self.open.as_ref().is_some_and(|moves| moves.sequences.contains(&id));
-            let count = rng.u32(1..8);
-            match self.manager.reserve(&[(id, count)]) {
-                Ok(reservation) => {
-                    assert!(!frozen);
-                    reservation.copies.iter().for_each(|&[from, to]| self.copy(from, to));
-                    let tokens: Vec<_> = reservation.slots.iter().map(|_| rng.u32(..)).collect();
-                    for (&slot, &token) in reservation.slots.iter().zip(&tokens) {
-                        self.memory[slot as usize] = token;
-                    }
-                    if rng.bool() {
-                        self.manager.commit(reservation.pending);
-                        self.model[i].1.extend(tokens);
-                    } else {
-                        self.manager.roll_back(self.manager.epoch(), reservation.pending);
-                    }
-                }
-                Err(Error::SequenceInStep(busy)) => assert!(frozen && busy == id),
-                Err(error) => assert!(matches!(error, Error::OutOfBlocks { .. }), "{error}"),
-            }
-        }
-
-        fn swap_in(&mut self, rng: &mut Rng) {
-            let Some(tokens) = self.swapped.pop() else { return };
-            let (len, epoch) = (tokens.len() as u32, self.manager.epoch());
-            let Ok(blocks) = self.manager.begin_swap_in(len.div_ceil(BLOCK_SIZE)) else {
-                return self.swapped.push(tokens);
-            };
-            for (slot, &token) in Self::slots(&blocks, len).zip(&tokens) {
-                self.memory[slot] = token;
-            }
-            if self.open.is_none() {
-                assert!(matches!(self.manager.begin_defragment(), Err(Error::Argument { .. })));
-            }
-            if rng.bool() {
-                self.manager.roll_back_swap_in(epoch, &blocks);
-                self.swapped.push(tokens);
-            } else {
-                let id = self.manager.commit_swap_in(epoch, &blocks, len).expect("same epoch");
-                self.model.push((id, tokens));
-            }
-        }
-
-        fn step(&mut self, rng: &mut Rng) {
-            let epoch = self.manager.epoch();
-            let some = rng.choice(0..self.model.len());
-            match (rng.u32(0..10), some) {
-                (0, _) => self.model.push((self.manager.create(), Vec::new())),
-                (1..=3, _) => self.grow(rng),
-                (4, Some(i)) => {
-                    if let Ok(fork) = self.manager.fork(self.model[i].0) {
-                        let mut tokens = self.model[i].1.clone();
-                        tokens.truncate(rng.usize(0..=tokens.len()));
-                        self.manager.truncate(fork, tokens.len() as u32).expect("shorter");
-                        self.model.push((fork, tokens));
-                    }
-                }
-                (5, Some(i)) if self.manager.free(self.model[i].0).is_ok() => drop(self.model.swap_remove(i)),
-                (6, Some(i)) if self.manager.freeze(self.model[i].0).is_ok() => {
-                    let id = self.model[i].0;
-                    assert!(matches!(self.manager.begin_defragment(), Err(Error::SequenceInStep(_))));
-                    if rng.bool() {
-                        self.manager.finish_swap_out(epoch, id).expect("same epoch");
-                        self.swapped.push(self.model.swap_remove(i).1);
-                    } else {
-                        self.manager.thaw(id);
-                    }
-                }
-                (7, _) => self.swap_in(rng),
-                (8, _) if self.open.is_none() => {
-                    let moves = self.manager.begin_defragment().expect("nothing is open");
-                    moves.blocks.iter().for_each(|(from, to)| self.copy(from.index(), to.index()));
-                    self.open = Some(moves);
-                }
-                (9, _) => {
-                    if let Some(moves) = self.open.take() {
-                        if rng.bool() {
-                            self.manager.commit_defragment(epoch, &moves).expect("same epoch");
-                        } else {
-                            self.manager.roll_back_defragment(epoch, &moves);
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    #[test]
-    fn moves_keep_tokens_and_holders() {
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: 1,
-            head_dim: 8,
-            block_size: BLOCK_SIZE,
-            num_blocks: NUM_BLOCKS,
-            k_format: KvFormat::F32,
-            v_format: KvFormat::F32,
-        };
-        for seed in 0..2000 {
-            let mut rng = Rng::with_seed(seed);
-            let mut world = World {
-                manager: Manager::new(config),
-                memory: vec![u32::MAX; (NUM_BLOCKS * BLOCK_SIZE) as usize],
-                model: Vec::new(),
-                swapped: Vec::new(),
-                open: None,
-            };
-            for _ in 0..80 {
-                world.step(&mut rng);
-                world.check();
-            }
-            if let Some(moves) = world.open.take() {
-                world.manager.roll_back_defragment(0, &moves);
-            }
-            let moves = world.manager.begin_defragment().expect("nothing is open");
-            moves.blocks.iter().for_each(|(from, to)| world.copy(from.index(), to.index()));
-            world.manager.commit_defragment(0, &moves).expect("same epoch");
-            world.check();
-            let used = world.manager.usage().used;
-            assert!((0..NUM_BLOCKS).all(|block| (world.manager.pool.ref_count(BlockId(block)) > 0) == (block < used)));
-        }
+    fn record_copies(&self, encoder: &mut wgpu::CommandEncoder, upload: &Upload, count: u32) -> Result<()> {
+        let (lists, lease) = upload.buffer()?;
+        let dispatches =
+            self.layers.iter().map(|storage| self.copy_dispatch(storage, &lists, count)).collect::<Result<Vec<_>>>()?;
+        Recorder::from(encoder).record(&self.gpu, "folio defragment", &dispatches, &[lease])
     }
 }

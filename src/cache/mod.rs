@@ -1,74 +1,43 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
 mod calibrate;
-mod contiguous;
 mod defragment;
-mod format;
-mod layout;
-mod manager;
 mod pack;
-mod pool;
-mod prefix;
 mod record;
-mod report;
+mod rope;
 #[cfg(feature = "save")]
 mod save;
 mod snapshot;
+mod state;
 mod step;
 mod storage;
 mod swap;
-mod table;
 
-pub use contiguous::{ContiguousCache, ContiguousConfig};
 pub use defragment::Defragment;
-pub use format::{KvFormat, KvFormats};
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
-pub use manager::{PoolUsage, SequenceId};
-pub use pool::{BlockId, BlockPool};
-pub use prefix::{PrefixMatch, PrefixStats};
 pub use record::KvRows;
-pub(crate) use record::{PARAM_BLOCK_WORDS, grid, params_binding, push_params};
-pub use report::{MemoryReport, SequenceMemory};
+pub use rope::Rope;
 pub use snapshot::{PendingSnapshot, SequenceSnapshot};
+pub use step::Step;
 pub(crate) use step::StepTicket;
-pub use step::{Committed, Step};
+pub(crate) use storage::{LayerStorage, check_foreign, check_lse, layer as layer_storage};
 pub use swap::{SwapIn, SwapOut};
-pub use table::{BlockTable, Growth};
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::ids::{BlockId, SequenceId};
+use crate::layout::{KvCacheConfig, Segments};
+use crate::sequence::{Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixStats};
 use calibrate::KeyScales;
-use manager::Manager;
-pub(crate) use manager::SharedState;
 use record::CacheKernels;
-pub(crate) use storage::{LayerStorage, check_foreign, check_lse, layer as layer_storage};
-
-/// A cache that [`Attention`](crate::Attention) and [`Rope`](crate::Rope) work with: [`KvCache`] or [`ContiguousCache`]. Nothing else can be one.
-pub trait Cache: sealed::Paged {}
-
-pub(crate) mod sealed {
-    /// The blocks that a cache consists of. Not reachable from outside, so that nobody takes the rows of a contiguous cache apart.
-    pub trait Paged {
-        /// The cache as the paged one that it is, or is built on.
-        fn paged(&self) -> &super::KvCache;
-    }
-}
-
-impl Cache for KvCache {}
-
-impl sealed::Paged for KvCache {
-    fn paged(&self) -> &KvCache {
-        self
-    }
-}
+use state::SharedState;
 
 /// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
 ///
 /// One step of a decoder:
 /// 1. [`begin_step`](Self::begin_step) reserves room for the new tokens of a batch (host only; nothing waits for the GPU),
-/// 2. for each layer, [`append`](Self::append) (or [`append_with_rope`](Self::append_with_rope)) and [`Attention::attend`](crate::Attention::attend) record into the host's encoder,
+/// 2. for each layer, [`append`](Self::append) and [`Attention::attend`](crate::Attention::attend) record into the host's encoder,
 /// 3. the host submits,
 /// 4. [`commit`](Self::commit) makes the new lengths valid; dropping the [`Step`] instead leaves every sequence as it was.
 ///
@@ -94,12 +63,8 @@ impl KvCache {
     /// [`Error::Argument`] for a field that breaks its rule; [`Error::Unsupported`] if a side of a layer is larger than all storage
     /// bindings that a kernel may have, or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
     pub async fn new(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
-        config.validate()?;
-        Self::with_any_block_size(gpu, config).await
-    }
-
-    /// [`KvCache::new`] with a configuration that has been validated, except perhaps for the block size.
-    async fn with_any_block_size(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
+        // First what is cheap to refuse.
+        let manager = Manager::new(config)?;
         let segments = storage::segments(gpu, &config)?;
         let layers = Arc::new(storage::allocate(gpu, &config, segments).await?);
         let kernels = CacheKernels::new(gpu, &config, segments).await?;
@@ -107,7 +72,7 @@ impl KvCache {
             gpu: gpu.clone(),
             config,
             segments,
-            state: Arc::new(Mutex::new(Manager::new(config))),
+            state: Arc::new(Mutex::new(manager)),
             layers,
             kernels,
             key_scales: KeyScales::new(config.num_layers),
@@ -124,7 +89,7 @@ impl KvCache {
     }
 
     fn state(&self) -> MutexGuard<'_, Manager> {
-        manager::lock(&self.state)
+        state::lock(&self.state)
     }
 
     /// The device that the cache lives on.
@@ -145,7 +110,7 @@ impl KvCache {
         self.segments
     }
 
-    /// The buffers of a layer's K and V, one per [segment](Self::segments), laid out as [`KvLayout`] says, for a host that wants to read
+    /// The buffers of a layer's K and V, one per [segment](Self::segments), laid out as [`KvLayout`](crate::KvLayout) says, for a host that wants to read
     /// them in a shader of its own.
     ///
     /// # Errors
@@ -167,7 +132,7 @@ impl KvCache {
     /// two that appends into a shared, partly filled block gets a copy of that block, made on the GPU within its step.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork(&self, sequence: SequenceId) -> Result<SequenceId> {
         self.state().fork(sequence)
     }
@@ -178,7 +143,7 @@ impl KvCache {
     /// of the two first appends into it gets a copy.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork_at(&self, sequence: SequenceId, len: u32) -> Result<SequenceId> {
         self.state().fork_at(sequence, len)
     }
@@ -193,8 +158,8 @@ impl KvCache {
     /// `salt` parts what must not mix though the tokens are equal: adapters (LoRA), images behind placeholder tokens, tenants.
     ///
     /// The index holds the blocks itself: they stay when the sequence is truncated or freed, until a step finds no free block.
-    /// Then those that nobody else holds are given up, the ones first that have been unused for the longest time, and the end of
-    /// a prefix before its beginning. A sequence that is truncated into an indexed block gets a copy of it when it goes on, even
+    /// Then those that nobody else holds are evicted, least recently used ones first, and the end of a prefix before its
+    /// beginning. A sequence that is truncated into an indexed block gets a copy of it when it goes on, even
     /// if no other sequence holds the block; where the pool has no room for the copy, [`KvCache::forget_prefixes`] makes some.
     ///
     /// Costs O(blocks) on the host and nothing on the GPU, and memory of the host for the tokens.
@@ -234,7 +199,7 @@ impl KvCache {
     /// Forgets the tokens from `len` on, for example rejected speculative ones, and gives blocks that are no longer needed back.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn truncate(&self, sequence: SequenceId, len: u32) -> Result<()> {
         self.state().truncate(sequence, len)
     }
@@ -242,7 +207,7 @@ impl KvCache {
     /// Ends a sequence. Its blocks return to the pool, except those that a fork or the prefix index still holds.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`].
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn free(&self, sequence: SequenceId) -> Result<()> {
         self.state().free(sequence)
     }
@@ -289,7 +254,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::OutOfBlocks`] if the pool has too few free blocks even so (retry after freeing some);
     /// [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
-    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; [`Error::Unsupported`] if the tables don't fit into a binding;
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`]; [`Error::Unsupported`] if the tables don't fit into a binding;
     /// [`Error::Wgpu`].
     /// In every case nothing has changed.
     pub fn begin_step(&self, batch: &[(SequenceId, u32)]) -> Result<Step> {
@@ -298,7 +263,7 @@ impl KvCache {
 
     /// [`KvCache::begin_step`] with positions of the caller's own: one per new token, in the order of the tokens in the step's buffers.
     ///
-    /// Positions only say how far a rotary embedding ([`Rope`](crate::Rope)) turns a token. Otherwise they are the tokens' indices in
+    /// Positions only say how far a rotary embedding ([`Rope`]) rotates a token. Otherwise they are the tokens' indices in
     /// their sequences, and may be any `u32` here: for drafts that branch (siblings have the same position), for caches that have
     /// dropped tokens, or for positions that skip. What a query sees still follows from the order of the tokens in the cache.
     ///
@@ -318,40 +283,49 @@ impl KvCache {
             let mut state = self.state();
             (state.reserve(batch)?, state.epoch())
         };
-        // From here on, dropping the step rolls back.
-        let mut step = Step {
+        let indices: Vec<u32>;
+        let positions = match positions {
+            Some(positions) => positions,
+            None => {
+                let entries = &reservation.batch.entries;
+                indices = entries.iter().flat_map(|entry| entry.context_len..entry.seq_len()).collect();
+                &indices
+            }
+        };
+        let upload = self.kernels.upload(&self.gpu, &self.config, &reservation.slots, positions, &reservation.copies);
+        let upload = match upload {
+            Ok(upload) => upload,
+            Err(error) => {
+                self.state().roll_back(reservation.pending);
+                return Err(error);
+            }
+        };
+        Ok(Step {
             state: Arc::clone(&self.state),
             layers: Arc::clone(&self.layers),
             epoch,
             config: self.config,
             sequences: batch.iter().map(|&(id, _)| id).collect(),
             batch: reservation.batch,
-            pending: reservation.pending,
+            pending: Some(reservation.pending),
             num_copies: reservation.copies.len() as u32,
-            upload: None,
+            upload,
             status: Step::open_status(),
-        };
-        let (slots, copies) = (&reservation.slots, &reservation.copies);
-        let indices: Vec<u32>;
-        let positions = match positions {
-            Some(positions) => positions,
-            None => {
-                indices = step.batch.entries.iter().flat_map(|entry| entry.context_len..entry.seq_len()).collect();
-                &indices
-            }
-        };
-        step.upload = Some(self.kernels.upload(&self.gpu, &self.config, slots, positions, copies)?);
-        Ok(step)
+        })
     }
 
-    /// Makes the step's tokens part of their sequences. Record the step's commands first; whether they have been submitted yet does
-    /// not matter here, but see [`Committed::recycle`].
+    /// Makes the step's tokens part of their sequences. Record the step's commands first. They may be submitted before or after this; what was
+    /// uploaded for them stays until they have run.
     ///
     /// # Errors
-    /// [`Error::StaleStep`] for a step of another cache, or from before [`KvCache::clear`]. The step is dropped, which rolls it back.
-    pub fn commit(&self, mut step: Step) -> Result<Committed> {
+    /// [`Error::Stale`] for a step of another cache, or from before [`KvCache::clear`]; [`Error::DeviceLost`]. The step is dropped, which rolls
+    /// it back.
+    pub fn commit(&self, mut step: Step) -> Result<()> {
         step.check_usable(&self.state)?;
-        self.state().commit(std::mem::take(&mut step.pending));
-        Ok(Committed(step.finish()))
+        self.gpu.check_alive("committing a step")?;
+        if let Some(pending) = step.finish() {
+            self.state().commit(pending);
+        }
+        Ok(())
     }
 }

@@ -7,12 +7,13 @@
 
 use std::ops::Range;
 
-use super::{BlockId, KvCache, KvCacheConfig, PARAM_BLOCK_WORDS, params_binding, push_params};
+use super::KvCache;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Profile};
-use crate::kernel::{MAX_GRID, PackParams, linear_grid};
-use crate::readback::Readback;
-use crate::record::{Dispatch, Recorder};
+use crate::gpu::{Dispatch, Lease, Prepared, Readback, Recorder, Upload, params_binding};
+use crate::ids::BlockId;
+use crate::kernel::Profile;
+use crate::layout::KvCacheConfig;
+use crate::plan::{MAX_GRID, PARAM_BLOCK_WORDS, PackParams, linear_grid, push_params};
 
 /// Bytes of a chunk: of the scratch buffer on the device, and of each staging buffer. Far below WebGPU's guaranteed buffer of 256 MiB; 4 GB of
 /// blocks take 256 chunks. A staging buffer is freed when its bytes have been read, so smaller chunks also save host memory.
@@ -109,30 +110,15 @@ struct SideCopy<'p> {
 struct PackChunk<'p> {
     bytes: u64,
     copies: Vec<SideCopy<'p>>,
-    dispatches: Vec<Dispatch<'p>>,
+    dispatches: Vec<Prepared>,
 }
 
 /// Everything that packs or unpacks, ready to be recorded.
 struct Packing<'p> {
     scratch: wgpu::Buffer,
     chunks: Vec<PackChunk<'p>>,
-}
-
-/// A mapped buffer with `bytes` in it, to copy from. Its memory is the mapping: nothing is queued.
-fn filled_buffer(gpu: &Gpu, bytes: &[u8]) -> Result<wgpu::Buffer> {
-    let during = "creating a staging buffer";
-    let descriptor = wgpu::BufferDescriptor {
-        label: Some("folio staging"),
-        size: bytes.len() as u64,
-        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
-        mapped_at_creation: true,
-    };
-    let buffer = gpu.scoped_now(during, || gpu.device().create_buffer(&descriptor))?;
-    let mut mapped = buffer.get_mapped_range_mut(..).map_err(|e| Error::Wgpu { during, message: e.to_string() })?;
-    mapped.copy_from_slice(bytes);
-    drop(mapped);
-    buffer.unmap();
-    Ok(buffer)
+    /// Of the lists that the dispatches read.
+    lease: Option<Lease>,
 }
 
 /// Bytes of the stream of `num_blocks` blocks, or `None` on overflow.
@@ -152,6 +138,12 @@ pub(super) fn strip_marker(stream: &mut Vec<u8>) -> Result<()> {
 }
 
 impl KvCache {
+    /// A staging buffer with these bytes, to copy from. Its memory is the mapping: nothing is queued.
+    fn staging(&self, bytes: &[u8]) -> Result<wgpu::Buffer> {
+        let usage = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC;
+        self.gpu.create_buffer_with("creating a staging buffer", "folio staging", bytes, usage)
+    }
+
     /// Makes everything that packing (or unpacking) these blocks needs.
     fn packing(&self, blocks: &[BlockId], unpack: bool) -> Result<Packing<'_>> {
         let (gpu, config, kernel) = (&self.gpu, &self.config, &self.kernels.pack_blocks);
@@ -178,7 +170,7 @@ impl KvCache {
                     continue;
                 }
                 let block_len = (block_bytes / 16) as u32;
-                let workgroups = block_len.div_ceil(kernel.variant().workgroup_size);
+                let workgroups = block_len.div_ceil(kernel.variant.workgroup_size);
                 let Some((x, z)) = linear_grid(workgroups.into()) else {
                     return Err(Error::argument("sequence", format!("blocks of {block_bytes} bytes"), "smaller ones"));
                 };
@@ -199,7 +191,7 @@ impl KvCache {
         let largest = chunks.iter().map(|chunk| chunk.bytes).max().unwrap_or(0);
         let scratch = gpu.create_buffer("creating a scratch buffer", "folio pack", largest, usage)?;
         if jobs.is_empty() {
-            return Ok(Packing { scratch, chunks });
+            return Ok(Packing { scratch, chunks, lease: None });
         }
         let lists_start = jobs.len() as u32 * PARAM_BLOCK_WORDS;
         let mut words = Vec::with_capacity(lists_start as usize + list.len());
@@ -207,18 +199,24 @@ impl KvCache {
             push_params(&mut words, &PackParams { list_offset: lists_start + params.list_offset, ..*params });
         }
         words.extend(list);
-        let upload = gpu.uploads().fill(gpu, "sequence", &words)?;
-        for (index, &(chunk, side, _, grid)) in (0..).zip(&jobs) {
-            let step = upload.buffer();
-            let resources = [
-                side.as_entire_binding(),
-                scratch.as_entire_binding(),
-                step.as_entire_binding(),
-                params_binding::<PackParams>(step, index),
-            ];
-            chunks[chunk].dispatches.push(kernel.dispatch(gpu, &resources, grid)?);
+        let (lists, lease) = Upload::new(gpu, "sequence", words)?.buffer()?;
+        let dispatches: Vec<_> = (0..)
+            .zip(&jobs)
+            .map(|(index, &(_, side, _, grid))| Dispatch {
+                program: &kernel.program,
+                resources: vec![
+                    side.as_entire_binding(),
+                    scratch.as_entire_binding(),
+                    lists.as_entire_binding(),
+                    params_binding::<PackParams>(&lists, index * u64::from(PARAM_BLOCK_WORDS) * 4),
+                ],
+                grid,
+            })
+            .collect();
+        for (&(chunk, ..), dispatch) in jobs.iter().zip(gpu.prepare(&dispatches)?) {
+            chunks[chunk].dispatches.push(dispatch);
         }
-        Ok(Packing { scratch, chunks })
+        Ok(Packing { scratch, chunks, lease: Some(lease) })
     }
 
     /// Records the copy of these blocks into staging buffers: the stream and [`MARKER`], one part in each. Nothing for no blocks.
@@ -226,20 +224,21 @@ impl KvCache {
         if blocks.is_empty() {
             return Ok(Vec::new());
         }
-        let Packing { scratch, chunks } = self.packing(blocks, false)?;
-        let marker = filled_buffer(&self.gpu, &MARKER)?;
+        let Packing { scratch, chunks, lease } = self.packing(blocks, false)?;
+        let marker = self.staging(&MARKER)?;
         let last = chunks.len() - 1;
         let staging = (0..)
             .zip(&chunks)
             .map(|(i, chunk)| Readback::new(&self.gpu, chunk.bytes + if i == last { marker.size() } else { 0 }))
             .collect::<Result<Vec<_>>>()?;
-        // Nothing fails from here on.
+        // Nothing but the loss of the device fails from here on.
         for (chunk, staging) in chunks.iter().zip(&staging) {
             for c in &chunk.copies {
                 encoder.copy_buffer_to_buffer(c.side, c.side_offset, &scratch, c.scratch_offset, c.bytes);
             }
             if !chunk.dispatches.is_empty() {
-                Recorder::from(&mut *encoder).record("folio pack", &chunk.dispatches);
+                let recorder = Recorder::from(&mut *encoder);
+                recorder.record_prepared(&self.gpu, "folio pack", &chunk.dispatches, lease.as_slice())?;
             }
             encoder.copy_buffer_to_buffer(&scratch, 0, staging.buffer(), 0, chunk.bytes);
         }
@@ -257,21 +256,22 @@ impl KvCache {
         if blocks.is_empty() {
             return Ok(());
         }
-        let Packing { scratch, chunks } = self.packing(blocks, true)?;
+        let Packing { scratch, chunks, lease } = self.packing(blocks, true)?;
         let mut staging = Vec::with_capacity(chunks.len());
         for chunk in &chunks {
             let (part, rest) = stream.split_at(chunk.bytes as usize);
-            staging.push(filled_buffer(&self.gpu, part)?);
+            staging.push(self.staging(part)?);
             stream = rest;
         }
-        // Nothing fails from here on.
+        // Nothing but the loss of the device fails from here on.
         for (chunk, staging) in chunks.iter().zip(&staging) {
             encoder.copy_buffer_to_buffer(staging, 0, &scratch, 0, chunk.bytes);
             for c in &chunk.copies {
                 encoder.copy_buffer_to_buffer(&scratch, c.scratch_offset, c.side, c.side_offset, c.bytes);
             }
             if !chunk.dispatches.is_empty() {
-                Recorder::from(&mut *encoder).record("folio unpack", &chunk.dispatches);
+                let recorder = Recorder::from(&mut *encoder);
+                recorder.record_prepared(&self.gpu, "folio unpack", &chunk.dispatches, lease.as_slice())?;
             }
         }
         Ok(())
@@ -281,18 +281,11 @@ impl KvCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::KvFormat;
+    use crate::format::KvFormat;
 
     /// K blocks of 256 bytes, V blocks of 128.
-    const CONFIG: KvCacheConfig = KvCacheConfig {
-        num_layers: 3,
-        num_kv_heads: 2,
-        head_dim: 8,
-        block_size: 4,
-        num_blocks: 100,
-        k_format: KvFormat::F32,
-        v_format: KvFormat::F16,
-    };
+    const CONFIG: KvCacheConfig =
+        KvCacheConfig::new(3, 2, 8).with_blocks(100, 4).with_formats(KvFormat::F32, KvFormat::F16);
 
     #[test]
     fn chunks_are_the_stream_in_order() {

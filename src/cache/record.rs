@@ -1,34 +1,35 @@
 //! Recording append, copy-on-write and gather.
 
-use super::{KvCache, KvCacheConfig, LayerStorage, Segments, SequenceId, Step, check_foreign, layer_storage};
+use super::storage::{LayerStorage, check_foreign};
+use super::{KvCache, Rope, Step};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
-use crate::kernel::{AttendFlags, CacheParams, Kernel, PackParams, Pipeline, Target, Variant, linear_grid};
-use crate::readback::Readback;
-use crate::record::{BufferRef, Dispatch, Recorder};
-use crate::upload::Upload;
+use crate::gpu::{BufferRef, Dispatch, Gpu, Readback, Recorder, Upload, VariantProgram, params_binding};
+use crate::ids::SequenceId;
+use crate::kernel::{AttendFlags, Kernel, Variant};
+use crate::layout::{KvCacheConfig, Segments};
+use crate::plan::{AppendGrids, CacheParams, PARAM_BLOCK_WORDS, PackParams, append_words, push_params};
 
-/// Words of the parameter block at the start of an upload. WebGPU's largest uniform alignment is 256 bytes.
-pub(crate) const PARAM_BLOCK_WORDS: u32 = 64;
+/// Where an upload of [`append_words`] has the parameters of copy_blocks, in bytes.
+const COPY_PARAMS_OFFSET: u64 = PARAM_BLOCK_WORDS as u64 * 4;
 
 /// The kernels of a cache.
 #[derive(Debug)]
 pub(super) struct CacheKernels {
-    append: Pipeline,
-    copy_blocks: Pipeline,
-    pub(super) pack_blocks: Pipeline,
-    gather: Pipeline,
+    append: VariantProgram,
+    copy_blocks: VariantProgram,
+    pub(super) pack_blocks: VariantProgram,
+    gather: VariantProgram,
 }
 
 impl CacheKernels {
     pub(super) async fn new(gpu: &Gpu, config: &KvCacheConfig, segments: [Segments; 2]) -> Result<Self> {
         let variant =
-            |kernel| Variant::new(kernel, Target::of(gpu), config, 1, AttendFlags::default()).with_segments(segments);
+            |kernel| Variant::new(kernel, gpu.target(), config, 1, AttendFlags::default()).with_segments(segments);
         Ok(Self {
-            append: Pipeline::new(gpu, variant(Kernel::Append)).await?,
-            copy_blocks: Pipeline::new(gpu, variant(Kernel::CopyBlocks)).await?,
-            pack_blocks: Pipeline::new(gpu, variant(Kernel::PackBlocks)).await?,
-            gather: Pipeline::new(gpu, variant(Kernel::Gather)).await?,
+            append: VariantProgram::new(gpu, variant(Kernel::Append)).await?,
+            copy_blocks: VariantProgram::new(gpu, variant(Kernel::CopyBlocks)).await?,
+            pack_blocks: VariantProgram::new(gpu, variant(Kernel::PackBlocks)).await?,
+            gather: VariantProgram::new(gpu, variant(Kernel::Gather)).await?,
         })
     }
 }
@@ -59,26 +60,17 @@ fn copy_chunks(config: &KvCacheConfig, count: u32) -> u64 {
 
 /// Workgroups of append for a number of tokens: (x, y).
 fn append_grid(
-    pipeline: &Pipeline,
+    kernel: &VariantProgram,
     argument: &'static str,
     config: &KvCacheConfig,
     num_tokens: u32,
 ) -> Result<(u32, u32)> {
     let num_rows = u64::from(num_tokens) * u64::from(config.num_kv_heads);
-    grid(pipeline, argument, pipeline.variant().append_invocations(num_rows))
-}
-
-/// Workgroups for a number of invocations: (x, y).
-pub(crate) fn grid(pipeline: &Pipeline, argument: &'static str, invocations: u64) -> Result<(u32, u32)> {
-    // Kernels number their invocations with u32.
-    let workgroups = invocations.div_ceil(pipeline.variant().workgroup_size.into());
-    linear_grid(workgroups).filter(|_| invocations <= u64::from(u32::MAX)).ok_or_else(|| {
-        Error::argument(argument, format!("{invocations} chunks of work"), "fewer than 2^32; use smaller steps")
-    })
+    kernel.grid(argument, kernel.variant.append_invocations(num_rows))
 }
 
 impl CacheKernels {
-    /// Uploads a step's parameters, slots, positions and copy list: block 0 is the parameters of append and rope, block 1 copy_blocks'.
+    /// What a step uploads; see [`append_words`].
     pub(super) fn upload(
         &self,
         gpu: &Gpu,
@@ -87,45 +79,12 @@ impl CacheKernels {
         positions: &[u32],
         copies: &[[u32; 2]],
     ) -> Result<Upload> {
-        let list_offset = 2 * PARAM_BLOCK_WORDS;
-        let num_words = list_offset as usize + slots.len() + positions.len() + 2 * copies.len();
-        // Where a sum saturates, the words don't fit into any binding, and `fill` says so.
-        let positions_offset = list_offset.saturating_add(slots.len() as u32);
-        let params = CacheParams {
-            num_tokens: slots.len() as u32,
-            num_copies: copies.len() as u32,
-            list_offset,
-            positions_offset,
-            copies_offset: positions_offset.saturating_add(positions.len() as u32),
-            num_blocks: config.num_blocks,
-            ..CacheParams::default()
+        let grids = AppendGrids {
+            append: append_grid(&self.append, "batch", config, slots.len() as u32)?,
+            copy_blocks: self.copy_blocks.grid("batch", copy_chunks(config, copies.len() as u32))?,
         };
-        let append = append_grid(&self.append, "batch", config, params.num_tokens)?;
-        let copy = grid(&self.copy_blocks, "batch", copy_chunks(config, params.num_copies))?;
-        let mut words = Vec::with_capacity(num_words);
-        push_params(&mut words, &CacheParams { grid_x: append.0, ..params });
-        push_params(&mut words, &CacheParams { grid_x: copy.0, ..params });
-        words.extend_from_slice(slots);
-        words.extend_from_slice(positions);
-        words.extend_from_slice(copies.as_flattened());
-        gpu.uploads().fill(gpu, "batch", &words)
+        Upload::new(gpu, "batch", append_words(config.num_blocks, slots, positions, copies, grids))
     }
-}
-
-/// Appends a parameter block and pads it to the next one.
-pub(crate) fn push_params<P: bytemuck::Pod>(words: &mut Vec<u32>, params: &P) {
-    let start = words.len();
-    words.extend_from_slice(bytemuck::cast_slice(std::slice::from_ref(params)));
-    words.resize(start + PARAM_BLOCK_WORDS as usize, 0);
-}
-
-/// The `index`th parameter block of an upload, as a uniform binding.
-pub(crate) fn params_binding<P>(buffer: &wgpu::Buffer, index: u32) -> wgpu::BindingResource<'_> {
-    wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-        buffer,
-        offset: u64::from(index) * u64::from(PARAM_BLOCK_WORDS) * 4,
-        size: std::num::NonZeroU64::new(size_of::<P>() as u64),
-    })
 }
 
 impl KvCache {
@@ -135,15 +94,16 @@ impl KvCache {
     /// `k` and `v`: f32 `[num_tokens, num_kv_heads, head_dim]`, the tokens of all sequences of the step one after another. Each
     /// range needs usage `STORAGE`, an offset that is a multiple of `min_storage_buffer_offset_alignment`, and exactly the step's size.
     ///
-    /// Tokens of *any* sequence may hold NaN or infinities: they stay in their sequence. [`KvFormat`](super::KvFormat) says what each format
+    /// `rope`: K is rotated by its tokens' positions on the way; V is not touched. The cache then holds rotated rows, so rotate Q as well:
+    /// [`Rope::rotate`]. `None` for models without rotary embeddings, or K that is rotated already.
+    ///
+    /// Tokens of *any* sequence may hold NaN or infinities: they stay in their sequence. [`KvFormat`](crate::KvFormat) says what each format
     /// makes of them. Formats with scales per channel need [`calibrate_keys`](Self::calibrate_keys) before.
     ///
-    /// Models with rotary embeddings use [`append_with_rope`](Self::append_with_rope).
-    ///
     /// # Errors
-    /// [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::StaleStep`];
-    /// [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu itself gives buffers of other
-    /// instances no meaning).
+    /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, or a rope that was made for a cache of another shape or
+    /// on another device; [`Error::Stale`]; [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu
+    /// itself gives buffers of other instances no meaning); [`Error::DeviceLost`]. Nothing has been recorded then.
     pub fn append<'p, 'e: 'p, 'k, 'v>(
         &self,
         recorder: impl Into<Recorder<'p, 'e>>,
@@ -151,56 +111,47 @@ impl KvCache {
         layer: u32,
         k: impl Into<BufferRef<'k>>,
         v: impl Into<BufferRef<'v>>,
-    ) -> Result<()> {
-        self.append_by(recorder.into(), step, layer, [k.into(), v.into()], &self.kernels.append, None)
-    }
-
-    /// Records an append with one of its variants; `table` is the one of a rotary embedding, if the variant has one.
-    pub(crate) fn append_by(
-        &self,
-        recorder: Recorder<'_, '_>,
-        step: &Step,
-        layer: u32,
-        [k, v]: [BufferRef<'_>; 2],
-        kernel: &Pipeline,
-        table: Option<&wgpu::Buffer>,
+        rope: Option<&Rope>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
         self.check_calibrated(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
+        let (kernel, table) = match rope {
+            Some(rope) => rope.append_kernel(gpu, config)?,
+            None => (&self.kernels.append, None),
+        };
         let num_tokens = step.num_tokens();
         let elements = row_elements(config, num_tokens);
-        let k = k.check(gpu, "k", elements, true)?;
-        let v = v.check(gpu, "v", elements, true)?;
+        let k = k.into().check(gpu, "k", elements, true)?;
+        let v = v.into().check(gpu, "v", elements, true)?;
         check_foreign(&self.layers, "k", &k)?;
         check_foreign(&self.layers, "v", &v)?;
-        let upload = step.upload()?.buffer();
+        let (upload, lease) = step.upload().buffer()?;
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
-            dispatches.push(self.copy_dispatch(storage, upload, step.num_copies)?);
+            dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
         }
         let (x, y) = append_grid(kernel, "k", config, num_tokens)?;
         let mut resources = vec![k.binding(), v.binding()];
         resources.extend(storage.bindings());
-        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 0)]);
+        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
         resources.extend(table.map(wgpu::Buffer::as_entire_binding));
-        dispatches.push(kernel.dispatch(gpu, &resources, [x, y, 1])?);
-        recorder.record("folio append", &dispatches);
-        Ok(())
+        dispatches.push(kernel.dispatch(resources, [x, y, 1]));
+        recorder.into().record(gpu, "folio append", &dispatches, &[lease])
     }
 
-    /// Copies of whole blocks of a layer, as an upload of [`CacheKernels::upload`] lists them.
-    pub(super) fn copy_dispatch(
-        &self,
-        storage: &LayerStorage,
-        upload: &wgpu::Buffer,
+    /// Copies of whole blocks of a layer, as an upload of [`append_words`] lists them.
+    pub(super) fn copy_dispatch<'a>(
+        &'a self,
+        storage: &'a LayerStorage,
+        upload: &'a wgpu::Buffer,
         count: u32,
-    ) -> Result<Dispatch<'_>> {
-        let (x, y) = grid(&self.kernels.copy_blocks, "batch", copy_chunks(&self.config, count))?;
+    ) -> Result<Dispatch<'a>> {
+        let (x, y) = self.kernels.copy_blocks.grid("batch", copy_chunks(&self.config, count))?;
         let mut resources: Vec<_> = storage.bindings().collect();
-        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, 1)]);
-        self.kernels.copy_blocks.dispatch(&self.gpu, &resources, [x, y, 1])
+        resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, COPY_PARAMS_OFFSET)]);
+        Ok(self.kernels.copy_blocks.dispatch(resources, [x, y, 1]))
     }
 
     /// Records the copy of a sequence's committed rows of one layer into contiguous f32 buffers of the host's,
@@ -218,7 +169,7 @@ impl KvCache {
         k_out: impl Into<BufferRef<'k>>,
         v_out: impl Into<BufferRef<'v>>,
     ) -> Result<u32> {
-        let storage = layer_storage(&self.layers, layer)?;
+        let storage = self.layer(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
         let (num_tokens, table) = {
             let state = self.state();
@@ -236,7 +187,7 @@ impl KvCache {
         if num_tokens == 0 {
             return Ok(0);
         }
-        let (x, y) = grid(&self.kernels.gather, "sequence", row_chunks(config, num_tokens))?;
+        let (x, y) = self.kernels.gather.grid("sequence", row_chunks(config, num_tokens))?;
         let mut words = Vec::with_capacity(PARAM_BLOCK_WORDS as usize + table.len());
         let params = CacheParams {
             num_tokens,
@@ -247,12 +198,12 @@ impl KvCache {
         };
         push_params(&mut words, &params);
         words.extend_from_slice(&table);
-        let upload = gpu.uploads().fill(gpu, "sequence", &words)?;
+        let (lists, lease) = Upload::new(gpu, "sequence", words)?.buffer()?;
         let mut resources: Vec<_> = storage.bindings().collect();
-        resources.extend([upload.buffer().as_entire_binding(), k_out.binding(), v_out.binding()]);
-        resources.push(params_binding::<CacheParams>(upload.buffer(), 0));
-        let dispatch = self.kernels.gather.dispatch(gpu, &resources, [x, y, 1])?;
-        recorder.into().record("folio gather", &[dispatch]);
+        resources.extend([lists.as_entire_binding(), k_out.binding(), v_out.binding()]);
+        resources.push(params_binding::<CacheParams>(&lists, 0));
+        let dispatch = self.kernels.gather.dispatch(resources, [x, y, 1]);
+        recorder.into().record(gpu, "folio gather", &[dispatch], &[lease])?;
         Ok(num_tokens)
     }
 
@@ -272,31 +223,19 @@ impl KvCache {
         let gpu = &self.gpu;
         let bytes = row_elements(&self.config, num_tokens) * 4;
         if bytes > gpu.max_storage_bytes() {
-            return Err(Error::Unsupported {
-                what: "sequence",
-                need: format!("{bytes} bytes for {num_tokens} tokens"),
-                have: format!("{} bytes in a storage binding", gpu.max_storage_bytes()),
-                hint: String::new(),
-            });
+            let need = format!("{bytes} bytes for {num_tokens} tokens");
+            let have = format!("{} bytes in a storage binding", gpu.max_storage_bytes());
+            return Err(Error::unsupported("sequence", need, have));
         }
-        let buffer = || {
-            gpu.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("folio gather"),
-                size: bytes,
-                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
-                mapped_at_creation: false,
-            })
-        };
-        let (k_out, v_out) = gpu.scoped("creating gather buffers", || (buffer(), buffer())).await?;
-        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let buffer = || gpu.create_buffer("creating gather buffers", "folio gather", bytes, usage);
+        let (k_out, v_out) = (buffer()?, buffer()?);
+        let mut encoder = gpu.encoder()?;
         self.record_gather(&mut encoder, sequence, layer, &k_out, &v_out)?;
         let k = Readback::record(gpu, &mut encoder, &BufferRef::from(&k_out))?;
         let v = Readback::record(gpu, &mut encoder, &BufferRef::from(&v_out))?;
-        gpu.queue().submit([encoder.finish()]);
-        let k = k.read();
-        let v = v.read();
-        // Neither mapping starts before it is awaited, and the device completes both at once.
-        Ok(KvRows { k: k.await?, v: v.await? })
+        gpu.submit("reading rows back", encoder).await?;
+        Ok(KvRows { k: k.read(gpu).await?, v: v.read(gpu).await? })
     }
 
     /// [`KvCache::gather`], waiting for the GPU: submits, and polls the device until the rows are here.
@@ -319,29 +258,35 @@ impl KvCache {
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams { num_blocks: self.config.num_blocks, ..CacheParams::default() });
         push_params(&mut words, &PackParams { num_blocks: self.config.num_blocks, ..PackParams::default() });
-        let upload = gpu.uploads().fill(gpu, "warm_up", &words)?;
+        let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
         let scratch =
             || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
         let (a, b) = (scratch()?, scratch()?);
-        let step = upload.buffer();
-        let params = params_binding::<CacheParams>(step, 0);
+        let params = params_binding::<CacheParams>(&lists, 0);
         let caches: Vec<_> = storage.bindings().collect();
         let (a, b) = (a.as_entire_binding(), b.as_entire_binding());
-        let list = step.as_entire_binding();
+        let list = lists.as_entire_binding();
         let append = [&[a.clone(), b.clone()], &caches[..], &[list.clone(), params.clone()]].concat();
         let copy = [&caches[..], &[list.clone(), params.clone()]].concat();
-        let pack = [caches[0].clone(), a.clone(), list.clone(), params_binding::<PackParams>(step, 1)];
+        let pack_params = params_binding::<PackParams>(&lists, COPY_PARAMS_OFFSET);
+        let pack = vec![caches[0].clone(), a.clone(), list.clone(), pack_params];
         let gather = [&caches[..], &[list, a, b, params]].concat();
-        let dispatches = [
-            self.kernels.append.dispatch(gpu, &append, [1, 1, 1])?,
-            self.kernels.copy_blocks.dispatch(gpu, &copy, [1, 1, 1])?,
-            self.kernels.pack_blocks.dispatch(gpu, &pack, [1, 1, 1])?,
-            self.kernels.gather.dispatch(gpu, &gather, [1, 1, 1])?,
-        ];
-        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        Recorder::from(&mut encoder).record("folio warm-up", &dispatches);
-        gpu.queue().submit([encoder.finish()]);
-        upload.recycle();
-        Ok(())
+        let kernels = &self.kernels;
+        let dispatches: Vec<_> = [
+            (&kernels.append, append),
+            (&kernels.copy_blocks, copy),
+            (&kernels.pack_blocks, pack),
+            (&kernels.gather, gather),
+        ]
+        .into_iter()
+        .filter(|(kernel, _)| kernel.program.take_cold())
+        .map(|(kernel, resources)| kernel.dispatch(resources, [1, 1, 1]))
+        .collect();
+        if dispatches.is_empty() {
+            return Ok(());
+        }
+        let mut encoder = gpu.encoder()?;
+        Recorder::from(&mut encoder).record(gpu, "folio warm-up", &dispatches, &[lease])?;
+        gpu.submit_now("warming up", encoder)
     }
 }

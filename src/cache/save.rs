@@ -16,9 +16,11 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 
+use super::SequenceSnapshot;
 use super::pack::stream_bytes;
-use super::{KvCacheConfig, KvFormat, SequenceSnapshot};
 use crate::error::{Error, Result};
+use crate::format::KvFormat;
+use crate::layout::{KvCacheConfig, MAX_BLOCK_SIZE};
 
 /// What every file starts with, behind the 8 bytes of the header's length. The version is next.
 const START: &str = r#"{"__metadata__":{"format":"folio.sequence","version":""#;
@@ -60,7 +62,7 @@ impl Contents {
     ///
     /// Written here and not by the safetensors crate, because that one wants all tensors in memory a second time and shuffles the metadata.
     fn header(&self, crc: u32) -> Vec<u8> {
-        let KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format } =
+        let KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format, .. } =
             self.config;
         let mut text = format!(
             r#"{START}{VERSION}","num_layers":"{num_layers}","num_kv_heads":"{num_kv_heads}","head_dim":"{head_dim}","#
@@ -115,15 +117,13 @@ impl Contents {
         }
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("truncated or damaged: {e}"))?;
         let fields = header.metadata().as_ref().ok_or("damaged: no metadata")?;
-        let config = KvCacheConfig {
-            num_layers: number(fields, "num_layers")?,
-            num_kv_heads: number(fields, "num_kv_heads")?,
-            head_dim: number(fields, "head_dim")?,
-            block_size: number(fields, "block_size")?,
-            num_blocks: 1,
-            k_format: format_of(fields, "k_format")?,
-            v_format: format_of(fields, "v_format")?,
-        };
+        let shape = ["num_layers", "num_kv_heads", "head_dim", "block_size"].map(|name| number(fields, name));
+        let [num_layers, num_kv_heads, head_dim, block_size] = shape;
+        let mut config = KvCacheConfig::new(num_layers?, num_kv_heads?, head_dim?)
+            .with_blocks(1, block_size?)
+            .with_formats(format_of(fields, "k_format")?, format_of(fields, "v_format")?);
+        // A row of a contiguous cache.
+        config.contiguous = config.block_size > MAX_BLOCK_SIZE;
         config.validate().map_err(|e| format!("damaged: {e}"))?;
         let len = number(fields, "len")?;
         // As in a cache, lengths are below 2^31.
@@ -133,7 +133,11 @@ impl Contents {
         let crc = field(fields, "crc32")?;
         let crc = u32::from_str_radix(crc, 16).map_err(|_| format!("damaged: crc32 is {crc:?}"))?;
         let contents = Self {
-            config: KvCacheConfig { num_blocks: config.blocks_for(len), ..config },
+            config: {
+                let mut config = config;
+                config.num_blocks = config.blocks_for(len);
+                config
+            },
             len,
             has_key_scales: header.info("layers.0.key_scales").is_some(),
             has_tokens: header.info("tokens").is_some(),
@@ -310,15 +314,8 @@ mod tests {
     use super::*;
 
     fn snapshot(len: u32, key_scales: bool) -> SequenceSnapshot {
-        let config = KvCacheConfig {
-            num_layers: 2,
-            num_kv_heads: 2,
-            head_dim: 8,
-            block_size: 4,
-            num_blocks: len.div_ceil(4),
-            k_format: KvFormat::F32,
-            v_format: KvFormat::F16,
-        };
+        let config =
+            KvCacheConfig::new(2, 2, 8).with_blocks(len.div_ceil(4), 4).with_formats(KvFormat::F32, KvFormat::F16);
         let bytes = stream_bytes(&config, config.num_blocks).unwrap_or(0);
         let data = (0..bytes).map(|i| (i * 37 % 251) as u8).collect();
         let scales = |layer: u32| (0..32).map(|i| (i + 100 * layer) as f32 * 0.37).collect();

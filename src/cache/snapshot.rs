@@ -2,10 +2,12 @@
 
 use std::fmt;
 
+use super::KvCache;
 use super::pack::{stream_bytes, strip_marker};
-use super::{KvCache, KvCacheConfig, KvLayout, SequenceId};
 use crate::error::{Error, Result};
-use crate::readback::Readback;
+use crate::gpu::{Gpu, Readback};
+use crate::ids::SequenceId;
+use crate::layout::{KvCacheConfig, KvLayout};
 
 /// A sequence's K and V of all layers on the host: the bytes of its blocks, as the cache's formats store them, in the order of its tokens.
 ///
@@ -167,6 +169,7 @@ fn side_lens(config: &KvCacheConfig) -> (usize, usize) {
 pub struct PendingSnapshot {
     pub(super) config: KvCacheConfig,
     pub(super) len: u32,
+    gpu: Gpu,
     staging: Vec<Readback>,
     key_scales: Option<Vec<Vec<f32>>>,
 }
@@ -190,7 +193,8 @@ impl PendingSnapshot {
             let bytes = stream_bytes(&self.config, self.config.num_blocks).unwrap_or(0) + 16;
             data.reserve_exact(bytes as usize);
             for staging in self.staging {
-                staging.read_with(|bytes| data.extend_from_slice(bytes)).await?;
+                let bytes = staging.buffer().size();
+                staging.read_with(&self.gpu, bytes, |bytes| data.extend_from_slice(bytes)).await?;
             }
             strip_marker(&mut data)?;
         }
@@ -218,7 +222,7 @@ impl KvCache {
         };
         let config = KvCacheConfig { num_blocks: blocks.len() as u32, ..self.config };
         let staging = self.record_pack(encoder, &blocks)?;
-        Ok(PendingSnapshot { config, len, staging, key_scales: self.all_key_scales() })
+        Ok(PendingSnapshot { config, len, gpu: self.gpu.clone(), staging, key_scales: self.all_key_scales() })
     }
 
     /// Fails unless the snapshot can be swapped in here.

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::manager::{Pending, SharedState, lock};
-use super::{KvCacheConfig, LayerStorage, SequenceId};
+use super::LayerStorage;
+use super::state::{SharedState, lock};
 use crate::error::{Error, Result};
-use crate::plan::Batch;
-use crate::upload::Upload;
+use crate::gpu::Upload;
+use crate::ids::SequenceId;
+use crate::layout::KvCacheConfig;
+use crate::sequence::{Batch, Pending};
 
 const OPEN: u8 = 0;
 const COMMITTED: u8 = 1;
@@ -20,11 +22,12 @@ pub(super) struct StepStatus(Arc<AtomicU8>);
 impl StepStatus {
     /// Fails unless the step is open.
     fn check_open(&self) -> Result<()> {
-        match self.0.load(Ordering::Acquire) {
-            OPEN => Ok(()),
-            COMMITTED => Err(Error::StaleStep { reason: "it has been committed" }),
-            _ => Err(Error::StaleStep { reason: "it has been rolled back" }),
-        }
+        let reason = match self.0.load(Ordering::Acquire) {
+            OPEN => return Ok(()),
+            COMMITTED => "it has been committed",
+            _ => "it has been rolled back",
+        };
+        Err(Error::Stale { what: "step", reason })
     }
 
     fn set(&self, status: u8) {
@@ -43,7 +46,7 @@ pub(crate) struct StepTicket {
 impl StepTicket {
     /// Fails if the step has ended, or the cache has been cleared since it began.
     pub(crate) fn check(&self) -> Result<()> {
-        lock(&self.state).check_epoch(self.epoch)?;
+        lock(&self.state).check_epoch(self.epoch, "step")?;
         self.status.check_open()
     }
 }
@@ -61,11 +64,11 @@ pub struct Step {
     pub(super) config: KvCacheConfig,
     pub(super) sequences: Vec<SequenceId>,
     pub(super) batch: Batch,
-    /// What commit does to each sequence; drained by commit and by drop.
-    pub(super) pending: Vec<Pending>,
+    /// What commit does to each sequence; taken by commit and by drop.
+    pub(super) pending: Option<Pending>,
     pub(super) num_copies: u32,
     /// Parameters, slot and position of every token, and (source, destination) of every block to copy; see `cache::record`.
-    pub(super) upload: Option<Upload>,
+    pub(super) upload: Upload,
     pub(super) status: StepStatus,
 }
 
@@ -107,7 +110,7 @@ impl Step {
     /// Fails unless the step is open and belongs to the cache of this state.
     pub(crate) fn check_usable(&self, cache: &SharedState) -> Result<()> {
         if !Arc::ptr_eq(&self.state, cache) {
-            return Err(Error::StaleStep { reason: "it belongs to another cache" });
+            return Err(Error::Stale { what: "step", reason: "it belongs to another cache" });
         }
         self.ticket().check()
     }
@@ -125,13 +128,14 @@ impl Step {
         &self.layers
     }
 
-    pub(crate) fn upload(&self) -> Result<&Upload> {
-        self.upload.as_ref().ok_or(Error::StaleStep { reason: "it has no upload" })
+    pub(crate) fn upload(&self) -> &Upload {
+        &self.upload
     }
 
-    pub(super) fn finish(&mut self) -> Option<Upload> {
+    /// Ends it. Returns what committing does.
+    pub(super) fn finish(&mut self) -> Option<Pending> {
         self.status.set(COMMITTED);
-        self.upload.take()
+        self.pending.take()
     }
 }
 
@@ -139,25 +143,9 @@ impl Drop for Step {
     fn drop(&mut self) {
         if self.status.check_open().is_ok() {
             self.status.set(ROLLED_BACK);
-            let mut state = lock(&self.state);
-            state.roll_back(self.epoch, std::mem::take(&mut self.pending));
-        }
-    }
-}
-
-/// What is left of a committed step: its upload buffer.
-///
-/// Call [`Committed::recycle`] once the step's commands have been submitted, and later steps use the buffer again instead of
-/// allocating one; a decode loop then allocates nothing. Or ignore it: the buffer is freed when the GPU is done with it.
-#[derive(Debug)]
-pub struct Committed(pub(super) Option<Upload>);
-
-impl Committed {
-    /// Gives the step's upload buffer to later steps. **Only after the step's commands have been submitted**: wgpu applies buffer
-    /// writes before the next submit, so a later step's data would replace this one's.
-    pub fn recycle(self) {
-        if let Some(upload) = self.0 {
-            upload.recycle();
+            if let Some(pending) = self.pending.take() {
+                lock(&self.state).roll_back(pending);
+            }
         }
     }
 }

@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::layout::{KvCacheConfig, KvLayout, Segments};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
+use crate::gpu::{BufferRef, Gpu};
 use crate::kernel::attention_storage_buffers;
-use crate::record::BufferRef;
+use crate::layout::{KvCacheConfig, KvLayout, Segments};
 
 /// One side (K or V) of a layer.
 #[derive(Debug)]
@@ -95,13 +94,9 @@ impl Room {
         let have = format!("{buffers} storage buffers of {segment_bytes} bytes");
         let [Some(k), Some(v)] = layouts.map(|layout| layout.segments(config.num_blocks, segment_bytes)) else {
             let need = layouts.map(|layout| layout.side_bytes(1).unwrap_or(u64::MAX)).into_iter().max().unwrap_or(0);
-            let hint = "; use smaller blocks".to_owned();
-            return Err(Error::Unsupported {
-                what: "block_size",
-                need: format!("{need} bytes for a block"),
-                have,
-                hint,
-            });
+            let what = if config.contiguous { "max_seq_len" } else { "block_size" };
+            let need = format!("{need} bytes for a block");
+            return Err(Error::unsupported(what, need, have).with_hint("use smaller blocks, or a smaller format"));
         };
         let others = attention_storage_buffers(k, v) - k.count - v.count;
         let need = attention_storage_buffers(k, v) + u32::from(lse);
@@ -111,12 +106,10 @@ impl Room {
         let [k_bytes, v_bytes] = layouts.map(|layout| layout.side_bytes(config.num_blocks).unwrap_or(u64::MAX));
         let sides = format!("{} for {k_bytes} bytes of K, {} for {v_bytes} bytes of V", k.count, v.count);
         let others = format!("{others} others{}", if lse { " and lse" } else { "" });
-        Err(Error::Unsupported {
-            what: "num_blocks",
-            need: format!("{need} storage buffers in a kernel ({sides}, {others})"),
-            have,
-            hint: format!("; the largest pool that fits has {} blocks", self.largest_pool(config, lse)),
-        })
+        let what = if config.contiguous { "batch" } else { "num_blocks" };
+        let hint = format!("the largest pool that fits has {} blocks", self.largest_pool(config, lse));
+        let need = format!("{need} storage buffers in a kernel ({sides}, {others})");
+        Err(Error::unsupported(what, need, have).with_hint(hint))
     }
 
     /// Most blocks that [`Self::cut`] accepts, the other fields being those of `config`.
@@ -151,7 +144,8 @@ pub(crate) fn segments(gpu: &Gpu, config: &KvCacheConfig) -> Result<[Segments; 2
 pub(crate) fn check_lse(gpu: &Gpu, config: &KvCacheConfig) -> Result<()> {
     Room::of(gpu).cut(config, true).map(drop).map_err(|e| match e {
         Error::Unsupported { need, have, hint, .. } => {
-            Error::Unsupported { what: "lse", need, have, hint: format!("{hint}, or attend without lse") }
+            let hint = hint.map_or_else(String::new, |hint| format!("{hint}, or "));
+            Error::unsupported("lse", need, have).with_hint(format!("{hint}attend without lse"))
         }
         e => e,
     })
@@ -183,12 +177,11 @@ pub(crate) async fn allocate(gpu: &Gpu, config: &KvCacheConfig, segments: [Segme
     })
     .await
     .map_err(|e| match e {
-        Error::Wgpu { message, .. } => Error::Unsupported {
-            what: "num_blocks",
-            need: format!("{} bytes for {} layers", config.pool_bytes(), config.num_layers),
-            have: format!("less: {message}"),
-            hint: "; use fewer blocks, or a smaller format".to_owned(),
-        },
+        Error::Wgpu { source, .. } => {
+            let need = format!("{} bytes for {} layers", config.pool_bytes(), config.num_layers);
+            let error = Error::unsupported("num_blocks", need, format!("less: {source}"));
+            error.with_hint("use fewer blocks, or a smaller format")
+        }
         e => e,
     })
 }
@@ -214,7 +207,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{KvCacheConfig, MAX_SEGMENT_BYTES, Room};
-    use crate::cache::KvFormat;
+    use crate::format::KvFormat;
 
     proptest! {
         /// What a refusal names fits, and one block more does not, whether the error of a much larger or a little larger pool is asked.
@@ -233,7 +226,9 @@ mod tests {
         ) {
             let room = Room { segment_bytes, buffers };
             let head_dim = 8 * eighths;
-            let config = KvCacheConfig { num_layers: 1, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format };
+            let config = KvCacheConfig::new(1, num_kv_heads, head_dim)
+                .with_blocks(num_blocks, block_size)
+                .with_formats(k_format, v_format);
             prop_assert!(config.validate().is_ok());
             if let Err(error) = room.cut(&config, lse) {
                 let largest = room.largest_pool(&config, lse);

@@ -2,60 +2,11 @@
 
 use std::sync::Arc;
 
-use super::manager::{Manager, SharedState, lock};
+use super::KvCache;
 use super::snapshot::{PendingSnapshot, SequenceSnapshot};
-use super::{BlockId, BlockTable, KvCache, SequenceId};
-use crate::error::{Error, Result};
-
-impl Manager {
-    /// Nobody else may change the sequence until [`Manager::thaw`].
-    pub(super) fn freeze(&mut self, id: SequenceId) -> Result<()> {
-        self.check_idle(id)?;
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.in_step = true;
-        }
-        Ok(())
-    }
-
-    pub(super) fn thaw(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.in_step = false;
-        }
-    }
-
-    /// Ends a sequence that is frozen for a swap-out.
-    pub(super) fn finish_swap_out(&mut self, epoch: u64, id: SequenceId) -> Result<()> {
-        self.check_epoch(epoch)?;
-        self.thaw(id);
-        self.free(id)
-    }
-
-    /// Takes blocks for a sequence that comes in.
-    pub(super) fn begin_swap_in(&mut self, count: u32) -> Result<Vec<BlockId>> {
-        let blocks = self.take_blocks(count.into())?;
-        self.open_moves += 1;
-        Ok(blocks)
-    }
-
-    pub(super) fn commit_swap_in(&mut self, epoch: u64, blocks: &[BlockId], len: u32) -> Result<SequenceId> {
-        self.check_epoch(epoch)?;
-        self.open_moves -= 1;
-        let mut table = BlockTable::default();
-        table.grow(None, blocks, len);
-        Ok(self.insert(table))
-    }
-
-    pub(super) fn roll_back_swap_in(&mut self, epoch: u64, blocks: &[BlockId]) {
-        if self.check_epoch(epoch).is_ok() {
-            self.open_moves -= 1;
-            // In reverse, so that the next one takes the same blocks in the same order.
-            for &block in blocks.iter().rev() {
-                self.pool.release(block);
-            }
-            self.settle();
-        }
-    }
-}
+use super::state::{SharedState, lock};
+use crate::error::{Error, Holder, Result};
+use crate::ids::{BlockId, SequenceId};
 
 /// A sequence on its way to the host, from [`KvCache::swap_out`]. Until [`SwapOut::finish`] it is still in the cache, and nobody can change it.
 ///
@@ -82,10 +33,12 @@ impl SwapOut {
     /// does.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the encoder has not been submitted; [`Error::StaleStep`] after [`KvCache::clear`]; [`Error::Wgpu`]. The sequence
+    /// [`Error::Argument`] if the encoder has not been submitted; [`Error::Stale`] after [`KvCache::clear`]; [`Error::Wgpu`]. The sequence
     /// is as it was before the swap.
     pub async fn finish(mut self) -> Result<SequenceSnapshot> {
-        let Some(pending) = self.pending.take() else { return Err(Error::UnknownSequence(self.sequence)) };
+        let Some(pending) = self.pending.take() else {
+            return Err(Error::Stale { what: "swap-out", reason: "it has no copies" });
+        };
         let snapshot = pending.read().await?;
         lock(&self.state).finish_swap_out(self.epoch, self.sequence)?;
         Ok(snapshot)
@@ -115,7 +68,7 @@ impl SwapIn {
     /// Makes it a sequence, with a new id. As with a step, its commands must be submitted before those of later steps.
     ///
     /// # Errors
-    /// [`Error::StaleStep`] after [`KvCache::clear`].
+    /// [`Error::Stale`] after [`KvCache::clear`].
     pub fn commit(mut self) -> Result<SequenceId> {
         let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len)?;
         self.is_open = false;
@@ -133,17 +86,17 @@ impl Drop for SwapIn {
 
 impl KvCache {
     /// Records the copy of a sequence to the host, and reserves the sequence for [`SwapOut::finish`], which ends it here: steps, forks,
-    /// truncation and freeing are refused with [`Error::SequenceInStep`] until then. Other sequences go on meanwhile, also those that share
+    /// truncation and freeing are refused with [`Error::SequenceBusy`] until then. Other sequences go on meanwhile, also those that share
     /// blocks with it.
     ///
     /// Memory: see [`KvCache::record_snapshot`].
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::SequenceInStep`]; those of [`KvCache::record_snapshot`]. Nothing has changed then.
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`]; those of [`KvCache::record_snapshot`]. Nothing has changed then.
     pub fn swap_out(&self, encoder: &mut wgpu::CommandEncoder, sequence: SequenceId) -> Result<SwapOut> {
         let epoch = {
             let mut state = self.state();
-            state.freeze(sequence)?;
+            state.freeze(sequence, Holder::SwapOut)?;
             state.epoch()
         };
         // From here on, dropping it lets the sequence go.

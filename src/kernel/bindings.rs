@@ -1,14 +1,12 @@
-//! What each kernel binds, and the parameter blocks. Tests compare both with what naga finds in the shaders.
-
-use bytemuck::{Pod, Zeroable};
+//! What each kernel binds. Tests compare it with what naga finds in the shaders.
 
 use std::borrow::Cow;
 
 use super::variant::{Kernel, Variant};
-use crate::cache::Segments;
+use crate::layout::Segments;
 
-/// How a buffer is bound.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a resource is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// `var<storage, read>`
     Read,
@@ -16,15 +14,26 @@ pub enum Access {
     Write,
     /// `var<uniform>`
     Uniform,
+    /// `texture_2d<u32>`
+    Texture,
+    /// `texture_storage_2d<rgba32uint, write>`
+    TextureWrite,
 }
 
 /// One binding of group 0. Its number is its place in the table.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Binding {
     /// Name of the shader's variable.
     pub name: Cow<'static, str>,
-    /// How the buffer is bound.
+    /// How the resource is bound.
     pub access: Access,
+}
+
+impl Binding {
+    #[cfg(feature = "model")]
+    pub(crate) const fn new(name: &'static str, access: Access) -> Self {
+        Self { name: Cow::Borrowed(name), access }
+    }
 }
 
 const fn read(name: &'static str) -> Binding {
@@ -79,70 +88,4 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
         bindings.push(read("rope_table"));
     }
     bindings
-}
-
-/// Parameters of append, copy_blocks, gather and rope.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct CacheParams {
-    /// Tokens: new ones to append or to turn, or the sequence's to gather.
-    pub num_tokens: u32,
-    /// Blocks to copy.
-    pub num_copies: u32,
-    /// Where in the step buffer the slots (append) or block table (gather) start, in words.
-    pub list_offset: u32,
-    /// Where the (source, destination) pairs start, in words.
-    pub copies_offset: u32,
-    /// Blocks of the pool; ids are clamped below it.
-    pub num_blocks: u32,
-    /// Workgroups along x: a kernel's linear index continues along y.
-    pub grid_x: u32,
-    /// Where the positions of the new tokens start, in words.
-    pub positions_offset: u32,
-    /// Keeps the block a multiple of 16 bytes.
-    pub reserved: u32,
-}
-
-/// Parameters of pack_blocks.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct PackParams {
-    /// Where in the step buffer the (block, position) pairs start, in words.
-    pub list_offset: u32,
-    /// Blocks that the bound side holds; ids are clamped below it.
-    pub num_blocks: u32,
-    /// Units of 16 bytes of a block.
-    pub block_len: u32,
-    /// Units of 16 bytes before position 0 of the packed blocks.
-    pub packed_offset: u32,
-    /// Workgroups along x: the bytes of a block continue along z.
-    pub grid_x: u32,
-    /// 0: from the side to the packed blocks; 1: back.
-    pub unpack: u32,
-    /// Keeps the block a multiple of 16 bytes.
-    pub reserved: [u32; 2],
-}
-
-/// Parameters of decode, prefill and merge.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-pub struct AttendParams {
-    /// First work item, in words of the plan buffer.
-    pub items_offset: u32,
-    /// Work items.
-    pub num_items: u32,
-    /// Workgroups along x: item index = x + z * grid_x.
-    pub grid_x: u32,
-    /// Where the ALiBi slopes, then the sinks, of all query heads start, in words (both times log2 e).
-    pub head_offset: u32,
-    /// What q is multiplied by: softmax_scale * log2 e, or softmax_scale / softcap.
-    pub qk_scale: f32,
-    /// softcap * log2 e.
-    pub softcap_log2e: f32,
-    /// Newest keys that are visible.
-    pub window: u32,
-    /// Blocks of the pool; ids are clamped below it.
-    pub num_blocks: u32,
-    /// Keeps the block 48 bytes long.
-    pub reserved: [u32; 4],
 }

@@ -1,24 +1,19 @@
-//! How the GPU does it: variants, composed text, binding tables, pipelines.
+//! How the GPU does it: variants, composed text, binding tables. Pure data: what a program needs to compile and dispatch the kernels
+//! by whatever GPU library it has.
 
 mod bindings;
-mod pipelines;
+mod rope;
 mod source;
+mod target;
+mod template;
 pub mod tuning;
 mod variant;
 
 pub(crate) use bindings::attention_storage_buffers;
-pub use bindings::{Access, AttendParams, Binding, CacheParams, PackParams, bindings};
-pub use pipelines::Pipeline;
+pub use bindings::{Access, Binding, bindings};
+pub use rope::{RopeConfig, RopeLayout, RopeScaling};
 pub use source::compose;
-pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
-
-/// Most workgroups along a dimension of a dispatch that WebGPU guarantees.
-pub const MAX_GRID: u32 = 65_535;
-
-/// A grid for `count` workgroups that are numbered linearly: (x, rest), both within [`MAX_GRID`], or `None` if there are too many.
-#[must_use]
-pub fn linear_grid(count: u64) -> Option<(u32, u32)> {
-    let x = count.clamp(1, MAX_GRID.into());
-    let rest = count.div_ceil(x).max(1);
-    (rest <= u64::from(MAX_GRID)).then_some((x as u32, rest as u32))
-}
+pub use target::{AdapterClass, Profile, ShaderFeatures, Source, Target};
+#[cfg(feature = "model")]
+pub(crate) use template::render;
+pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant};

@@ -2,58 +2,13 @@
 //!
 //! Shaders are minijinja templates that see the variant's fields; what they share are parts that they include. Rust pastes no shader text.
 
-use std::sync::LazyLock;
+use minijinja::context;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, UndefinedBehavior, context};
-
+use super::target::Profile;
+use super::template;
 use super::variant::{Kernel, Variant};
-use crate::cache::{KvLayout, Segments};
-use crate::error::{Error, Result};
-use crate::gpu::Profile;
-
-macro_rules! templates {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!("../../shaders/", $name)))),*]
-    };
-}
-
-/// Every file under `shaders/`, by the name that templates include it by.
-const TEMPLATES: &[(&str, &str)] = templates![
-    "append.wgsl",
-    "copy_blocks.wgsl",
-    "cpu/decode.wgsl",
-    "cpu/prefill.wgsl",
-    "gather.wgsl",
-    "gpu/decode.wgsl",
-    "gpu/prefill.wgsl",
-    "merge.wgsl",
-    "pack_blocks.wgsl",
-    "rope.wgsl",
-    "shared/attend_params.wgsl",
-    "shared/cache_params.wgsl",
-    "shared/cpu_bindings.wgsl",
-    "shared/cpu_item.wgsl",
-    "shared/cpu_kv.wgsl",
-    "shared/gpu_interface.wgsl",
-    "shared/gpu_kv.wgsl",
-    "shared/kv_codes.wgsl",
-    "shared/kv_rows.wgsl",
-    "shared/kv_side.wgsl",
-    "shared/rope.wgsl",
-];
-
-/// Parsed templates: constant data, filled on first use.
-static ENVIRONMENT: LazyLock<Result<Environment<'static>, String>> = LazyLock::new(|| {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|e| format!("syntax: {e:#}"))?);
-    environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    for (name, text) in TEMPLATES {
-        environment.add_template(name, text).map_err(|e| format!("{name}: {e:#}"))?;
-    }
-    Ok(environment)
-});
+use crate::error::Result;
+use crate::layout::{KvLayout, Segments};
 
 fn template_name(variant: &Variant) -> &'static str {
     match (variant.kernel, variant.target.profile) {
@@ -90,15 +45,12 @@ fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
 /// The WGSL text of a variant.
 ///
 /// # Errors
-/// [`Error::Wgpu`] if a template is broken, which tests over all variants exclude.
+/// [`Error::Shader`](crate::Error::Shader) if a template is broken, which tests over all variants exclude.
 pub fn compose(variant: &Variant) -> Result<String> {
-    let failed = |message: String| Error::Wgpu { during: "composing a shader", message };
-    let environment = ENVIRONMENT.as_ref().map_err(|message| failed(message.clone()))?;
     let v = variant;
-    let body = environment
-        .get_template(template_name(v))
-        .and_then(|template| {
-            template.render(context! {
+    let body = template::render(
+        template_name(v),
+        context! {
                 head_dim => v.head_dim,
                 num_kv_heads => v.num_kv_heads,
                 group_size => v.group_size,
@@ -123,9 +75,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 workgroup_size => v.workgroup_size,
                 tile_q => v.tile_q,
                 tile_kv => v.tile_kv,
-            })
-        })
-        .map_err(|e| failed(format!("{e:#}")))?;
-    let enable = variant.target.enable_directives && variant.features().contains(wgpu::Features::SUBGROUP);
+        },
+    )?;
+    let enable = variant.target.enable_directives && variant.features().subgroups;
     Ok(if enable { format!("enable subgroups;\n{body}") } else { body })
 }

@@ -1,8 +1,8 @@
 //! The one table of tile sizes per profile, kernel and shape, and what they cost in workgroup memory.
 
+use super::target::{AdapterClass, Profile};
 use super::variant::{Kernel, Variant};
-use crate::cache::KvFormat;
-use crate::gpu::{Gpu, Profile, is_cpu_adapter};
+use crate::format::KvFormat;
 use crate::plan::SplitPolicy;
 
 /// Sets the sizes of a variant from its kernel, target and shape. `docs/measurements.md` has the numbers behind the rows.
@@ -134,17 +134,22 @@ fn gpu_prefill_bytes(variant: &Variant) -> u32 {
     16 * (scores.max(weights + 2 * values).max(combined) + least_products) + (8 * tile_kv).next_multiple_of(16)
 }
 
-/// When a sequence's keys are split.
-pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool, max_workspace_bytes: u64) -> SplitPolicy {
-    let device_type = gpu.adapter_info().device_type;
+/// When a sequence's keys are split. `max_workspace_bytes` is at most a storage binding of the device.
+#[must_use]
+pub fn split_policy(
+    profile: Profile,
+    class: AdapterClass,
+    deterministic: bool,
+    max_workspace_bytes: u64,
+) -> SplitPolicy {
     // llvmpipe stops counting an invocation's loop iterations at 65 535, all loops together. The kernels take at most one iteration per key
     // (prefill for CPUs adds up to 130 before and after), so half of the cap is safe. It is the adapter's, whichever profile runs on it.
-    let max_split_len = if is_cpu_adapter(gpu.adapter_info()) { 32_768 } else { 1 << 30 };
-    let (target_workgroups, min_split_len, fixed_split_len) = match (gpu.profile(), device_type) {
+    let max_split_len = if class == AdapterClass::Cpu { 32_768 } else { 1 << 30 };
+    let (target_workgroups, min_split_len, fixed_split_len) = match (profile, class) {
         // A workgroup runs on one core from start to end, so a few per core are enough; 64 splits cost 25 % where 8 fill two cores.
         (Profile::Cpu, _) => (8, 1024, 4096),
         // Some hundred compute units with several workgroups each, against a handful of them.
-        (Profile::Gpu, wgpu::DeviceType::DiscreteGpu) => (1024, 256, 1024),
+        (Profile::Gpu, AdapterClass::Discrete) => (1024, 256, 1024),
         (Profile::Gpu, _) => (256, 256, 1024),
     };
     SplitPolicy {
@@ -152,6 +157,6 @@ pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool, max_workspace_bytes: 
         min_split_len,
         max_split_len,
         fixed_split_len: deterministic.then_some(fixed_split_len),
-        max_workspace_bytes: max_workspace_bytes.min(gpu.max_storage_bytes()),
+        max_workspace_bytes,
     }
 }

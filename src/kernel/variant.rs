@@ -1,8 +1,11 @@
 //! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
 
-use crate::cache::{KvCacheConfig, KvFormat, KvLayout, Segments};
-use crate::gpu::{Gpu, Profile};
-use crate::rope::RopeLayout;
+use super::rope::RopeLayout;
+use super::target::{Profile, ShaderFeatures, Source, Target};
+use crate::error::Result;
+use crate::format::KvFormat;
+use crate::layout::{KvCacheConfig, KvLayout, Segments};
+use crate::plan::AttentionConfig;
 
 /// The kernels. Each is an entry point of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,35 +57,6 @@ impl Kernel {
     }
 }
 
-/// What the adapter offers to the shader compiler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Target {
-    /// The kernel family.
-    pub profile: Profile,
-    /// Subgroup operations.
-    pub subgroups: bool,
-    /// The size of every subgroup, or 0 if it varies or there are none.
-    pub subgroup_size: u32,
-    /// 64-bit integers.
-    pub int64: bool,
-    /// Whether the text must say `enable subgroups;`: browsers demand it, naga refuses it.
-    pub enable_directives: bool,
-}
-
-impl Target {
-    /// What a device offers.
-    #[must_use]
-    pub fn of(gpu: &Gpu) -> Self {
-        Self {
-            profile: gpu.profile(),
-            subgroups: gpu.has_subgroups(),
-            subgroup_size: gpu.subgroup_size().unwrap_or(0),
-            int64: gpu.features().contains(wgpu::Features::SHADER_INT64),
-            enable_directives: gpu.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
-        }
-    }
-}
-
 /// The options of an attention call that are compiled in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AttendFlags {
@@ -100,6 +74,22 @@ pub struct AttendFlags {
     pub mask: bool,
     /// The logarithm of the softmax denominator is written.
     pub lse: bool,
+}
+
+impl AttendFlags {
+    /// What a configuration compiles in.
+    #[must_use]
+    pub fn of(config: &AttentionConfig) -> Self {
+        Self {
+            causal: config.causal,
+            window: config.window.is_some(),
+            softcap: config.softcap.is_some(),
+            alibi: config.alibi_slopes.is_some(),
+            sinks: config.sinks.is_some(),
+            mask: config.custom_mask,
+            lse: config.lse,
+        }
+    }
 }
 
 /// What of a [`RopeConfig`](crate::RopeConfig) is compiled in; frequencies are data.
@@ -233,13 +223,28 @@ impl Variant {
         super::tuning::workgroup_bytes(self)
     }
 
-    /// wgpu features that the text needs.
+    /// Features that the text needs.
     #[must_use]
-    pub fn features(&self) -> wgpu::Features {
+    pub fn features(&self) -> ShaderFeatures {
         let attends = matches!(self.kernel, Kernel::Decode | Kernel::Prefill);
-        let mut features = wgpu::Features::empty();
-        features.set(wgpu::Features::SUBGROUP, attends && self.target.subgroups);
-        features.set(wgpu::Features::SHADER_INT64, attends && self.target.profile == Profile::Cpu && self.target.int64);
-        features
+        ShaderFeatures {
+            subgroups: attends && self.target.subgroups,
+            int64: attends && self.target.profile == Profile::Cpu && self.target.int64,
+        }
+    }
+
+    /// The kernel with its interface.
+    ///
+    /// # Errors
+    /// [`Error::Shader`](crate::Error::Shader) if a template is broken, which tests over all variants exclude.
+    pub fn source(&self) -> Result<Source> {
+        Ok(Source {
+            entry_point: self.kernel.entry_point(),
+            text: super::compose(self)?,
+            bindings: super::bindings(self),
+            workgroup_size: self.workgroup_size,
+            workgroup_bytes: self.workgroup_bytes(),
+            features: self.features(),
+        })
     }
 }

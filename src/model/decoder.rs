@@ -4,21 +4,22 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use futures_channel::oneshot;
-
 use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
 use super::generate::Prompt;
-use super::program::Rows;
+use super::rows::Rows;
 use super::sampler::{Sampler, Sampling, SamplingRequest};
 use super::transformer::{Model, Scratch};
+use crate::gpu::{Readback, Upload};
 use crate::{
-    Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, Rope, SequenceId,
+    Attention, AttentionConfig, BufferRef, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, Rope,
+    SequenceId,
 };
 use crate::{Error, Result};
 
 /// The cache and the step size of a [`Decoder`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DecoderOptions {
     /// Tokens per block of the cache.
     pub block_size: u32,
@@ -43,15 +44,9 @@ impl DecoderOptions {
     /// The cache that a decoder with these options makes for a model.
     #[must_use]
     pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
-        KvCacheConfig {
-            num_layers: model.num_layers,
-            num_kv_heads: model.num_kv_heads,
-            head_dim: model.head_dim,
-            block_size: self.block_size,
-            num_blocks: self.num_blocks,
-            k_format: self.k_format,
-            v_format: self.v_format,
-        }
+        KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
+            .with_blocks(self.num_blocks, self.block_size)
+            .with_formats(self.k_format, self.v_format)
     }
 }
 
@@ -90,14 +85,10 @@ pub struct Decoder {
     rope: Option<Rope>,
     sampler: Sampler,
     scratch: Scratch,
-    /// Of each row of a step its token id and its position, and which rows go to the head; `max_step_tokens` words each.
-    ids: wgpu::Buffer,
-    positions: wgpu::Buffer,
-    head_rows: wgpu::Buffer,
     logits: wgpu::Buffer,
     output: wgpu::Buffer,
     /// Away while it is mapped; a dropped future takes it along.
-    staging: Option<wgpu::Buffer>,
+    staging: Option<Readback>,
     histories: HashMap<SequenceId, Vec<u32>>,
 }
 
@@ -182,11 +173,7 @@ impl Decoder {
         let sampler = Sampler::new(&gpu, config.vocab_size).await?;
         let rows = options.max_step_tokens;
         let scratch = Scratch::new(&gpu, &config, rows)?;
-        let words = u64::from(rows) * 4;
         Ok(Self {
-            ids: storage(&gpu, "folio token ids", words)?,
-            positions: storage(&gpu, "folio positions", words)?,
-            head_rows: storage(&gpu, "folio head rows", words)?,
             logits: storage(&gpu, "folio logits", u64::from(config.vocab_size) * 4)?,
             output: storage(&gpu, "folio sampled tokens", 256)?,
             staging: None,
@@ -574,10 +561,18 @@ impl Decoder {
         }
         let rows = ids.len() as u32;
         let num_head_rows = head_rows.len() as u32;
-        // Every step is submitted before the next is recorded, so the writes of the next can't overtake this one's commands.
-        gpu.queue().write_buffer(&self.ids, 0, bytemuck::cast_slice(&ids));
-        gpu.queue().write_buffer(&self.positions, 0, bytemuck::cast_slice(&positions));
-        gpu.queue().write_buffer(&self.head_rows, 0, bytemuck::cast_slice(&head_rows));
+        // Token ids, positions and rows of the head, each from a multiple of WebGPU's largest alignment on.
+        let mut words = Vec::new();
+        let [ids, positions, head_rows] = [ids, positions, head_rows].map(|list| {
+            let offset = words.len() as u64 * 4;
+            let bytes = list.len() as u64 * 4;
+            words.extend(list);
+            words.resize(words.len().next_multiple_of(64), 0);
+            (offset, bytes)
+        });
+        let (lists, lease) = Upload::new(&gpu, "batch", words)?.buffer()?;
+        let [ids, positions, head_rows] =
+            [ids, positions, head_rows].map(|(offset, bytes)| BufferRef::new(&lists, offset, bytes));
 
         let sampling: Vec<_> = chunks
             .iter()
@@ -605,48 +600,41 @@ impl Decoder {
         };
         let staging = self.reserve(num_head_rows, requests.len() as u64 * OUTPUT_BYTES, result_bytes)?;
 
-        let mut sampler_step = None;
-        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut encoder = gpu.encoder()?;
         {
             let descriptor = wgpu::ComputePassDescriptor { label: Some("folio decoder step"), timestamp_writes: None };
-            let mut pass = encoder.begin_compute_pass(&descriptor);
+            let mut pass = gpu.scoped_now("running the model", || encoder.begin_compute_pass(&descriptor))?;
+            lease.hold_in(&pass);
             let context = super::transformer::StepContext {
                 cache: &self.cache,
                 attention: &self.attention,
                 rope: self.rope.as_ref(),
                 step: &step,
                 plan: &plan,
-                ids: &self.ids,
-                positions: &self.positions,
+                ids,
+                positions,
                 rows,
             };
             model.record_layers(&mut pass, &self.scratch, &context)?;
             if num_head_rows > 0 {
                 let logits = Rows::new(&self.logits, num_head_rows, vocab);
-                model.record_head(&mut pass, &self.scratch, rows, &self.head_rows, logits)?;
+                model.record_head(&mut pass, &self.scratch, rows, head_rows, logits)?;
                 if !requests.is_empty() {
-                    sampler_step = Some(self.sampler.record(&gpu, &mut pass, logits, &requests, &self.output)?);
+                    self.sampler.record(&gpu, &mut pass, logits, &requests, &self.output)?;
                 }
             }
         }
         if num_head_rows > 0 {
             let source = if requests.is_empty() { &self.logits } else { &self.output };
-            encoder.copy_buffer_to_buffer(source, 0, &staging, 0, result_bytes);
+            encoder.copy_buffer_to_buffer(source, 0, staging.buffer(), 0, result_bytes);
         }
-        let commands = gpu.scoped("running the model", || encoder.finish()).await?;
-        gpu.scoped("running the model", || gpu.queue().submit([commands])).await?;
-        plan.recycle();
-        if let Some(step) = sampler_step {
-            step.recycle();
-        }
+        gpu.submit("running the model", encoder).await?;
         if num_head_rows > 0 {
-            let words = read(&staging, result_bytes).await?;
-            self.staging = Some(staging);
+            let words = staging.words(&gpu, result_bytes).await?;
             finish(&words)?;
-        } else {
-            self.staging = Some(staging);
         }
-        self.cache.commit(step)?.recycle();
+        self.staging = Some(staging);
+        self.cache.commit(step)?;
         Ok(())
     }
 
@@ -660,7 +648,7 @@ impl Decoder {
     }
 
     /// Makes the buffers of the head large enough, and takes the one to read back through.
-    fn reserve(&mut self, head_rows: u32, output_bytes: u64, staging_bytes: u64) -> Result<wgpu::Buffer> {
+    fn reserve(&mut self, head_rows: u32, output_bytes: u64, staging_bytes: u64) -> Result<Readback> {
         let gpu = self.gpu().clone();
         let logits_bytes = u64::from(head_rows) * u64::from(self.model.config().vocab_size) * 4;
         if self.logits.size() < logits_bytes {
@@ -670,12 +658,8 @@ impl Decoder {
             self.output = storage(&gpu, "folio sampled tokens", output_bytes.next_power_of_two())?;
         }
         match self.staging.take() {
-            Some(staging) if staging.size() >= staging_bytes => Ok(staging),
-            _ => {
-                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-                let bytes = staging_bytes.next_power_of_two().max(256);
-                gpu.create_buffer("creating the decoder's buffers", "folio readback", bytes, usage)
-            }
+            Some(staging) if staging.buffer().size() >= staging_bytes => Ok(staging),
+            _ => Readback::new(&gpu, staging_bytes.next_power_of_two().max(256)),
         }
     }
 }
@@ -718,20 +702,4 @@ fn next_chunks<'a>(
         done[input] += take;
     }
     chunks
-}
-
-/// Maps the start of a staging buffer and copies its words.
-async fn read(staging: &wgpu::Buffer, bytes: u64) -> Result<Vec<u32>> {
-    let failed = |message: String| Error::Wgpu { during: "reading back", message };
-    let (sender, receiver) = oneshot::channel();
-    staging.map_async(wgpu::MapMode::Read, ..bytes, move |result| {
-        // The receiver is gone if the caller dropped the future: then nobody wants to know.
-        let _ = sender.send(result);
-    });
-    receiver.await.map_err(|_| failed("the device was lost".to_owned()))?.map_err(|e| failed(e.to_string()))?;
-    let mapped = staging.get_mapped_range(..bytes).map_err(|e| failed(e.to_string()))?;
-    let words = mapped.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-    drop(mapped);
-    staging.unmap();
-    Ok(words)
 }

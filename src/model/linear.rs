@@ -1,17 +1,16 @@
 //! [`Linear`]: a linear layer, `y = activation(x W^T + bias)`, and the embedding that shares its weights.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::error::{ModelError, ModelResult};
-use super::linear_kernels::{Compiled, LinearKernel, LinearKernels, LinearVariant, TEXTURE_WIDTH, create_texture};
+use super::linear_kernels::{
+    Compiled, LinearKernel, LinearKernels, LinearVariant, TEXTURE_WIDTH, create_texture, create_view,
+};
 use super::ops::ActivationKind;
-use super::program::Rows;
 use super::quantise::{Packed, Packer, WeightFormat};
-use crate::BufferRef;
-use crate::kernel::Target;
-use crate::{Error, Result};
-use crate::{Gpu, Profile};
+use super::rows::Rows;
+use crate::kernel::Profile;
+use crate::{BufferRef, Error, Gpu, Result};
 
 /// Shape and options of a [`Linear`] layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -135,7 +134,7 @@ impl Linear {
             return Err(ModelError::argument("bias", got, need));
         }
         let variants =
-            LinearVariant::of_layer(Target::of(gpu), format, config.activation, config.bias, in_features, out_features);
+            LinearVariant::of_layer(gpu.target(), format, config.activation, config.bias, in_features, out_features);
         let mut compiled = Vec::with_capacity(variants.len());
         for &variant in &variants {
             compiled.push(kernels.get(gpu, variant).await?);
@@ -144,10 +143,8 @@ impl Linear {
         let parts = upload(gpu, kernels, config, lanes, rows)?;
         let bias = bias
             .map(|values| {
-                let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-                let buffer = gpu.create_buffer("creating a bias", "folio bias", values.len() as u64 * 4, usage)?;
-                gpu.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(values));
-                Ok::<_, Error>(buffer)
+                let contents = bytemuck::cast_slice(values);
+                gpu.create_buffer_with("creating a bias", "folio bias", contents, wgpu::BufferUsages::STORAGE)
             })
             .transpose()?;
         Ok(Self { config, parts, bias, compiled, kernels: kernels.clone() })
@@ -190,7 +187,7 @@ impl Linear {
     /// # Errors
     /// [`Error::Wgpu`] if there is no memory for a few rows of x and y.
     pub fn warm_up(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
-        let cold: Vec<_> = self.compiled.iter().filter(|c| !c.warm.swap(true, Ordering::Relaxed)).collect();
+        let cold: Vec<_> = self.compiled.iter().filter(|c| c.program.take_cold()).collect();
         if cold.is_empty() {
             return Ok(());
         }
@@ -252,7 +249,7 @@ impl Linear {
             let mut resources =
                 vec![part.weights.binding(), ids.clone(), out.binding(), part.params.as_entire_binding()];
             resources.extend(part.scales.as_ref().map(Weights::binding));
-            gather.program.dispatch(gpu, pass, &resources, grid)?;
+            gather.program.record(gpu, pass, resources, grid)?;
         }
         Ok(())
     }
@@ -267,8 +264,9 @@ impl Linear {
         let texels = u64::from(x.rows) * u64::from(x.width.next_multiple_of(32) / 4);
         let view = self.kernels.stage(gpu, texels)?;
         if let Some(part) = self.parts.first() {
-            let resources = [wgpu::BindingResource::TextureView(&view), x.binding(), part.params.as_entire_binding()];
-            self.compiled(LinearKernel::Stage)?.program.dispatch(gpu, pass, &resources, [1, x.rows, 1])?;
+            let resources =
+                vec![wgpu::BindingResource::TextureView(&view), x.binding(), part.params.as_entire_binding()];
+            self.compiled(LinearKernel::Stage)?.program.record(gpu, pass, resources, [1, x.rows, 1])?;
         }
         Ok(view)
     }
@@ -301,7 +299,7 @@ impl Linear {
             resources.extend(self.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
             let tiles = (part.last_row - part.first_row + 1).div_ceil(cols);
             let grid = grid.unwrap_or([tiles.min(max), row_tiles, tiles.div_ceil(max)]);
-            compiled.program.dispatch(gpu, pass, &resources, grid)?;
+            compiled.program.record(gpu, pass, resources, grid)?;
         }
         Ok(())
     }
@@ -339,9 +337,9 @@ fn upload(
     for first_row in (0..out_features).step_by(part_rows as usize) {
         let num_rows = part_rows.min(out_features - first_row);
         let blocks = u64::from(num_rows.div_ceil(lanes));
-        let mut weights = Upload::new(gpu, blocks * block_bytes / 4)?;
+        let mut weights = WeightUpload::new(gpu, blocks * block_bytes / 4)?;
         let scale_words = blocks * packer.row_groups as u64 * u64::from(lanes);
-        let mut scales = if scale_words > 0 { Some(Upload::new(gpu, scale_words)?) } else { None };
+        let mut scales = if scale_words > 0 { Some(WeightUpload::new(gpu, scale_words)?) } else { None };
         let mut packed = Packed::default();
         for first in (0..num_rows).step_by(piece_rows as usize) {
             let piece = piece_rows.min(num_rows - first);
@@ -365,15 +363,14 @@ fn upload(
             accumulate: u32::from(config.accumulate),
             reserved: 0,
         };
-        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-        let size = size_of::<LinearParams>() as u64;
-        let buffer = gpu.create_buffer("creating a linear layer", "folio linear", size, usage)?;
-        gpu.queue().write_buffer(&buffer, 0, bytemuck::bytes_of(&params));
+        let contents = bytemuck::bytes_of(&params);
+        let usage = wgpu::BufferUsages::UNIFORM;
+        let buffer = gpu.create_buffer_with("creating a linear layer", "folio linear", contents, usage)?;
         parts.push(Part {
             first_row,
             last_row,
-            weights: weights.weights(),
-            scales: scales.map(Upload::weights),
+            weights: weights.weights(gpu)?,
+            scales: scales.map(|scales| scales.weights(gpu)).transpose()?,
             params: buffer,
         });
     }
@@ -381,12 +378,12 @@ fn upload(
 }
 
 /// Writes words, piece after piece, to where the profile keeps them.
-enum Upload {
+enum WeightUpload {
     Buffer { buffer: wgpu::Buffer, written: u64 },
     Texture { texture: wgpu::Texture, next_row: u32 },
 }
 
-impl Upload {
+impl WeightUpload {
     fn new(gpu: &Gpu, words: u64) -> Result<Self> {
         let during = "creating a linear layer's weights";
         if gpu.profile() == Profile::Gpu {
@@ -407,7 +404,8 @@ impl Upload {
     fn write(&mut self, gpu: &Gpu, kernels: &LinearKernels, words: &mut Vec<u32>, last: bool) -> Result<()> {
         match self {
             Self::Buffer { buffer, written } => {
-                gpu.queue().write_buffer(buffer, *written, bytemuck::cast_slice(words));
+                let write = || gpu.queue().write_buffer(buffer, *written, bytemuck::cast_slice(words));
+                gpu.scoped_now("uploading weights", write)?;
                 let bytes = words.len() as u64 * 4;
                 *written += bytes;
                 words.clear();
@@ -432,7 +430,9 @@ impl Upload {
                     rows_per_image: None,
                 };
                 let size = wgpu::Extent3d { width: TEXTURE_WIDTH, height, depth_or_array_layers: 1 };
-                gpu.queue().write_texture(target, &bytemuck::cast_slice(words)[..bytes], layout, size);
+                let data = &bytemuck::cast_slice(words)[..bytes];
+                let write = || gpu.queue().write_texture(target, data, layout, size);
+                gpu.scoped_now("uploading weights", write)?;
                 *next_row += height;
                 words.drain(..bytes / 4);
                 kernels.uploaded(gpu, bytes as u64)
@@ -440,12 +440,10 @@ impl Upload {
         }
     }
 
-    fn weights(self) -> Weights {
-        match self {
+    fn weights(self, gpu: &Gpu) -> Result<Weights> {
+        Ok(match self {
             Self::Buffer { buffer, .. } => Weights::Buffer(buffer),
-            Self::Texture { texture, .. } => {
-                Weights::Texture(texture.create_view(&wgpu::TextureViewDescriptor::default()))
-            }
-        }
+            Self::Texture { texture, .. } => Weights::Texture(create_view(gpu, &texture)?),
+        })
     }
 }

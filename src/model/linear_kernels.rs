@@ -1,17 +1,16 @@
 //! The kernels of the linear layers: which there are, which one suits a number of rows, and their pipelines.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::context;
 
 use super::ops::ActivationKind;
-use super::program::{Binding, Program, Source};
 use super::quantise::WeightFormat;
-use crate::kernel::Target;
-use crate::{Error, Result};
-use crate::{Gpu, Profile};
+use crate::gpu::Program;
+use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, Target, render};
+use crate::{Error, Gpu, Result};
 
 /// A kernel of a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -226,16 +225,16 @@ impl LinearVariant {
     /// The kernel, rendered.
     ///
     /// # Errors
-    /// [`crate::Error::Wgpu`] if the template is broken, which tests over all variants exclude.
+    /// [`Error::Shader`] if the template is broken, which tests over all variants exclude.
     pub fn source(&self) -> Result<Source> {
         let cpu = self.target.profile == Profile::Cpu;
         let CpuSizes { cols: cpu_cols, step, unit, row_block } = self.cpu_sizes();
         let (rows, cols, workgroup_size, template) = match self.kernel {
-            LinearKernel::Rows(rows) if cpu => (rows, cpu_cols, self.lanes(), "linear_cpu.wgsl"),
-            LinearKernel::Rows(rows) => (rows, MATVEC_COLS, MATVEC_SIZE, "linear_matvec.wgsl"),
-            LinearKernel::Matmul => (0, 0, 128, "linear_matmul.wgsl"),
-            LinearKernel::Stage => (0, 0, self.lanes(), "linear_stage.wgsl"),
-            LinearKernel::Gather => (0, 0, GATHER_SIZE, "linear_gather.wgsl"),
+            LinearKernel::Rows(rows) if cpu => (rows, cpu_cols, self.lanes(), "model/linear_cpu.wgsl"),
+            LinearKernel::Rows(rows) => (rows, MATVEC_COLS, MATVEC_SIZE, "model/linear_matvec.wgsl"),
+            LinearKernel::Matmul => (0, 0, 128, "model/linear_matmul.wgsl"),
+            LinearKernel::Stage => (0, 0, self.lanes(), "model/linear_stage.wgsl"),
+            LinearKernel::Gather => (0, 0, GATHER_SIZE, "model/linear_gather.wgsl"),
         };
         let values = context! {
             rows, cols, step, unit, row_block, workgroup_size,
@@ -251,21 +250,21 @@ impl LinearVariant {
             subgroups => self.target.subgroups,
             int64 => self.target.int64,
         };
-        let text = Source::render(template, values)?;
-        let mut features = wgpu::Features::empty();
-        features.set(wgpu::Features::SUBGROUP, self.target.subgroups);
-        features.set(wgpu::Features::SHADER_INT64, self.target.int64);
+        let text = render(template, values)?;
+        let features = ShaderFeatures { subgroups: self.target.subgroups, int64: self.target.int64 };
         let directive = if self.target.enable_directives && self.target.subgroups { "enable subgroups;\n" } else { "" };
-        let weights = if cpu { Binding::Texture } else { Binding::Read };
+        let weights = if cpu { Access::Texture } else { Access::Read };
+        let x = if self.staged() { Access::Texture } else { Access::Read };
+        let [input, output] = if self.kernel == LinearKernel::Gather { ["ids", "out"] } else { ["x", "y"] };
         let bindings = if self.kernel == LinearKernel::Stage {
-            vec![Binding::TextureWrite, Binding::Read, Binding::Uniform]
+            vec![("staged", Access::TextureWrite), ("x", Access::Read), ("params", Access::Uniform)]
         } else {
-            let x = if self.staged() { Binding::Texture } else { Binding::Read };
-            let mut bindings = vec![weights, x, Binding::Write, Binding::Uniform];
-            bindings.extend(self.format.group_size().map(|_| weights));
-            bindings.extend(self.bias.then_some(Binding::Read));
+            let mut bindings = vec![("w", weights), (input, x), (output, Access::Write), ("params", Access::Uniform)];
+            bindings.extend(self.format.group_size().map(|_| ("scales", weights)));
+            bindings.extend(self.bias.then_some(("bias", Access::Read)));
             bindings
         };
+        let bindings = bindings.into_iter().map(|(name, access)| Binding::new(name, access)).collect();
         let workgroup_bytes = match self.kernel {
             LinearKernel::Matmul => 2 * 272 * 16,
             LinearKernel::Rows(rows) if !cpu && self.target.subgroups => rows * MATVEC_COLS * MATVEC_SIZE / 4 * 4,
@@ -291,8 +290,7 @@ impl LinearVariant {
 #[derive(Debug)]
 pub(crate) struct Compiled {
     pub(crate) variant: LinearVariant,
-    pub(crate) program: Program,
-    pub(crate) warm: AtomicBool,
+    pub(crate) program: Arc<Program>,
 }
 
 /// The pipelines of all linear layers of a device, each compiled once, whatever the number of layers that use it.
@@ -327,6 +325,11 @@ pub(crate) fn create_texture(gpu: &Gpu, height: u32, usage: wgpu::TextureUsages)
     gpu.scoped_now("creating a texture", || gpu.device().create_texture(&descriptor))
 }
 
+/// All of a texture.
+pub(crate) fn create_view(gpu: &Gpu, texture: &wgpu::Texture) -> Result<wgpu::TextureView> {
+    gpu.scoped_now("creating a texture", || texture.create_view(&wgpu::TextureViewDescriptor::default()))
+}
+
 /// wgpu keeps a copy of what is written to a queue until the next submit: so one is made after this many bytes.
 const MAX_UNSUBMITTED: u64 = 64 << 20;
 
@@ -342,8 +345,8 @@ impl LinearKernels {
         if let Some(compiled) = found {
             return Ok(compiled);
         }
-        let program = Program::new(gpu, &variant.source()?).await?;
-        let compiled = Arc::new(Compiled { variant, program, warm: AtomicBool::new(false) });
+        let program = Program::get(gpu, variant.source()?).await?;
+        let compiled = Arc::new(Compiled { variant, program });
         let mut all = self.0.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(all.entry(variant).or_insert(compiled).clone())
     }
@@ -360,11 +363,11 @@ impl LinearKernels {
         let height = texels.div_ceil(TEXTURE_WIDTH.into()).next_power_of_two();
         if height > max.into() {
             let (need, have) = (format!("{texels} texels"), format!("{TEXTURE_WIDTH} x {max}"));
-            let hint = "; use smaller steps".to_owned();
-            return Err(Error::Unsupported { what: "rows of a linear layer", need, have, hint });
+            return Err(Error::unsupported("rows of a linear layer", need, have).with_hint("use smaller steps"));
         }
         let usage = wgpu::TextureUsages::TEXTURE_BINDING | wgpu::TextureUsages::STORAGE_BINDING;
-        let view = create_texture(gpu, height as u32, usage)?.create_view(&wgpu::TextureViewDescriptor::default());
+        let texture = create_texture(gpu, height as u32, usage)?;
+        let view = create_view(gpu, &texture)?;
         *stage = Some((height * u64::from(TEXTURE_WIDTH), view.clone()));
         Ok(view)
     }
@@ -375,11 +378,11 @@ impl LinearKernels {
             return Ok(());
         }
         self.0.unsubmitted.store(0, Ordering::Relaxed);
-        gpu.queue().submit([]);
+        gpu.scoped_now("uploading weights", || gpu.queue().submit([]))?;
         #[cfg(not(target_arch = "wasm32"))]
         gpu.device()
             .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|e| Error::Wgpu { during: "uploading weights", message: e.to_string() })?;
+            .map_err(|error| Error::wgpu("uploading weights", error))?;
         Ok(())
     }
 }

@@ -1,8 +1,7 @@
 //! A decoder-only transformer on folio: loads Hugging Face checkpoints and generates text over the paged cache.
 //!
-//! Everything here is built on folio's public API, so it is also a worked example of a host: it owns its buffers and kernels for
-//! the linear layers, norms and sampling, and calls [`KvCache`](crate::KvCache), [`Rope`](crate::Rope) and
-//! [`Attention`](crate::Attention) for the rest.
+//! It calls [`KvCache`](crate::KvCache), [`Rope`](crate::Rope) and [`Attention`](crate::Attention) as any host does, by their public API, and runs
+//! kernels of its own for the linear layers, norms and sampling.
 
 mod architecture;
 mod checkpoint;
@@ -13,9 +12,9 @@ mod generate;
 mod linear;
 mod linear_kernels;
 mod ops;
-mod program;
 mod progress;
 mod quantise;
+mod rows;
 mod sampler;
 mod tokenizer;
 mod transformer;
@@ -29,10 +28,9 @@ pub use generate::{Finish, Generated, Prompt};
 pub use linear::{Linear, LinearConfig};
 pub use linear_kernels::{LinearKernel, LinearKernels, LinearVariant};
 pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
-pub(crate) use program::Program;
-pub use program::{Binding, Rows, Source};
-pub use progress::{Progress, progress_bar};
+pub use progress::Progress;
 pub use quantise::WeightFormat;
-pub use sampler::{Sampled, Sampler, SamplerStep, Sampling, SamplingRequest};
+pub use rows::Rows;
+pub use sampler::{Sampled, Sampler, Sampling, SamplingRequest};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use transformer::{Model, ModelOptions, WeightSource};

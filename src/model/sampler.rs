@@ -1,13 +1,14 @@
 //! [`Sampler`]: the next token of each row of logits, drawn on the GPU.
 
+use std::sync::Arc;
+
 use minijinja::context;
 
-use crate::BufferRef;
-use crate::Upload;
-use crate::kernel::MAX_GRID;
-use crate::model::{Binding, Program, Rows, Source};
-use crate::{Error, Result};
-use crate::{Gpu, Profile};
+use super::rows::Rows;
+use crate::gpu::{Dispatch, Program, Recorder, Upload};
+use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, render};
+use crate::plan::MAX_GRID;
+use crate::{BufferRef, Error, Gpu, Result};
 
 /// How a token is chosen. The steps follow one another as in Hugging Face's `generate`:
 ///
@@ -24,6 +25,7 @@ use crate::{Gpu, Profile};
 /// (low word first) and counter `(token / 4, draw_index, 0, 0)`. So a draw can be repeated, in any batch and on any device. Devices may
 /// differ only where rounding decides: the two best scores, or the mass of a set and p, are closer than about 1e-5.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Sampling {
     /// 0: greedy. Above 1 flattens the distribution, below 1 sharpens it.
     pub temperature: f32,
@@ -132,21 +134,7 @@ const REQUEST_WORDS: usize = 12;
 pub struct Sampler {
     vocab: u32,
     /// By `greedy + 2 * penalty`: simple requests run, and on some drivers compile, less.
-    programs: [Program; 4],
-}
-
-/// The uploaded requests of one recorded call. Drop it, or [`recycle`](Self::recycle) it.
-#[derive(Debug)]
-pub struct SamplerStep {
-    upload: Upload,
-}
-
-impl SamplerStep {
-    /// Gives the upload buffer to later steps. **Only after the commands that were recorded with it have been submitted**: what is
-    /// written to a buffer takes effect before the commands of the next submit.
-    pub fn recycle(self) {
-        self.upload.recycle();
-    }
+    programs: [Arc<Program>; 4],
 }
 
 impl Sampler {
@@ -161,7 +149,7 @@ impl Sampler {
     pub async fn new(gpu: &Gpu, vocab: u32) -> Result<Self> {
         let compile = async |greedy, penalty| {
             let source = Self::source(gpu.profile(), vocab, greedy, penalty)?;
-            Program::new(gpu, &source).await
+            Program::get(gpu, source).await
         };
         let programs = [
             compile(false, false).await?,
@@ -198,11 +186,15 @@ impl Sampler {
         };
         Ok(Source {
             entry_point: "sample",
-            text: Source::render("sample.wgsl", values)?,
-            bindings: vec![Binding::Read, Binding::Read, Binding::Write],
+            text: render("model/sample.wgsl", values)?,
+            bindings: vec![
+                Binding::new("logits", Access::Read),
+                Binding::new("requests", Access::Read),
+                Binding::new("result", Access::Write),
+            ],
             workgroup_size: lanes,
             workgroup_bytes: lanes * 32 + if greedy { 0 } else { MAX_CANDIDATES * 4 },
-            features: wgpu::Features::empty(),
+            features: ShaderFeatures::default(),
         })
     }
 
@@ -227,7 +219,7 @@ impl Sampler {
         logits: Rows<'_>,
         requests: &[SamplingRequest<'_>],
         output: impl Into<BufferRef<'b>>,
-    ) -> Result<SamplerStep> {
+    ) -> Result<()> {
         let rows = u32::try_from(requests.len()).unwrap_or(u32::MAX);
         if rows == 0 || rows > MAX_GRID {
             return Err(Error::argument("requests", rows, format!("1 to {MAX_GRID}")));
@@ -238,13 +230,13 @@ impl Sampler {
         if output.buffer() == logits.buffer {
             return Err(Error::argument("output", "the buffer of the logits", "a buffer of its own"));
         }
-        let upload = gpu.upload("requests", &self.request_words(requests)?)?;
+        let (words, lease) = Upload::new(gpu, "requests", self.request_words(requests)?)?.buffer()?;
         let greedy = requests.iter().all(|request| request.sampling.is_greedy());
         let penalty = requests.iter().any(|request| request.sampling.has_penalty());
         let program = &self.programs[usize::from(greedy) + 2 * usize::from(penalty)];
-        let resources = [logits.binding(), upload.buffer().as_entire_binding(), output.binding()];
-        program.dispatch(gpu, pass, &resources, [rows, 1, 1])?;
-        Ok(SamplerStep { upload })
+        let resources = vec![logits.binding(), words.as_entire_binding(), output.binding()];
+        let dispatch = Dispatch { program, resources, grid: [rows, 1, 1] };
+        Recorder::from(pass).record(gpu, "folio sample", &[dispatch], &[lease])
     }
 
     /// What the output of [`Sampler::record`] says, row by row.

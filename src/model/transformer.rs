@@ -9,11 +9,11 @@ use super::error::{ModelError, ModelResult};
 use super::linear::{Linear, LinearConfig};
 use super::linear_kernels::LinearKernels;
 use super::ops::{Activation, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
-use super::program::Rows;
 use super::progress::Progress;
 use super::quantise::WeightFormat;
+use super::rows::Rows;
 use crate::Result;
-use crate::{Attention, AttentionPlan, Gpu, KvCache, Rope, Step};
+use crate::{Attention, AttentionPlan, BufferRef, Gpu, KvCache, Rope, Step};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -45,9 +45,18 @@ impl WeightSource for Checkpoint {
 
 /// How a model is put on the GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModelOptions {
     /// How the matrices of the linear layers and the token embedding are stored. Norms, biases and learned positions are f32.
     pub weights: WeightFormat,
+}
+
+impl ModelOptions {
+    /// With matrices in this format.
+    #[must_use]
+    pub const fn new(weights: WeightFormat) -> Self {
+        Self { weights }
+    }
 }
 
 impl Default for ModelOptions {
@@ -133,9 +142,9 @@ pub(crate) struct StepContext<'a> {
     pub(crate) step: &'a Step,
     pub(crate) plan: &'a AttentionPlan,
     /// Token id of each row.
-    pub(crate) ids: &'a wgpu::Buffer,
-    /// Position of each row.
-    pub(crate) positions: &'a wgpu::Buffer,
+    pub(crate) ids: BufferRef<'a>,
+    /// Position of each row, for learned positions.
+    pub(crate) positions: BufferRef<'a>,
     pub(crate) rows: u32,
 }
 
@@ -307,13 +316,10 @@ impl Model {
                 norm.record_in_place(gpu, pass, weights, Rows { rows: rows * heads, width: head_dim, ..x })?;
             }
         }
-        match context.rope {
-            Some(rope) => {
-                rope.rotate(&mut *pass, context.step, q.range(), q_heads)?;
-                context.cache.append_with_rope(&mut *pass, context.step, index, k.range(), v.range(), rope)?;
-            }
-            None => context.cache.append(&mut *pass, context.step, index, k.range(), v.range())?,
+        if let Some(rope) = context.rope {
+            rope.rotate(&mut *pass, context.step, q.range(), q_heads)?;
         }
+        context.cache.append(&mut *pass, context.step, index, k.range(), v.range(), context.rope)?;
         context.attention.attend(&mut *pass, context.plan, index, q.range(), attended.range())?;
 
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
@@ -346,7 +352,7 @@ impl Model {
         pass: &mut wgpu::ComputePass<'_>,
         scratch: &Scratch,
         rows: u32,
-        head_rows: &wgpu::Buffer,
+        head_rows: BufferRef<'_>,
         logits: Rows<'_>,
     ) -> Result<()> {
         let (gpu, width) = (&self.gpu, self.config.hidden_size);

@@ -1,6 +1,6 @@
 //! Translation of a shader to the languages of all of wgpu's backends.
 
-use folio::wgpu::Features;
+use folio::kernel::ShaderFeatures;
 use naga::valid::ModuleInfo;
 use naga::{Module, ShaderStage, back};
 
@@ -17,12 +17,11 @@ pub(crate) fn translate(
     module: &Module,
     info: &ModuleInfo,
     entry_point: &str,
-    features: Features,
+    features: ShaderFeatures,
 ) -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
-    let subgroups = features.contains(Features::SUBGROUP);
-    let int64 = features.contains(Features::SHADER_INT64);
+    let ShaderFeatures { subgroups, int64 } = features;
 
     let lang_version = if subgroups { (1, 3) } else { (1, 0) };
     let options = back::spv::Options { lang_version, ..Default::default() };

@@ -227,7 +227,7 @@ fn a_small_workspace_works_in_rounds() {
         let attention = folio::Attention::new_blocking(&cache, case.config.clone()).expect("attention");
         let batch: Vec<_> = sequences.iter().copied().zip([40, 1, 1]).collect();
         let step = cache.begin_step(&batch).expect("step");
-        let rounds = attention.plan(&step).expect("plan").step_plan().rounds.len();
+        let rounds = attention.plan(&step).expect("plan").step_plan().lists.rounds.len();
         assert!(rounds > 1, "{rounds} rounds");
         drop(step);
         let (out, _) = case.attend(&cache, &attention, &sequences, &rows);

@@ -4,8 +4,8 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use folio::wgpu::{self, BufferUsages};
 use folio::{
-    Attention, AttentionConfig, BlockId, BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, KvCacheConfig, PoolUsage,
-    Profile, Result, SequenceId, ShaderChecks, Step,
+    Attention, AttentionConfig, BlockId, BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, PoolUsage, Profile, Result,
+    SequenceId, ShaderChecks, Step,
 };
 
 use crate::adapter::{self, DEFAULT};
@@ -27,9 +27,19 @@ struct Fixture {
 static FIXTURE: LazyLock<Option<Mutex<Fixture>>> = LazyLock::new(|| {
     adapter::open(DEFAULT)?;
     let instance = wgpu::Instance::default();
-    let gpu = open(GpuOptions { instance: Some(instance.clone()), ..GpuOptions::default() }).expect("it opened before");
+    let gpu = open({
+        let mut options = GpuOptions::default();
+        options.instance = Some(instance.clone());
+        options
+    })
+    .expect("it opened before");
     let case = Case::new(&[(5, 1), (2, 4)], NUM_Q_HEADS, SHAPE.num_kv_heads, SHAPE.head_dim).block_size(4);
-    let config = KvCacheConfig { num_layers: 1, v_format: SHAPE.k_format, ..SHAPE };
+    let config = {
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config.v_format = SHAPE.k_format;
+        config
+    };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let attention = Attention::new_blocking(&cache, case.config.clone()).expect("attention");
     Some(Mutex::new(Fixture { instance, case, cache, attention }))
@@ -41,7 +51,11 @@ fn fixture() -> Option<MutexGuard<'static, Fixture>> {
 }
 
 fn open(options: GpuOptions) -> Result<Gpu> {
-    Gpu::open_blocking(GpuOptions { adapter_name: std::env::var("FOLIO_ADAPTER").ok(), ..options })
+    Gpu::open_blocking({
+        let mut options = options;
+        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        options
+    })
 }
 
 /// Asserts that a call was refused, and that its text has all these parts.
@@ -103,15 +117,78 @@ fn shapes_of_caches_and_attentions() {
     let Some(fixture) = fixture() else { return };
     let cache = |config| KvCache::new_blocking(fixture.gpu(), config);
     for (config, parts) in [
-        (KvCacheConfig { num_layers: 0, ..SHAPE }, ["num_layers: got 0", "need at least 1"]),
-        (KvCacheConfig { num_kv_heads: 0, ..SHAPE }, ["num_kv_heads: got 0", "need 1 to 65535"]),
-        (KvCacheConfig { head_dim: 0, ..SHAPE }, ["head_dim: got 0", "need a multiple of 8 from 8 to 256"]),
-        (KvCacheConfig { head_dim: 59, ..SHAPE }, ["head_dim: got 59", "need a multiple of 8 from 8 to 256"]),
-        (KvCacheConfig { head_dim: 264, ..SHAPE }, ["head_dim: got 264", "need a multiple of 8 from 8 to 256"]),
-        (KvCacheConfig { block_size: 0, ..SHAPE }, ["block_size: got 0", "need 1 to 256 tokens"]),
-        (KvCacheConfig { block_size: 257, ..SHAPE }, ["block_size: got 257", "need 1 to 256 tokens"]),
-        (KvCacheConfig { num_blocks: 0, ..SHAPE }, ["num_blocks: got 0", "need at least 1"]),
-        (KvCacheConfig { num_blocks: u32::MAX, ..SHAPE }, ["num_blocks: got 4294967295", "num_blocks * block_size"]),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_layers = 0;
+                config
+            },
+            ["num_layers: got 0", "need at least 1"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_kv_heads = 0;
+                config
+            },
+            ["num_kv_heads: got 0", "need 1 to 65535"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.head_dim = 0;
+                config
+            },
+            ["head_dim: got 0", "need a multiple of 8 from 8 to 256"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.head_dim = 59;
+                config
+            },
+            ["head_dim: got 59", "need a multiple of 8 from 8 to 256"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.head_dim = 264;
+                config
+            },
+            ["head_dim: got 264", "need a multiple of 8 from 8 to 256"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.block_size = 0;
+                config
+            },
+            ["block_size: got 0", "need 1 to 256 tokens"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.block_size = 257;
+                config
+            },
+            ["block_size: got 257", "need 1 to 256 tokens"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_blocks = 0;
+                config
+            },
+            ["num_blocks: got 0", "need at least 1"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_blocks = u32::MAX;
+                config
+            },
+            ["num_blocks: got 4294967295", "num_blocks * block_size"],
+        ),
     ] {
         refused(cache(config), Caller, &parts);
     }
@@ -121,15 +198,44 @@ fn shapes_of_caches_and_attentions() {
         (AttentionConfig::new(0), ["num_q_heads: got 0", "need a multiple of num_kv_heads, 2"]),
         (AttentionConfig::new(3), ["num_q_heads: got 3", "need a multiple of num_kv_heads, 2"]),
         (AttentionConfig::new(65_536), ["num_q_heads: got 65536", "to 65535"]),
-        (AttentionConfig { window: Some(0), ..good() }, ["window: got 0", "need at least 1, or None"]),
-        (AttentionConfig { softcap: Some(0.0), ..good() }, ["softcap: got 0", "need a finite number above 0"]),
-        (AttentionConfig { softmax_scale: Some(f32::NAN), ..good() }, ["softmax_scale: got NaN", "need a finite"]),
         (
-            AttentionConfig { sinks: Some(vec![0.0; 3]), ..good() },
+            {
+                let mut config = good();
+                config.window = Some(0);
+                config
+            },
+            ["window: got 0", "need at least 1, or None"],
+        ),
+        (
+            {
+                let mut config = good();
+                config.softcap = Some(0.0);
+                config
+            },
+            ["softcap: got 0", "need a finite number above 0"],
+        ),
+        (
+            {
+                let mut config = good();
+                config.softmax_scale = Some(f32::NAN);
+                config
+            },
+            ["softmax_scale: got NaN", "need a finite"],
+        ),
+        (
+            {
+                let mut config = good();
+                config.sinks = Some(vec![0.0; 3]);
+                config
+            },
             ["sinks: got 3 values", "need one per query head, 4"],
         ),
         (
-            AttentionConfig { alibi_slopes: Some(vec![f32::INFINITY; 4]), ..good() },
+            {
+                let mut config = good();
+                config.alibi_slopes = Some(vec![f32::INFINITY; 4]);
+                config
+            },
             ["alibi_slopes: got inf", "need a finite number"],
         ),
     ] {
@@ -143,7 +249,12 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     let how = adapter::Open { max_binding_bytes: Some(1 << 20), max_storage_buffers: Some(8), ..DEFAULT };
     let Some(gpu) = adapter::open(how) else { return };
     // K blocks have 4 * 2 * 8 * 4 = 256 bytes, V blocks half of that: with four storage buffers for both, K can have three segments of 4096.
-    let config = |num_blocks| KvCacheConfig { num_layers: 1, num_blocks, ..SHAPE };
+    let config = |num_blocks| {
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config.num_blocks = num_blocks;
+        config
+    };
     let parts = [
         "num_blocks: need 9 storage buffers in a kernel",
         "(3 for 2097408 bytes of K, 2 for 1048704 bytes of V, 4 others)",
@@ -151,7 +262,13 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
         "the largest pool that fits has 8192 blocks",
     ];
     refused(KvCache::new_blocking(&gpu, config(8193)), Device, &parts);
-    let large = KvCacheConfig { head_dim: 256, num_kv_heads: 5, block_size: 256, ..config(1) };
+    let large = {
+        let mut changed = config(1);
+        changed.head_dim = 256;
+        changed.num_kv_heads = 5;
+        changed.block_size = 256;
+        changed
+    };
     let parts = ["block_size: need 1310720 bytes for a block", "of 1048576 bytes", "use smaller blocks"];
     refused(KvCache::new_blocking(&gpu, large), Device, &parts);
     let cache = KvCache::new_blocking(&gpu, config(8192)).expect("the largest pool");
@@ -159,7 +276,7 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     // Its last block works.
     let (filler, s) = (cache.create_sequence(), cache.create_sequence());
     let step = cache.begin_step(&[(filler, 8191 * 4)]).expect("step");
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     crate::tokens::grow(&cache, &[(s, &[1, 2, 3])]);
     crate::tokens::assert_holds(&cache, s, &[1, 2, 3]);
     refused(cache.begin_step(&[(filler, 1)]), Retry, &["blocks: need 1, have 0 free of 8192"]);
@@ -177,7 +294,12 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     drop(step);
     assert_eq!(cache.usage().free, 8192);
     let rows = 17_000;
-    let larger = KvCacheConfig { num_blocks: 5000, k_format: SHAPE.v_format, ..config(0) };
+    let larger = {
+        let mut changed = config(0);
+        changed.num_blocks = 5000;
+        changed.k_format = SHAPE.v_format;
+        changed
+    };
     let cache = KvCache::new_blocking(&gpu, larger).expect("a pool of halves");
     let s = cache.create_sequence();
     let step = cache.begin_step(&[(s, rows)]).expect("step");
@@ -312,7 +434,11 @@ fn strs(parts: &[String]) -> Vec<&str> {
 fn ranges_that_do_not_fit() {
     let Some(fixture) = fixture() else { return };
     let (cache, attention) = (&fixture.cache, &fixture.attention);
-    let with_lse = AttentionConfig { lse: true, ..AttentionConfig::new(NUM_Q_HEADS) };
+    let with_lse = {
+        let mut config = AttentionConfig::new(NUM_Q_HEADS);
+        config.lse = true;
+        config
+    };
     let with_lse = Attention::new_blocking(cache, with_lse).expect("attention");
     let a = fixture.sequence(3);
     let step = cache.begin_step(&[(a, 2)]).expect("step");
@@ -325,10 +451,10 @@ fn ranges_that_do_not_fit() {
     let mut encoder = encoder(cache);
 
     for (bad, parts) in bad_ranges("k", &large, &not_storage, kv * 4) {
-        refused(cache.append(&mut encoder, &step, 0, bad, &v), Caller, &strs(&parts));
+        refused(cache.append(&mut encoder, &step, 0, bad, &v, None), Caller, &strs(&parts));
     }
     for (bad, parts) in bad_ranges("v", &large, &not_storage, kv * 4) {
-        refused(cache.append(&mut encoder, &step, 0, &k, bad), Caller, &strs(&parts));
+        refused(cache.append(&mut encoder, &step, 0, &k, bad, None), Caller, &strs(&parts));
     }
     for (bad, parts) in bad_ranges("q", &large, &not_storage, qo * 4) {
         refused(attention.attend(&mut encoder, &plan, 0, bad, &out), Caller, &strs(&parts));
@@ -355,7 +481,7 @@ fn ranges_that_do_not_fit() {
 
     // Layers that aren't there.
     let parts = ["layer: got 1", "need below num_layers, 1"];
-    refused(cache.append(&mut encoder, &step, 1, &k, &v), Caller, &parts);
+    refused(cache.append(&mut encoder, &step, 1, &k, &v, None), Caller, &parts);
     refused(attention.attend(&mut encoder, &plan, 1, &q, &out), Caller, &parts);
     refused(cache.record_gather(&mut encoder, a, 1, &good, &large), Caller, &parts);
     refused(cache.gather_blocking(a, 1), Caller, &parts);
@@ -376,8 +502,8 @@ fn ranges_that_do_not_fit() {
     for side in [&k_side[0], &v_side[0]] {
         let [kv, qo, lse_range] = [kv, qo, lse_len].map(|len| BufferRef::new(side, 0, len * 4));
         let parts = |argument| [argument, "got the cache's own buffer", hosts];
-        refused(cache.append(&mut encoder, &step, 0, kv, &v), Caller, &parts("k: "));
-        refused(cache.append(&mut encoder, &step, 0, &k, kv), Caller, &parts("v: "));
+        refused(cache.append(&mut encoder, &step, 0, kv, &v, None), Caller, &parts("k: "));
+        refused(cache.append(&mut encoder, &step, 0, &k, kv, None), Caller, &parts("v: "));
         refused(attention.attend(&mut encoder, &plan, 0, qo, &out), Caller, &parts("q: "));
         refused(attention.attend(&mut encoder, &plan, 0, &q, qo), Caller, &parts("out: "));
         let result = with_lse.attend_with_lse(&mut encoder, &lse_plan, 0, &q, &out, lse_range);
@@ -388,7 +514,7 @@ fn ranges_that_do_not_fit() {
 
     assert_eq!(fixture.state(&[a]), before);
     // Nothing of all that is in the encoder, and the step is as good as before.
-    cache.append(&mut encoder, &step, 0, &k, &v).expect("append");
+    cache.append(&mut encoder, &step, 0, &k, &v, None).expect("append");
     attention.attend(&mut encoder, &plan, 0, &q, &out).expect("attend");
     with_lse.attend_with_lse(&mut encoder, &lse_plan, 0, &q, &out, &lse).expect("attend");
     fixture.gpu().queue().submit([encoder.finish()]);
@@ -413,7 +539,12 @@ fn buffers_of_another_device() {
     let Some(fixture) = fixture() else { return };
     let (cache, attention) = (&fixture.cache, &fixture.attention);
     let instance = Some(fixture.instance.clone());
-    let other = open(GpuOptions { instance, ..GpuOptions::default() }).expect("a second device");
+    let other = open({
+        let mut options = GpuOptions::default();
+        options.instance = instance;
+        options
+    })
+    .expect("a second device");
     let a = fixture.sequence(3);
     let step = cache.begin_step(&[(a, 2)]).expect("step");
     let plan = attention.plan(&step).expect("plan");
@@ -423,9 +554,9 @@ fn buffers_of_another_device() {
     let [far_kv, far_qo, far_rows] = [2 * 16, 2 * 32, 3 * 16].map(|len| buffer(&other, len, usage));
     let rows = fixture.buffer(3 * 16, usage);
     let mut encoder = encoder(cache);
-    let parts = ["binding buffers (are they all of the cache's device?)", "Device"];
-    refused(cache.append(&mut encoder, &step, 0, &far_kv, &kv), Wgpu, &parts);
-    refused(cache.append(&mut encoder, &step, 0, &kv, &far_kv), Wgpu, &parts);
+    let parts = ["binding buffers (are they all of the same device?)", "Device"];
+    refused(cache.append(&mut encoder, &step, 0, &far_kv, &kv, None), Wgpu, &parts);
+    refused(cache.append(&mut encoder, &step, 0, &kv, &far_kv, None), Wgpu, &parts);
     refused(attention.attend(&mut encoder, &plan, 0, &far_qo, &qo), Wgpu, &parts);
     refused(attention.attend(&mut encoder, &plan, 0, &qo, &far_qo), Wgpu, &parts);
     refused(cache.record_gather(&mut encoder, a, 0, &rows, &far_rows), Wgpu, &parts);
@@ -434,7 +565,7 @@ fn buffers_of_another_device() {
     // A buffer that is gone.
     kv.destroy();
     let k = fixture.buffer(2 * 16, usage);
-    refused(cache.append(&mut encoder, &step, 0, &k, &kv), Wgpu, &["binding buffers", "destroyed"]);
+    refused(cache.append(&mut encoder, &step, 0, &k, &kv, None), Wgpu, &["binding buffers", "destroyed"]);
     rows.destroy();
     refused(fixture.gpu().read_blocking(&rows), Wgpu, &["reading back", "destroyed"]);
 
@@ -456,11 +587,11 @@ fn buffers_of_another_device() {
 /// Calls that take a step or a plan, all of which refuse.
 #[track_caller]
 fn assert_stale(fixture: &Fixture, step: Option<&Step>, plan: &folio::AttentionPlan, reason: &str) {
-    let parts = ["step: ", reason, "need an open step of this cache"];
+    let parts = ["step: ", reason, "need an open one of this cache"];
     let [kv, qo, out] = [2 * 16, 2 * 32, 2 * 32].map(|len| fixture.buffer(len, BufferUsages::STORAGE));
     let mut encoder = encoder(&fixture.cache);
     if let Some(step) = step {
-        refused(fixture.cache.append(&mut encoder, step, 0, &kv, &kv), Caller, &parts);
+        refused(fixture.cache.append(&mut encoder, step, 0, &kv, &kv, None), Caller, &parts);
         refused(fixture.attention.plan(step), Caller, &parts);
     }
     refused(fixture.attention.attend(&mut encoder, plan, 0, &qo, &out), Caller, &parts);
@@ -496,14 +627,19 @@ fn steps_and_plans_of_others() {
     let (cache, attention) = (&fixture.cache, &fixture.attention);
     let gpu = fixture.gpu();
     let like = KvCache::new_blocking(gpu, *cache.config()).expect("cache");
-    let unlike = KvCache::new_blocking(gpu, KvCacheConfig { block_size: 5, ..*cache.config() }).expect("cache");
+    let unlike = KvCache::new_blocking(gpu, {
+        let mut changed = *cache.config();
+        changed.block_size = 5;
+        changed
+    })
+    .expect("cache");
     let step_of = |cache: &KvCache| cache.begin_step(&[(cache.create_sequence(), 2)]).expect("step");
     let [kv, v, qo, out] = [32, 32, 64, 64].map(|len| fixture.buffer(len, BufferUsages::STORAGE));
     let mut encoder = encoder(cache);
 
-    let parts = ["step: it belongs to another cache", "need an open step of this cache"];
+    let parts = ["step: it belongs to another cache", "need an open one of this cache"];
     let foreign = step_of(&like);
-    refused(cache.append(&mut encoder, &foreign, 0, &kv, &v), Caller, &parts);
+    refused(cache.append(&mut encoder, &foreign, 0, &kv, &v, None), Caller, &parts);
     refused(cache.commit(foreign), Caller, &parts);
     assert_eq!(like.usage().free, like.usage().total, "refused by commit, the step was rolled back");
     let parts = ["step: got a step of KvCacheConfig", "block_size: 5", "need a step of a cache like the attention's"];
@@ -511,7 +647,11 @@ fn steps_and_plans_of_others() {
 
     // Plans: of other options, and of another kernel family with other tiles.
     let step = step_of(cache);
-    let windowed = AttentionConfig { window: Some(4), ..AttentionConfig::new(NUM_Q_HEADS) };
+    let windowed = {
+        let mut config = AttentionConfig::new(NUM_Q_HEADS);
+        config.window = Some(4);
+        config
+    };
     let windowed = Attention::new_blocking(cache, windowed).expect("attention");
     let other_family = if gpu.profile() == Profile::Cpu { Profile::Gpu } else { Profile::Cpu };
     let other_gpu =
@@ -531,7 +671,12 @@ fn steps_and_plans_of_others() {
 fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
     let Some(fixture) = fixture() else { return };
     let (cache, plain) = (&fixture.cache, &fixture.attention);
-    let config = AttentionConfig { lse: true, custom_mask: true, ..AttentionConfig::new(NUM_Q_HEADS) };
+    let config = {
+        let mut config = AttentionConfig::new(NUM_Q_HEADS);
+        config.lse = true;
+        config.custom_mask = true;
+        config
+    };
     let masked = Attention::new_blocking(cache, config).expect("attention");
     let (a, b) = (fixture.sequence(31), fixture.sequence(1));
     let step = cache.begin_step(&[(a, 2), (b, 1)]).expect("step");
@@ -568,17 +713,34 @@ fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
 fn adapters_that_are_not_there() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let install = ["apt-get install mesa-vulkan-drivers libvulkan1", "dnf install mesa-vulkan-drivers vulkan-loader"];
-    let named = GpuOptions { adapter_name: Some("No Such Adapter 9000".into()), ..GpuOptions::default() };
+    let named = {
+        let mut options = GpuOptions::default();
+        options.adapter_name = Some("No Such Adapter 9000".into());
+        options
+    };
     let parts =
         ["adapter_name: got \"No Such Adapter 9000\"", "need part of the name", "found ", &gpu.adapter_info().name];
     refused(Gpu::open_blocking(named.clone()), Device, &[&parts[..], &install].concat());
-    let none = GpuOptions { backends: wgpu::Backends::empty(), ..GpuOptions::default() };
+    let none = {
+        let mut options = GpuOptions::default();
+        options.backends = wgpu::Backends::empty();
+        options
+    };
     refused(Gpu::open_blocking(none), Device, &[&["no GPU adapter", "found none"][..], &install].concat());
     // An instance of every backend, but none of them is to be looked in.
     let instance = Some(wgpu::Instance::default());
-    let none = GpuOptions { backends: wgpu::Backends::empty(), instance, ..GpuOptions::default() };
+    let none = {
+        let mut options = GpuOptions::default();
+        options.backends = wgpu::Backends::empty();
+        options.instance = instance;
+        options
+    };
     refused(Gpu::open_blocking(none), Device, &["no GPU adapter", "found none"]);
-    let none = GpuOptions { backends: wgpu::Backends::empty(), ..named };
+    let none = {
+        let mut options = named;
+        options.backends = wgpu::Backends::empty();
+        options
+    };
     refused(Gpu::open_blocking(none), Device, &["No Such Adapter 9000", "found none"]);
 }
 

@@ -41,7 +41,16 @@ fn gather_returns_what_was_appended_in_every_shape() {
     let mut rng = Rng::with_seed(3);
     for (block_size, k_format, v_format) in [(1, F32, F16), (5, F16, F32), (16, F32, F32), (256, F16, F16)] {
         let num_blocks = 3 * 300_u32.div_ceil(block_size) + 1;
-        let config = KvCacheConfig { num_layers: 3, block_size, num_blocks, k_format, v_format, head_dim: 24, ..SHAPE };
+        let config = {
+            let mut config = SHAPE;
+            config.num_layers = 3;
+            config.block_size = block_size;
+            config.num_blocks = num_blocks;
+            config.k_format = k_format;
+            config.v_format = v_format;
+            config.head_dim = 24;
+            config
+        };
         let Some(cache) = cache(config) else { return };
         let sequences: Vec<_> = (0..3).map(|_| cache.create_sequence()).collect();
         let row = (config.num_kv_heads * config.head_dim) as usize;
@@ -63,10 +72,10 @@ fn gather_returns_what_was_appended_in_every_shape() {
                     v.extend(new_v);
                 }
                 let (k, v) = (upload(cache.gpu(), &k), upload(cache.gpu(), &v));
-                cache.append(&mut encoder, &step, layer, &k, &v).expect("append");
+                cache.append(&mut encoder, &step, layer, &k, &v, None).expect("append");
             }
             cache.gpu().queue().submit([encoder.finish()]);
-            cache.commit(step).expect("commit").recycle();
+            cache.commit(step).expect("commit");
         }
         for (layer, want) in (0..).zip(&want) {
             for (&sequence, (k, v)) in sequences.iter().zip(want) {
@@ -89,7 +98,15 @@ fn round_trip(cache: &KvCache, values: &[f32]) -> (SequenceId, folio::KvRows) {
 
 #[test]
 fn f32_keeps_every_bit() {
-    let config = KvCacheConfig { num_layers: 1, num_blocks: 33, block_size: 16, k_format: F32, v_format: F32, ..SHAPE };
+    let config = {
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config.num_blocks = 33;
+        config.block_size = 16;
+        config.k_format = F32;
+        config.v_format = F32;
+        config
+    };
     let Some(cache) = cache(config) else { return };
     let mut rng = Rng::with_seed(5);
     let special = [0, 1, 0x8000_0000, 0x8000_0001, 0x007f_ffff, 0x7f7f_ffff, 0x7f80_0000, 0xff80_0000, 0x7fc0_0001];
@@ -106,15 +123,7 @@ fn f32_keeps_every_bit() {
 /// Every half, every midpoint of neighbours and the f32 on both sides of it; everything else at random.
 #[test]
 fn f16_rounds_to_nearest_even_and_saturates() {
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 1,
-        head_dim: 256,
-        block_size: 16,
-        num_blocks: 100,
-        k_format: F16,
-        v_format: F16,
-    };
+    let config = KvCacheConfig::new(1, 1, 256).with_blocks(100, 16).with_formats(F16, F16);
     let Some(cache) = cache(config) else { return };
     let mut values = Vec::new();
     for half in 0..=0x7bff_u16 {
@@ -221,7 +230,13 @@ fn gather_writes_its_range_and_nothing_around_it() {
 
 #[test]
 fn append_reads_ranges_at_offsets() {
-    let Some(cache) = cache(KvCacheConfig { num_layers: 1, ..SHAPE }) else { return };
+    let Some(cache) = cache({
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config
+    }) else {
+        return;
+    };
     let gpu = cache.gpu();
     let s = cache.create_sequence();
     let new = tokens::rows(cache.config(), 0, &[8, 9, 10]);
@@ -235,7 +250,7 @@ fn append_reads_ranges_at_offsets() {
     let step = cache.begin_step(&[(s, 3)]).expect("step");
     let mut encoder = encoder(&cache);
     let (k, v) = (BufferRef::new(&both, k_offset, bytes), BufferRef::new(&both, v_offset, bytes));
-    cache.append(&mut encoder, &step, 0, k, v).expect("append");
+    cache.append(&mut encoder, &step, 0, k, v, None).expect("append");
     gpu.queue().submit([encoder.finish()]);
     cache.commit(step).expect("commit");
     assert_holds(&cache, s, &[8, 9, 10]);
@@ -305,7 +320,7 @@ fn a_matched_prefix_holds_its_rows_and_is_not_written_to() {
     let step = begin(&cache, &[(hit.sequence, &[20, 21])]);
     assert_eq!(step.num_copies(), 0);
     run(&cache, &step, &[20, 21]);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     assert_holds(&cache, hit.sequence, &[1, 2, 3, 4, 5, 6, 7, 8, 20, 21]);
     cache.truncate(hit.sequence, 5).expect("truncate");
     grow(&cache, &[(hit.sequence, &[30])]);
@@ -327,11 +342,18 @@ fn a_matched_prefix_holds_its_rows_and_is_not_written_to() {
 /// Of a long sequence, a fork and a matched prefix cost the GPU one block's copy at most, and that only with the next tokens.
 #[test]
 fn forks_and_matches_of_32k_tokens_copy_at_most_one_block() {
-    let shape = KvCacheConfig { num_layers: 1, num_kv_heads: 1, block_size: 16, num_blocks: 2100, ..SHAPE };
+    let shape = {
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config.num_kv_heads = 1;
+        config.block_size = 16;
+        config.num_blocks = 2100;
+        config
+    };
     let Some(cache) = cache(shape) else { return };
     let tokens: Vec<u32> = (0..32_768).collect();
     let s = cache.create_sequence();
-    cache.commit(cache.begin_step(&[(s, 32_768)]).expect("step")).expect("commit").recycle();
+    cache.commit(cache.begin_step(&[(s, 32_768)]).expect("step")).expect("commit");
     cache.publish_prefix(s, &tokens, 0).expect("publish");
     let whole = cache.fork(s).expect("fork");
     let within = cache.fork_at(s, 32_759).expect("fork");
@@ -386,7 +408,7 @@ fn of_forks_that_append_in_one_step_the_last_writes_in_place() {
     // A copy for a, a copy and a new block for p. All three still hold the old block.
     assert_eq!(counts(&cache), (5, 2, 3));
     run(&cache, &step, &[70, 71, 72, 73, 74]);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     assert_eq!(counts(&cache), (5, 1, 3));
     assert_eq!(cache.block_table(b).unwrap(), before);
     assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6, 70]);
@@ -477,7 +499,13 @@ fn a_dropped_step_leaves_everything_as_it_was() {
 
 #[test]
 fn a_full_pool_changes_nothing_and_works_after_freeing() {
-    let Some(cache) = cache(KvCacheConfig { num_blocks: 4, ..SHAPE }) else { return };
+    let Some(cache) = cache({
+        let mut config = SHAPE;
+        config.num_blocks = 4;
+        config
+    }) else {
+        return;
+    };
     let a = sequence(&cache, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
     let b = cache.create_sequence();
     let fork = cache.fork(a).expect("fork");
@@ -518,9 +546,9 @@ fn two_open_steps_share_an_encoder_and_a_submit() {
     record(&cache, &mut encoder, &second, &[60]);
     cache.gpu().queue().submit([encoder.finish()]);
     // Commits need not come in the order of the steps.
-    cache.commit(second).expect("commit").recycle();
+    cache.commit(second).expect("commit");
     assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6]);
-    cache.commit(first).expect("commit").recycle();
+    cache.commit(first).expect("commit");
     assert_eq!(counts(&cache), (4, 1, 2));
     assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6, 50, 51, 52]);
     assert_holds(&cache, b, &[1, 2, 3, 4, 5, 6, 60]);
@@ -531,12 +559,11 @@ fn steps_of_one_sequence_committed_before_a_common_submit_keep_their_own_uploads
     let Some(cache) = cache(SHAPE) else { return };
     let s = sequence(&cache, &[1, 2]);
     let mut encoder = encoder(&cache);
-    let mut committed = Vec::new();
     let mut want = vec![1, 2];
     for tokens in [&[10, 11, 12][..], &[13], &[14, 15, 16, 17, 18, 19]] {
         let step = begin(&cache, &[(s, tokens)]);
         record(&cache, &mut encoder, &step, tokens);
-        committed.push(cache.commit(step).expect("commit"));
+        cache.commit(step).expect("commit");
         want.extend_from_slice(tokens);
     }
     // A fork of what is not even submitted yet, and its copy-on-write, in the same encoder.
@@ -544,9 +571,8 @@ fn steps_of_one_sequence_committed_before_a_common_submit_keep_their_own_uploads
     cache.truncate(fork, 11).expect("truncate");
     let step = begin(&cache, &[(fork, &[30])]);
     record(&cache, &mut encoder, &step, &[30]);
-    committed.push(cache.commit(step).expect("commit"));
+    cache.commit(step).expect("commit");
     cache.gpu().queue().submit([encoder.finish()]);
-    committed.into_iter().for_each(folio::Committed::recycle);
     assert_holds(&cache, s, &want);
     want.truncate(11);
     want.push(30);
@@ -555,29 +581,40 @@ fn steps_of_one_sequence_committed_before_a_common_submit_keep_their_own_uploads
 
 #[test]
 fn a_block_freed_before_the_submit_serves_the_next_sequence() {
-    let Some(cache) = cache(KvCacheConfig { num_blocks: 2, ..SHAPE }) else { return };
+    let Some(cache) = cache({
+        let mut config = SHAPE;
+        config.num_blocks = 2;
+        config
+    }) else {
+        return;
+    };
     let (a, b) = (cache.create_sequence(), cache.create_sequence());
     let mut encoder = encoder(&cache);
     let first = begin(&cache, &[(a, &[1, 2, 3, 4, 5, 6, 7])]);
     record(&cache, &mut encoder, &first, &[1, 2, 3, 4, 5, 6, 7]);
-    let first = cache.commit(first).expect("commit");
+    cache.commit(first).expect("commit");
     cache.free(a).expect("free");
     let second = begin(&cache, &[(b, &[20, 21, 22, 23, 24])]);
     record(&cache, &mut encoder, &second, &[20, 21, 22, 23, 24]);
     cache.gpu().queue().submit([encoder.finish()]);
-    first.recycle();
-    cache.commit(second).expect("commit").recycle();
+    cache.commit(second).expect("commit");
     assert_holds(&cache, b, &[20, 21, 22, 23, 24]);
 }
 
 #[test]
-fn recycled_uploads_serve_many_steps() {
-    let Some(cache) = cache(KvCacheConfig { num_blocks: 64, ..SHAPE }) else { return };
+fn uploads_serve_many_steps() {
+    let Some(cache) = cache({
+        let mut config = SHAPE;
+        config.num_blocks = 64;
+        config
+    }) else {
+        return;
+    };
     let sequences = [cache.create_sequence(), cache.create_sequence()];
     let mut want = [Vec::new(), Vec::new()];
-    for turn in 0..40_u32 {
+    for round in 0..40_u32 {
         let tokens: Vec<Vec<u32>> =
-            (0..2).map(|i| (0..=(turn + i) % 4).map(|j| turn * 8 + i * 4 + j).collect()).collect();
+            (0..2).map(|i| (0..=(round + i) % 4).map(|j| round * 8 + i * 4 + j).collect()).collect();
         grow(&cache, &[(sequences[0], &tokens[0]), (sequences[1], &tokens[1])]);
         want[0].extend_from_slice(&tokens[0]);
         want[1].extend_from_slice(&tokens[1]);
@@ -602,7 +639,7 @@ fn clear_ends_every_sequence_and_open_step() {
     assert_eq!(counts(&cache), (2, 0, 1));
     // What is left of the old steps gives no block back, and takes none.
     drop(dropped);
-    assert!(matches!(cache.commit(committed), Err(Error::StaleStep { .. })));
+    assert!(matches!(cache.commit(committed), Err(Error::Stale { .. })));
     assert_eq!(counts(&cache), (2, 0, 1));
     grow(&cache, &[(b, &[26, 27, 28])]);
     assert_holds(&cache, b, &[20, 21, 22, 23, 24, 25, 26, 27, 28]);
@@ -638,8 +675,16 @@ fn layer_buffers_have_the_sizes_of_their_formats() {
 #[test]
 fn the_memory_report_adds_up() {
     // K 192 and V 96 bytes per token and layer.
-    let shape = KvCacheConfig { num_layers: 2, num_kv_heads: 2, head_dim: 24, block_size: 16, num_blocks: 20, ..SHAPE };
-    let Some(cache) = cache(KvCacheConfig { k_format: F32, v_format: F16, ..shape }) else { return };
+    let shape = {
+        let mut config = SHAPE;
+        config.num_layers = 2;
+        config.num_kv_heads = 2;
+        config.head_dim = 24;
+        config.block_size = 16;
+        config.num_blocks = 20;
+        config
+    };
+    let Some(cache) = cache(shape.with_formats(F32, F16)) else { return };
     let (token, block) = (2 * (192 + 96), 2 * (192 + 96) * 16);
     let empty = cache.memory();
     assert_eq!((empty.allocated_bytes(), empty.used_bytes(), empty.wasted_bytes()), (20 * block, 0, 0));
@@ -647,7 +692,7 @@ fn the_memory_report_adds_up() {
 
     let extend = |sequence, len| {
         let step = cache.begin_step(&[(sequence, len)]).expect("step");
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
     };
     // 40 tokens in 3 blocks; a fork that copies the third to go on to 50 in 4; 16 in one full block.
     let a = cache.create_sequence();

@@ -226,9 +226,9 @@ impl Case {
         let step = cache.begin_step(&batch).expect("step");
         let layer = cache.config().num_layers - 1;
         let results = self.attend_step(cache.gpu(), attention, &step, layer, rows, |pass, k, v| {
-            cache.append(pass, &step, layer, k, v).expect("append");
+            cache.append(pass, &step, layer, k, v, None).expect("append");
         });
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
         results
     }
 
@@ -266,22 +266,15 @@ impl Case {
             }
         }
         gpu.queue().submit([encoder.finish()]);
-        plan.recycle();
         (gpu.read_blocking(&out).expect("out"), self.config.lse.then(|| gpu.read_blocking(&lse).expect("lse")))
     }
 
     /// A cache whose unused bytes are all NaN and whose free list is shuffled, with the context of every sequence in it.
     pub(crate) fn fill(&self, gpu: &Gpu, rows: &[Rows]) -> (KvCache, Vec<SequenceId>) {
         let blocks: u32 = self.lens.iter().map(|&(c, q)| (c + q).div_ceil(self.block_size)).sum();
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: self.num_kv_heads,
-            head_dim: self.head_dim,
-            block_size: self.block_size,
-            num_blocks: self.num_blocks.unwrap_or(blocks + 3),
-            k_format: self.k_format,
-            v_format: self.v_format,
-        };
+        let config = KvCacheConfig::new(1, self.num_kv_heads, self.head_dim)
+            .with_blocks(self.num_blocks.unwrap_or(blocks + 3), self.block_size)
+            .with_formats(self.k_format, self.v_format);
         let cache = KvCache::new_blocking(gpu, config).expect("cache");
         poison(&cache);
         if let Some(channels) = self.channels(rows) {
@@ -330,9 +323,9 @@ pub(crate) fn append(cache: &KvCache, batch: &[(SequenceId, u32)], layer: u32, k
     let step = cache.begin_step(batch).expect("step");
     let (k, v) = (upload(gpu, k), upload(gpu, v));
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    cache.append(&mut encoder, &step, layer, &k, &v).expect("append");
+    cache.append(&mut encoder, &step, layer, &k, &v, None).expect("append");
     gpu.queue().submit([encoder.finish()]);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
 }
 
 /// Fills all of the pool with bits that are NaN in every format.
@@ -364,7 +357,7 @@ pub(crate) fn arrange(cache: &KvCache, order: &[u32]) {
     let mut holders: Vec<_> = (0..cache.config().num_blocks).map(|_| cache.create_sequence()).collect();
     for &holder in &holders {
         let step = cache.begin_step(&[(holder, block_size)]).expect("step");
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
     }
     let held = |&holder: &SequenceId| cache.block_table(holder).expect("table")[0].index();
     holders.sort_unstable_by_key(held);

@@ -3,9 +3,7 @@
 use fastrand::Rng;
 use folio::KvFormat::{E4M3, F16, F32, Int4, Int4PerChannel, Int8};
 use folio::wgpu;
-use folio::{
-    Attention, ContiguousCache, ContiguousConfig, ErrorKind, Gpu, KvCache, KvFormat, KvRows, Rope, RopeConfig, Step,
-};
+use folio::{Attention, ErrorKind, Gpu, KvCache, KvCacheConfig, KvFormat, KvRows, Rope, RopeConfig, SequenceId, Step};
 
 use crate::adapter::{self, ALL, CPU, DEFAULT, GPU};
 use crate::bad_input::refused;
@@ -18,17 +16,59 @@ use ErrorKind::{Caller, Device, Retry};
 const FORMATS: [(KvFormat, KvFormat); 7] =
     [(F32, F32), (F16, F16), (F32, F16), (F16, F32), (Int8, Int8), (Int4PerChannel, Int4), (E4M3, Int8)];
 
+/// A contiguous cache with a sequence for each of its rows, called by number.
+struct RowCache {
+    cache: KvCache,
+    rows: Vec<SequenceId>,
+}
+
+impl RowCache {
+    fn new(gpu: &Gpu, config: KvCacheConfig) -> Self {
+        let cache = KvCache::new_blocking(gpu, config).expect("cache");
+        let rows = (0..config.num_blocks).map(|_| cache.create_sequence()).collect();
+        Self { cache, rows }
+    }
+
+    fn gpu(&self) -> &Gpu {
+        self.cache.gpu()
+    }
+
+    fn row(&self, row: u32) -> SequenceId {
+        self.rows[row as usize]
+    }
+
+    fn batch(&self, batch: &[(u32, u32)]) -> Vec<(SequenceId, u32)> {
+        batch.iter().map(|&(row, query_len)| (self.row(row), query_len)).collect()
+    }
+
+    fn begin_step(&self, batch: &[(u32, u32)]) -> folio::Result<Step> {
+        self.cache.begin_step(&self.batch(batch))
+    }
+
+    fn truncate(&self, row: u32, len: u32) -> folio::Result<()> {
+        self.cache.truncate(self.row(row), len)
+    }
+
+    fn len(&self, row: u32) -> u32 {
+        self.cache.seq_len(self.row(row)).expect("row")
+    }
+
+    fn gather(&self, row: u32, layer: u32) -> folio::Result<KvRows> {
+        self.cache.gather_blocking(self.row(row), layer)
+    }
+}
+
 /// A cache of a row for each sequence of the case, and its attention.
 struct Contiguous {
-    cache: ContiguousCache,
+    cache: RowCache,
     attention: Attention,
 }
 
 /// A cache of which every byte is NaN.
-fn poisoned(gpu: &Gpu, config: ContiguousConfig) -> ContiguousCache {
-    let cache = ContiguousCache::new_blocking(gpu, config).expect("cache");
+fn poisoned(gpu: &Gpu, config: KvCacheConfig) -> RowCache {
+    let cache = RowCache::new(gpu, config);
     for layer in 0..config.num_layers {
-        let (k, v) = cache.layer_buffers(layer).expect("layer");
+        let (k, v) = cache.cache.layer_buffers(layer).expect("layer");
         poison_buffers(gpu, k.iter().chain(v));
     }
     cache
@@ -36,24 +76,18 @@ fn poisoned(gpu: &Gpu, config: ContiguousConfig) -> ContiguousCache {
 
 impl Contiguous {
     fn new(gpu: &Gpu, case: &Case, max_seq_len: u32) -> Self {
-        let config = ContiguousConfig {
-            num_layers: 1,
-            batch: case.lens.len() as u32,
-            num_kv_heads: case.num_kv_heads,
-            head_dim: case.head_dim,
-            max_seq_len,
-            k_format: case.k_format,
-            v_format: case.v_format,
-        };
+        let batch = case.lens.len() as u32;
+        let config = KvCacheConfig::contiguous(1, case.num_kv_heads, case.head_dim, batch, max_seq_len)
+            .with_formats(case.k_format, case.v_format);
         let cache = poisoned(gpu, config);
-        let attention = Attention::new_blocking(&cache, case.config.clone()).expect("attention");
+        let attention = Attention::new_blocking(&cache.cache, case.config.clone()).expect("attention");
         Self { cache, attention }
     }
 
     /// Appends the context of each row in two steps.
     fn fill(&self, case: &Case, rows: &[Rows]) {
         if let Some(channels) = case.channels(rows) {
-            self.cache.set_key_scales(0, &channels).expect("scales");
+            self.cache.cache.set_key_scales(0, &channels).expect("scales");
         }
         let row_len = (case.num_kv_heads * case.head_dim) as usize;
         for part in 0..2 {
@@ -81,24 +115,24 @@ impl Contiguous {
         let batch: Vec<_> = (0..).zip(case.lens.iter().map(|l| l.1)).collect();
         let step = self.cache.begin_step(&batch).expect("step");
         let results = case.attend_step(self.cache.gpu(), &self.attention, &step, 0, rows, |pass, k, v| {
-            self.cache.append(pass, &step, 0, k, v).expect("append");
+            self.cache.cache.append(pass, &step, 0, k, v, None).expect("append");
         });
-        self.cache.commit(step).expect("commit").recycle();
+        self.cache.cache.commit(step).expect("commit");
         results
     }
 }
 
-fn append(cache: &ContiguousCache, batch: &[(u32, u32)], layer: u32, k: &[f32], v: &[f32]) {
+fn append(cache: &RowCache, batch: &[(u32, u32)], layer: u32, k: &[f32], v: &[f32]) {
     let step = cache.begin_step(batch).expect("step");
     submit_append(cache, &step, layer, k, v);
-    cache.commit(step).expect("commit").recycle();
+    cache.cache.commit(step).expect("commit");
 }
 
-fn submit_append(cache: &ContiguousCache, step: &Step, layer: u32, k: &[f32], v: &[f32]) {
+fn submit_append(cache: &RowCache, step: &Step, layer: u32, k: &[f32], v: &[f32]) {
     let gpu = cache.gpu();
     let (k, v) = (upload(gpu, k), upload(gpu, v));
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    cache.append(&mut encoder, step, layer, &k, &v).expect("append");
+    cache.cache.append(&mut encoder, step, layer, &k, &v, None).expect("append");
     gpu.queue().submit([encoder.finish()]);
 }
 
@@ -207,7 +241,8 @@ fn rotary_embedding_works_as_in_the_paged_cache() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let config = RopeConfig::new(SHAPE.head_dim, 10_000.0);
     let paged = KvCache::new_blocking(&gpu, SHAPE).expect("cache");
-    let contiguous = ContiguousCache::new_blocking(&gpu, SMALL).expect("cache");
+    let contiguous = KvCache::new_blocking(&gpu, SMALL).expect("cache");
+    let row = contiguous.create_sequence();
     let rows = tokens::rows(&SHAPE, 0, &[1, 2, 3, 4, 5]);
     let (k, v) = (upload(&gpu, &rows.k), upload(&gpu, &rows.v));
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -215,37 +250,30 @@ fn rotary_embedding_works_as_in_the_paged_cache() {
     let sequence = paged.create_sequence();
     let paged_step = paged.begin_step_with_positions(&[(sequence, 5)], &[7, 1, 2, 9, 4]).expect("step");
     let rope = Rope::new_blocking(&paged, config.clone()).expect("rope");
-    paged.append_with_rope(&mut encoder, &paged_step, 0, &k, &v, &rope).expect("append");
+    paged.append(&mut encoder, &paged_step, 0, &k, &v, Some(&rope)).expect("append");
 
-    let step = contiguous.begin_step_with_positions(&[(1, 5)], &[7, 1, 2, 9, 4]).expect("step");
-    let error = contiguous.append_with_rope(&mut encoder, &step, 0, &k, &v, &rope);
+    let step = contiguous.begin_step_with_positions(&[(row, 5)], &[7, 1, 2, 9, 4]).expect("step");
+    let error = contiguous.append(&mut encoder, &step, 0, &k, &v, Some(&rope));
     refused(error, Caller, &["rope", "made for a cache like this"]);
     let rope = Rope::new_blocking(&contiguous, config).expect("rope");
-    contiguous.append_with_rope(&mut encoder, &step, 0, &k, &v, &rope).expect("append");
+    contiguous.append(&mut encoder, &step, 0, &k, &v, Some(&rope)).expect("append");
 
     gpu.queue().submit([encoder.finish()]);
     paged.commit(paged_step).expect("commit");
     contiguous.commit(step).expect("commit");
     let want = paged.gather_blocking(sequence, 0).expect("gather");
-    assert!(want.k != rows.k, "nothing has been turned");
-    assert_eq!(contiguous.gather_blocking(1, 0).expect("gather"), want);
+    assert!(want.k != rows.k, "nothing has been rotated");
+    assert_eq!(contiguous.gather_blocking(row, 0).expect("gather"), want);
 }
 
 /// The shape of [`SHAPE`], in rows of 7 tokens. Both formats hold its tokens exactly.
-const SMALL: ContiguousConfig = ContiguousConfig {
-    num_layers: SHAPE.num_layers,
-    batch: 3,
-    num_kv_heads: SHAPE.num_kv_heads,
-    head_dim: SHAPE.head_dim,
-    max_seq_len: 7,
-    k_format: SHAPE.k_format,
-    v_format: SHAPE.v_format,
-};
+const SMALL: KvCacheConfig = KvCacheConfig::contiguous(SHAPE.num_layers, SHAPE.num_kv_heads, SHAPE.head_dim, 3, 7)
+    .with_formats(SHAPE.k_format, SHAPE.v_format);
 
 /// `[batch, num_kv_heads, max_seq_len, head_dim]` with NaN wherever no token is.
 fn layout(tokens: &[Vec<u32>], layer: u32, side: fn(KvRows) -> Vec<f32>) -> Vec<f32> {
-    let (heads, len, dims) = (SMALL.num_kv_heads as usize, SMALL.max_seq_len as usize, SMALL.head_dim as usize);
-    let mut all = vec![f32::NAN; SMALL.batch as usize * heads * len * dims];
+    let (heads, len, dims) = (SMALL.num_kv_heads as usize, SMALL.block_size as usize, SMALL.head_dim as usize);
+    let mut all = vec![f32::NAN; SMALL.num_blocks as usize * heads * len * dims];
     for (row, tokens) in tokens.iter().enumerate() {
         let rows = side(tokens::rows(&SHAPE, layer, tokens));
         for (i, element) in rows.into_iter().enumerate() {
@@ -256,11 +284,11 @@ fn layout(tokens: &[Vec<u32>], layer: u32, side: fn(KvRows) -> Vec<f32>) -> Vec<
     all
 }
 
-/// Compares every byte of the buffers with what the tokens say. Bytes that were never written are NaN in both formats.
+/// Compares every byte of the buffers with the tokens of each block. Bytes that were never written are NaN in both formats.
 #[track_caller]
-fn assert_bytes(cache: &ContiguousCache, tokens: &[Vec<u32>]) {
+fn assert_bytes(cache: &RowCache, tokens: &[Vec<u32>]) {
     for layer in 0..SMALL.num_layers {
-        let (k, v) = cache.layer_buffers(layer).expect("layer");
+        let (k, v) = cache.cache.layer_buffers(layer).expect("layer");
         let (k, v) = (cache.gpu().read_blocking(&k[0]).expect("k"), cache.gpu().read_blocking(&v[0]).expect("v"));
         let k: Vec<u32> = k.iter().map(|x| x.to_bits()).collect();
         let v: Vec<u16> = v.iter().flat_map(|x| [x.to_bits() as u16, (x.to_bits() >> 16) as u16]).collect();
@@ -274,35 +302,37 @@ fn assert_bytes(cache: &ContiguousCache, tokens: &[Vec<u32>]) {
 }
 
 /// Appends tokens in every layer, and submits.
-fn run(cache: &ContiguousCache, step: &Step, tokens: &[u32]) {
+fn run(cache: &RowCache, step: &Step, tokens: &[u32]) {
     for layer in 0..SMALL.num_layers {
         let rows = tokens::rows(&SHAPE, layer, tokens);
         submit_append(cache, step, layer, &rows.k, &rows.v);
     }
 }
 
-fn grow(cache: &ContiguousCache, batch: &[(u32, &[u32])]) {
+fn grow(cache: &RowCache, batch: &[(u32, &[u32])]) {
     let lens: Vec<_> = batch.iter().map(|&(row, tokens)| (row, tokens.len() as u32)).collect();
     let step = cache.begin_step(&lens).expect("step");
     run(cache, &step, &batch.iter().flat_map(|&(_, tokens)| tokens).copied().collect::<Vec<_>>());
     assert_eq!(step.num_copies(), 0);
-    cache.commit(step).expect("commit").recycle();
+    cache.cache.commit(step).expect("commit");
 }
 
 #[test]
 fn a_side_is_rows_of_heads_of_tokens() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = poisoned(&gpu, SMALL);
-    // Rows begin in another order than that of the blocks, and begin again in yet another.
+    // A row is a block, taken by the first step: the blocks are taken in order.
     grow(&cache, &[(2, &[1, 2, 3])]);
     grow(&cache, &[(1, &[10]), (0, &[20, 21, 22, 23, 24, 25, 26])]);
-    assert_bytes(&cache, &[vec![20, 21, 22, 23, 24, 25, 26], vec![10], vec![1, 2, 3]]);
-    for row in [1, 0, 2] {
-        cache.reset(row).expect("reset");
-        assert!(cache.is_empty(row).expect("row"));
+    assert_bytes(&cache, &[vec![1, 2, 3], vec![10], vec![20, 21, 22, 23, 24, 25, 26]]);
+    for (row, block) in [(2, 0), (1, 1), (0, 2)] {
+        let table = cache.cache.block_table(cache.row(row)).expect("row");
+        assert_eq!(table.iter().map(|block| block.index()).collect::<Vec<_>>(), [block]);
     }
-    grow(&cache, &[(1, &[11, 12]), (2, &[4, 5, 6])]);
-    assert_bytes(&cache, &[vec![20, 21, 22, 23, 24, 25, 26], vec![11, 12], vec![4, 5, 6]]);
+    // Truncated rows keep their blocks, and are written over.
+    cache.truncate(0, 2).expect("truncate");
+    grow(&cache, &[(0, &[30]), (1, &[11, 12])]);
+    assert_bytes(&cache, &[vec![1, 2, 3], vec![10, 11, 12], vec![20, 21, 30, 23, 24, 25, 26]]);
 }
 
 #[test]
@@ -310,14 +340,14 @@ fn random_operations_agree_with_plain_vectors() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = poisoned(&gpu, SMALL);
     let mut rng = Rng::with_seed(5);
-    let mut model: Vec<Vec<u32>> = vec![Vec::new(); SMALL.batch as usize];
+    let mut model: Vec<Vec<u32>> = vec![Vec::new(); SMALL.num_blocks as usize];
     let mut next = 0;
     for _ in 0..300 {
-        let row = rng.u32(0..SMALL.batch);
+        let row = rng.u32(0..SMALL.num_blocks);
         let tokens = &mut model[row as usize];
         match rng.u32(0..10) {
             0 => {
-                cache.reset(row).expect("reset");
+                cache.truncate(row, 0).expect("truncate");
                 tokens.clear();
             }
             1 | 2 => {
@@ -325,11 +355,11 @@ fn random_operations_agree_with_plain_vectors() {
                 cache.truncate(row, tokens.len() as u32).expect("truncate");
             }
             fate => {
-                let mut rows: Vec<u32> = (0..SMALL.batch).collect();
+                let mut rows: Vec<u32> = (0..SMALL.num_blocks).collect();
                 rng.shuffle(&mut rows);
                 let mut batch = Vec::new();
                 for &row in &rows[rng.usize(0..rows.len())..] {
-                    let room = SMALL.max_seq_len as usize - model[row as usize].len();
+                    let room = SMALL.block_size as usize - model[row as usize].len();
                     let count = rng.u32(1..4).min(room as u32);
                     if count > 0 {
                         batch.push((row, (next..next + count).collect::<Vec<u32>>()));
@@ -345,7 +375,7 @@ fn random_operations_agree_with_plain_vectors() {
                 run(&cache, &step, &batch.iter().flat_map(|(_, tokens)| tokens).copied().collect::<Vec<_>>());
                 // The commands ran, but a dropped step leaves nothing behind.
                 if fate > 3 {
-                    cache.commit(step).expect("commit").recycle();
+                    cache.cache.commit(step).expect("commit");
                     for (row, tokens) in batch {
                         model[row as usize].extend(tokens);
                     }
@@ -353,28 +383,28 @@ fn random_operations_agree_with_plain_vectors() {
             }
         }
         for (row, tokens) in (0..).zip(&model) {
-            assert_eq!(cache.len(row).expect("row"), tokens.len() as u32);
+            assert_eq!(cache.len(row), tokens.len() as u32);
         }
     }
     for (row, tokens) in (0..).zip(&model) {
         for layer in 0..SMALL.num_layers {
-            assert_eq!(cache.gather_blocking(row, layer).expect("gather"), tokens::rows(&SHAPE, layer, tokens));
+            assert_eq!(cache.gather(row, layer).expect("gather"), tokens::rows(&SHAPE, layer, tokens));
         }
     }
 }
 
 #[test]
-fn memory_is_taken_from_the_beginning() {
+fn a_sequence_takes_a_row_and_no_more() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let cache = ContiguousCache::new_blocking(&gpu, SMALL).expect("cache");
+    let cache = RowCache::new(&gpu, SMALL);
     grow(&cache, &[(1, &[1, 2, 3]), (2, &[4, 5, 6, 7, 8, 9, 10])]);
-    let memory = cache.memory();
+    let memory = cache.cache.memory();
     // 2 layers, 2 heads, 8 dims of 4 + 2 bytes.
     let token = 2 * 2 * 8 * (4 + 2);
-    assert_eq!((memory.allocated_bytes(), memory.used_bytes()), (3 * 7 * token, 3 * 7 * token));
-    assert_eq!((memory.cached_tokens, memory.wasted_bytes(), memory.shared_bytes()), (10, 11 * token, 0));
+    assert_eq!((memory.allocated_bytes(), memory.used_bytes()), (3 * 7 * token, 2 * 7 * token));
+    assert_eq!((memory.cached_tokens, memory.wasted_bytes(), memory.shared_bytes()), (10, 4 * token, 0));
     let lens: Vec<_> = memory.sequences.iter().map(|s| (s.len, s.blocks, s.wasted_bytes)).collect();
-    assert_eq!(lens, [(0, 1, 7 * token), (3, 1, 4 * token), (7, 1, 0)]);
+    assert_eq!(lens, [(0, 0, 0), (3, 1, 4 * token), (7, 1, 0)]);
 }
 
 #[test]
@@ -382,44 +412,19 @@ fn misuse_is_refused_and_changes_nothing() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = poisoned(&gpu, SMALL);
     grow(&cache, &[(0, &[1, 2, 3, 4, 5]), (1, &[6])]);
-    let attention = Attention::new_blocking(&cache, folio::AttentionConfig::new(4)).expect("attention");
+    let attention = Attention::new_blocking(&cache.cache, folio::AttentionConfig::new(4)).expect("attention");
 
-    refused(cache.begin_step(&[]), Caller, &["batch: got no sequences"]);
-    refused(cache.begin_step(&[(0, 1), (3, 1)]), Caller, &["row: got 3, need below batch, 3"]);
-    refused(cache.begin_step(&[(u32::MAX, 1)]), Caller, &["row: got 4294967295"]);
-    refused(cache.begin_step(&[(1, 1), (0, 1), (1, 1)]), Caller, &["batch: got row 1 twice, need each row once"]);
-    refused(cache.begin_step(&[(0, 1), (2, 0)]), Caller, &["query_len: got 0 for row 2, need at least 1"]);
-    refused(cache.begin_step(&[(1, 1), (0, 3)]), Retry, &["row 0: need 8 tokens, have max_seq_len, 7"]);
-    refused(cache.begin_step(&[(2, 8)]), Retry, &["row 2: need 8 tokens"]);
-    refused(cache.begin_step(&[(0, u32::MAX)]), Retry, &["row 0: need 4294967300 tokens"]);
-    refused(cache.begin_step_with_positions(&[(0, 2)], &[1]), Caller, &["positions: got 1 positions"]);
-    refused(cache.truncate(0, 6), Caller, &["len: got 6, need at most the row's length, 5"]);
-    refused(cache.truncate(3, 0), Caller, &["row: got 3"]);
-    refused(cache.reset(3), Caller, &["row: got 3"]);
-    refused(cache.len(3), Caller, &["row: got 3"]);
-    refused(cache.gather_blocking(3, 0), Caller, &["row: got 3"]);
-    refused(cache.gather_blocking(0, 2), Caller, &["layer: got 2"]);
-    refused(cache.layer_buffers(2), Caller, &["layer: got 2"]);
+    // Row 2 has blocks to spare; a row that is full gets none of them.
+    refused(cache.begin_step(&[(1, 1), (0, 3)]), Retry, &["sequence #0: need 8 tokens, have max_seq_len, 7"]);
+    refused(cache.begin_step(&[(2, 8)]), Retry, &["sequence #2: need 8 tokens"]);
+    refused(cache.begin_step(&[(0, i32::MAX as u32 - 5)]), Retry, &["sequence #0: need 2147483647 tokens"]);
+    refused(cache.truncate(0, 6), Caller, &["len: got 6, need at most the sequence's length, 5"]);
 
-    let step = cache.begin_step(&[(1, 1)]).expect("step");
-    refused(cache.begin_step(&[(0, 1), (1, 1)]), Caller, &["row: got row 1, in an open step"]);
-    refused(cache.truncate(1, 0), Caller, &["row: got row 1, in an open step"]);
-    drop(step);
-
-    let other = ContiguousCache::new_blocking(&gpu, SMALL).expect("cache");
-    let foreign = other.begin_step(&[(0, 1)]).expect("step");
-    let rows = upload(&gpu, &[0.0; 16]);
-    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    refused(cache.append(&mut encoder, &foreign, 0, &rows, &rows), Caller, &["it belongs to another cache"]);
-    refused(cache.commit(foreign), Caller, &["it belongs to another cache"]);
-    assert_eq!(other.len(0).expect("row"), 0);
-
-    let longer = ContiguousConfig { max_seq_len: 8, ..SMALL };
-    let longer = ContiguousCache::new_blocking(&gpu, longer).expect("cache");
-    let step = longer.begin_step(&[(0, 1)]).expect("step");
+    let longer = KvCache::new_blocking(&gpu, SMALL.with_blocks(3, 8)).expect("cache");
+    let step = longer.begin_step(&[(longer.create_sequence(), 1)]).expect("step");
     refused(attention.plan(&step), Caller, &["step: got a step of"]);
 
-    assert_eq!([0, 1, 2].map(|row| cache.len(row).expect("row")), [5, 1, 0]);
+    assert_eq!([0, 1, 2].map(|row| cache.len(row)), [5, 1, 0]);
     // What has been left in order is still of use.
     grow(&cache, &[(0, &[20, 21]), (1, &[22])]);
     assert_bytes(&cache, &[vec![1, 2, 3, 4, 5, 20, 21], vec![6, 22], vec![]]);
@@ -430,15 +435,7 @@ fn rows_that_fit_into_no_binding_are_refused() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let token_bytes = 256 * 4;
     let most = gpu.device().limits().max_storage_buffer_binding_size / token_bytes;
-    let config = ContiguousConfig {
-        num_layers: 1,
-        batch: 1,
-        num_kv_heads: 1,
-        head_dim: 256,
-        max_seq_len: u32::try_from(most + 1).expect("tokens"),
-        k_format: F32,
-        v_format: F32,
-    };
-    let cache = ContiguousCache::new_blocking(&gpu, config);
-    refused(cache, Device, &["batch * max_seq_len: need", "bytes", "shorter rows"]);
+    let config = KvCacheConfig::contiguous(1, 1, 256, 1, u32::try_from(most + 1).expect("tokens"));
+    let cache = KvCache::new_blocking(&gpu, config.with_formats(F32, F32));
+    refused(cache, Device, &["max_seq_len: need", "bytes for a block", "smaller blocks"]);
 }

@@ -3,7 +3,7 @@
 
 use fastrand::Rng;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
-use folio::cache::KvLayout;
+use folio::KvLayout;
 use folio::reference::{ElementError, ErrorModel, Options, Problem, attention_with_bound, compare};
 use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, wgpu};
 
@@ -146,11 +146,17 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
     let [k_format, v_format] = formats;
     let blocks: u32 = lens.iter().map(|(context, new): &(u32, u32)| (context + new).div_ceil(block_size)).sum();
     let num_blocks = blocks + 3;
-    let config = KvCacheConfig { num_layers: 1, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format };
+    let config = KvCacheConfig::new(1, num_kv_heads, head_dim)
+        .with_blocks(num_blocks, block_size)
+        .with_formats(k_format, v_format);
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let num_q_heads = num_kv_heads * group_size;
     // The lse shows what `out` does not: an error that all keys share.
-    let attention = AttentionConfig { lse: true, ..AttentionConfig::new(num_q_heads) };
+    let attention = {
+        let mut config = AttentionConfig::new(num_q_heads);
+        config.lse = true;
+        config
+    };
     let attention = Attention::new_blocking(&cache, attention).expect("attention");
     let mut rng = Rng::with_seed(u64::from(head_dim));
 
@@ -158,7 +164,7 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
     let sequences = lens.map(|(context_len, _)| {
         let sequence = cache.create_sequence();
         if context_len > 0 {
-            cache.commit(cache.begin_step(&[(sequence, context_len)]).expect("step")).expect("commit").recycle();
+            cache.commit(cache.begin_step(&[(sequence, context_len)]).expect("step")).expect("commit");
         }
         sequence
     });
@@ -174,7 +180,7 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         attention.attend_with_lse(&mut pass, &plan, 0, &q_buffer, &out, &lse).expect("attend");
     }
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
 
     let mut k = Side::poisoned(config.k_layout(), num_blocks, &mut rng);
     let mut v = Side::poisoned(config.v_layout(), num_blocks, &mut rng);
@@ -196,7 +202,6 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
         gpu.queue().write_buffer(&buffers[0], 0, &side.bytes);
     }
     gpu.queue().submit([encoder.finish()]);
-    plan.recycle();
     let (out, lse) = (gpu.read_blocking(&out).expect("out"), gpu.read_blocking(&lse).expect("lse"));
 
     let mut at = 0;
@@ -302,15 +307,7 @@ fn every_e4m3_byte_is_read_exactly() {
 
 /// What attention gives over a single key: its value, of 128 dims.
 fn first_value(gpu: &Gpu, row: &[u8]) -> Vec<f32> {
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 1,
-        head_dim: 128,
-        block_size: 1,
-        num_blocks: 1,
-        k_format: F32,
-        v_format: E4M3,
-    };
+    let config = KvCacheConfig::new(1, 1, 128).with_blocks(1, 1).with_formats(F32, E4M3);
     let cache = KvCache::new_blocking(gpu, config).expect("cache");
     let attention = Attention::new_blocking(&cache, AttentionConfig::new(1)).expect("attention");
     let sequence = cache.create_sequence();
@@ -323,7 +320,6 @@ fn first_value(gpu: &Gpu, row: &[u8]) -> Vec<f32> {
     gpu.queue().write_buffer(&k[0], 0, &[0; 512]);
     gpu.queue().write_buffer(&v[0], 0, row);
     gpu.queue().submit([encoder.finish()]);
-    cache.commit(step).expect("commit").recycle();
-    plan.recycle();
+    cache.commit(step).expect("commit");
     gpu.read_blocking(&out).expect("out")
 }

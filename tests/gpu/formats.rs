@@ -137,15 +137,9 @@ fn hard_rows_are_kept_as_the_oracle_says() {
             .flat_map(token)
             .flat_map(|r| hard[hard.len() - 1 - r % hard.len()].clone())
             .collect();
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            num_blocks: 4 * num_tokens.div_ceil(block_size),
-            k_format,
-            v_format,
-        };
+        let config = KvCacheConfig::new(1, num_kv_heads, head_dim)
+            .with_blocks(4 * num_tokens.div_ceil(block_size), block_size)
+            .with_formats(k_format, v_format);
         for how in [DEFAULT, GPU] {
             let what = format!("{how:?} {config:?}");
             let Some(cache) = cache(how, config, &k) else { return };
@@ -195,15 +189,7 @@ fn e4m3_rounds_to_nearest_even_everywhere() {
     values.extend([448.1, 463.9, 464.0, 1e30, f32::MAX, 1e-40, 1e-30, 0.000_976, f32::MIN_POSITIVE]);
     values.extend(values.clone().iter().map(|x| -x));
     values.resize(values.len().next_multiple_of(16), 0.0);
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 1,
-        head_dim: 16,
-        block_size: 16,
-        num_blocks: 80,
-        k_format: E4M3,
-        v_format: E4M3,
-    };
+    let config = KvCacheConfig::new(1, 1, 16).with_blocks(80, 16).with_formats(E4M3, E4M3);
     let Some(cache) = cache(DEFAULT, config, &[]) else { return };
     let sequence = cache.create_sequence();
     append(&cache, &[(sequence, values.len() as u32 / 16)], 0, &values, &values);
@@ -218,20 +204,16 @@ fn e4m3_rounds_to_nearest_even_everywhere() {
 fn turned_keys_are_quantised() {
     for (i, k_format) in [Int8, Int4, E4M3, Int8PerChannel].into_iter().enumerate() {
         let layout = [RopeLayout::HalfSplit, RopeLayout::Interleaved][i % 2];
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: 2,
-            head_dim: 24,
-            block_size: 5,
-            num_blocks: 20,
-            k_format: F32,
-            v_format: Int8,
-        };
+        let config = KvCacheConfig::new(1, 2, 24).with_blocks(20, 5).with_formats(F32, Int8);
         let mut rng = Rng::with_seed(4);
         let rows: Vec<f32> = (0..30 * 48).map(|_| rng.f32() * 4.0 - 2.0).collect();
         let mut turned = Vec::new();
         for k_format in [F32, k_format] {
-            let config = KvCacheConfig { k_format, ..config };
+            let config = {
+                let mut config = config;
+                config.k_format = k_format;
+                config
+            };
             let Some(cache) = cache(DEFAULT, config, &turned) else { return };
             let mut rope = RopeConfig::new(20, 10_000.0);
             rope.layout = layout;
@@ -240,9 +222,9 @@ fn turned_keys_are_quantised() {
             let step = cache.begin_step(&[(sequence, 30)]).expect("step");
             let new = upload(cache.gpu(), &rows);
             let mut encoder = encoder(&cache);
-            cache.append_with_rope(&mut encoder, &step, 0, &new, &new, &rope).expect("append");
+            cache.append(&mut encoder, &step, 0, &new, &new, Some(&rope)).expect("append");
             cache.gpu().queue().submit([encoder.finish()]);
-            cache.commit(step).expect("commit").recycle();
+            cache.commit(step).expect("commit");
             let got = cache.gather_blocking(sequence, 0).expect("rows");
             check_rows("V beside turned K", Int8, &rows, &got.v, 24, None);
             if k_format == F32 {
@@ -304,11 +286,12 @@ fn segments() {
     if adapter::open(DEFAULT).is_none() {
         return;
     }
-    let options = GpuOptions {
-        adapter_name: std::env::var("FOLIO_ADAPTER").ok(),
-        profile: Some(Profile::Cpu),
-        max_binding_bytes: Some(1 << 20),
-        ..GpuOptions::default()
+    let options = {
+        let mut options = GpuOptions::default();
+        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        options.profile = Some(Profile::Cpu);
+        options.max_binding_bytes = Some(1 << 20);
+        options
     };
     let gpu = Gpu::open_blocking(options).expect("a small device");
     for (k_format, v_format) in [(Int8, Int4), (Int8PerChannel, Int8), (E4M3, E4M3)] {
@@ -365,15 +348,7 @@ fn broken_rows_stay_in_their_sequence() {
 
 #[test]
 fn calibration_is_asked_for_and_checked() {
-    let config = KvCacheConfig {
-        num_layers: 2,
-        num_kv_heads: 2,
-        head_dim: 8,
-        block_size: 4,
-        num_blocks: 8,
-        k_format: Int8PerChannel,
-        v_format: F32,
-    };
+    let config = KvCacheConfig::new(2, 2, 8).with_blocks(8, 4).with_formats(Int8PerChannel, F32);
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let keys: Vec<f32> = (0..48).map(|i| i as f32).collect();
@@ -390,7 +365,11 @@ fn calibration_is_asked_for_and_checked() {
     let sequence = cache.create_sequence();
     let step = cache.begin_step(&[(sequence, 1)]).expect("step");
     let row = upload(&gpu, &keys[16..32]);
-    refused(cache.append(&mut encoder(&cache), &step, 0, &row, &row), Caller, &["layer", "got 0", "calibrate_keys"]);
+    refused(
+        cache.append(&mut encoder(&cache), &step, 0, &row, &row, None),
+        Caller,
+        &["layer", "got 0", "calibrate_keys"],
+    );
     refused(cache.calibrate_keys(0, &keys), Caller, &["layer", "got 0, with keys of the old scales", "an empty cache"]);
     drop(step);
     cache.calibrate_keys(0, &keys).expect("calibrated");
@@ -407,7 +386,12 @@ fn calibration_is_asked_for_and_checked() {
     cache.clear();
     assert!(cache.key_scales(0).is_some());
 
-    let plain = KvCache::new_blocking(&gpu, KvCacheConfig { k_format: Int8, ..config }).expect("cache");
+    let plain = KvCache::new_blocking(&gpu, {
+        let mut config = config;
+        config.k_format = Int8;
+        config
+    })
+    .expect("cache");
     refused(plain.calibrate_keys(0, &keys), Caller, &["k_format", "Int8", "scales per channel"]);
     assert!(plain.key_scales(0).is_none());
 }

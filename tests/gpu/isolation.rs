@@ -92,7 +92,7 @@ fn default_limits_and_no_features_are_enough() {
 #[test]
 fn default_limits_and_no_features_are_enough_for_the_other_family() {
     check_default_device(|device, queue| {
-        let profile = match Profile::for_adapter(&device.adapter_info()) {
+        let profile = match Gpu::from_parts(device.clone(), queue.clone())?.profile() {
             Profile::Cpu => Profile::Gpu,
             Profile::Gpu => Profile::Cpu,
         };
@@ -175,7 +175,7 @@ fn a_hosts_pass_goes_on_before_and_after() {
     {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         HostShader::record(&gpu, &mut pass, &host.double, &k);
-        cache.append(&mut pass, &first, 0, &k, &v).expect("append");
+        cache.append(&mut pass, &first, 0, &k, &v, None).expect("append");
         attention.attend(&mut pass, &plan, 0, &q, &out).expect("attend");
         HostShader::record(&gpu, &mut pass, &host.negate, &out);
     }
@@ -189,7 +189,7 @@ fn a_hosts_pass_goes_on_before_and_after() {
     let second = step(&cache);
     let plan = attention.plan(&second).expect("plan");
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    cache.append(&mut encoder, &second, 0, &k, &v).expect("append");
+    cache.append(&mut encoder, &second, 0, &k, &v, None).expect("append");
     attention.attend(&mut encoder, &plan, 0, &q, &out).expect("attend");
     gpu.queue().submit([encoder.finish()]);
     assert_eq!(gpu.read_blocking(&out).expect("read"), in_pass);

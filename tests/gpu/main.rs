@@ -18,9 +18,12 @@ mod contiguous;
 mod encoded;
 mod formats;
 mod isolation;
+mod lost;
 mod model_based;
 mod movable;
 mod rope;
 mod segments;
+mod soundness;
+#[cfg(feature = "counters")]
 mod steady_state;
 mod tokens;

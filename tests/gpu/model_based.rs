@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
 use folio::wgpu::CommandEncoder;
-use folio::{BlockId, Error, KvCache, KvCacheConfig, PoolUsage, SequenceId, SequenceSnapshot, Step};
+use folio::{BlockId, Error, KvCache, PoolUsage, SequenceId, SequenceSnapshot, Step};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
@@ -199,7 +199,10 @@ impl Model<'_> {
     fn refused_in_step(&self, sequence: SequenceId, error: Option<&Error>) -> bool {
         let open = self.is_open(sequence);
         assert_eq!(open, error.is_some(), "{sequence}: {error:?}");
-        assert!(error.is_none_or(|error| matches!(error, Error::SequenceInStep(s) if *s == sequence)), "{error:?}");
+        assert!(
+            error.is_none_or(|error| matches!(error, Error::SequenceBusy { sequence: s, .. } if *s == sequence)),
+            "{error:?}"
+        );
         open
     }
 
@@ -266,7 +269,7 @@ impl Model<'_> {
                     assert!(blocks.into_iter().all(|block| block.index() < before.used));
                 }
             }
-            Err(Error::SequenceInStep(sequence)) => assert!(self.is_open(sequence)),
+            Err(Error::SequenceBusy { sequence, .. }) => assert!(self.is_open(sequence)),
             Err(error) => panic!("{error}"),
         }
         assert_eq!(self.cache.usage(), before);
@@ -331,7 +334,7 @@ impl Model<'_> {
     }
 
     fn commit(&mut self, open: Open) {
-        self.cache.commit(open.step).expect("commit").recycle();
+        self.cache.commit(open.step).expect("commit");
         for (sequence, tokens) in open.new {
             let known = self.sequences.iter_mut().find(|(s, _)| *s == sequence).expect("a sequence in a step stays");
             known.1.extend(tokens);
@@ -372,8 +375,14 @@ impl Model<'_> {
 #[test]
 fn random_operations_agree_with_plain_vectors() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let config =
-        KvCacheConfig { num_layers: 1, num_kv_heads: 1, block_size: BLOCK_SIZE, num_blocks: NUM_BLOCKS, ..SHAPE };
+    let config = {
+        let mut config = SHAPE;
+        config.num_layers = 1;
+        config.num_kv_heads = 1;
+        config.block_size = BLOCK_SIZE;
+        config.num_blocks = NUM_BLOCKS;
+        config
+    };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let (hits, evictions) = (Cell::new(0), Cell::new(0));
     let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });

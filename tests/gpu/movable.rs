@@ -82,7 +82,7 @@ fn attend(cache: &KvCache, sequence: SequenceId) -> Vec<u32> {
     let out = upload(cache.gpu(), &vec![f32::NAN; 2 * elements]);
     let mut encoder = encoder(cache);
     let layer = config.num_layers - 1;
-    cache.append(&mut encoder, &step, layer, &kv, &kv).expect("append");
+    cache.append(&mut encoder, &step, layer, &kv, &kv, None).expect("append");
     attention.attend(&mut encoder, &plan, layer, &q, &out).expect("attend");
     submit(cache, encoder);
     let out = cache.gpu().read_blocking(&out).expect("out");
@@ -102,10 +102,10 @@ fn scattered(cache: &KvCache, len: u32, rng: &mut Rng) -> (SequenceId, SequenceI
             let count = (turn + 1) * config.num_kv_heads * config.head_dim;
             let mut values = || (0..count).map(|_| rng.f32() * 4.0 - 2.0).collect::<Vec<_>>();
             let (k, v) = (upload(cache.gpu(), &values()), upload(cache.gpu(), &values()));
-            cache.append(&mut encoder, &step, layer, &k, &v).expect("append");
+            cache.append(&mut encoder, &step, layer, &k, &v, None).expect("append");
         }
         submit(cache, encoder);
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
     }
     (a, b)
 }
@@ -131,9 +131,13 @@ fn every_shape(gpu: &Gpu) {
         (64, 2, 64, F16, F16),
     ] {
         let shape =
-            KvCacheConfig { num_layers: 3, num_kv_heads, head_dim, block_size, num_blocks: 0, k_format, v_format };
+            KvCacheConfig::new(3, num_kv_heads, head_dim).with_blocks(0, block_size).with_formats(k_format, v_format);
         let len = 3 * block_size + 1 + rng.u32(0..block_size);
-        let config = KvCacheConfig { num_blocks: 2 * len + 4, ..shape };
+        let config = {
+            let mut config = shape;
+            config.num_blocks = 2 * len + 4;
+            config
+        };
         let cache = cache_of(gpu, config, 5);
         let is_cut = config.k_layout().side_bytes(config.num_blocks).expect("bytes") > gpu.max_storage_bytes();
         assert_eq!(cache.segments()[0].count > 1, is_cut);
@@ -152,7 +156,7 @@ fn every_shape(gpu: &Gpu) {
         // Somebody takes the blocks that were freed.
         let taker = cache.create_sequence();
         let step = cache.begin_step(&[(taker, 1)]).expect("step");
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
         let back = swap_in(&cache, &swapped);
         assert_ne!(cache.block_table(back).expect("table"), table);
         assert_eq!(contents(&cache, back), want);
@@ -161,7 +165,15 @@ fn every_shape(gpu: &Gpu) {
         assert!(snapshot(&cache, back) == kept, "what is unused is zero, wherever the blocks lie");
 
         // Into another cache, of another size, twice.
-        let second = cache_of(gpu, KvCacheConfig { num_blocks: 2 * table.len() as u32 + 1, ..shape }, 6);
+        let second = cache_of(
+            gpu,
+            {
+                let mut config = shape;
+                config.num_blocks = 2 * table.len() as u32 + 1;
+                config
+            },
+            6,
+        );
         for _ in 0..2 {
             let copy = swap_in(&second, &swapped);
             assert_eq!(contents(&second, copy), want);
@@ -174,15 +186,7 @@ fn every_shape(gpu: &Gpu) {
 #[test]
 fn a_long_sequence_moves_in_several_chunks() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let config = KvCacheConfig {
-        num_layers: 3,
-        num_kv_heads: 4,
-        head_dim: 128,
-        block_size: 24,
-        num_blocks: 230,
-        k_format: F32,
-        v_format: F16,
-    };
+    let config = KvCacheConfig::new(3, 4, 128).with_blocks(230, 24).with_formats(F32, F16);
     let cache = cache_of(&gpu, config, 9);
     let s = cache.create_sequence();
     let tokens: Vec<u32> = (0..5000).collect();
@@ -203,10 +207,10 @@ fn shared_blocks_stay_with_those_that_hold_them() {
     let b = cache.fork(a).expect("fork");
     grow(&cache, &[(b, &[7])]);
     let snapshot = swap_out(&cache, a);
-    assert_eq!(cache.usage(), PoolUsage { total: 16, free: 14, used: 2, shared: 0, reclaimable: 0, sequences: 1 });
+    assert_eq!(usage(&cache), [16, 14, 2, 0, 0, 1]);
     assert_holds(&cache, b, &[1, 2, 3, 4, 5, 6, 7]);
     let back = swap_in(&cache, &snapshot);
-    assert_eq!(cache.usage(), PoolUsage { total: 16, free: 12, used: 4, shared: 0, reclaimable: 0, sequences: 2 });
+    assert_eq!(usage(&cache), [16, 12, 4, 0, 0, 2]);
     grow(&cache, &[(back, &[8, 9, 10]), (b, &[11, 12])]);
     let fork = cache.fork(back).expect("fork");
     cache.truncate(fork, 5).expect("truncate");
@@ -229,9 +233,9 @@ fn others_go_on_between_swap_out_and_finish() {
     let step = begin(&cache, &[(fork, &[20]), (b, &[21, 22])]);
     tokens::record(&cache, &mut commands, &step, &[20, 21, 22]);
     submit(&cache, commands);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     let before = state(&cache, &[a, b, fork]);
-    let name = format!("sequence: {a} is in an open step, swap-out or defragmentation");
+    let name = format!("sequence: {a} is in an open swap-out");
     refused(cache.begin_step(&[(b, 1), (a, 1)]), ErrorKind::Caller, &[&name]);
     refused(cache.fork(a), ErrorKind::Caller, &[&name]);
     refused(cache.free(a), ErrorKind::Caller, &[&name]);
@@ -283,7 +287,7 @@ fn whatever_is_dropped_changes_nothing() {
         crosses_threads(&future);
         let mut future = pin!(future);
         assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        refused(cache.fork(a), ErrorKind::Caller, &["is in an open step"]);
+        refused(cache.fork(a), ErrorKind::Caller, &["is in an open swap-out"]);
     }
     gpu.device().poll(folio::wgpu::PollType::wait_indefinitely()).expect("poll");
     assert_eq!(state(&cache, &[a, b]), before);
@@ -334,7 +338,7 @@ fn a_cleared_cache_refuses_what_was_open() {
     cache.clear();
     refused(defragment.commit(), ErrorKind::Caller, &parts);
     cache.defragment(&mut encoder(&cache)).expect("nothing is open").commit().expect("commit");
-    assert_eq!(cache.usage(), PoolUsage { total: 16, free: 16, used: 0, shared: 0, reclaimable: 0, sequences: 0 });
+    assert_eq!(usage(&cache), [16, 16, 0, 0, 0, 0]);
 }
 
 #[test]
@@ -387,12 +391,54 @@ fn what_does_not_fit_is_refused() {
     assert_eq!((error.kind(), state(&cache, &[a])), (ErrorKind::Retry, before));
 
     for (config, parts) in [
-        (KvCacheConfig { num_layers: 3, ..SHAPE }, ["snapshot: got num_layers 2", "need the cache's, 3"]),
-        (KvCacheConfig { num_kv_heads: 1, ..SHAPE }, ["snapshot: got num_kv_heads 2", "need the cache's, 1"]),
-        (KvCacheConfig { head_dim: 16, ..SHAPE }, ["snapshot: got head_dim 8", "need the cache's, 16"]),
-        (KvCacheConfig { block_size: 8, ..SHAPE }, ["snapshot: got block_size 4", "need the cache's, 8"]),
-        (KvCacheConfig { k_format: F16, ..SHAPE }, ["snapshot: got k_format F32", "need the cache's, F16"]),
-        (KvCacheConfig { v_format: F32, ..SHAPE }, ["snapshot: got v_format F16", "need the cache's, F32"]),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_layers = 3;
+                config
+            },
+            ["snapshot: got num_layers 2", "need the cache's, 3"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.num_kv_heads = 1;
+                config
+            },
+            ["snapshot: got num_kv_heads 2", "need the cache's, 1"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.head_dim = 16;
+                config
+            },
+            ["snapshot: got head_dim 8", "need the cache's, 16"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.block_size = 8;
+                config
+            },
+            ["snapshot: got block_size 4", "need the cache's, 8"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.k_format = F16;
+                config
+            },
+            ["snapshot: got k_format F32", "need the cache's, F16"],
+        ),
+        (
+            {
+                let mut config = SHAPE;
+                config.v_format = F32;
+                config
+            },
+            ["snapshot: got v_format F16", "need the cache's, F32"],
+        ),
     ] {
         let other = cache_of(&gpu, config, 1);
         refused(other.swap_in(&mut encoder(&other), &kept), ErrorKind::Caller, &parts);
@@ -409,7 +455,11 @@ fn what_does_not_fit_is_refused() {
 fn defragmentation_packs_the_pool_and_keeps_every_sequence() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     for seed in 0..12 {
-        let config = KvCacheConfig { num_blocks: 60, ..SHAPE };
+        let config = {
+            let mut config = SHAPE;
+            config.num_blocks = 60;
+            config
+        };
         let cache = cache_of(&gpu, config, seed);
         let mut rng = Rng::with_seed(seed);
         let mut model: Vec<(SequenceId, Vec<u32>)> = Vec::new();
@@ -453,7 +503,7 @@ fn defragmentation_packs_the_pool_and_keeps_every_sequence() {
         let mut commands = encoder(&cache);
         let dropped = cache.defragment(&mut commands).expect("defragment");
         for id in &ids {
-            refused(cache.fork(*id), ErrorKind::Caller, &["is in an open step, swap-out or defragmentation"]);
+            refused(cache.fork(*id), ErrorKind::Caller, &["is in an open defragmentation"]);
         }
         drop(dropped);
         drop(commands);
@@ -495,7 +545,7 @@ fn defragmentation_packs_the_pool_and_keeps_every_sequence() {
         for (id, _) in model {
             cache.free(id).expect("free");
         }
-        assert_eq!(cache.usage(), PoolUsage { total: 60, free: 60, used: 0, shared: 0, reclaimable: 0, sequences: 0 });
+        assert_eq!(usage(&cache), [60, 60, 0, 0, 0, 0]);
     }
 }
 
@@ -518,11 +568,27 @@ mod files {
         assert_eq!(std::fs::read_dir(folder.path()).expect("list").count(), 1, "no temporary file stays");
         let (loaded, found) = SequenceSnapshot::load(&path).expect("load");
         assert_eq!((&loaded, &found), (&kept, &tokens));
-        let other = cache_of(&gpu, KvCacheConfig { num_blocks: 6, ..SHAPE }, 12);
+        let other = cache_of(
+            &gpu,
+            {
+                let mut config = SHAPE;
+                config.num_blocks = 6;
+                config
+            },
+            12,
+        );
         let back = swap_in(&other, &loaded);
         assert_holds(&other, back, &tokens);
         assert_eq!(contents(&other, back), contents(&cache, a));
-        let third = cache_of(&gpu, KvCacheConfig { k_format: F16, ..SHAPE }, 12);
+        let third = cache_of(
+            &gpu,
+            {
+                let mut config = SHAPE;
+                config.k_format = F16;
+                config
+            },
+            12,
+        );
         refused(third.swap_in(&mut encoder(&third), &loaded), ErrorKind::Caller, &["k_format F32", "F16"]);
 
         for tokens in [&tokens[1..], &[1; 18]] {
@@ -568,4 +634,10 @@ mod files {
             refused(SequenceSnapshot::load(path), ErrorKind::File, &["not a sequence that folio saved"]);
         }
     }
+}
+
+/// Blocks in all, free, used, shared and reclaimable; sequences.
+fn usage(cache: &KvCache) -> [u32; 6] {
+    let PoolUsage { total, free, used, shared, reclaimable, sequences, .. } = cache.usage();
+    [total, free, used, shared, reclaimable, sequences]
 }

@@ -16,15 +16,7 @@ use crate::case::{poison, round, shuffle, upload};
 use crate::tokens::encoder;
 
 /// One layer, small blocks.
-const SHAPE: KvCacheConfig = KvCacheConfig {
-    num_layers: 1,
-    num_kv_heads: 2,
-    head_dim: 64,
-    block_size: 5,
-    num_blocks: 40,
-    k_format: F32,
-    v_format: F16,
-};
+const SHAPE: KvCacheConfig = KvCacheConfig::new(1, 2, 64).with_blocks(40, 5).with_formats(F32, F16);
 
 /// The positions that the accuracy is promised for, and some between.
 const POSITIONS: [u32; 12] =
@@ -92,7 +84,13 @@ fn submit(cache: &KvCache, encoder: wgpu::CommandEncoder) {
 fn cosine_and_sine_are_good_at_every_position() {
     for how in ALL {
         let Some(gpu) = adapter::open(how) else { return };
-        let cache = cache(&gpu, KvCacheConfig { num_kv_heads: 1, head_dim: 256, num_blocks: 600, ..SHAPE });
+        let cache = cache(&gpu, {
+            let mut config = SHAPE;
+            config.num_kv_heads = 1;
+            config.head_dim = 256;
+            config.num_blocks = 600;
+            config
+        });
         let mut rng = Rng::with_seed(1);
         let mut positions = POSITIONS.to_vec();
         positions.extend((0..2000).map(|_| rng.u32(..) >> rng.u32(0..32)));
@@ -219,10 +217,10 @@ fn check_shape(gpu: &Gpu, shape: KvCacheConfig, config: &RopeConfig, seed: u64) 
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             rope.rotate(&mut pass, &step, &q_buffer, num_q_heads).expect("rotate");
             let (k, v) = (upload(gpu, &k), upload(gpu, &v));
-            cache.append_with_rope(&mut pass, &step, 0, &k, &v, &rope).expect("append");
+            cache.append(&mut pass, &step, 0, &k, &v, Some(&rope)).expect("append");
         }
         submit(&cache, encoder);
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
 
         let want = turned(config, shape.head_dim, &q, &positions.concat());
         let got = gpu.read_blocking(&q_buffer).expect("q");
@@ -259,8 +257,9 @@ fn keys_and_queries_turn_in_every_shape() {
             let num_blocks = if block_size == 1 { 200 } else { 40.min(2000 / block_size) };
             let (k_format, v_format) = [(F32, F16), (F16, F32), (F16, F16)][i as usize % 3];
             let num_kv_heads = [1, 3, 2][i as usize % 3];
-            let shape =
-                KvCacheConfig { num_layers: 1, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format };
+            let shape = KvCacheConfig::new(1, num_kv_heads, head_dim)
+                .with_blocks(num_blocks, block_size)
+                .with_formats(k_format, v_format);
             let scaling = scalings().swap_remove(i as usize % 4);
             let config = RopeConfig { rotary_dim, layout, theta: 10_000.0, scaling };
             worst = worst.max(check_shape(&gpu, shape, &config, i));
@@ -315,10 +314,10 @@ fn nan_stays_in_its_pair() {
         let mut encoder = encoder(&cache);
         let buffer = upload(&gpu, &x);
         let v = upload(&gpu, &x);
-        cache.append_with_rope(&mut encoder, &step, 0, &buffer, &v, &rope).expect("append");
+        cache.append(&mut encoder, &step, 0, &buffer, &v, Some(&rope)).expect("append");
         rope.rotate(&mut encoder, &step, &buffer, 2).expect("rotate");
         submit(&cache, encoder);
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
         let nan: Vec<usize> = match layout {
             HalfSplit => vec![64 + i, 64 + j, 64 + 40],
             Interleaved => vec![64 + 2, 64 + 3, 64 + i, 64 + j, 64 + 40],
@@ -361,7 +360,14 @@ fn a_range_of_a_buffer_turns_and_nothing_around_it() {
 fn a_grid_goes_on_in_its_second_dimension() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     // 8 lanes of 4 pairs each on a CPU adapter: 65 535 workgroups take 524 280 rows of one group.
-    let shape = KvCacheConfig { num_kv_heads: 1, head_dim: 8, block_size: 256, num_blocks: 4, ..SHAPE };
+    let shape = {
+        let mut config = SHAPE;
+        config.num_kv_heads = 1;
+        config.head_dim = 8;
+        config.block_size = 256;
+        config.num_blocks = 4;
+        config
+    };
     let cache = cache(&gpu, shape);
     let config = RopeConfig::new(8, 10_000.0);
     let rope = rope(&cache, &config);
@@ -381,23 +387,26 @@ fn a_grid_goes_on_in_its_second_dimension() {
 #[test]
 fn layers_choose_for_themselves() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let cache = cache(&gpu, KvCacheConfig { num_layers: 3, ..SHAPE });
+    let cache = cache(&gpu, {
+        let mut config = SHAPE;
+        config.num_layers = 3;
+        config
+    });
     let configs = [10_000.0, 1_000_000.0].map(|theta| RopeConfig::new(64, theta));
     let ropes = configs.each_ref().map(|config| rope(&cache, config));
     ropes[0].warm_up().expect("warm-up");
     assert_eq!(ropes[0].config(), &configs[0]);
-    assert_eq!(ropes[0].pipelines().count(), 2);
     let x = values(&mut Rng::with_seed(2), 7 * 2 * 64);
     let s = cache.create_sequence();
     let step = cache.begin_step(&[(s, 7)]).expect("step");
     let (k, v) = (upload(&gpu, &x), upload(&gpu, &x));
     let mut encoder = encoder(&cache);
-    cache.append(&mut encoder, &step, 0, &k, &v).expect("append");
+    cache.append(&mut encoder, &step, 0, &k, &v, None).expect("append");
     for (layer, rope) in (1..).zip(&ropes) {
-        cache.append_with_rope(&mut encoder, &step, layer, &k, &v, rope).expect("append");
+        cache.append(&mut encoder, &step, layer, &k, &v, Some(rope)).expect("append");
     }
     submit(&cache, encoder);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     assert_eq!(cache.gather_blocking(s, 0).expect("gather").k, x);
     for (layer, config) in (1..).zip(&configs) {
         let want = turned(config, 64, &x, &[0, 1, 2, 3, 4, 5, 6]);
@@ -412,7 +421,13 @@ fn steady_steps_make_no_buffer_and_no_pipeline() {
     adapter::open(DEFAULT);
     let name = std::env::var("FOLIO_ADAPTER").ok();
     // A device of this test's own: others are counted too.
-    let Ok(gpu) = Gpu::open_blocking(GpuOptions { adapter_name: name, ..GpuOptions::default() }) else { return };
+    let Ok(gpu) = Gpu::open_blocking({
+        let mut options = GpuOptions::default();
+        options.adapter_name = name;
+        options
+    }) else {
+        return;
+    };
     let cache = KvCache::new_blocking(&gpu, SHAPE).expect("cache");
     let rope = rope(&cache, &RopeConfig::new(64, 10_000.0));
     let s = cache.create_sequence();
@@ -423,9 +438,9 @@ fn steady_steps_make_no_buffer_and_no_pipeline() {
         let step = cache.begin_step(&[(s, 1)]).expect("step");
         let mut encoder = encoder(&cache);
         rope.rotate(&mut encoder, &step, &q, 2).expect("rotate");
-        cache.append_with_rope(&mut encoder, &step, 0, &k, &v, &rope).expect("append");
+        cache.append(&mut encoder, &step, 0, &k, &v, Some(&rope)).expect("append");
         submit(&cache, encoder);
-        cache.commit(step).expect("commit").recycle();
+        cache.commit(step).expect("commit");
         gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("poll");
         gpu.queue().submit([]);
         gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("poll");
@@ -443,8 +458,13 @@ fn misuse_is_refused_and_changes_nothing() {
     let instance = wgpu::Instance::default();
     let open = || {
         let adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        Gpu::open_blocking(GpuOptions { adapter_name, instance: Some(instance.clone()), ..GpuOptions::default() })
-            .expect("it opened before")
+        Gpu::open_blocking({
+            let mut options = GpuOptions::default();
+            options.adapter_name = adapter_name;
+            options.instance = Some(instance.clone());
+            options
+        })
+        .expect("it opened before")
     };
     let (gpu, other) = (open(), open());
     let cache = cache(&gpu, SHAPE);
@@ -505,40 +525,45 @@ fn misuse_is_refused_and_changes_nothing() {
     let own = BufferRef::new(&own[0], 0, 1536);
     refused(rope.rotate(&mut encoder, &step, own, 2), Caller, &["x: got the cache's own buffer"]);
     refused(
-        cache.append_with_rope(&mut encoder, &step, 1, &k, &v, &rope),
+        cache.append(&mut encoder, &step, 1, &k, &v, Some(&rope)),
         Caller,
         &["layer: got 1", "below num_layers, 1"],
     );
-    refused(cache.append_with_rope(&mut encoder, &step, 0, &no_storage, &v, &rope), Caller, &["k: got usage"]);
+    refused(cache.append(&mut encoder, &step, 0, &no_storage, &v, Some(&rope)), Caller, &["k: got usage"]);
 
     // A rope of another cache: of another shape, of the same shape (which is fine), and on another device.
-    let narrow = KvCache::new_blocking(&gpu, KvCacheConfig { head_dim: 128, ..SHAPE }).expect("cache");
+    let narrow = KvCache::new_blocking(&gpu, {
+        let mut config = SHAPE;
+        config.head_dim = 128;
+        config
+    })
+    .expect("cache");
     let narrow_rope = self::rope(&narrow, &good);
     let parts = ["rope: got one made for", "head_dim: 128", "head_dim: 64"];
-    refused(cache.append_with_rope(&mut encoder, &step, 0, &k, &v, &narrow_rope), Caller, &parts);
+    refused(cache.append(&mut encoder, &step, 0, &k, &v, Some(&narrow_rope)), Caller, &parts);
     refused(rotate(&mut encoder, &narrow_rope, &step, 2), Caller, &parts);
     let twin = KvCache::new_blocking(&other, SHAPE).expect("cache");
     let far_rope = self::rope(&twin, &good);
     let far_step = twin.begin_step(&[(twin.create_sequence(), 3)]).expect("step");
     refused(
-        cache.append_with_rope(&mut encoder, &step, 0, &k, &v, &far_rope),
+        cache.append(&mut encoder, &step, 0, &k, &v, Some(&far_rope)),
         Caller,
         &["rope: got one of another device"],
     );
-    let parts = ["binding buffers (are they all of the cache's device?)", "Device"];
+    let parts = ["binding buffers (are they all of the same device?)", "Device"];
     refused(rotate(&mut encoder, &rope, &far_step, 2), Wgpu, &parts);
     refused(rotate(&mut encoder, &far_rope, &step, 2), Wgpu, &parts);
     refused(
-        cache.append_with_rope(&mut encoder, &far_step, 0, &k, &v, &rope),
+        cache.append(&mut encoder, &far_step, 0, &k, &v, Some(&rope)),
         Caller,
         &["step: it belongs to another cache"],
     );
 
     // Nothing of that was recorded, and the step still works.
     rotate(&mut encoder, &rope, &step, 2).expect("rotate");
-    cache.append_with_rope(&mut encoder, &step, 0, &k, &v, &rope).expect("append");
+    cache.append(&mut encoder, &step, 0, &k, &v, Some(&rope)).expect("append");
     submit(&cache, encoder);
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
     let want = turned(&good, 64, &x, &[0, 1, 2]);
     assert_turned("Q", F32, &x, &gpu.read_blocking(&q).expect("q"), &want);
     assert_turned("K", F32, &x, &cache.gather_blocking(s, 0).expect("gather").k, &want);
@@ -549,5 +574,5 @@ fn misuse_is_refused_and_changes_nothing() {
     let mut encoder = self::encoder(&cache);
     let parts = ["step: the cache has been cleared since it began"];
     refused(rotate(&mut encoder, &rope, &step, 2), Caller, &parts);
-    refused(cache.append_with_rope(&mut encoder, &step, 0, &k, &v, &rope), Caller, &parts);
+    refused(cache.append(&mut encoder, &step, 0, &k, &v, Some(&rope)), Caller, &parts);
 }

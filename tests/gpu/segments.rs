@@ -22,15 +22,7 @@ const fn small(how: Open) -> Open {
 const DEFAULT_LIMITS: Open = Open { max_storage_buffers: Some(8), ..small(DEFAULT) };
 
 /// Blocks of 64 tokens with 32 KiB of K and 16 KiB of V, so that 1 MiB holds 32 and 64 of them.
-const SHAPE: KvCacheConfig = KvCacheConfig {
-    num_layers: 2,
-    num_kv_heads: 2,
-    head_dim: 64,
-    block_size: 64,
-    num_blocks: 100,
-    k_format: F32,
-    v_format: F16,
-};
+const SHAPE: KvCacheConfig = KvCacheConfig::new(2, 2, 64).with_blocks(100, 64).with_formats(F32, F16);
 
 /// Segments of K and V.
 fn counts(cache: &KvCache) -> [usize; 2] {
@@ -172,7 +164,7 @@ fn keys_are_turned_on_their_way_into_any_segment() {
         let step = cache.begin_step(&[(s, list.len() as u32)]).expect("step");
         let mut encoder = encoder(&cache);
         let (k, v) = (upload(&gpu, &rows.k), upload(&gpu, &rows.v));
-        cache.append_with_rope(&mut encoder, &step, 1, &k, &v, &rope).expect("append");
+        cache.append(&mut encoder, &step, 1, &k, &v, Some(&rope)).expect("append");
         gpu.queue().submit([encoder.finish()]);
         cache.commit(step).expect("commit");
         let visited = segments(&cache, s, want[0]);
@@ -191,7 +183,12 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     assert_eq!(gpu.limits().max_storage_buffers_per_shader_stage, 8);
     let mut case = batch(64, 64, 64, F32, F32).config(|config| config.lse = false);
     case.check(&gpu);
-    let config = KvCacheConfig { num_blocks: 64, v_format: F32, ..SHAPE };
+    let config = {
+        let mut config = SHAPE;
+        config.num_blocks = 64;
+        config.v_format = F32;
+        config
+    };
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     assert_eq!(counts(&cache), [2, 2]);
     cache.warm_up().expect("warm-up");
@@ -200,7 +197,11 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     Rope::new_blocking(&cache, RopeConfig::new(64, 1e4)).expect("rope").warm_up().expect("warm-up");
 
     // An lse takes one buffer more.
-    let with_lse = AttentionConfig { lse: true, ..AttentionConfig::new(4) };
+    let with_lse = {
+        let mut config = AttentionConfig::new(4);
+        config.lse = true;
+        config
+    };
     let (text, blocks) = refused(Attention::new_blocking(&cache, with_lse.clone()));
     assert_eq!(
         text,
@@ -211,7 +212,12 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     case.num_blocks = Some(blocks);
     case.lens = vec![(1000, 1), (0, 70), (150, 40)];
     case.check(&gpu);
-    let cache = KvCache::new_blocking(&gpu, KvCacheConfig { num_blocks: blocks + 1, ..config }).expect("cache");
+    let cache = KvCache::new_blocking(&gpu, {
+        let mut config = config;
+        config.num_blocks = blocks + 1;
+        config
+    })
+    .expect("cache");
     assert_eq!(refused(Attention::new_blocking(&cache, with_lse)).1, blocks);
 }
 
@@ -223,7 +229,11 @@ fn more_segments_than_buffers_are_refused_with_the_pool_that_fits() {
     for (num_blocks, [k, v], most, largest) in
         [(70, [3, 2], [2, 2], 64), (1000, [32, 16], [2, 2], 64), (65, [3, 2], [2, 2], 64)]
     {
-        let config = KvCacheConfig { num_blocks, ..SHAPE };
+        let config = {
+            let mut config = SHAPE;
+            config.num_blocks = num_blocks;
+            config
+        };
         let (text, blocks) = refused(KvCache::new_blocking(&gpu, config));
         let parts = [
             format!("num_blocks: need {} storage buffers in a kernel", 4 + k + v),
@@ -232,9 +242,21 @@ fn more_segments_than_buffers_are_refused_with_the_pool_that_fits() {
         ];
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         assert_eq!(blocks, largest);
-        let cache = KvCache::new_blocking(&gpu, KvCacheConfig { num_blocks: blocks, ..config }).expect("the largest");
+        let cache = KvCache::new_blocking(&gpu, {
+            let mut config = config;
+            config.num_blocks = blocks;
+            config
+        })
+        .expect("the largest");
         assert_eq!(counts(&cache)[0], most[0]);
-        assert!(KvCache::new_blocking(&gpu, KvCacheConfig { num_blocks: blocks + 1, ..config }).is_err());
+        assert!(
+            KvCache::new_blocking(&gpu, {
+                let mut config = config;
+                config.num_blocks = blocks + 1;
+                config
+            })
+            .is_err()
+        );
         case::shuffle(&cache, 1);
         let s = tokens::sequence(&cache, &[1, 2, 3]);
         assert_eq!(cache.block_table(s).expect("table")[0].index(), blocks - 1);
@@ -249,15 +271,7 @@ fn a_side_of_300_mib_with_bindings_of_128() {
     let how = Open { max_binding_bytes: Some(128 * MIB), ..DEFAULT };
     let Some(gpu) = adapter::open(how) else { return };
     // A block is 256 tokens * 8 heads * 128 dims * 4 bytes = 1 MiB.
-    let config = KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 8,
-        head_dim: 128,
-        block_size: 256,
-        num_blocks: 300,
-        k_format: F32,
-        v_format: F32,
-    };
+    let config = KvCacheConfig::new(1, 8, 128).with_blocks(300, 256).with_formats(F32, F32);
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let (k, v) = cache.layer_buffers(0).expect("layer");
     for side in [k, v] {
@@ -293,15 +307,7 @@ fn cost_of_three_segments() {
         let prepare = |max_binding_bytes, want: usize| {
             let how = Open { max_binding_bytes, ..DEFAULT };
             let gpu = adapter::open(how)?;
-            let config = KvCacheConfig {
-                num_layers: 1,
-                num_kv_heads: 8,
-                head_dim: 128,
-                block_size: 16,
-                num_blocks: 8 * 128,
-                k_format: format,
-                v_format: format,
-            };
+            let config = KvCacheConfig::new(1, 8, 128).with_blocks(8 * 128, 16).with_formats(format, format);
             let cache = KvCache::new_blocking(&gpu, config).expect("cache");
             assert_eq!(counts(&cache), [want; 2]);
             case::shuffle(&cache, 1);

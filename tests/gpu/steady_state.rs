@@ -2,7 +2,8 @@
 
 use folio::wgpu::{self, util::DeviceExt};
 use folio::{
-    Attention, AttentionConfig, Committed, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, Profile, SequenceId,
+    Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, Profile, SequenceId,
+    Step,
 };
 
 use crate::adapter;
@@ -53,10 +54,11 @@ impl Alive {
 /// A device of this test's own: others share theirs, and run beside it.
 fn open(profile: Profile) -> Option<Gpu> {
     adapter::open(adapter::DEFAULT)?;
-    let options = GpuOptions {
-        adapter_name: std::env::var("FOLIO_ADAPTER").ok(),
-        profile: Some(profile),
-        ..GpuOptions::default()
+    let options = {
+        let mut options = GpuOptions::default();
+        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        options.profile = Some(profile);
+        options
     };
     Some(Gpu::open_blocking(options).expect("the adapter opened before"))
 }
@@ -76,15 +78,9 @@ impl Decoder {
     /// Sequences that reach the ends of their blocks at different steps; the last one's keys are split on GPUs.
     fn new(gpu: &Gpu) -> Self {
         let lens = [3, 15, 40, 600];
-        let config = KvCacheConfig {
-            num_layers: NUM_LAYERS,
-            num_kv_heads: NUM_KV_HEADS,
-            head_dim: HEAD_DIM,
-            block_size: 16,
-            num_blocks: 64,
-            k_format: KvFormat::F16,
-            v_format: KvFormat::F32,
-        };
+        let config = KvCacheConfig::new(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM)
+            .with_blocks(64, 16)
+            .with_formats(KvFormat::F16, KvFormat::F32);
         let cache = KvCache::new_blocking(gpu, config).expect("cache");
         let attention = Attention::new_blocking(&cache, AttentionConfig::new(NUM_Q_HEADS)).expect("attention");
         let buffer = |tokens: u32, heads: u32| {
@@ -110,7 +106,7 @@ impl Decoder {
         let [k, v] = [(); 2].map(|()| buffer(prompt, NUM_KV_HEADS));
         let [q, out] = [(); 2].map(|()| buffer(prompt, NUM_Q_HEADS));
         let batch: Vec<_> = decoder.sequences.iter().copied().zip(lens).collect();
-        decoder.step(&batch, [&k, &v, &q, &out], true);
+        decoder.step(&batch, [&k, &v, &q, &out]);
         decoder
     }
 
@@ -118,29 +114,38 @@ impl Decoder {
     ///
     /// The counters know only what is alive, so what a step makes and drops again would be missed afterwards. Before the submit it is seen:
     /// the recorded commands hold it.
-    fn step(&self, batch: &[(SequenceId, u32)], [k, v, q, out]: [&wgpu::Buffer; 4], recycle: bool) -> [Alive; 2] {
+    fn step(&self, batch: &[(SequenceId, u32)], [k, v, q, out]: [&wgpu::Buffer; 4]) -> [Alive; 2] {
         let gpu = &self.gpu;
         let before = Alive::count_idle(gpu);
         let step = self.cache.begin_step(batch).expect("step");
         let plan = self.attention.plan(&step).expect("plan");
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         for layer in 0..NUM_LAYERS {
-            self.cache.append(&mut encoder, &step, layer, k, v).expect("append");
+            self.cache.append(&mut encoder, &step, layer, k, v, None).expect("append");
             self.attention.attend(&mut encoder, &plan, layer, q, out).expect("attend");
         }
         let after = Alive::count(gpu);
         gpu.queue().submit([encoder.finish()]);
-        let committed: Committed = self.cache.commit(step).expect("commit");
-        if recycle {
-            committed.recycle();
-            plan.recycle();
-        }
+        self.cache.commit(step).expect("commit");
         [before, after]
     }
 
-    fn decode(&self, recycle: bool) -> [Alive; 2] {
+    /// A step of all sequences, recorded.
+    fn record(&self) -> (Step, AttentionPlan, wgpu::CommandBuffer) {
         let batch: Vec<_> = self.sequences.iter().map(|&sequence| (sequence, 1)).collect();
-        self.step(&batch, [&self.k, &self.v, &self.q, &self.out], recycle)
+        let step = self.cache.begin_step(&batch).expect("step");
+        let plan = self.attention.plan(&step).expect("plan");
+        let mut encoder = self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        for layer in 0..NUM_LAYERS {
+            self.cache.append(&mut encoder, &step, layer, &self.k, &self.v, None).expect("append");
+            self.attention.attend(&mut encoder, &plan, layer, &self.q, &self.out).expect("attend");
+        }
+        (step, plan, encoder.finish())
+    }
+
+    fn decode(&self) -> [Alive; 2] {
+        let batch: Vec<_> = self.sequences.iter().map(|&sequence| (sequence, 1)).collect();
+        self.step(&batch, [&self.k, &self.v, &self.q, &self.out])
     }
 }
 
@@ -165,13 +170,13 @@ fn check(profile: Profile) {
     // A step writes twice: what append needs to know, and the plan.
     let staging = 2 * staging_buffers(&gpu);
     for _ in 0..3 {
-        decoder.decode(true);
+        decoder.decode();
     }
 
     let before = Alive::count_idle(&gpu);
     assert!(before.buffers > 0 && before.pipelines > 0, "wgpu counts nothing: {before:?}");
     for step in 0..40 {
-        let [before, after] = decoder.decode(true);
+        let [before, after] = decoder.decode();
         // Bind groups come and go.
         let Alive { buffer_memory, bind_groups, .. } = after;
         let expected = Alive { buffers: before.buffers + staging, buffer_memory, bind_groups, ..before };
@@ -179,12 +184,35 @@ fn check(profile: Profile) {
     }
     assert_eq!(Alive::count_idle(&gpu), before, "{gpu:?}");
 
-    // Without recycling each step makes its two uploads anew, once the pool is empty: the counters do see buffers come and go.
-    decoder.decode(false);
-    for _ in 0..3 {
-        let [before, after] = decoder.decode(false);
-        assert_eq!(after.buffers - before.buffers, staging + 2, "{gpu:?}");
+    // Commands that may still be submitted keep their uploads, though their step is gone: the next step needs two more.
+    let (step, plan, commands) = decoder.record();
+    drop((step, plan));
+    let (step, plan, other_commands) = decoder.record();
+    assert_eq!(Alive::count_idle(&gpu).buffers - before.buffers, 2, "{gpu:?}");
+    // Once they can't be submitted any more, others use those.
+    drop((step, plan, commands, other_commands));
+    let held = decoder.record();
+    assert_eq!(Alive::count_idle(&gpu).buffers - before.buffers, 2, "{gpu:?}");
+    drop(held);
+}
+
+/// A host that is a step ahead: it begins, plans and records the next step before the one before has run.
+fn check_ahead(profile: Profile) {
+    let Some(gpu) = open(profile) else { return };
+    let decoder = Decoder::new(&gpu);
+    let mut ahead = decoder.record();
+    let mut counts = Vec::new();
+    for _ in 0..40 {
+        let (step, plan, commands) = ahead;
+        gpu.queue().submit([commands]);
+        decoder.cache.commit(step).expect("commit");
+        drop(plan);
+        ahead = decoder.record();
+        gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("the device is there");
+        counts.push((Alive::count(&gpu).buffers, gpu.num_compiled()));
     }
+    let steady = &counts[4..];
+    assert!(steady.iter().all(|count| *count == steady[0]), "{counts:?}; {gpu:?}");
 }
 
 #[test]
@@ -195,4 +223,14 @@ fn steady_decode_allocates_nothing_with_cpu_kernels() {
 #[test]
 fn steady_decode_allocates_nothing_with_gpu_kernels() {
     check(Profile::Gpu);
+}
+
+#[test]
+fn a_step_ahead_allocates_nothing_with_cpu_kernels() {
+    check_ahead(Profile::Cpu);
+}
+
+#[test]
+fn a_step_ahead_allocates_nothing_with_gpu_kernels() {
+    check_ahead(Profile::Gpu);
 }

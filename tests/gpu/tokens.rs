@@ -6,15 +6,8 @@ use folio::{KvCache, KvCacheConfig, KvFormat, KvRows, SequenceId, Step};
 use crate::case::upload;
 
 /// Small blocks of few bytes. Token rows are whole numbers up to 2048, which both formats hold exactly.
-pub(crate) const SHAPE: KvCacheConfig = KvCacheConfig {
-    num_layers: 2,
-    num_kv_heads: 2,
-    head_dim: 8,
-    block_size: 4,
-    num_blocks: 16,
-    k_format: KvFormat::F32,
-    v_format: KvFormat::F16,
-};
+pub(crate) const SHAPE: KvCacheConfig =
+    KvCacheConfig::new(2, 2, 8).with_blocks(16, 4).with_formats(KvFormat::F32, KvFormat::F16);
 
 /// The rows of tokens in a layer.
 pub(crate) fn rows(config: &KvCacheConfig, layer: u32, tokens: &[u32]) -> KvRows {
@@ -31,7 +24,7 @@ pub(crate) fn record(cache: &KvCache, encoder: &mut wgpu::CommandEncoder, step: 
     for layer in 0..cache.config().num_layers {
         let rows = rows(cache.config(), layer, tokens);
         let (k, v) = (upload(cache.gpu(), &rows.k), upload(cache.gpu(), &rows.v));
-        cache.append(&mut *encoder, step, layer, &k, &v).expect("append");
+        cache.append(&mut *encoder, step, layer, &k, &v, None).expect("append");
     }
 }
 
@@ -55,7 +48,7 @@ pub(crate) fn begin(cache: &KvCache, batch: &[(SequenceId, &[u32])]) -> Step {
 pub(crate) fn grow(cache: &KvCache, batch: &[(SequenceId, &[u32])]) {
     let step = begin(cache, batch);
     run(cache, &step, &batch.iter().flat_map(|&(_, tokens)| tokens).copied().collect::<Vec<_>>());
-    cache.commit(step).expect("commit").recycle();
+    cache.commit(step).expect("commit");
 }
 
 /// A new sequence of these tokens.

@@ -1,19 +1,10 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
-use folio::cache::{KvLayout, Segments};
-use folio::{ContiguousConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
+use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, Segments};
 use proptest::prelude::*;
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
-const CONFIG: KvCacheConfig = KvCacheConfig {
-    num_layers: 2,
-    num_kv_heads: 3,
-    head_dim: 40,
-    block_size: 5,
-    num_blocks: 7,
-    k_format: KvFormat::F32,
-    v_format: KvFormat::F16,
-};
+const CONFIG: KvCacheConfig = KvCacheConfig::new(2, 3, 40).with_blocks(7, 5).with_formats(KvFormat::F32, KvFormat::F16);
 
 /// The text of the error, which must be an argument error.
 fn refusal(config: KvCacheConfig) -> String {
@@ -26,26 +17,68 @@ fn refusal(config: KvCacheConfig) -> String {
 #[test]
 fn valid_shapes_are_accepted() {
     for head_dim in (8..=256).step_by(8) {
-        assert!(KvCacheConfig { head_dim, ..CONFIG }.validate().is_ok(), "{head_dim}");
+        assert!(
+            {
+                let mut config = CONFIG;
+                config.head_dim = head_dim;
+                config
+            }
+            .validate()
+            .is_ok(),
+            "{head_dim}"
+        );
     }
     for block_size in 1..=256 {
-        assert!(KvCacheConfig { block_size, ..CONFIG }.validate().is_ok(), "{block_size}");
+        assert!(
+            {
+                let mut config = CONFIG;
+                config.block_size = block_size;
+                config
+            }
+            .validate()
+            .is_ok(),
+            "{block_size}"
+        );
     }
     for (num_layers, num_kv_heads, num_blocks) in [(1, 1, 1), (1000, 65_535, 1), (1, 1, u32::MAX / 5)] {
-        assert!(KvCacheConfig { num_layers, num_kv_heads, num_blocks, ..CONFIG }.validate().is_ok());
+        assert!(
+            {
+                let mut config = CONFIG;
+                config.num_layers = num_layers;
+                config.num_kv_heads = num_kv_heads;
+                config.num_blocks = num_blocks;
+                config
+            }
+            .validate()
+            .is_ok()
+        );
     }
 }
 
 #[test]
 fn zero_layers_are_refused() {
-    assert_eq!(refusal(KvCacheConfig { num_layers: 0, ..CONFIG }), "num_layers: got 0, need at least 1");
+    assert_eq!(
+        refusal({
+            let mut config = CONFIG;
+            config.num_layers = 0;
+            config
+        }),
+        "num_layers: got 0, need at least 1"
+    );
 }
 
 #[test]
 fn head_counts_beyond_the_grid_are_refused() {
     for num_kv_heads in [0, 65_536, u32::MAX] {
         let want = format!("num_kv_heads: got {num_kv_heads}, need 1 to 65535");
-        assert_eq!(refusal(KvCacheConfig { num_kv_heads, ..CONFIG }), want);
+        assert_eq!(
+            refusal({
+                let mut config = CONFIG;
+                config.num_kv_heads = num_kv_heads;
+                config
+            }),
+            want
+        );
     }
 }
 
@@ -53,7 +86,14 @@ fn head_counts_beyond_the_grid_are_refused() {
 fn head_dims_without_kernels_are_refused() {
     for head_dim in [0, 1, 4, 12, 59, 255, 257, 264, u32::MAX] {
         let want = format!("head_dim: got {head_dim}, need a multiple of 8 from 8 to 256");
-        assert_eq!(refusal(KvCacheConfig { head_dim, ..CONFIG }), want);
+        assert_eq!(
+            refusal({
+                let mut config = CONFIG;
+                config.head_dim = head_dim;
+                config
+            }),
+            want
+        );
     }
 }
 
@@ -61,24 +101,52 @@ fn head_dims_without_kernels_are_refused() {
 fn block_sizes_out_of_range_are_refused() {
     for block_size in [0, 257, u32::MAX] {
         let want = format!("block_size: got {block_size}, need 1 to 256 tokens");
-        assert_eq!(refusal(KvCacheConfig { block_size, ..CONFIG }), want);
+        assert_eq!(
+            refusal({
+                let mut config = CONFIG;
+                config.block_size = block_size;
+                config
+            }),
+            want
+        );
     }
 }
 
 #[test]
 fn an_empty_pool_is_refused() {
-    assert_eq!(refusal(KvCacheConfig { num_blocks: 0, ..CONFIG }), "num_blocks: got 0, need at least 1");
+    assert_eq!(
+        refusal({
+            let mut config = CONFIG;
+            config.num_blocks = 0;
+            config
+        }),
+        "num_blocks: got 0, need at least 1"
+    );
 }
 
 #[test]
 fn pools_whose_slots_overflow_u32_are_refused() {
-    let largest = KvCacheConfig { num_kv_heads: 1, block_size: 256, num_blocks: (1 << 24) - 1, ..CONFIG };
+    let largest = {
+        let mut config = CONFIG;
+        config.num_kv_heads = 1;
+        config.block_size = 256;
+        config.num_blocks = (1 << 24) - 1;
+        config
+    };
     assert!(largest.validate().is_ok());
     assert_eq!(
-        refusal(KvCacheConfig { num_blocks: 1 << 24, ..largest }),
+        refusal({
+            let mut config = largest;
+            config.num_blocks = 1 << 24;
+            config
+        }),
         "num_blocks: got 16777216 (4294967296 slots), need num_blocks * block_size * num_kv_heads below 2^32"
     );
-    let most = refusal(KvCacheConfig { num_blocks: u32::MAX, ..largest });
+    let most = refusal({
+        let mut config = largest;
+        config.num_blocks = u32::MAX;
+        config
+    });
     assert!(most.contains("4294967295 (1099511627520 slots)"), "{most}");
 }
 
@@ -99,7 +167,11 @@ fn sizes_are_those_worked_out_by_hand() {
 #[test]
 fn a_block_takes_what_its_tokens_take() {
     for block_size in [1, 5, 16, 256] {
-        let config = KvCacheConfig { block_size, ..CONFIG };
+        let config = {
+            let mut config = CONFIG;
+            config.block_size = block_size;
+            config
+        };
         assert_eq!(config.block_bytes(), config.token_bytes() * u64::from(block_size));
     }
 }
@@ -125,8 +197,23 @@ fn offsets_of_large_caches_do_not_wrap() {
     assert_eq!(layout.row_offset(1 << 24, 0, 0), layout.block_bytes() << 24);
     assert_eq!(layout.side_bytes(1 << 24), Some(layout.block_bytes() << 24));
     assert_eq!(layout.side_bytes(u32::MAX), None);
-    let config = KvCacheConfig { num_layers: 1000, num_kv_heads: 65_535, head_dim: 256, block_size: 256, ..CONFIG };
-    assert_eq!(KvCacheConfig { num_blocks: u32::MAX, ..config }.pool_bytes(), u64::MAX);
+    let config = {
+        let mut config = CONFIG;
+        config.num_layers = 1000;
+        config.num_kv_heads = 65_535;
+        config.head_dim = 256;
+        config.block_size = 256;
+        config
+    };
+    assert_eq!(
+        {
+            let mut config = config;
+            config.num_blocks = u32::MAX;
+            config
+        }
+        .pool_bytes(),
+        u64::MAX
+    );
 }
 
 #[test]
@@ -261,16 +348,8 @@ fn formats_are_read_by_their_names() {
 }
 
 /// A contiguous cache of 4 rows of 100 tokens that `change` spoils.
-fn contiguous_refusal(change: impl FnOnce(&mut ContiguousConfig)) -> String {
-    let mut config = ContiguousConfig {
-        num_layers: 1,
-        batch: 4,
-        num_kv_heads: 2,
-        head_dim: 64,
-        max_seq_len: 100,
-        k_format: KvFormat::F32,
-        v_format: KvFormat::F16,
-    };
+fn contiguous_refusal(change: impl FnOnce(&mut KvCacheConfig)) -> String {
+    let mut config = KvCacheConfig::contiguous(1, 2, 64, 4, 100);
     assert!(config.validate().is_ok());
     change(&mut config);
     config.validate().expect_err("a refusal").to_string()
@@ -278,15 +357,14 @@ fn contiguous_refusal(change: impl FnOnce(&mut ContiguousConfig)) -> String {
 
 #[test]
 fn contiguous_configurations_are_checked() {
-    assert_eq!(contiguous_refusal(|c| c.batch = 0), "batch: got 0, need at least 1");
-    assert_eq!(contiguous_refusal(|c| c.max_seq_len = 0), "max_seq_len: got 0, need 1 to 2^31 - 1 tokens");
+    assert_eq!(contiguous_refusal(|c| c.block_size = 0), "block_size: got 0, need 1 to 2147483647 tokens");
     assert_eq!(
-        contiguous_refusal(|c| c.max_seq_len = 1 << 31),
-        "max_seq_len: got 2147483648, need 1 to 2^31 - 1 tokens"
+        contiguous_refusal(|c| c.block_size = 1 << 31),
+        "block_size: got 2147483648, need 1 to 2147483647 tokens"
     );
-    let want = "max_seq_len: got 1073741824 for 4 rows, need batch * max_seq_len below 2^32";
-    assert_eq!(contiguous_refusal(|c| c.max_seq_len = 1 << 30), want);
-    assert_eq!(contiguous_refusal(|c| c.num_layers = 0), "num_layers: got 0, need at least 1");
-    assert_eq!(contiguous_refusal(|c| c.num_kv_heads = 0), "num_kv_heads: got 0, need 1 to 65535");
-    assert_eq!(contiguous_refusal(|c| c.head_dim = 60), "head_dim: got 60, need a multiple of 8 from 8 to 256");
+    let want = "num_blocks: got 4 (4294967296 slots), need num_blocks * block_size * num_kv_heads below 2^32";
+    assert_eq!(contiguous_refusal(|c| c.block_size = 1 << 30), want);
+    assert_eq!(contiguous_refusal(|c| c.num_blocks = 0), "num_blocks: got 0, need at least 1");
+    assert_eq!(KvCacheConfig::contiguous(1, 2, 64, 4, 1000).max_seq_len(), Some(1000));
+    assert_eq!(KvCacheConfig::new(1, 2, 64).max_seq_len(), None);
 }

@@ -1,11 +1,10 @@
-//! Plans as plain data: what the items of a [`StepPlan`] make the kernels compute, against what attention means.
+//! Plans as plain data: what the items of a [`WorkLists`] make the kernels compute, against what attention means.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use folio::plan::{
-    Batch, BatchEntry, NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, StepPlan, WorkItem, partial_row_bytes,
-};
+use folio::plan::{NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes};
+use folio::sequence::{Batch, BatchEntry};
 use proptest::prelude::*;
 
 const TABLE_OFFSET: u32 = 1000;
@@ -33,8 +32,8 @@ fn mask_offsets(batch: &Batch) -> Vec<u32> {
     words.collect()
 }
 
-fn plan(shape: &PlanShape, policy: &SplitPolicy, batch: &Batch) -> StepPlan {
-    StepPlan::new(shape, policy, batch, TABLE_OFFSET, &mask_offsets(batch))
+fn plan(shape: &PlanShape, policy: &SplitPolicy, batch: &Batch) -> WorkLists {
+    WorkLists::new(shape, policy, batch, TABLE_OFFSET, &mask_offsets(batch)).expect("a plan")
 }
 
 /// One head of a token.
@@ -50,7 +49,7 @@ struct Checker<'a> {
     shape: &'a PlanShape,
     policy: &'a SplitPolicy,
     batch: &'a Batch,
-    plan: &'a StepPlan,
+    plan: &'a WorkLists,
     starts: Vec<u32>,
     masks: Vec<u32>,
     /// For each (token, head in group): the nonempty ranges of keys that its items walk over, cut to what it sees. The
@@ -63,7 +62,7 @@ struct Checker<'a> {
 }
 
 impl<'a> Checker<'a> {
-    fn new(shape: &'a PlanShape, policy: &'a SplitPolicy, batch: &'a Batch, plan: &'a StepPlan) -> Self {
+    fn new(shape: &'a PlanShape, policy: &'a SplitPolicy, batch: &'a Batch, plan: &'a WorkLists) -> Self {
         let (starts, masks) = (batch.query_start(), mask_offsets(batch));
         Self {
             shape,
@@ -252,7 +251,7 @@ impl<'a> Checker<'a> {
 }
 
 #[track_caller]
-fn assert_plan(shape: &PlanShape, policy: &SplitPolicy, lens: &[(u32, u32)]) -> StepPlan {
+fn assert_plan(shape: &PlanShape, policy: &SplitPolicy, lens: &[(u32, u32)]) -> WorkLists {
     let batch = batch(lens);
     let plan = plan(shape, policy, &batch);
     let checked = Checker::new(shape, policy, &batch, &plan).check();
@@ -341,7 +340,7 @@ proptest! {
 }
 
 /// A sequence's items and (token, num_splits) of its merges, with all positions counted from its own start.
-fn items_of(plan: &StepPlan, batch: &Batch, sequence: usize) -> (Vec<WorkItem>, Vec<WorkItem>, Vec<(u32, u32)>) {
+fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> (Vec<WorkItem>, Vec<WorkItem>, Vec<(u32, u32)>) {
     let starts = batch.query_start();
     let tokens = starts[sequence]..starts[sequence + 1];
     let masks = mask_offsets(batch);
@@ -495,7 +494,7 @@ fn a_workspace_for_one_token_takes_a_round_per_token() {
 #[test]
 fn masks_that_are_not_there_need_no_offsets() {
     let batch = batch(&[(1, 100), (20, 3)]);
-    let plan = StepPlan::new(&SHAPE, &POLICIES[0], &batch, 0, &[]);
+    let plan = WorkLists::new(&SHAPE, &POLICIES[0], &batch, 0, &[]).expect("a plan");
     assert!(plan.decode.iter().chain(&plan.prefill).all(|item| item.mask_offset == 0));
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use folio::BlockId;
-use folio::cache::{BlockPool, BlockTable, Growth};
+use folio::sequence::{BlockPool, BlockTable, Growth};
 use proptest::prelude::*;
 
 /// Takes all blocks of a pool; tests name blocks by their place in it.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::mem::offset_of;
 
-use folio::kernel::{Access, AttendParams, CacheParams, Kernel, PackParams, Variant, bindings, compose};
-use folio::wgpu::Features;
+use folio::kernel::{Access, Kernel, ShaderFeatures, Variant, bindings, compose};
+use folio::plan::{AttendParams, CacheParams, PackParams};
 use folio::{KvFormat, Profile};
 use naga::valid::{Capabilities, ModuleInfo, ValidationError, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, Scalar, StorageAccess, TypeInner, WithSpan};
@@ -91,11 +91,11 @@ fn check_all(kernel: Kernel) {
 /// what its kernel uses. That keeps no device out: features are claimed only where the device has them.)
 fn check_claims(kernel: Kernel, variants: &[Variant]) {
     for profile in [Profile::Cpu, Profile::Gpu] {
-        for (feature, _) in FEATURES {
-            let claims = |variant: &&Variant| variant.target.profile == profile && variant.features().contains(feature);
+        for (feature, has, without) in FEATURES {
+            let claims = |variant: &&Variant| variant.target.profile == profile && has(variant.features());
             let needs = |variant: &Variant| {
                 let module = compose(variant).ok().and_then(|text| naga::front::wgsl::parse_str(&text).ok());
-                module.is_none_or(|module| validate(variant, &module, variant.features() - feature).is_err())
+                module.is_none_or(|module| validate(variant, &module, without(variant.features())).is_err())
             };
             let name = kernel.entry_point();
             let mut claiming = variants.iter().filter(claims).peekable();
@@ -278,9 +278,13 @@ fn check_workgroup_memory(variant: &Variant, module: &Module, problems: &mut Pro
     }
 }
 
-/// Features that shaders can claim, and what naga calls them.
-const FEATURES: [(Features, Capabilities); 2] =
-    [(Features::SUBGROUP, Capabilities::SUBGROUP), (Features::SHADER_INT64, Capabilities::SHADER_INT64)];
+/// A feature that shaders can claim: its name, whether it is claimed, and the claims without it.
+type Feature = (&'static str, fn(ShaderFeatures) -> bool, fn(ShaderFeatures) -> ShaderFeatures);
+
+const FEATURES: [Feature; 2] = [
+    ("subgroups", |f| f.subgroups, |f| ShaderFeatures { subgroups: false, ..f }),
+    ("int64", |f| f.int64, |f| ShaderFeatures { int64: false, ..f }),
+];
 
 /// What a variant may use without a feature. WebGPU always has `unpack2x16float`; a few old adapters of wgpu's lack it
 /// (`DownlevelFlags::SHADER_F16_IN_F32`), on which caches without F16 must still work.
@@ -292,20 +296,18 @@ fn base_capabilities(variant: &Variant) -> Capabilities {
 fn validate(
     variant: &Variant,
     module: &Module,
-    features: Features,
+    features: ShaderFeatures,
 ) -> Result<ModuleInfo, Box<WithSpan<ValidationError>>> {
-    let has = |(feature, capability): (Features, Capabilities)| features.contains(feature).then_some(capability);
-    let capabilities: Capabilities = FEATURES.into_iter().filter_map(has).collect();
+    let mut capabilities = Capabilities::empty();
+    capabilities.set(Capabilities::SUBGROUP, features.subgroups);
+    capabilities.set(Capabilities::SHADER_INT64, features.int64);
     Validator::new(ValidationFlags::all(), capabilities | base_capabilities(variant)).validate(module).map_err(Box::new)
 }
 
 fn check_features(variant: &Variant, text: &str, module: &Module, problems: &mut Problems) -> Option<ModuleInfo> {
-    let claimed = variant.features();
-    let known = FEATURES.iter().fold(Features::empty(), |known, &(feature, _)| known | feature);
-    if !known.contains(claimed) {
-        problems.add("features", format!("{:?} unknown to this test", claimed - known));
-    }
-    validate(variant, module, claimed).map_err(|error| problems.add("validate", error.emit_to_string(text))).ok()
+    validate(variant, module, variant.features())
+        .map_err(|error| problems.add("validate", error.emit_to_string(text)))
+        .ok()
 }
 
 #[test]
@@ -315,7 +317,7 @@ fn directives_are_added_for_browsers_and_nothing_else() {
             let mut browser = *variant;
             browser.target.enable_directives = true;
             let (Ok(native), Ok(browser)) = (compose(variant), compose(&browser)) else { continue };
-            let directive = if variant.features().contains(Features::SUBGROUP) { "enable subgroups;\n" } else { "" };
+            let directive = if variant.features().subgroups { "enable subgroups;\n" } else { "" };
             assert!(browser == format!("{directive}{native}"), "{variant:?}");
         }
     }

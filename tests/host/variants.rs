@@ -1,6 +1,6 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
-use folio::cache::Segments;
+use folio::Segments;
 use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
 use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
@@ -89,15 +89,9 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         segments.len(),
     ];
     let variant = |choice: Vec<usize>| {
-        let config = KvCacheConfig {
-            num_layers: 1,
-            num_kv_heads: KV_HEADS[choice[5]],
-            head_dim: HEAD_DIMS[choice[3]],
-            block_size: BLOCK_SIZES[choice[4]],
-            num_blocks: 64,
-            k_format: FORMATS[choice[6]],
-            v_format: V_FORMATS[choice[7]],
-        };
+        let config = KvCacheConfig::new(1, KV_HEADS[choice[5]], HEAD_DIMS[choice[3]])
+            .with_blocks(64, BLOCK_SIZES[choice[4]])
+            .with_formats(FORMATS[choice[6]], V_FORMATS[choice[7]]);
         let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
             .with_segments(segments[choice[9]]);
         match ropes(kernel, config.head_dim)[choice[8]] {

@@ -17,13 +17,20 @@ fn fixture(name: &str) -> std::path::PathBuf {
 }
 
 fn decoder_with(gpu: &Gpu, options: DecoderOptions) -> Decoder {
-    let model =
-        Model::load_blocking(gpu, fixture("llama"), ModelOptions { weights: WeightFormat::F32 }, |_| {}).unwrap();
+    let model = Model::load_blocking(gpu, fixture("llama"), ModelOptions::new(WeightFormat::F32), |_| {}).unwrap();
     Decoder::new_blocking(Arc::new(model), options).unwrap()
 }
 
 fn small(num_blocks: u32) -> DecoderOptions {
-    DecoderOptions { block_size: 16, num_blocks, k_format: KvFormat::F32, v_format: KvFormat::F32, max_step_tokens: 64 }
+    {
+        let mut options = DecoderOptions::default();
+        options.block_size = 16;
+        options.num_blocks = num_blocks;
+        options.k_format = KvFormat::F32;
+        options.v_format = KvFormat::F32;
+        options.max_step_tokens = 64;
+        options
+    }
 }
 
 fn tokens(n: u32, seed: u32) -> Vec<u32> {
@@ -77,7 +84,12 @@ fn every_cache_format_tells_about_the_same() {
     let openings: Vec<_> = openings.iter().map(Vec::as_slice).collect();
     let mut exact = Vec::new();
     for formats in KvFormats::ALL {
-        let mut decoder = decoder_with(&gpu, DecoderOptions { k_format: formats.k, v_format: formats.v, ..small(64) });
+        let mut decoder = decoder_with(&gpu, {
+            let mut options = small(64);
+            options.k_format = formats.k;
+            options.v_format = formats.v;
+            options
+        });
         let sequence = decoder.create_sequence();
         if formats.k.has_channel_scales() {
             let input = Input { sequence, tokens: &prompt, sampling: None };
@@ -128,8 +140,14 @@ fn every_cache_format_tells_about_the_same() {
 fn a_seed_gives_the_same_text_in_any_batch() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let mut decoder = decoder_with(&gpu, small(64));
-    let sampling =
-        Sampling { temperature: 0.9, top_p: Some(0.95), repetition_penalty: 1.1, seed: 7, ..Sampling::default() };
+    let sampling = {
+        let mut sampling = Sampling::default();
+        sampling.temperature = 0.9;
+        sampling.top_p = Some(0.95);
+        sampling.repetition_penalty = 1.1;
+        sampling.seed = 7;
+        sampling
+    };
     let prompt = tokens(30, 2);
     let text = |decoder: &mut Decoder, neighbours: usize, sampling: Sampling| {
         let mut prompts = Vec::new();
@@ -147,7 +165,14 @@ fn a_seed_gives_the_same_text_in_any_batch() {
     let first = text(&mut decoder, 0, sampling);
     assert_eq!(text(&mut decoder, 0, sampling), first);
     assert_eq!(text(&mut decoder, 3, sampling), first);
-    assert_ne!(text(&mut decoder, 0, Sampling { seed: 8, ..sampling }), first);
+    assert_ne!(
+        text(&mut decoder, 0, {
+            let mut sampling = sampling;
+            sampling.seed = 8;
+            sampling
+        }),
+        first
+    );
 }
 
 #[test]
@@ -157,7 +182,11 @@ fn generation_ends_where_it_should() {
     let prompt = tokens(10, 3);
     let sequence = decoder.create_sequence();
     // The penalty keeps a random model from saying one token for ever.
-    let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+    let sampling = {
+        let mut sampling = Sampling::greedy();
+        sampling.repetition_penalty = 2.0;
+        sampling
+    };
     let greedy = Prompt { sequence, tokens: &prompt, sampling };
     let text = generate(&mut decoder, &[greedy], 6).remove(0);
     // The last token was sampled and not fed.
@@ -215,11 +244,48 @@ fn bad_input_is_refused_and_changes_nothing() {
         assert!(decoder.logits_blocking(batch, LogitRows::Last).is_err(), "{what}");
     }
     for (sampling, field) in [
-        (Sampling { temperature: -1.0, ..greedy }, "temperature"),
-        (Sampling { temperature: f32::NAN, ..greedy }, "temperature"),
-        (Sampling { temperature: 1.0, top_p: Some(1.5), ..greedy }, "top_p"),
-        (Sampling { temperature: 1.0, top_k: Some(0), ..greedy }, "top_k"),
-        (Sampling { repetition_penalty: 0.0, ..greedy }, "repetition_penalty"),
+        (
+            {
+                let mut sampling = greedy;
+                sampling.temperature = -1.0;
+                sampling
+            },
+            "temperature",
+        ),
+        (
+            {
+                let mut sampling = greedy;
+                sampling.temperature = f32::NAN;
+                sampling
+            },
+            "temperature",
+        ),
+        (
+            {
+                let mut sampling = greedy;
+                sampling.temperature = 1.0;
+                sampling.top_p = Some(1.5);
+                sampling
+            },
+            "top_p",
+        ),
+        (
+            {
+                let mut sampling = greedy;
+                sampling.temperature = 1.0;
+                sampling.top_k = Some(0);
+                sampling
+            },
+            "top_k",
+        ),
+        (
+            {
+                let mut sampling = greedy;
+                sampling.repetition_penalty = 0.0;
+                sampling
+            },
+            "repetition_penalty",
+        ),
     ] {
         let error =
             decoder.step_blocking(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }]).unwrap_err();
@@ -301,7 +367,7 @@ fn nan_logits_name_their_sequence() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let config = ModelConfig::from_json(TINY).unwrap();
     let weights = config.weights().unwrap();
-    let options = ModelOptions { weights: WeightFormat::F32 };
+    let options = ModelOptions::new(WeightFormat::F32);
     let model = Model::from_source_blocking(&gpu, config, &weights, &Poisoned { row: 96 }, options, |_| {}).unwrap();
     let mut decoder = Decoder::new_blocking(Arc::new(model), small(16)).unwrap();
     let (good, bad) = (decoder.create_sequence(), decoder.create_sequence());
@@ -336,7 +402,7 @@ fn weights_beyond_a_half_name_their_tensor() {
     let config = ModelConfig::from_json(TINY).unwrap();
     let weights = config.weights().unwrap();
     let load = |format| {
-        let options = ModelOptions { weights: format };
+        let options = ModelOptions::new(format);
         Model::from_source_blocking(&gpu, config.clone(), &weights, &Overflowing, options, |_| {})
     };
     let error = load(WeightFormat::F16).unwrap_err().to_string();
@@ -351,7 +417,11 @@ fn weights_beyond_a_half_name_their_tensor() {
 fn a_decoder_must_be_able_to_step() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let model = Model::load_blocking(&gpu, fixture("llama"), ModelOptions::default(), |_| {}).unwrap();
-    let options = DecoderOptions { max_step_tokens: 0, ..small(4) };
+    let options = {
+        let mut options = small(4);
+        options.max_step_tokens = 0;
+        options
+    };
     let error = Decoder::new_blocking(Arc::new(model), options).unwrap_err();
     assert!(matches!(error, ModelError::Argument { argument: "max_step_tokens", .. }), "{error}");
 }

@@ -371,11 +371,12 @@ fn large_matrices_are_split_by_rows() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let name = gpu.adapter_info().name.clone();
     for profile in [Profile::Cpu, Profile::Gpu] {
-        let options = GpuOptions {
-            adapter_name: Some(name.clone()),
-            profile: Some(profile),
-            max_binding_bytes: Some(1 << 20),
-            ..GpuOptions::default()
+        let options = {
+            let mut options = GpuOptions::default();
+            options.adapter_name = Some(name.clone());
+            options.profile = Some(profile);
+            options.max_binding_bytes = Some(1 << 20);
+            options
         };
         let gpu = Gpu::open_blocking(options).unwrap();
         let kernels = LinearKernels::new();

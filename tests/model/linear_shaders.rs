@@ -2,9 +2,9 @@
 //! workgroup sizes that the host thinks.
 
 use crate::translate::translate;
-use folio::kernel::Target;
-use folio::model::{ActivationKind, Binding, LinearVariant, WeightFormat};
-use folio::{Profile, wgpu};
+use folio::Profile;
+use folio::kernel::{Access, Target};
+use folio::model::{ActivationKind, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
@@ -60,12 +60,12 @@ fn check(variant: &LinearVariant) {
     let (mut found, mut workgroup_bytes) = (Vec::new(), 0);
     for (_, variable) in module.global_variables.iter() {
         let kind = match variable.space {
-            AddressSpace::Storage { access } if access.contains(StorageAccess::STORE) => Binding::Write,
-            AddressSpace::Storage { .. } => Binding::Read,
-            AddressSpace::Uniform => Binding::Uniform,
+            AddressSpace::Storage { access } if access.contains(StorageAccess::STORE) => Access::Write,
+            AddressSpace::Storage { .. } => Access::Read,
+            AddressSpace::Uniform => Access::Uniform,
             AddressSpace::Handle => match module.types[variable.ty].inner {
-                TypeInner::Image { class: ImageClass::Storage { .. }, .. } => Binding::TextureWrite,
-                _ => Binding::Texture,
+                TypeInner::Image { class: ImageClass::Storage { .. }, .. } => Access::TextureWrite,
+                _ => Access::Texture,
             },
             AddressSpace::WorkGroup => {
                 workgroup_bytes += layouter[variable.ty].size.next_multiple_of(16);
@@ -75,18 +75,18 @@ fn check(variant: &LinearVariant) {
         };
         let place = variable.binding.unwrap();
         assert_eq!(place.group, 0);
-        found.push((place.binding, kind));
+        found.push((place.binding, (variable.name.clone().unwrap_or_default(), kind)));
     }
-    found.sort_by_key(|&(binding, _)| binding);
-    let want: Vec<_> = (0..).zip(source.bindings().iter().copied()).collect();
+    found.sort_by_key(|(binding, _)| *binding);
+    let want: Vec<_> = (0..).zip(source.bindings().iter().map(|b| (b.name.to_string(), b.access))).collect();
     assert_eq!(found, want, "{variant:?}");
     assert_eq!(workgroup_bytes, source.workgroup_bytes(), "{variant:?}");
     assert!(workgroup_bytes <= 16384, "{variant:?}: {workgroup_bytes} bytes of workgroup memory");
 
     let features = source.features();
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    capabilities.set(Capabilities::SUBGROUP, features.contains(wgpu::Features::SUBGROUP));
-    capabilities.set(Capabilities::SHADER_INT64, features.contains(wgpu::Features::SHADER_INT64));
+    capabilities.set(Capabilities::SUBGROUP, features.subgroups);
+    capabilities.set(Capabilities::SHADER_INT64, features.int64);
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{variant:?}: {}", e.emit_to_string(text)));

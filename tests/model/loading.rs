@@ -562,15 +562,6 @@ fn sliding_windows() {
     }
 }
 
-#[test]
-fn progress() {
-    use folio::model::{Progress, progress_bar};
-    let mut show = progress_bar();
-    for bytes_done in [0, 5, 10] {
-        show(Progress { bytes_done, bytes_total: 10, what: "model.embed_tokens.weight" });
-    }
-}
-
 /// How GPT-2's tokenizer writes a byte: printable ones as themselves, the others from U+0100 on.
 fn byte_symbol(byte: u8) -> char {
     let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..);

@@ -99,12 +99,19 @@ impl Expected {
 }
 
 fn load(gpu: &Gpu, name: &str, weights: WeightFormat) -> Arc<Model> {
-    Arc::new(Model::load_blocking(gpu, fixtures().join(name), ModelOptions { weights }, |_| {}).unwrap())
+    Arc::new(Model::load_blocking(gpu, fixtures().join(name), ModelOptions::new(weights), |_| {}).unwrap())
 }
 
 fn decoder(model: &Arc<Model>, format: KvFormat, max_step_tokens: u32) -> Decoder {
-    let options =
-        DecoderOptions { block_size: 16, num_blocks: 64, k_format: format, v_format: format, max_step_tokens };
+    let options = {
+        let mut options = DecoderOptions::default();
+        options.block_size = 16;
+        options.num_blocks = 64;
+        options.k_format = format;
+        options.v_format = format;
+        options.max_step_tokens = max_step_tokens;
+        options
+    };
     Decoder::new_blocking(Arc::clone(model), options).unwrap()
 }
 

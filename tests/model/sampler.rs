@@ -31,11 +31,10 @@ fn sample(gpu: &Gpu, sampler: &Sampler, cases: &[Case]) -> Vec<Sampled> {
         .collect();
     let logits = floats(gpu, &cases.iter().flat_map(|case| case.logits.iter().copied()).collect::<Vec<_>>());
     let out = empty(gpu, cases.len() * 4);
-    let step = run(gpu, |pass| {
+    run(gpu, |pass| {
         let rows = Rows::new(&logits, cases.len() as u32, sampler.vocab());
-        sampler.record(gpu, pass, rows, &requests, &out).unwrap()
+        sampler.record(gpu, pass, rows, &requests, &out).unwrap();
     });
-    step.recycle();
     let words: Vec<u32> = read(gpu, &out).into_iter().map(f32::to_bits).collect();
     Sampler::read_output(&words)
 }
@@ -175,25 +174,97 @@ fn normal(rng: &mut fastrand::Rng) -> f32 {
 }
 
 fn samplings() -> Vec<Sampling> {
-    let base = Sampling { seed: 0x0123_4567_89ab_cdef, ..Sampling::default() };
+    let base = {
+        let mut sampling = Sampling::default();
+        sampling.seed = 0x0123_4567_89ab_cdef;
+        sampling
+    };
     vec![
         base,
         Sampling::greedy(),
-        Sampling { temperature: 0.7, ..base },
-        Sampling { top_k: Some(1), ..base },
-        Sampling { top_k: Some(50), temperature: 1.3, seed: 5, ..base },
-        Sampling { top_k: Some(u32::MAX), ..base },
-        Sampling { top_p: Some(0.9), ..base },
-        Sampling { top_p: Some(1e-6), ..base },
-        Sampling { top_p: Some(0.999), temperature: 2.0, seed: u64::MAX, ..base },
-        Sampling { min_p: Some(0.05), ..base },
-        Sampling { min_p: Some(1.0), ..base },
-        Sampling { top_k: Some(40), top_p: Some(0.8), min_p: Some(0.02), temperature: 0.9, ..base },
-        Sampling { repetition_penalty: 1.3, ..base },
-        Sampling { repetition_penalty: 0.5, top_p: Some(0.5), ..base },
-        Sampling { repetition_penalty: 5.0, ..Sampling::greedy() },
-        Sampling { temperature: 1e-6, ..base },
-        Sampling { temperature: 1e4, ..base },
+        {
+            let mut sampling = base;
+            sampling.temperature = 0.7;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_k = Some(1);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_k = Some(50);
+            sampling.temperature = 1.3;
+            sampling.seed = 5;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_k = Some(u32::MAX);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_p = Some(0.9);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_p = Some(1e-6);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_p = Some(0.999);
+            sampling.temperature = 2.0;
+            sampling.seed = u64::MAX;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.min_p = Some(0.05);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.min_p = Some(1.0);
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.top_k = Some(40);
+            sampling.top_p = Some(0.8);
+            sampling.min_p = Some(0.02);
+            sampling.temperature = 0.9;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.repetition_penalty = 1.3;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.repetition_penalty = 0.5;
+            sampling.top_p = Some(0.5);
+            sampling
+        },
+        {
+            let mut sampling = Sampling::greedy();
+            sampling.repetition_penalty = 5.0;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.temperature = 1e-6;
+            sampling
+        },
+        {
+            let mut sampling = base;
+            sampling.temperature = 1e4;
+            sampling
+        },
     ]
 }
 
@@ -218,11 +289,22 @@ fn cases_of_vocab(vocab: usize, rng: &mut fastrand::Rng) -> Vec<Case> {
     };
     let samplings = samplings();
     // Thresholds within ties: the searches make all their rounds.
-    let all_filters = Sampling { top_k: Some(40), top_p: Some(0.8), min_p: Some(0.02), ..Sampling::default() };
+    let all_filters = {
+        let mut sampling = Sampling::default();
+        sampling.top_k = Some(40);
+        sampling.top_p = Some(0.8);
+        sampling.min_p = Some(0.02);
+        sampling
+    };
     let ties = [1, 2, 3].map(|_| case(row(rng, 2), all_filters));
     // And over the whole row, as there are too many candidates: two values far apart, and both are needed.
-    let flat =
-        Sampling { temperature: 1e4, top_k: Some((vocab as u32 * 2 / 3).max(1)), top_p: Some(0.9), ..all_filters };
+    let flat = {
+        let mut sampling = all_filters;
+        sampling.temperature = 1e4;
+        sampling.top_k = Some((vocab as u32 * 2 / 3).max(1));
+        sampling.top_p = Some(0.9);
+        sampling
+    };
     let two_values = case((0..vocab).map(|i| if i % 2 == 0 { 5.0 } else { -5.0 }).collect(), flat);
     (0..samplings.len().max(6))
         .map(|i| {
@@ -324,7 +406,11 @@ fn bad_rows_have_no_token_and_disturb_no_other() {
             let minus_infinity = f32::NEG_INFINITY;
             let mut only_one = vec![minus_infinity; vocab];
             only_one[vocab / 2] = -3.0;
-            for sampling in [Sampling::greedy(), Sampling { top_p: Some(0.9), ..Sampling::default() }] {
+            for sampling in [Sampling::greedy(), {
+                let mut sampling = Sampling::default();
+                sampling.top_p = Some(0.9);
+                sampling
+            }] {
                 let rows = [
                     (with(vocab - 1, f32::NAN), false),
                     (good.clone(), true),
@@ -358,8 +444,14 @@ fn draws_repeat_and_depend_on_seed_and_index_only() {
         let sampler = block_on(Sampler::new(&gpu, vocab)).unwrap();
         let mut rng = fastrand::Rng::with_seed(23);
         let logits: Vec<f32> = (0..vocab).map(|_| normal(&mut rng)).collect();
-        let draw =
-            |seed, draw_index| Case { draw_index, ..case(logits.clone(), Sampling { seed, ..Sampling::default() }) };
+        let draw = |seed, draw_index| Case {
+            draw_index,
+            ..case(logits.clone(), {
+                let mut sampling = Sampling::default();
+                sampling.seed = seed;
+                sampling
+            })
+        };
         let cases: Vec<_> = (0..50).map(|i| draw(7, i)).collect();
         let tokens = |cases: &[Case]| sample(&gpu, &sampler, cases).iter().map(|s| s.token).collect::<Vec<_>>();
         let a = tokens(&cases);
@@ -382,7 +474,7 @@ fn draws_repeat_and_depend_on_seed_and_index_only() {
     }
 }
 
-/// Each recorded call has its own upload until it is recycled.
+/// Each recorded call has its own upload until its commands have run.
 #[test]
 fn calls_before_one_submit_do_not_share_requests() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
@@ -394,7 +486,7 @@ fn calls_before_one_submit_do_not_share_requests() {
     let outs: Vec<_> = (0..5).map(|_| empty(&gpu, 4)).collect();
     for round in 0..3 {
         let draw = |i: u32| round * 100 + i;
-        let steps: Vec<_> = run(&gpu, |pass| {
+        run(&gpu, |pass| {
             let record = |(i, out)| {
                 let request = SamplingRequest {
                     sampling: Sampling::default(),
@@ -402,11 +494,10 @@ fn calls_before_one_submit_do_not_share_requests() {
                     history: &[],
                     logprob: false,
                 };
-                sampler.record(&gpu, pass, Rows::new(&buffer, 1, vocab), &[request], out).unwrap()
+                sampler.record(&gpu, pass, Rows::new(&buffer, 1, vocab), &[request], out).unwrap();
             };
-            (0..).zip(&outs).map(record).collect()
+            (0..).zip(&outs).for_each(record);
         });
-        steps.into_iter().for_each(folio::model::SamplerStep::recycle);
         for (i, out) in (0..).zip(&outs) {
             let words: Vec<u32> = read(&gpu, out).into_iter().map(f32::to_bits).collect();
             let alone = Case { draw_index: draw(i), ..case(logits.clone(), Sampling::default()) };
@@ -425,9 +516,26 @@ fn frequencies_follow_the_distribution() {
         let logits: Vec<f32> = (0..23).map(|i| (i as f32 * 1.7).sin() * 2.0).collect();
         let sampler = block_on(Sampler::new(&gpu, logits.len() as u32)).unwrap();
         let samplings = [
-            Sampling { seed: 1, ..Sampling::default() },
-            Sampling { seed: 2, temperature: 0.6, top_p: Some(0.9), ..Sampling::default() },
-            Sampling { seed: 3, temperature: 1.5, top_k: Some(10), min_p: Some(0.1), ..Sampling::default() },
+            {
+                let mut sampling = Sampling::default();
+                sampling.seed = 1;
+                sampling
+            },
+            {
+                let mut sampling = Sampling::default();
+                sampling.seed = 2;
+                sampling.temperature = 0.6;
+                sampling.top_p = Some(0.9);
+                sampling
+            },
+            {
+                let mut sampling = Sampling::default();
+                sampling.seed = 3;
+                sampling.temperature = 1.5;
+                sampling.top_k = Some(10);
+                sampling.min_p = Some(0.1);
+                sampling
+            },
         ];
         // The noise is the same in every family: the others' draws are compared one by one above.
         let samplings = if how == adapter::CPU { &samplings[..] } else { &samplings[..1] };
@@ -473,17 +581,94 @@ fn bad_arguments_are_named() {
     let gpu = &gpu;
     let good = Sampling::default();
     for (sampling, field) in [
-        (Sampling { temperature: -0.1, ..good }, "temperature"),
-        (Sampling { temperature: f32::NAN, ..good }, "temperature"),
-        (Sampling { temperature: f32::INFINITY, ..good }, "temperature"),
-        (Sampling { top_k: Some(0), ..good }, "top_k"),
-        (Sampling { top_p: Some(0.0), ..good }, "top_p"),
-        (Sampling { top_p: Some(1.1), ..good }, "top_p"),
-        (Sampling { top_p: Some(f32::NAN), ..good }, "top_p"),
-        (Sampling { min_p: Some(-0.1), ..good }, "min_p"),
-        (Sampling { min_p: Some(f32::NAN), ..good }, "min_p"),
-        (Sampling { repetition_penalty: 0.0, ..good }, "repetition_penalty"),
-        (Sampling { repetition_penalty: f32::NAN, ..good }, "repetition_penalty"),
+        (
+            {
+                let mut sampling = good;
+                sampling.temperature = -0.1;
+                sampling
+            },
+            "temperature",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.temperature = f32::NAN;
+                sampling
+            },
+            "temperature",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.temperature = f32::INFINITY;
+                sampling
+            },
+            "temperature",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.top_k = Some(0);
+                sampling
+            },
+            "top_k",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.top_p = Some(0.0);
+                sampling
+            },
+            "top_p",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.top_p = Some(1.1);
+                sampling
+            },
+            "top_p",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.top_p = Some(f32::NAN);
+                sampling
+            },
+            "top_p",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.min_p = Some(-0.1);
+                sampling
+            },
+            "min_p",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.min_p = Some(f32::NAN);
+                sampling
+            },
+            "min_p",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.repetition_penalty = 0.0;
+                sampling
+            },
+            "repetition_penalty",
+        ),
+        (
+            {
+                let mut sampling = good;
+                sampling.repetition_penalty = f32::NAN;
+                sampling
+            },
+            "repetition_penalty",
+        ),
     ] {
         let Err(Error::Argument { argument, .. }) = sampling.validate() else { panic!("{sampling:?} is accepted") };
         assert_eq!(argument, field);
@@ -494,8 +679,22 @@ fn bad_arguments_are_named() {
     let sampler = block_on(Sampler::new(gpu, 8)).unwrap();
     let (logits, out) = (floats(gpu, &[0.0; 128]), empty(gpu, 128));
     let request = SamplingRequest { sampling: good, draw_index: 0, history: &[8], logprob: false };
-    let penalty = SamplingRequest { sampling: Sampling { repetition_penalty: 2.0, ..good }, ..request };
-    let cold = SamplingRequest { sampling: Sampling { temperature: -1.0, ..good }, ..request };
+    let penalty = SamplingRequest {
+        sampling: {
+            let mut sampling = good;
+            sampling.repetition_penalty = 2.0;
+            sampling
+        },
+        ..request
+    };
+    let cold = SamplingRequest {
+        sampling: {
+            let mut sampling = good;
+            sampling.temperature = -1.0;
+            sampling
+        },
+        ..request
+    };
     run(gpu, |pass| {
         let mut named = |rows: Rows<'_>,
                          requests: &[SamplingRequest<'_>],

@@ -3,11 +3,8 @@
 
 use crate::translate::translate;
 use folio::Profile;
-use folio::kernel::Target;
-use folio::model::{
-    Activation, ActivationKind, Binding, NormConfig, NormKind, PositionEmbedding, Sampler, SelectRows, Source,
-};
-use folio::wgpu::Features;
+use folio::kernel::{Access, ShaderFeatures, Source, Target};
+use folio::model::{Activation, ActivationKind, NormConfig, NormKind, PositionEmbedding, Sampler, SelectRows};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 
@@ -64,8 +61,8 @@ pub(crate) fn check(source: &Source, what: &str) {
         "{what}: template marks\n{text}"
     );
     let module = naga::front::wgsl::parse_str(text).unwrap_or_else(|e| panic!("{what}: {}", e.emit_to_string(text)));
-    let int64 = source.features().contains(Features::SHADER_INT64);
-    assert!(Features::SHADER_INT64.contains(source.features()), "{what}");
+    let ShaderFeatures { subgroups, int64 } = source.features();
+    assert!(!subgroups, "{what}");
     let capabilities = if int64 { Capabilities::SHADER_INT64 } else { Capabilities::empty() };
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
@@ -87,16 +84,18 @@ fn check_bindings(source: &Source, module: &Module, what: &str) {
     let mut found = Vec::new();
     for (_, variable) in module.global_variables.iter() {
         let binding = match variable.space {
-            AddressSpace::Storage { access } if access == StorageAccess::LOAD => Binding::Read,
-            AddressSpace::Storage { .. } => Binding::Write,
-            AddressSpace::Uniform => Binding::Uniform,
+            AddressSpace::Storage { access } if access == StorageAccess::LOAD => Access::Read,
+            AddressSpace::Storage { .. } => Access::Write,
+            AddressSpace::Uniform => Access::Uniform,
             AddressSpace::WorkGroup | AddressSpace::Private => continue,
             space => panic!("{what}: {space:?}"),
         };
-        found.push((variable.binding.as_ref().map(|b| (b.group, b.binding)), binding));
+        let name = variable.name.clone().unwrap_or_default();
+        found.push((variable.binding.as_ref().map(|b| (b.group, b.binding)), name, binding));
     }
-    found.sort_by_key(|&(place, _)| place);
-    let want: Vec<_> = (0..).zip(source.bindings()).map(|(i, &binding)| (Some((0, i)), binding)).collect();
+    found.sort_by_key(|&(place, ..)| place);
+    let want: Vec<_> =
+        (0..).zip(source.bindings()).map(|(i, b)| (Some((0, i)), b.name.to_string(), b.access)).collect();
     assert_eq!(found, want, "{what}");
     assert!(found.len() <= 8, "{what}");
 }

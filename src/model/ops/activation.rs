@@ -1,12 +1,17 @@
 //! [`Activation`]: the nonlinearity of an MLP.
 
+use std::sync::Arc;
+
 use minijinja::context;
 
 use super::{ELEMENTWISE_SIZE, check_distinct, check_width, element_features, element_len, elementwise_grid};
 use crate::Gpu;
 use crate::Result;
-use crate::kernel::{MAX_GRID, Target};
-use crate::model::{Binding, Program, Rows, Source};
+use crate::gpu::Program;
+use crate::kernel::Target;
+use crate::kernel::{Access, Binding, Source, render};
+use crate::model::Rows;
+use crate::plan::MAX_GRID;
 
 /// Widest row: with gate and up far from overflowing an index.
 const MAX_WIDTH: u32 = 1 << 20;
@@ -44,7 +49,7 @@ pub struct Activation {
     width: u32,
     gated: bool,
     element_len: u32,
-    program: Program,
+    program: Arc<Program>,
 }
 
 impl Activation {
@@ -53,8 +58,8 @@ impl Activation {
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for a width that breaks the rule; [`Error::Wgpu`](crate::Error::Wgpu).
     pub async fn new(gpu: &Gpu, kind: ActivationKind, gated: bool, width: u32) -> Result<Self> {
-        let target = Target::of(gpu);
-        let program = Program::new(gpu, &Self::source(target, kind, gated, width)?).await?;
+        let target = gpu.target();
+        let program = Program::get(gpu, Self::source(target, kind, gated, width)?).await?;
         Ok(Self { width, gated, element_len: element_len(target, width), program })
     }
 
@@ -75,8 +80,8 @@ impl Activation {
         };
         Ok(Source {
             entry_point: "activation",
-            text: Source::render("activation.wgsl", values)?,
-            bindings: vec![Binding::Read, Binding::Write],
+            text: render("model/activation.wgsl", values)?,
+            bindings: vec![Binding::new("x", Access::Read), Binding::new("out", Access::Write)],
             workgroup_size: ELEMENTWISE_SIZE,
             workgroup_bytes: 0,
             features: element_features(element_len),
@@ -92,11 +97,7 @@ impl Activation {
         x.check(gpu, "x", x.rows, if self.gated { 2 * self.width } else { self.width })?;
         out.check(gpu, "out", x.rows, self.width)?;
         check_distinct("out", out.buffer, &[x.buffer])?;
-        self.program.dispatch(
-            gpu,
-            pass,
-            &[x.binding(), out.binding()],
-            elementwise_grid("out", &out, self.element_len)?,
-        )
+        let resources = vec![x.binding(), out.binding()];
+        self.program.record(gpu, pass, resources, elementwise_grid("out", &out, self.element_len)?)
     }
 }

@@ -8,8 +8,9 @@ pub use activation::{Activation, ActivationKind};
 pub use norm::{Norm, NormConfig, NormKind, NormParameters};
 pub use rows::{PositionEmbedding, SelectRows};
 
-use crate::kernel::{MAX_GRID, Target, linear_grid};
+use crate::kernel::{ShaderFeatures, Target};
 use crate::model::Rows;
+use crate::plan::{MAX_GRID, linear_grid};
 use crate::{Error, Result};
 use crate::{Gpu, Profile};
 
@@ -32,8 +33,8 @@ fn element_len(target: Target, width: u32) -> u32 {
 }
 
 /// What elements of this length need.
-fn element_features(element_len: u32) -> wgpu::Features {
-    if element_len == 8 { wgpu::Features::SHADER_INT64 } else { wgpu::Features::empty() }
+fn element_features(element_len: u32) -> ShaderFeatures {
+    ShaderFeatures { int64: element_len == 8, ..ShaderFeatures::default() }
 }
 
 /// The grid for `count` workgroups; kernels number them by `y * MAX_GRID + x`.
@@ -58,19 +59,15 @@ fn check_distinct(argument: &'static str, out: &wgpu::Buffer, inputs: &[&wgpu::B
 }
 
 /// A storage buffer that holds `values`.
-async fn upload(gpu: &Gpu, argument: &'static str, values: &[f32]) -> Result<wgpu::Buffer> {
-    let size = values.len() as u64 * 4;
-    let max = gpu.limits().max_storage_buffer_binding_size.min(gpu.limits().max_buffer_size);
-    if size > max {
-        return Err(Error::unsupported(argument, format!("{size} bytes"), format!("{max} bytes in a storage binding")));
+fn upload(gpu: &Gpu, argument: &'static str, values: &[f32]) -> Result<wgpu::Buffer> {
+    let (bytes, max) = (values.len() as u64 * 4, gpu.max_storage_bytes());
+    if bytes > max {
+        return Err(Error::unsupported(
+            argument,
+            format!("{bytes} bytes"),
+            format!("{max} bytes in a storage binding"),
+        ));
     }
-    let descriptor = wgpu::BufferDescriptor {
-        label: Some(argument),
-        size,
-        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    };
-    let buffer = gpu.scoped("creating a parameter buffer", || gpu.device().create_buffer(&descriptor)).await?;
-    gpu.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(values));
-    Ok(buffer)
+    let contents = bytemuck::cast_slice(values);
+    gpu.create_buffer_with("creating a parameter buffer", argument, contents, wgpu::BufferUsages::STORAGE)
 }

@@ -1,10 +1,15 @@
 //! [`Norm`]: RMSNorm and LayerNorm.
 
+use std::sync::Arc;
+
 use minijinja::context;
 
 use super::{check_distinct, check_width, element_features, element_len, grid, upload};
-use crate::kernel::{MAX_GRID, Target};
-use crate::model::{Binding, Program, Rows, Source};
+use crate::gpu::Program;
+use crate::kernel::Target;
+use crate::kernel::{Access, Binding, Source, render};
+use crate::model::Rows;
+use crate::plan::MAX_GRID;
 use crate::{Error, Result};
 use crate::{Gpu, Profile};
 
@@ -82,8 +87,8 @@ impl NormConfig {
         let (lanes, rows) = self.shape(target.profile);
         let element_len = element_len(target, self.width);
         let layer = self.kind == NormKind::Layer;
-        let text = Source::render(
-            "norm.wgsl",
+        let text = render(
+            "model/norm.wgsl",
             context! {
                 width => self.width,
                 vecs => self.width / element_len,
@@ -98,8 +103,14 @@ impl NormConfig {
                 grid_x => MAX_GRID,
             },
         )?;
-        let mut bindings = if in_place { vec![Binding::Write] } else { vec![Binding::Read, Binding::Write] };
-        bindings.resize(bindings.len() + 1 + usize::from(self.bias), Binding::Read);
+        let mut bindings = Vec::new();
+        if !in_place {
+            bindings.push(Binding::new("x", Access::Read));
+        }
+        bindings.extend([Binding::new("out", Access::Write), Binding::new("weight", Access::Read)]);
+        if self.bias {
+            bindings.push(Binding::new("bias", Access::Read));
+        }
         let arrays = match lanes {
             1 => 0,
             2..=16 => 1,
@@ -122,8 +133,8 @@ impl NormConfig {
 pub struct Norm {
     config: NormConfig,
     rows_per_workgroup: u32,
-    program: Program,
-    program_in_place: Program,
+    program: Arc<Program>,
+    program_in_place: Arc<Program>,
 }
 
 /// The weights of one norm of a model, on the GPU.
@@ -139,12 +150,12 @@ impl Norm {
     /// # Errors
     /// Those of [`NormConfig::validate`]; [`Error::Wgpu`].
     pub async fn new(gpu: &Gpu, config: NormConfig) -> Result<Self> {
-        let target = Target::of(gpu);
+        let target = gpu.target();
         Ok(Self {
             config,
             rows_per_workgroup: config.shape(gpu.profile()).1,
-            program: Program::new(gpu, &config.source(target, false)?).await?,
-            program_in_place: Program::new(gpu, &config.source(target, true)?).await?,
+            program: Program::get(gpu, config.source(target, false)?).await?,
+            program_in_place: Program::get(gpu, config.source(target, true)?).await?,
         })
     }
 
@@ -163,9 +174,9 @@ impl Norm {
             return Err(Error::argument("bias", count(bias.map(<[f32]>::len)), count(need)));
         }
         let weight: Vec<f32> = weight.iter().map(|w| w + self.config.weight_offset).collect();
-        let weight = upload(gpu, "weight", &weight).await?;
+        let weight = upload(gpu, "weight", &weight)?;
         let bias = match bias {
-            Some(bias) => Some(upload(gpu, "bias", bias).await?),
+            Some(bias) => Some(upload(gpu, "bias", bias)?),
             None => None,
         };
         Ok(NormParameters { weight, bias })
@@ -214,7 +225,7 @@ impl Norm {
         &self,
         gpu: &Gpu,
         pass: &mut wgpu::ComputePass<'_>,
-        program: &Program,
+        program: &Arc<Program>,
         weights: &NormParameters,
         rows: &[wgpu::BindingResource<'_>],
         num_rows: u32,
@@ -226,6 +237,6 @@ impl Norm {
         let mut resources = rows.to_vec();
         resources.push(weights.weight.as_entire_binding());
         resources.extend(weights.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
-        program.dispatch(gpu, pass, &resources, grid("x", num_rows.div_ceil(self.rows_per_workgroup).into())?)
+        program.record(gpu, pass, resources, grid("x", num_rows.div_ceil(self.rows_per_workgroup).into())?)
     }
 }

@@ -1,12 +1,16 @@
 //! [`PositionEmbedding`] and [`SelectRows`]: kernels that look rows up.
 
+use std::sync::Arc;
+
 use minijinja::context;
 
 use super::{ELEMENTWISE_SIZE, check_distinct, check_width, elementwise_grid, upload};
 use crate::BufferRef;
 use crate::Gpu;
-use crate::kernel::MAX_GRID;
-use crate::model::{Binding, Program, Rows, Source};
+use crate::gpu::Program;
+use crate::kernel::{Access, Binding, ShaderFeatures, Source, render};
+use crate::model::Rows;
+use crate::plan::MAX_GRID;
 use crate::{Error, Result};
 
 /// Widest row: far from overflowing an index.
@@ -18,7 +22,7 @@ pub struct PositionEmbedding {
     width: u32,
     num_positions: u32,
     table: wgpu::Buffer,
-    program: Program,
+    program: Arc<Program>,
 }
 
 impl PositionEmbedding {
@@ -36,8 +40,8 @@ impl PositionEmbedding {
         Ok(Self {
             width,
             num_positions,
-            table: upload(gpu, "table", table).await?,
-            program: Program::new(gpu, &Self::source(num_positions, width)?).await?,
+            table: upload(gpu, "table", table)?,
+            program: Program::get(gpu, Self::source(num_positions, width)?).await?,
         })
     }
 
@@ -58,11 +62,15 @@ impl PositionEmbedding {
         };
         Ok(Source {
             entry_point: "add_positions",
-            text: Source::render("add_positions.wgsl", values)?,
-            bindings: vec![Binding::Write, Binding::Read, Binding::Read],
+            text: render("model/add_positions.wgsl", values)?,
+            bindings: vec![
+                Binding::new("x", Access::Write),
+                Binding::new("positions", Access::Read),
+                Binding::new("table", Access::Read),
+            ],
             workgroup_size: ELEMENTWISE_SIZE,
             workgroup_bytes: 0,
-            features: wgpu::Features::empty(),
+            features: ShaderFeatures::default(),
         })
     }
 
@@ -87,8 +95,8 @@ impl PositionEmbedding {
         x.check(gpu, "x", x.rows, self.width)?;
         let positions = positions.into().check(gpu, "positions", x.rows.into(), false)?;
         check_distinct("x", x.buffer, &[positions.buffer()])?;
-        let resources = [x.binding(), positions.binding(), self.table.as_entire_binding()];
-        self.program.dispatch(gpu, pass, &resources, elementwise_grid("x", &x, 4)?)
+        let resources = vec![x.binding(), positions.binding(), self.table.as_entire_binding()];
+        self.program.record(gpu, pass, resources, elementwise_grid("x", &x, 4)?)
     }
 }
 
@@ -96,7 +104,7 @@ impl PositionEmbedding {
 #[derive(Debug)]
 pub struct SelectRows {
     width: u32,
-    program: Program,
+    program: Arc<Program>,
 }
 
 impl SelectRows {
@@ -105,7 +113,7 @@ impl SelectRows {
     /// # Errors
     /// [`Error::Argument`] for a width that breaks the rule; [`Error::Wgpu`].
     pub async fn new(gpu: &Gpu, width: u32) -> Result<Self> {
-        Ok(Self { width, program: Program::new(gpu, &Self::source(width)?).await? })
+        Ok(Self { width, program: Program::get(gpu, Self::source(width)?).await? })
     }
 
     /// The kernel's text, for reading and for tests.
@@ -121,11 +129,15 @@ impl SelectRows {
         };
         Ok(Source {
             entry_point: "select_rows",
-            text: Source::render("select_rows.wgsl", values)?,
-            bindings: vec![Binding::Read, Binding::Read, Binding::Write],
+            text: render("model/select_rows.wgsl", values)?,
+            bindings: vec![
+                Binding::new("x", Access::Read),
+                Binding::new("indices", Access::Read),
+                Binding::new("out", Access::Write),
+            ],
             workgroup_size: ELEMENTWISE_SIZE,
             workgroup_bytes: 0,
-            features: wgpu::Features::empty(),
+            features: ShaderFeatures::default(),
         })
     }
 
@@ -146,7 +158,7 @@ impl SelectRows {
         out.check(gpu, "out", out.rows, self.width)?;
         let indices = indices.into().check(gpu, "indices", out.rows.into(), false)?;
         check_distinct("out", out.buffer, &[x.buffer, indices.buffer()])?;
-        let resources = [x.binding(), indices.binding(), out.binding()];
-        self.program.dispatch(gpu, pass, &resources, elementwise_grid("out", &out, 4)?)
+        let resources = vec![x.binding(), indices.binding(), out.binding()];
+        self.program.record(gpu, pass, resources, elementwise_grid("out", &out, 4)?)
     }
 }

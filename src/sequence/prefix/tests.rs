@@ -6,19 +6,19 @@ use std::collections::BTreeMap;
 use super::*;
 
 /// The tokens of a prefix, all full blocks from the start of the sequence, and its salt.
-pub(in crate::cache) type Key = (u64, Vec<u32>);
+pub(in crate::sequence) type Key = (u64, Vec<u32>);
 
 thread_local! {
     static NUM_HASHES: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Every hash is the same.
-pub(in crate::cache) fn colliding() -> PrefixIndex {
+pub(in crate::sequence) fn colliding() -> PrefixIndex {
     PrefixIndex::with_hash(|_, _, _| 7)
 }
 
 /// Counts its work.
-pub(in crate::cache) fn counting() -> PrefixIndex {
+pub(in crate::sequence) fn counting() -> PrefixIndex {
     PrefixIndex::with_hash(|keys, parent, tokens| {
         NUM_HASHES.set(NUM_HASHES.get() + 1);
         chain_hash(keys, parent, tokens)
@@ -26,7 +26,7 @@ pub(in crate::cache) fn counting() -> PrefixIndex {
 }
 
 /// Hashes that a [`counting`] index has computed on this thread since the last call.
-pub(in crate::cache) fn take_num_hashes() -> u32 {
+pub(in crate::sequence) fn take_num_hashes() -> u32 {
     NUM_HASHES.replace(0)
 }
 
@@ -45,7 +45,7 @@ impl PrefixIndex {
     }
 
     /// Every entry: its block, and since when it has been unused.
-    pub(in crate::cache) fn snapshot(&self) -> BTreeMap<Key, (BlockId, Option<u64>)> {
+    pub(in crate::sequence) fn snapshot(&self) -> BTreeMap<Key, (BlockId, Option<u64>)> {
         let snapshot: BTreeMap<_, _> =
             self.entries.values().map(|entry| (self.key(entry), (entry.block, entry.unused_since))).collect();
         assert_eq!(snapshot.len(), self.entries.len(), "two entries for the same tokens");
@@ -53,7 +53,7 @@ impl PrefixIndex {
     }
 
     /// Whether the parts of the index agree with each other and with the pool.
-    pub(in crate::cache) fn check(&self, pool: &BlockPool) {
+    pub(in crate::sequence) fn check(&self, pool: &BlockPool) {
         let edges: BTreeSet<_> = self.entries.iter().map(|(&id, entry)| (entry.parent, id)).collect();
         assert_eq!(self.edges, edges);
         assert!(edges.iter().all(|(parent, child)| parent < child));
@@ -68,14 +68,14 @@ impl PrefixIndex {
             assert!(self.by_hash[&entry.hash].contains(id));
             assert_eq!(entry.unused_since.is_some(), pool.is_reclaimable(entry.block), "{entry:?}");
         }
-        let line = |with_children: bool| -> BTreeSet<Turn> {
+        let line = |with_children: bool| -> BTreeSet<EvictionRank> {
             let entries = self.entries.iter().filter(|&(&id, _)| self.first_child(id).is_some() == with_children);
             entries.filter_map(|(&id, entry)| entry.unused_since.map(|since| (since, Reverse(id)))).collect()
         };
         assert_eq!((&self.leaves, &self.inner), (&line(false), &line(true)));
         let salts: BTreeSet<_> = self.entries.values().map(|entry| entry.salt).collect();
         assert_eq!(self.roots.keys().copied().collect::<BTreeSet<_>>(), salts);
-        assert!(pool.clone().take_turned().is_empty(), "every change has been settled");
+        assert!(pool.clone().take_changed().is_empty(), "every change has been settled");
         assert_eq!(pool.num_indexed() as usize, by_block.iter().map(|e| e.0).collect::<BTreeSet<_>>().len());
     }
 }

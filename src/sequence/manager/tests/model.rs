@@ -28,7 +28,7 @@ impl State {
     pub(super) fn of(m: &Manager) -> Self {
         let blocks = (0..m.pool.num_blocks()).map(BlockId);
         Self {
-            sequences: m.sequences.iter().map(|(&id, s)| (id, (s.table.clone(), s.in_step))).collect(),
+            sequences: m.sequences.iter().map(|(&id, s)| (id, (s.table.clone(), s.held_by.is_some()))).collect(),
             counts: blocks.map(|block| (m.pool.ref_count(block), m.pool.num_holders(block))).collect(),
             free: m.pool.free_blocks().to_vec(),
             index: m.prefixes.snapshot(),
@@ -51,8 +51,7 @@ fn value(before: Option<&(u32, Value)>, token: u32) -> Value {
 type Tokens = Vec<(u32, Value)>;
 
 struct Open {
-    pending: Vec<Pending>,
-    epoch: u64,
+    pending: Pending,
     new: Vec<(SequenceId, Tokens)>,
     blocks: Vec<BlockId>,
 }
@@ -118,7 +117,7 @@ impl World {
         let before = self.is_open(sequence).then(|| State::of(&self.m));
         match (call(&mut self.m), before) {
             (Ok(value), None) => Some(value),
-            (Err(Error::SequenceInStep(s)), Some(before)) if s == sequence => {
+            (Err(Error::SequenceBusy { sequence: s, .. }), Some(before)) if s == sequence => {
                 assert_eq!(State::of(&self.m), before);
                 None
             }
@@ -210,7 +209,7 @@ impl World {
             Op::SwapOut(s, finish) => {
                 let Some(i) = self.pick(s) else { return };
                 let id = self.sequences[i].0;
-                if self.idle(id, |m| m.freeze(id)).is_none() {
+                if self.idle(id, |m| m.freeze(id, Holder::SwapOut)).is_none() {
                     return;
                 }
                 self.m.refused(|m| m.truncate(id, 0), ErrorKind::Caller, "swap-out");
@@ -294,7 +293,7 @@ impl World {
     }
 
     /// A call that takes between `least` and some more blocks from the pool, or none and fails. Checks what was evicted.
-    fn take<T: fmt::Debug>(&mut self, least: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
+    fn take<T: std::fmt::Debug>(&mut self, least: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
         let before = State::of(&self.m);
         let usage = self.m.usage();
         let room = usage.free + usage.reclaimable;
@@ -375,7 +374,8 @@ impl World {
         let Some(reservation) = self.take(least, |m| m.reserve(&lens)) else { return };
         let Reservation { batch, pending, slots, copies } = reservation;
         assert!(copies.len() <= new.len());
-        let blocks: Vec<_> = pending.iter().flat_map(|p| p.replacement.iter().chain(&p.new_blocks)).copied().collect();
+        let blocks: Vec<_> =
+            pending.changes.iter().flat_map(|p| p.replacement.iter().chain(&p.new_blocks)).copied().collect();
         assert_eq!(blocks.len(), least as usize + copies.len());
         if !matches!(fate, Fate::DropUnsubmitted) {
             for &[from, to] in &copies {
@@ -398,7 +398,7 @@ impl World {
                 self.assert_holds(&table, before.1.iter().chain(tokens));
             }
         }
-        let open = Open { pending, epoch: self.m.epoch(), new, blocks };
+        let open = Open { pending, new, blocks };
         match fate {
             Fate::Hold => self.open.push(open),
             Fate::Commit => self.end(open, true),
@@ -408,7 +408,7 @@ impl World {
 
     fn end(&mut self, open: Open, commit: bool) {
         if !commit {
-            self.m.roll_back(open.epoch, open.pending);
+            self.m.roll_back(open.pending);
             return;
         }
         self.m.commit(open.pending);
@@ -510,7 +510,7 @@ impl World {
             assert_eq!(table.len() as usize, tokens.len());
             assert_eq!(table.blocks().len(), tokens.len().div_ceil(block_size as usize));
             self.assert_holds(table.blocks(), tokens.iter());
-            assert_eq!(self.m.sequences[id].in_step, self.is_open(*id));
+            assert_eq!(self.m.sequences[id].held_by.is_some(), self.is_open(*id));
             table.blocks().iter().for_each(|b| holders[b.0 as usize] += 1);
         }
         let others = self.open.iter().flat_map(|open| &open.blocks).chain(&self.loose);

@@ -49,7 +49,7 @@ pub enum KvFormat {
     /// A row takes `head_dim / 2 + 4` bytes; an element is within [`row_error`](Self::row_error), some 1/30 of the row's range.
     Int4,
     /// 8-bit codes with a scale and a least value per layer, KV head and channel (element of a row), fixed by
-    /// [`KvCache::calibrate_keys`](super::KvCache::calibrate_keys) before anything is appended; values outside the calibrated range
+    /// `KvCache::calibrate_keys` before anything is appended; values outside the calibrated range
     /// saturate at its ends, and a NaN becomes some value of the range. For K only: keys have channels that are large in
     /// every token, which scales per token serve badly (KIVI, Liu et al. 2024).
     ///

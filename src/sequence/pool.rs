@@ -1,16 +1,6 @@
 //! [`BlockPool`]: free list and reference counts. Host only.
 
-/// Index of a block in the pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BlockId(pub(crate) u32);
-
-impl BlockId {
-    /// The index, below `num_blocks`.
-    #[must_use]
-    pub const fn index(self) -> u32 {
-        self.0
-    }
-}
+use crate::ids::BlockId;
 
 /// Hands out blocks and counts who holds them. A block is free when nobody does.
 ///
@@ -26,8 +16,9 @@ pub struct BlockPool {
     free: Vec<BlockId>,
     num_indexed: u32,
     num_reclaimable: u32,
+    num_shared: u32,
     /// Blocks that have become reclaimable or ceased to be, since the index last asked.
-    turned: Vec<BlockId>,
+    changed: Vec<BlockId>,
 }
 
 impl BlockPool {
@@ -40,7 +31,8 @@ impl BlockPool {
             free: (0..num_blocks).rev().map(BlockId).collect(),
             num_indexed: 0,
             num_reclaimable: 0,
-            turned: Vec::new(),
+            num_shared: 0,
+            changed: Vec::new(),
         }
     }
 
@@ -81,6 +73,10 @@ impl BlockPool {
         self.ref_count(block) - self.index_count(block)
     }
 
+    fn is_shared(&self, block: BlockId) -> bool {
+        self.num_holders(block) > 1
+    }
+
     fn index_count(&self, block: BlockId) -> u32 {
         self.index_counts.get(block.0 as usize).copied().unwrap_or(0)
     }
@@ -94,7 +90,7 @@ impl BlockPool {
     /// Blocks that more than one sequence or open step holds.
     #[must_use]
     pub fn num_shared(&self) -> u32 {
-        (0..self.num_blocks()).filter(|&block| self.num_holders(BlockId(block)) > 1).count() as u32
+        self.num_shared
     }
 
     /// Takes `count` free blocks, each with one holder, or `None`, and then none is taken.
@@ -131,8 +127,8 @@ impl BlockPool {
     }
 
     /// Blocks that have become reclaimable or ceased to be since the last call, some perhaps more than once.
-    pub(super) fn take_turned(&mut self) -> Vec<BlockId> {
-        std::mem::take(&mut self.turned)
+    pub(super) fn take_changed(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.changed)
     }
 
     /// The free list.
@@ -143,6 +139,7 @@ impl BlockPool {
 
     /// Changes the two counts of a block that is not free.
     fn change(&mut self, block: BlockId, change: impl FnOnce(&mut u32, &mut u32)) -> bool {
+        let was_shared = self.is_shared(block);
         let (was_reclaimable, was_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
         let i = block.0 as usize;
         match (self.ref_counts.get_mut(i), self.index_counts.get_mut(i)) {
@@ -150,11 +147,12 @@ impl BlockPool {
             _ => return false,
         }
         let (is_reclaimable, is_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
+        self.num_shared = self.num_shared + u32::from(self.is_shared(block)) - u32::from(was_shared);
         self.num_indexed = self.num_indexed + u32::from(is_indexed) - u32::from(was_indexed);
         self.num_reclaimable = self.num_reclaimable + u32::from(is_reclaimable) - u32::from(was_reclaimable);
         // The index itself knows what it has let go of.
         if is_reclaimable != was_reclaimable && is_indexed {
-            self.turned.push(block);
+            self.changed.push(block);
         }
         if self.ref_counts[i] == 0 {
             self.free.push(block);
@@ -172,13 +170,15 @@ impl BlockPool {
 
     /// `to` gets the holders of `from`, which is free then. The caller is one holder of `from` and the only one of `to`, and is neither after it.
     pub(super) fn hand_over(&mut self, from: BlockId, to: BlockId) {
+        self.num_shared -= u32::from(self.is_shared(from));
         let others = std::mem::take(&mut self.ref_counts[from.0 as usize]) - 1;
         self.ref_counts[to.0 as usize] = others;
         // `from` was not reclaimable, as the caller held it.
         self.index_counts[to.0 as usize] = std::mem::take(&mut self.index_counts[from.0 as usize]);
+        self.num_shared += u32::from(self.is_shared(to));
         if self.is_reclaimable(to) {
             self.num_reclaimable += 1;
-            self.turned.push(to);
+            self.changed.push(to);
         }
         self.free.push(from);
         if others == 0 {

@@ -4,25 +4,17 @@
 mod model;
 mod ops;
 
-use super::super::KvFormat;
 use super::super::prefix;
 use super::*;
 use crate::error::ErrorKind;
+use crate::format::KvFormat;
 
 fn config(block_size: u32, num_blocks: u32) -> KvCacheConfig {
-    KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 1,
-        head_dim: 8,
-        block_size,
-        num_blocks,
-        k_format: KvFormat::F32,
-        v_format: KvFormat::F32,
-    }
+    KvCacheConfig::new(1, 1, 8).with_blocks(num_blocks, block_size).with_formats(KvFormat::F32, KvFormat::F32)
 }
 
 fn manager(block_size: u32, num_blocks: u32) -> Manager {
-    Manager::new(config(block_size, num_blocks))
+    Manager::new(config(block_size, num_blocks)).unwrap()
 }
 
 impl Manager {
@@ -59,7 +51,7 @@ impl Manager {
         blocks.len() as u32 * self.config.block_size
     }
 
-    fn refused<T: fmt::Debug>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>, kind: ErrorKind, part: &str) {
+    fn refused<T: std::fmt::Debug>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>, kind: ErrorKind, part: &str) {
         let before = model::State::of(self);
         let error = call(self).unwrap_err();
         assert!(error.kind() == kind && error.to_string().contains(part), "{error}, want {kind:?} with {part:?}");
@@ -170,7 +162,7 @@ fn an_indexed_block_is_not_written_to() {
     let fork = m.fork_at(s, 3).unwrap();
     let step = m.reserve(&[(fork, 1)]).unwrap();
     assert_eq!((step.copies.len(), step.copies[0][0]), (1, indexed[0].0));
-    m.roll_back(m.epoch(), step.pending);
+    m.roll_back(step.pending);
     assert_eq!(m.blocks(fork), indexed[..1]);
     let hit = m.match_prefix(&[0, 1, 2, 3, 4, 5, 6, 7], 0);
     assert_eq!(m.blocks(hit.sequence), indexed);
@@ -283,7 +275,7 @@ fn what_cannot_be_met_evicts_nothing() {
     m.refused(|m| m.take_blocks(1 << 40), ErrorKind::Retry, "have 4 free of 6");
     // A dropped step gives its blocks back; what was evicted for it is gone.
     let step = m.reserve(&[(s, 6)]).unwrap();
-    m.roll_back(m.epoch(), step.pending);
+    m.roll_back(step.pending);
     assert_eq!((m.usage().free, m.usage().reclaimable), (3, 1));
     assert_eq!(m.found(&[1, 1, 2, 2], 0), 2);
 }
@@ -341,7 +333,7 @@ fn hits_are_counted_in_tokens() {
 
 /// Not a timing: the work is counted.
 #[test]
-fn forking_and_matching_take_as_many_turns_as_there_are_blocks() {
+fn forking_and_matching_take_as_many_iterations_as_there_are_blocks() {
     let (block_size, len) = (16, 32_768);
     let mut m = manager(block_size, 2 * len / block_size);
     m.prefixes = prefix::tests::counting();

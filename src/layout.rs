@@ -1,17 +1,20 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
-use super::format::KvFormat;
 use crate::error::{Error, Result};
+use crate::format::KvFormat;
 
 /// Largest head_dim of the kernels.
 pub const MAX_HEAD_DIM: u32 = 256;
 /// Largest block_size of a paged cache, in tokens. What paging is good for shrinks as blocks grow: a sequence leaves half of its last block
 /// unused on average, a prefix is shared in whole blocks, and copy-on-write copies a whole block for one token. The kernels take any size:
-/// [`ContiguousCache`](super::ContiguousCache) has a block of `max_seq_len` tokens per row.
+/// a [contiguous](KvCacheConfig::contiguous) cache has a block of `max_seq_len` tokens per row.
 pub const MAX_BLOCK_SIZE: u32 = 256;
 
 /// Shape of a cache: every layer has a K side and a V side of this geometry.
+///
+/// Made by [`KvCacheConfig::new`] or [`KvCacheConfig::contiguous`]; the fields may then be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct KvCacheConfig {
     /// Transformer layers, each with its own K and V.
     pub num_layers: u32,
@@ -19,7 +22,7 @@ pub struct KvCacheConfig {
     pub num_kv_heads: u32,
     /// Elements of a head: a multiple of 8 from 8 to 256.
     pub head_dim: u32,
-    /// Tokens of a block, 1 to 256.
+    /// Tokens of a block, 1 to 256; in a contiguous cache the tokens that a row has room for.
     pub block_size: u32,
     /// Blocks of the pool, shared by all sequences; every layer has room for each of them.
     pub num_blocks: u32,
@@ -27,22 +30,60 @@ pub struct KvCacheConfig {
     pub k_format: KvFormat,
     /// How V is stored.
     pub v_format: KvFormat,
+    /// A sequence has at most one block, its row, and can't outgrow it.
+    pub contiguous: bool,
 }
 
 impl KvCacheConfig {
+    /// A paged cache of 1024 blocks of 16 tokens, with K and V in F16.
+    #[must_use]
+    pub const fn new(num_layers: u32, num_kv_heads: u32, head_dim: u32) -> Self {
+        Self {
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            block_size: 16,
+            num_blocks: 1024,
+            k_format: KvFormat::F16,
+            v_format: KvFormat::F16,
+            contiguous: false,
+        }
+    }
+
+    /// A cache without paging, K and V in F16: each layer's K and V are `[batch, num_kv_heads, max_seq_len, head_dim]`. It is a paged cache with
+    /// one block per sequence, allocated beforehand: the calls, the kernels and the results are the same, bit for bit.
+    ///
+    /// It is the baseline that a paged cache is compared with, and enough for an app with one or a few sequences of bounded length. Up to
+    /// `batch` sequences never run out of blocks, and each takes a row's memory whatever its length.
+    #[must_use]
+    pub const fn contiguous(num_layers: u32, num_kv_heads: u32, head_dim: u32, batch: u32, max_seq_len: u32) -> Self {
+        let paged = Self::new(num_layers, num_kv_heads, head_dim);
+        Self { block_size: max_seq_len, num_blocks: batch, contiguous: true, ..paged }
+    }
+
+    /// The same cache with another pool.
+    #[must_use]
+    pub const fn with_blocks(self, num_blocks: u32, block_size: u32) -> Self {
+        Self { num_blocks, block_size, ..self }
+    }
+
+    /// The same cache in other formats.
+    #[must_use]
+    pub const fn with_formats(self, k_format: KvFormat, v_format: KvFormat) -> Self {
+        Self { k_format, v_format, ..self }
+    }
+
+    /// Tokens that a sequence has room for, in a contiguous cache.
+    #[must_use]
+    pub const fn max_seq_len(&self) -> Option<u32> {
+        if self.contiguous { Some(self.block_size) } else { None }
+    }
+
     /// Checks what does not depend on a device.
     ///
     /// # Errors
     /// [`Error::Argument`] that names the field.
     pub fn validate(&self) -> Result<()> {
-        if self.block_size > MAX_BLOCK_SIZE {
-            return Err(Error::argument("block_size", self.block_size, "1 to 256 tokens"));
-        }
-        self.validate_for_any_block_size()
-    }
-
-    /// [`KvCacheConfig::validate`] for blocks of any size that slot ids allow: what a contiguous cache needs.
-    pub(super) fn validate_for_any_block_size(&self) -> Result<()> {
         if self.num_layers == 0 {
             return Err(Error::argument("num_layers", 0, "at least 1"));
         }
@@ -53,8 +94,10 @@ impl KvCacheConfig {
         if self.head_dim == 0 || self.head_dim > MAX_HEAD_DIM || !self.head_dim.is_multiple_of(8) {
             return Err(Error::argument("head_dim", self.head_dim, "a multiple of 8 from 8 to 256"));
         }
-        if self.block_size == 0 {
-            return Err(Error::argument("block_size", self.block_size, "1 to 256 tokens"));
+        // Sequence lengths stay below 2^31.
+        let max_block_size = if self.contiguous { i32::MAX as u32 } else { MAX_BLOCK_SIZE };
+        if self.block_size == 0 || self.block_size > max_block_size {
+            return Err(Error::argument("block_size", self.block_size, format!("1 to {max_block_size} tokens")));
         }
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));

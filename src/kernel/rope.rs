@@ -267,7 +267,8 @@ impl RopeConfig {
     }
 
     /// What the kernels read: for each pair (high, low) word of its turns per position, then the bits of the attention factor and 0.
-    pub(super) fn table(&self) -> Vec<[u32; 2]> {
+    #[must_use]
+    pub fn table(&self) -> Vec<[u32; 2]> {
         let turns = self.inverse_frequencies().into_iter().map(|f| {
             let fixed = fixed_turns(f);
             [(fixed >> 32) as u32, fixed as u32]

@@ -9,11 +9,12 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
-use super::manager::SequenceId;
-use super::pool::{BlockId, BlockPool};
+use super::pool::BlockPool;
+use crate::ids::{BlockId, SequenceId};
 
-/// What [`KvCache::match_prefix`](super::KvCache::match_prefix) found.
+/// What [`Manager::match_prefix`](crate::sequence::Manager::match_prefix) found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PrefixMatch {
     /// A new sequence of the first `len` tokens, in blocks that it shares.
     pub sequence: SequenceId,
@@ -23,8 +24,9 @@ pub struct PrefixMatch {
 
 /// How much the prefix index holds and how much it has saved, since the cache was made or cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PrefixStats {
-    /// Calls of [`KvCache::match_prefix`](super::KvCache::match_prefix).
+    /// Calls of [`Manager::match_prefix`](crate::sequence::Manager::match_prefix).
     pub lookups: u64,
     /// Tokens of all lookups.
     pub queried_tokens: u64,
@@ -55,9 +57,9 @@ impl NodeId {
     const MAX: Self = Self(u64::MAX);
 }
 
-/// Where an unused entry stands in the line for eviction: since when nobody has used it. Of entries that became unused
+/// An unused entry's rank in the order of eviction: since when nobody has used it. Of entries that became unused
 /// together, the newest goes first, which is deeper in the tree than its ancestors.
-type Turn = (u64, Reverse<NodeId>);
+type EvictionRank = (u64, Reverse<NodeId>);
 
 /// A full block.
 #[derive(Debug)]
@@ -104,9 +106,9 @@ pub(super) struct PrefixIndex {
     /// (parent, entry)
     edges: BTreeSet<(NodeId, NodeId)>,
     /// Unused entries without children.
-    leaves: BTreeSet<Turn>,
+    leaves: BTreeSet<EvictionRank>,
     /// Unused entries with children.
-    inner: BTreeSet<Turn>,
+    inner: BTreeSet<EvictionRank>,
     next_id: NodeId,
     /// Counts the changes from used to unused.
     clock: u64,
@@ -296,7 +298,7 @@ impl PrefixIndex {
     /// Learns which blocks are used and which are not. Everything that changed since the last call became so at the same time.
     pub(super) fn settle(&mut self, pool: &mut BlockPool) {
         self.clock += 1;
-        for block in pool.take_turned() {
+        for block in pool.take_changed() {
             let since = pool.is_reclaimable(block).then_some(self.clock);
             let ids: Vec<_> = self.by_block.range((block, NodeId::MIN)..=(block, NodeId::MAX)).map(|e| e.1).collect();
             for id in ids {
@@ -327,7 +329,7 @@ impl PrefixIndex {
         // Where the walk through the tree below an inner entry goes on.
         let mut below = None;
         while pool.num_free() < free {
-            let first = |line: &BTreeSet<Turn>| line.first().map(|&(_, Reverse(id))| id);
+            let first = |line: &BTreeSet<EvictionRank>| line.first().map(|&(_, Reverse(id))| id);
             let Some(top) = below.take().or_else(|| first(&self.leaves)).or_else(|| first(&self.inner)) else { return };
             let leaf = self.leaf_below(top);
             let before = pool.num_free();

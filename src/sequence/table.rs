@@ -1,6 +1,7 @@
 //! [`BlockTable`]: the blocks of one sequence. Host only.
 
-use super::pool::{BlockId, BlockPool};
+use super::pool::BlockPool;
+use crate::ids::BlockId;
 
 /// The blocks of one sequence in order, and its length. Every block but the last is full.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -94,11 +95,6 @@ impl BlockTable {
             debug_assert!(held, "a table holds its blocks");
         }
         Self { blocks: blocks.to_vec(), len }
-    }
-
-    /// Shortens to `len` tokens and keeps all blocks, to be written again. Does nothing if the table isn't longer.
-    pub(super) fn shorten(&mut self, len: u32) {
-        self.len = self.len.min(len);
     }
 
     /// Replaces each block by what `rename` says, which must be as many different blocks.

@@ -3,17 +3,19 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use super::layout::KvCacheConfig;
-use super::manager::{PoolUsage, SequenceId};
-use super::pool::{BlockId, BlockPool};
+use super::manager::PoolUsage;
+use super::pool::BlockPool;
 use super::prefix::PrefixStats;
 use super::table::BlockTable;
+use crate::ids::{BlockId, SequenceId};
+use crate::layout::KvCacheConfig;
 
-/// Where a pool's bytes are, at one moment: in all, and for each sequence. From [`KvCache::memory`](super::KvCache::memory);
+/// Where a pool's bytes are, at one moment: in all, and for each sequence. From `KvCache::memory` or [`Manager::memory`](super::Manager::memory);
 /// prints as a table.
 ///
 /// Bytes are those of K and V in all layers. What an open step has reserved counts as used, but not as a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryReport {
     /// Tokens of a block.
     pub block_size: u32,
@@ -37,6 +39,7 @@ pub struct MemoryReport {
 
 /// The blocks of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SequenceMemory {
     /// Which one.
     pub sequence: SequenceId,

@@ -1,11 +1,14 @@
 //! What recording calls take: a place to record into, and ranges of the host's buffers.
 
+use std::sync::Arc;
+
+use super::upload::Lease;
+use super::{Gpu, Program};
 use crate::error::{Error, Result};
-use crate::gpu::Gpu;
 
 /// Where commands go: a compute pass of the host's, or its encoder, in which folio then opens a pass of its own.
 ///
-/// Recording calls take `impl Into<Recorder>`: hand over `&mut pass` or `&mut encoder`.
+/// Recording calls take `impl Into<Recorder>`: hand over `&mut pass` or `&mut encoder`. They never submit.
 #[derive(Debug)]
 pub enum Recorder<'a, 'encoder> {
     /// A pass that is open already. Its pipeline and bind group 0 are changed.
@@ -26,30 +29,85 @@ impl<'a> From<&'a mut wgpu::CommandEncoder> for Recorder<'a, 'static> {
     }
 }
 
-/// A pipeline with its bindings and its grid, ready to be recorded.
-pub(crate) struct Dispatch<'p> {
-    pub(crate) pipeline: &'p wgpu::ComputePipeline,
-    pub(crate) bind_group: wgpu::BindGroup,
+/// A program with its resources, in the order of its bindings, and its grid.
+pub(crate) struct Dispatch<'a> {
+    pub(crate) program: &'a Arc<Program>,
+    pub(crate) resources: Vec<wgpu::BindingResource<'a>>,
     pub(crate) grid: [u32; 3],
 }
 
+/// A dispatch whose resources are bound.
+pub(crate) struct Prepared {
+    program: Arc<Program>,
+    bind_group: wgpu::BindGroup,
+    grid: [u32; 3],
+}
+
+impl Gpu {
+    /// Binds the resources of dispatches, all of them or none.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`] if a resource doesn't fit its binding; [`Error::DeviceLost`].
+    pub(crate) fn prepare(&self, dispatches: &[Dispatch<'_>]) -> Result<Vec<Prepared>> {
+        // One scope for all: a scope costs a tenth of a bind group.
+        self.scoped_recording("binding buffers (are they all of the same device?)", || {
+            let prepare = |dispatch: &Dispatch<'_>| Prepared {
+                program: Arc::clone(dispatch.program),
+                bind_group: dispatch.program.bind(self, &dispatch.resources),
+                grid: dispatch.grid,
+            };
+            dispatches.iter().map(prepare).collect()
+        })
+    }
+}
+
 impl Recorder<'_, '_> {
-    /// Records the dispatches one after another. wgpu orders those that write what a later one reads.
-    pub(crate) fn record(self, label: &str, dispatches: &[Dispatch<'_>]) {
-        fn into_pass(pass: &mut wgpu::ComputePass<'_>, dispatches: &[Dispatch<'_>]) {
+    /// Records dispatches one after another, or none of them. wgpu orders those that write what a later one reads.
+    ///
+    /// The leases are those of the uploads that the dispatches read. They are held until the commands have finished, or their
+    /// encoder or command buffer is dropped without a submit.
+    ///
+    /// # Errors
+    /// Those of [`Gpu::prepare`].
+    pub(crate) fn record(
+        self,
+        gpu: &Gpu,
+        label: &'static str,
+        dispatches: &[Dispatch<'_>],
+        leases: &[Lease],
+    ) -> Result<()> {
+        self.record_prepared(gpu, label, &gpu.prepare(dispatches)?, leases)
+    }
+
+    /// [`Recorder::record`] of what is bound already. Fails only on a lost device or for an encoder that is no longer recording.
+    pub(crate) fn record_prepared(
+        self,
+        gpu: &Gpu,
+        label: &'static str,
+        dispatches: &[Prepared],
+        leases: &[Lease],
+    ) -> Result<()> {
+        let into_pass = |pass: &mut wgpu::ComputePass<'_>| {
             for dispatch in dispatches {
-                pass.set_pipeline(dispatch.pipeline);
+                pass.set_pipeline(dispatch.program.pipeline());
                 pass.set_bind_group(0, &dispatch.bind_group, &[]);
                 let [x, y, z] = dispatch.grid;
                 pass.dispatch_workgroups(x, y, z);
             }
-        }
-        match self {
-            Self::Pass(pass) => into_pass(pass, dispatches),
-            Self::Encoder(encoder) => {
-                let descriptor = wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
-                into_pass(&mut encoder.begin_compute_pass(&descriptor), dispatches);
+            for lease in leases {
+                let lease = lease.clone();
+                pass.on_submitted_work_done(move || drop(lease));
             }
+        };
+        match self {
+            Self::Pass(pass) => {
+                into_pass(pass);
+                Ok(())
+            }
+            Self::Encoder(encoder) => gpu.scoped_recording("recording a pass", || {
+                let descriptor = wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
+                into_pass(&mut encoder.begin_compute_pass(&descriptor));
+            }),
         }
     }
 }
@@ -73,8 +131,7 @@ impl<'a> BufferRef<'a> {
     ///
     /// # Errors
     /// [`Error::Argument`] that names `argument`; [`Error::Unsupported`] if it doesn't fit a binding.
-    pub fn check(self, gpu: &Gpu, argument: &'static str, elements: u64, exact: bool) -> Result<Self> {
-        let need = elements * 4;
+    pub(crate) fn check(self, gpu: &Gpu, argument: &'static str, elements: u64, exact: bool) -> Result<Self> {
         if !self.buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(Error::argument(argument, format!("usage {:?}", self.buffer.usage()), "BufferUsages::STORAGE"));
         }
@@ -83,15 +140,12 @@ impl<'a> BufferRef<'a> {
             let rule = format!("a multiple of the device's storage offset alignment, {alignment}");
             return Err(Error::argument(argument, format!("offset {}", self.offset), rule));
         }
-        let end = self.offset.checked_add(self.size);
-        if end.is_none_or(|end| end > self.buffer.size()) {
+        if !self.is_inside() {
             let got = format!("{} bytes from offset {}", self.size, self.offset);
-            return Err(Error::argument(
-                argument,
-                got,
-                format!("a range within the buffer's {} bytes", self.buffer.size()),
-            ));
+            let rule = format!("a range within the buffer's {} bytes", self.buffer.size());
+            return Err(Error::argument(argument, got, rule));
         }
+        let need = elements.saturating_mul(4);
         if self.size < need || (exact && self.size != need) {
             let rule = if exact { "exactly" } else { "at least" };
             let got = format!("{} bytes", self.size);
@@ -99,9 +153,8 @@ impl<'a> BufferRef<'a> {
         }
         let max = gpu.limits().max_storage_buffer_binding_size;
         if need > max {
-            let hint = "; use smaller steps".to_owned();
             let (need, have) = (format!("{need} bytes"), format!("{max} bytes in a storage binding"));
-            return Err(Error::Unsupported { what: argument, need, have, hint });
+            return Err(Error::unsupported(argument, need, have).with_hint("use smaller steps"));
         }
         Ok(Self { size: need, ..self })
     }
@@ -109,20 +162,19 @@ impl<'a> BufferRef<'a> {
     /// Checks that the range can be copied from.
     pub(crate) fn check_copy(self, argument: &'static str) -> Result<Self> {
         if !self.buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
-            return Err(Error::argument(
-                argument,
-                format!("usage {:?}", self.buffer.usage()),
-                "BufferUsages::COPY_SRC",
-            ));
+            let got = format!("usage {:?}", self.buffer.usage());
+            return Err(Error::argument(argument, got, "BufferUsages::COPY_SRC"));
         }
-        let end = self.offset.checked_add(self.size);
-        let inside = end.is_some_and(|end| end <= self.buffer.size());
-        if !inside || !self.offset.is_multiple_of(4) || !self.size.is_multiple_of(4) {
+        if !self.is_inside() || !self.offset.is_multiple_of(4) || !self.size.is_multiple_of(4) {
             let got = format!("{} bytes from offset {}", self.size, self.offset);
             let rule = format!("multiples of 4 within the buffer's {} bytes", self.buffer.size());
             return Err(Error::argument(argument, got, rule));
         }
         Ok(self)
+    }
+
+    fn is_inside(&self) -> bool {
+        self.offset.checked_add(self.size).is_some_and(|end| end <= self.buffer.size())
     }
 
     /// Bytes of the buffer before the range.
@@ -149,8 +201,7 @@ impl<'a> BufferRef<'a> {
     }
 
     /// As a binding. wgpu wants sizes in whole 4 bytes, which a checked range has.
-    #[must_use]
-    pub fn binding(&self) -> wgpu::BindingResource<'a> {
+    pub(crate) fn binding(&self) -> wgpu::BindingResource<'a> {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: self.buffer,
             offset: self.offset,
@@ -169,4 +220,10 @@ impl<'a> From<wgpu::BufferSlice<'a>> for BufferRef<'a> {
     fn from(slice: wgpu::BufferSlice<'a>) -> Self {
         Self::new(slice.buffer(), slice.offset(), slice.size())
     }
+}
+
+/// The parameter block at some bytes of an upload, as a uniform binding.
+pub(crate) fn params_binding<P>(buffer: &wgpu::Buffer, offset: u64) -> wgpu::BindingResource<'_> {
+    let size = std::num::NonZeroU64::new(size_of::<P>() as u64);
+    wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
 }

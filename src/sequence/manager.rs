@@ -1,34 +1,19 @@
 //! Sequences over the pool: everything about the cache that needs no GPU.
 
-use std::collections::HashMap;
-use std::fmt;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{HashMap, HashSet};
 
-use super::layout::KvCacheConfig;
-use super::pool::{BlockId, BlockPool};
+use super::batch::{Batch, BatchEntry};
+use super::pool::BlockPool;
 use super::prefix::{PrefixIndex, PrefixMatch, PrefixStats};
 use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
-use crate::error::{Error, Result};
-use crate::plan::{Batch, BatchEntry};
-
-/// A sequence of a cache. Ids are never used again, and no other cache knows them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SequenceId {
-    /// Tells the caches of a process apart.
-    cache: u64,
-    number: u64,
-}
-
-impl fmt::Display for SequenceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sequence #{}", self.number)
-    }
-}
+use crate::error::{Error, Holder, Result};
+use crate::ids::{BlockId, SequenceId};
+use crate::layout::KvCacheConfig;
 
 /// How full a pool is, in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PoolUsage {
     /// Blocks of the pool.
     pub total: u32,
@@ -48,13 +33,20 @@ pub struct PoolUsage {
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
     pub(super) table: BlockTable,
-    /// In an open step, swap-out or defragmentation: nobody else may change it.
-    pub(super) in_step: bool,
+    /// Nobody else may change it.
+    pub(super) held_by: Option<Holder>,
+}
+
+/// What committing a reservation does. It fits only the manager that made it, and is void once that has been cleared.
+#[derive(Debug)]
+pub struct Pending {
+    epoch: u64,
+    changes: Vec<Change>,
 }
 
 /// What committing a step does to one sequence.
 #[derive(Debug)]
-pub(crate) struct Pending {
+struct Change {
     sequence: SequenceId,
     /// The copy that replaces the shared last block.
     replacement: Option<BlockId>,
@@ -62,27 +54,27 @@ pub(crate) struct Pending {
     len: u32,
 }
 
-/// A reserved step, before anything is uploaded.
+/// A reserved step: blocks are taken, and nothing else has changed. It ends with [`Manager::commit`] or [`Manager::roll_back`].
 #[derive(Debug)]
-pub(crate) struct Reservation {
-    pub(crate) batch: Batch,
-    pub(crate) pending: Vec<Pending>,
-    /// Slot (block * block_size + offset) of every new token.
-    pub(crate) slots: Vec<u32>,
+#[must_use = "its blocks are taken until it is committed or rolled back"]
+#[non_exhaustive]
+pub struct Reservation {
+    /// Query lengths, context lengths and block tables.
+    pub batch: Batch,
+    /// What committing it does.
+    pub pending: Pending,
+    /// Slot (`block * block_size + offset`) of every new token.
+    pub slots: Vec<u32>,
     /// Blocks to copy before anything is appended: source, destination.
-    pub(crate) copies: Vec<[u32; 2]>,
+    pub copies: Vec<[u32; 2]>,
 }
 
-pub(crate) type SharedState = Arc<Mutex<Manager>>;
-
-pub(super) fn lock(state: &SharedState) -> MutexGuard<'_, Manager> {
-    // The manager checks before it changes anything, so a panic elsewhere never leaves it half-changed.
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Sequences, their tables, the pool and the prefix index.
+/// Sequences, their tables, the pool and the prefix index: everything that a cache knows without a device.
+///
+/// `KvCache` holds one behind a lock. A program with a GPU library of its own drives one itself: it reserves a step, does on the GPU what
+/// the reservation and the plan say, and commits. Each method checks before it changes anything.
 #[derive(Debug)]
-pub(crate) struct Manager {
+pub struct Manager {
     config: KvCacheConfig,
     pub(super) pool: BlockPool,
     pub(super) prefixes: PrefixIndex,
@@ -95,34 +87,46 @@ pub(crate) struct Manager {
 }
 
 impl Manager {
-    pub(crate) fn new(config: KvCacheConfig) -> Self {
-        // std's per-map random keys: a number that no other cache has, without a global counter of our own.
-        let next_id = SequenceId { cache: RandomState::new().build_hasher().finish(), number: 0 };
-        let pool = BlockPool::new(config.num_blocks);
-        Self {
+    /// A pool of free blocks, and no sequences.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a configuration that breaks a rule: [`KvCacheConfig::validate`].
+    pub fn new(config: KvCacheConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
             config,
-            pool,
+            pool: BlockPool::new(config.num_blocks),
             prefixes: PrefixIndex::default(),
             sequences: HashMap::new(),
-            next_id,
+            next_id: SequenceId::first(),
             epoch: 0,
             open_moves: 0,
-        }
+        })
     }
 
-    pub(crate) fn epoch(&self) -> u64 {
+    /// The shape of the cache.
+    #[must_use]
+    pub fn config(&self) -> &KvCacheConfig {
+        &self.config
+    }
+
+    /// How often the cache has been cleared: reservations of an earlier epoch are void.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
         self.epoch
     }
 
-    /// Fails if the cache has been cleared since this epoch.
-    pub(super) fn check_epoch(&self, epoch: u64) -> Result<()> {
+    /// Fails if the cache has been cleared since this epoch. `what` began then.
+    pub(crate) fn check_epoch(&self, epoch: u64, what: &'static str) -> Result<()> {
         if epoch == self.epoch {
             return Ok(());
         }
-        Err(Error::StaleStep { reason: "the cache has been cleared since it began" })
+        Err(Error::Stale { what, reason: "the cache has been cleared since it began" })
     }
 
-    pub(crate) fn usage(&self) -> PoolUsage {
+    /// How full the pool is.
+    #[must_use]
+    pub fn usage(&self) -> PoolUsage {
         let (total, free) = (self.pool.num_blocks(), self.pool.num_free());
         PoolUsage {
             total,
@@ -134,36 +138,46 @@ impl Manager {
         }
     }
 
-    pub(crate) fn memory(&self) -> MemoryReport {
+    /// Where the pool's bytes are, in all and for each sequence. Costs O(blocks).
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
         let tables = self.sequences.iter().map(|(&id, sequence)| (id, &sequence.table));
         MemoryReport::new(&self.config, &self.pool, self.usage(), self.prefix_stats(), tables)
     }
 
     /// Whether nothing is cached and nothing is under way.
     pub(crate) fn is_empty(&self) -> bool {
-        let is_idle = |sequence: &Sequence| sequence.table.is_empty() && !sequence.in_step;
+        let is_idle = |sequence: &Sequence| sequence.table.is_empty() && sequence.held_by.is_none();
         self.open_moves == 0 && self.pool.num_indexed() == 0 && self.sequences.values().all(is_idle)
     }
 
-    pub(crate) fn create(&mut self) -> SequenceId {
+    /// A new, empty sequence. Takes no block.
+    pub fn create(&mut self) -> SequenceId {
         self.insert(BlockTable::default())
     }
 
     pub(super) fn insert(&mut self, table: BlockTable) -> SequenceId {
         let id = self.next_id;
-        self.next_id.number += 1;
-        self.sequences.insert(id, Sequence { table, in_step: false });
+        self.next_id = id.next();
+        self.sequences.insert(id, Sequence { table, held_by: None });
         id
     }
 
-    pub(crate) fn table(&self, id: SequenceId) -> Result<&BlockTable> {
+    /// The blocks of a sequence, and its length; open steps not counted.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn table(&self, id: SequenceId) -> Result<&BlockTable> {
         self.sequences.get(&id).map(|s| &s.table).ok_or(Error::UnknownSequence(id))
     }
 
-    /// Fails if the sequence is unknown or in an open step.
+    /// Fails if the sequence is unknown or held.
     pub(super) fn check_idle(&self, id: SequenceId) -> Result<&Sequence> {
         let sequence = self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?;
-        if sequence.in_step { Err(Error::SequenceInStep(id)) } else { Ok(sequence) }
+        match sequence.held_by {
+            Some(holder) => Err(Error::SequenceBusy { sequence: id, holder }),
+            None => Ok(sequence),
+        }
     }
 
     /// Takes blocks with one holder, the caller: free ones, and if there are too few, such as only the prefix index holds.
@@ -188,12 +202,20 @@ impl Manager {
         self.prefixes.settle(&mut self.pool);
     }
 
-    pub(crate) fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
+    /// A new sequence with the same tokens, sharing all blocks. Costs O(blocks).
+    ///
+    /// # Errors
+    /// Those of [`Manager::fork_at`].
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
         let len = self.table(id)?.len();
         self.fork_at(id, len)
     }
 
-    pub(crate) fn fork_at(&mut self, id: SequenceId, len: u32) -> Result<SequenceId> {
+    /// A new sequence of the first `len` tokens, sharing their blocks, also a partly filled last one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn fork_at(&mut self, id: SequenceId, len: u32) -> Result<SequenceId> {
         let block_size = self.config.block_size;
         self.check_prefix_len(id, len)?;
         let table = self.sequences[&id].table.fork_at(len, block_size, &mut self.pool);
@@ -210,7 +232,11 @@ impl Manager {
         Ok(())
     }
 
-    pub(crate) fn publish_prefix(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
+    /// Makes the full blocks of a sequence's first tokens findable. Returns the number of blocks that were not in the index yet.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more tokens than the sequence has; [`Error::UnknownSequence`].
+    pub fn publish_prefix(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
         // Full blocks of an open step's sequence are not written to, so there is no need to wait for the step.
         let table = &self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?.table;
         if tokens.len() as u64 > u64::from(table.len()) {
@@ -222,7 +248,8 @@ impl Manager {
         Ok(added)
     }
 
-    pub(crate) fn match_prefix(&mut self, tokens: &[u32], salt: u64) -> PrefixMatch {
+    /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty.
+    pub fn match_prefix(&mut self, tokens: &[u32], salt: u64) -> PrefixMatch {
         let block_size = self.config.block_size;
         let blocks = self.prefixes.find(tokens, salt, block_size);
         // At most the length of a sequence that was published.
@@ -232,16 +259,26 @@ impl Manager {
         PrefixMatch { sequence: self.insert(table), len }
     }
 
-    pub(crate) fn forget_prefixes(&mut self, salt: u64) -> Result<u32> {
+    /// Drops all of the index's entries under a salt. Returns their number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a salt without entries.
+    pub fn forget_prefixes(&mut self, salt: u64) -> Result<u32> {
         let removed = self.prefixes.forget(salt, &mut self.pool);
         removed.ok_or_else(|| Error::argument("salt", format!("unknown salt {salt}"), "one with indexed blocks"))
     }
 
-    pub(crate) fn prefix_stats(&self) -> PrefixStats {
+    /// What the prefix index holds, and how often it was of use.
+    #[must_use]
+    pub fn prefix_stats(&self) -> PrefixStats {
         self.prefixes.stats(&self.pool)
     }
 
-    pub(crate) fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
+    /// Forgets the tokens from `len` on, and gives blocks that are no longer needed back.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         self.check_prefix_len(id, len)?;
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.table.truncate(len, self.config.block_size, &mut self.pool);
@@ -250,39 +287,18 @@ impl Manager {
         Ok(())
     }
 
-    /// Takes every block of a pool from which none has been taken, and gives block `i` to the `i`th of as many new, empty sequences: the
-    /// rows of a contiguous cache. [`Manager::shorten`] them; [`Manager::truncate`] would give their blocks back.
-    pub(crate) fn create_rows(&mut self) -> Vec<SequenceId> {
-        let blocks = self.pool.allocate(self.config.num_blocks).unwrap_or_default();
-        blocks
-            .into_iter()
-            .map(|block| {
-                let mut table = BlockTable::default();
-                table.grow(None, &[block], 0);
-                self.insert(table)
-            })
-            .collect()
-    }
-
-    /// [`Manager::truncate`] that keeps the blocks.
-    pub(crate) fn shorten(&mut self, id: SequenceId, len: u32) -> Result<()> {
-        let have = self.check_idle(id)?.table.len();
-        if len > have {
-            return Err(Error::argument("len", len, format!("at most the row's length, {have}")));
-        }
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.table.shorten(len);
-        }
-        Ok(())
-    }
-
-    pub(crate) fn free(&mut self, id: SequenceId) -> Result<()> {
+    /// Ends a sequence.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn free(&mut self, id: SequenceId) -> Result<()> {
         self.truncate(id, 0)?;
         self.sequences.remove(&id);
         Ok(())
     }
 
-    pub(crate) fn clear(&mut self) {
+    /// Ends all sequences and empties the prefix index. Reservations become void.
+    pub fn clear(&mut self) {
         self.pool = BlockPool::new(self.config.num_blocks);
         self.prefixes = self.prefixes.emptied();
         self.sequences.clear();
@@ -290,13 +306,17 @@ impl Manager {
         self.epoch += 1;
     }
 
-    /// Checks the batch, then takes all blocks that it needs, or none.
-    pub(crate) fn reserve(&mut self, requests: &[(SequenceId, u32)]) -> Result<Reservation> {
+    /// Reserves a step of new tokens, `(sequence, query_len)` each: checks the batch, then takes all blocks that it needs, or none.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBlocks`]; [`Error::SequenceFull`]; [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`]. Nothing has changed then.
+    pub fn reserve(&mut self, requests: &[(SequenceId, u32)]) -> Result<Reservation> {
         let block_size = self.config.block_size;
         if requests.is_empty() {
             return Err(Error::argument("batch", "no sequences", "at least one (sequence, query_len)"));
         }
-        let mut seen = std::collections::HashSet::with_capacity(requests.len());
+        let mut seen = HashSet::with_capacity(requests.len());
         let mut num_tokens = 0_u32;
         for &(id, query_len) in requests {
             let len = self.check_idle(id)?.table.len();
@@ -311,6 +331,12 @@ impl Manager {
             if !fits {
                 let got = format!("{query_len} for {id} of {len} tokens");
                 return Err(Error::argument("query_len", got, "a sequence length below 2^31"));
+            }
+            if let Some(max_seq_len) = self.config.max_seq_len()
+                && len + query_len > max_seq_len
+            {
+                let need = u64::from(len) + u64::from(query_len);
+                return Err(Error::SequenceFull { sequence: id, need, max_seq_len });
             }
             num_tokens = num_tokens
                 .checked_add(query_len)
@@ -356,13 +382,13 @@ impl Manager {
         let mut taken = taken.into_iter();
         let mut reservation = Reservation {
             batch: Batch::default(),
-            pending: Vec::with_capacity(requests.len()),
+            pending: Pending { epoch: self.epoch, changes: Vec::with_capacity(requests.len()) },
             slots: Vec::with_capacity(num_tokens as usize),
             copies: Vec::new(),
         };
         for (&(id, query_len), growth) in requests.iter().zip(growths) {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            sequence.in_step = true;
+            sequence.held_by = Some(Holder::Step);
             let table = &sequence.table;
             let context_len = table.len();
             let len = context_len + query_len;
@@ -384,17 +410,17 @@ impl Manager {
                     .map(|position| blocks[(position / block_size) as usize] * block_size + position % block_size),
             );
             reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range });
-            reservation.pending.push(Pending { sequence: id, replacement, new_blocks, len });
+            reservation.pending.changes.push(Change { sequence: id, replacement, new_blocks, len });
         }
         reservation
     }
 
-    /// Lengths advance, new blocks join their tables, replaced blocks lose a holder.
-    pub(crate) fn commit(&mut self, pending: Vec<Pending>) {
-        for change in pending {
-            // A sequence in a step can't be freed, and a cleared cache refuses the step: it is there.
+    /// Ends a reserved step: lengths advance, new blocks join their tables, replaced blocks lose a holder. Nothing happens if the cache has been
+    /// cleared since it was reserved, or the reservation is another manager's.
+    pub fn commit(&mut self, pending: Pending) {
+        for change in self.changes_of(pending) {
             let Some(sequence) = self.sequences.get_mut(&change.sequence) else { continue };
-            sequence.in_step = false;
+            sequence.held_by = None;
             if let Some(replaced) = sequence.table.grow(change.replacement, &change.new_blocks, change.len) {
                 self.pool.release(replaced);
             }
@@ -402,21 +428,25 @@ impl Manager {
         self.settle();
     }
 
-    /// Gives a dropped step's blocks back. Nothing to do if the cache has been cleared since: its pool is another one.
-    pub(crate) fn roll_back(&mut self, epoch: u64, pending: Vec<Pending>) {
-        if epoch != self.epoch {
-            return;
-        }
+    /// Undoes a reserved step: gives its blocks back. Nothing happens if the cache has been cleared since: its pool is another one.
+    pub fn roll_back(&mut self, pending: Pending) {
         // In reverse, so that the next step takes the same blocks in the same order.
-        for change in pending.into_iter().rev() {
+        for change in self.changes_of(pending).into_iter().rev() {
             for &block in change.new_blocks.iter().rev().chain(&change.replacement) {
                 self.pool.release(block);
             }
             if let Some(sequence) = self.sequences.get_mut(&change.sequence) {
-                sequence.in_step = false;
+                sequence.held_by = None;
             }
         }
         self.settle();
+    }
+
+    /// The changes of a reservation, if it is this manager's and not void.
+    fn changes_of(&self, pending: Pending) -> Vec<Change> {
+        // A sequence in a step can't be freed, so it is there. Ids of other managers are not.
+        let is_own = |change: &Change| self.sequences.contains_key(&change.sequence);
+        if pending.epoch == self.epoch && pending.changes.iter().all(is_own) { pending.changes } else { Vec::new() }
     }
 }
 

@@ -1,0 +1,73 @@
+//! What folio needs of a device.
+
+use crate::error::{Error, Result};
+
+/// Features that folio's kernels use when the device has them. None is required.
+///
+/// Subgroups shorten reductions; 64-bit integers make loads wider on CPU adapters.
+#[must_use]
+pub fn useful_features() -> wgpu::Features {
+    wgpu::Features::SUBGROUP | wgpu::Features::SHADER_INT64
+}
+
+/// Limits that folio needs: WebGPU's defaults, as far as compute shaders are concerned.
+///
+/// A host that opens its own device and asks for at least these (or for `wgpu::Limits::default()`) can use every part of folio.
+#[must_use]
+pub fn required_limits() -> wgpu::Limits {
+    wgpu::Limits::default()
+}
+
+/// Compares the compute limits with [`required_limits`].
+pub(super) fn check_limits(have: &wgpu::Limits) -> Result<()> {
+    let need = required_limits();
+    let at_least: [(&'static str, u64, u64); 11] = [
+        (
+            "max_storage_buffers_per_shader_stage",
+            need.max_storage_buffers_per_shader_stage.into(),
+            have.max_storage_buffers_per_shader_stage.into(),
+        ),
+        ("max_uniform_buffers_per_shader_stage", 1, have.max_uniform_buffers_per_shader_stage.into()),
+        // Pools shrink with the binding; below this even the work lists of a large batch may not fit.
+        ("max_storage_buffer_binding_size", 1 << 20, have.max_storage_buffer_binding_size),
+        ("max_buffer_size", 1 << 20, have.max_buffer_size),
+        ("max_uniform_buffer_binding_size", 256, have.max_uniform_buffer_binding_size),
+        (
+            "max_compute_workgroup_storage_size",
+            need.max_compute_workgroup_storage_size.into(),
+            have.max_compute_workgroup_storage_size.into(),
+        ),
+        (
+            "max_compute_invocations_per_workgroup",
+            need.max_compute_invocations_per_workgroup.into(),
+            have.max_compute_invocations_per_workgroup.into(),
+        ),
+        (
+            "max_compute_workgroup_size_x",
+            need.max_compute_workgroup_size_x.into(),
+            have.max_compute_workgroup_size_x.into(),
+        ),
+        (
+            "max_compute_workgroups_per_dimension",
+            need.max_compute_workgroups_per_dimension.into(),
+            have.max_compute_workgroups_per_dimension.into(),
+        ),
+        ("max_bind_groups", 1, have.max_bind_groups.into()),
+        ("max_bindings_per_bind_group", 9, have.max_bindings_per_bind_group.into()),
+    ];
+    for (what, need, have) in at_least {
+        if have < need {
+            return Err(Error::unsupported(what, format!("at least {need}"), have));
+        }
+    }
+    // Uploads place their parameter blocks at 256 bytes, WebGPU's largest alignment.
+    for (what, have) in [
+        ("min_uniform_buffer_offset_alignment", have.min_uniform_buffer_offset_alignment),
+        ("min_storage_buffer_offset_alignment", have.min_storage_buffer_offset_alignment),
+    ] {
+        if have > 256 {
+            return Err(Error::unsupported(what, "at most 256", have));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,224 @@
+//! The compute layer: a device, its buffers, uploads, readback, recording, and compiled kernels.
+
+mod limits;
+#[cfg(feature = "open")]
+mod open;
+mod program;
+mod readback;
+mod record;
+mod scope;
+mod upload;
+
+pub use limits::{required_limits, useful_features};
+#[cfg(feature = "open")]
+pub use open::GpuOptions;
+pub(crate) use program::{Program, VariantProgram};
+pub(crate) use readback::Readback;
+pub use record::{BufferRef, Recorder};
+pub(crate) use record::{Dispatch, Prepared, params_binding};
+pub(crate) use upload::{Lease, Upload};
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::error::Result;
+use crate::kernel::{AdapterClass, Profile, Target};
+use limits::check_limits;
+
+/// The profile that suits an adapter.
+///
+/// CPU adapters are known by their device type; the GL twin of llvmpipe reports another type, hence the names.
+fn profile_of(info: &wgpu::AdapterInfo) -> Profile {
+    if is_cpu_adapter(info) { Profile::Cpu } else { Profile::Gpu }
+}
+
+fn is_cpu_adapter(info: &wgpu::AdapterInfo) -> bool {
+    let name = info.name.to_lowercase();
+    info.device_type == wgpu::DeviceType::Cpu
+        || ["llvmpipe", "swiftshader", "basic render"].iter().any(|cpu| name.contains(cpu))
+}
+
+/// Whether wgpu adds bounds checks and loop guards to folio's shaders.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ShaderChecks {
+    /// wgpu's checks stay in.
+    Full,
+    /// wgpu's checks are left out. folio's own validation on the host, and the clamps in its kernels, take their place.
+    /// On GPUs they nearly triple the size of the prefill kernel and keep loops from being unrolled. On the web this
+    /// has no effect: the browser keeps its checks.
+    #[default]
+    Trusted,
+}
+
+struct Inner {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    info: wgpu::AdapterInfo,
+    features: wgpu::Features,
+    limits: wgpu::Limits,
+    profile: Profile,
+    shader_checks: ShaderChecks,
+    uploads: upload::UploadPool,
+    programs: program::Programs,
+    /// Whether the device is known to be lost.
+    lost: AtomicBool,
+    #[cfg(not(target_arch = "wasm32"))]
+    start: std::time::Instant,
+    /// When a recording call last asked whether the device is there, in microseconds since `start`.
+    #[cfg(not(target_arch = "wasm32"))]
+    last_probe: std::sync::atomic::AtomicU64,
+}
+
+/// A wgpu device and queue with what folio needs checked. Cheap to clone; clones share everything.
+///
+/// folio never submits, polls, or spawns a thread unless a method's documentation says so. Each kernel is compiled once per device and kept
+/// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
+/// returns [`Error::DeviceLost`](crate::Error::DeviceLost), from any thread, and has changed nothing.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu")
+            .field("adapter", &self.0.info.name)
+            .field("backend", &self.0.info.backend)
+            .field("profile", &self.0.profile)
+            .field("shader_checks", &self.0.shader_checks)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gpu {
+    /// Takes a host's own device and queue, with the kernel profile that suits the adapter and
+    /// [`ShaderChecks::default`]. wgpu handles are reference counted: pass clones.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported), with need and have, if the device was requested with limits below WebGPU's defaults;
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
+    pub fn from_parts(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let profile = profile_of(&device.adapter_info());
+        Self::from_parts_with(device, queue, profile, ShaderChecks::default())
+    }
+
+    /// [`Gpu::from_parts`] with the kernel profile and the shader checks chosen by the caller.
+    ///
+    /// # Errors
+    /// Those of [`Gpu::from_parts`].
+    pub fn from_parts_with(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        profile: Profile,
+        shader_checks: ShaderChecks,
+    ) -> Result<Self> {
+        let limits = device.limits();
+        check_limits(&limits)?;
+        let gpu = Self(Arc::new(Inner {
+            info: device.adapter_info(),
+            features: device.features(),
+            limits,
+            profile,
+            shader_checks,
+            uploads: upload::UploadPool::default(),
+            programs: program::Programs::default(),
+            lost: AtomicBool::new(false),
+            #[cfg(not(target_arch = "wasm32"))]
+            start: std::time::Instant::now(),
+            #[cfg(not(target_arch = "wasm32"))]
+            last_probe: Default::default(),
+            device,
+            queue,
+        }));
+        gpu.check_alive("taking a device over")?;
+        Ok(gpu)
+    }
+
+    /// The wgpu device.
+    #[must_use]
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.device
+    }
+
+    /// The wgpu queue.
+    #[must_use]
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.0.queue
+    }
+
+    /// The adapter's name, backend, driver and type.
+    #[must_use]
+    pub fn adapter_info(&self) -> &wgpu::AdapterInfo {
+        &self.0.info
+    }
+
+    /// The features that the device was opened with.
+    #[must_use]
+    pub fn features(&self) -> wgpu::Features {
+        self.0.features
+    }
+
+    /// The limits that the device was opened with.
+    #[must_use]
+    pub fn limits(&self) -> &wgpu::Limits {
+        &self.0.limits
+    }
+
+    /// The kernel family in use.
+    #[must_use]
+    pub fn profile(&self) -> Profile {
+        self.0.profile
+    }
+
+    /// Whether wgpu's shader checks are in.
+    #[must_use]
+    pub fn shader_checks(&self) -> ShaderChecks {
+        self.0.shader_checks
+    }
+
+    /// The subgroup size if every subgroup of this adapter has the same one and the device can use subgroups.
+    #[must_use]
+    pub fn subgroup_size(&self) -> Option<u32> {
+        let info = &self.0.info;
+        (self.has_subgroups() && info.subgroup_min_size == info.subgroup_max_size).then_some(info.subgroup_min_size)
+    }
+
+    /// Whether the device can use subgroup operations.
+    #[must_use]
+    pub fn has_subgroups(&self) -> bool {
+        self.0.features.contains(wgpu::Features::SUBGROUP)
+    }
+
+    /// How many kernels have been compiled on the device so far.
+    #[must_use]
+    pub fn num_compiled(&self) -> u64 {
+        self.0.programs.num_compiled()
+    }
+
+    /// What kernels are written for on this device.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        Target {
+            profile: self.profile(),
+            subgroups: self.has_subgroups(),
+            subgroup_size: self.subgroup_size().unwrap_or(0),
+            int64: self.features().contains(wgpu::Features::SHADER_INT64),
+            enable_directives: self.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
+        }
+    }
+
+    /// What kind of adapter it is, as far as the number of workgroups that keep it busy depends on it.
+    #[must_use]
+    pub fn adapter_class(&self) -> AdapterClass {
+        match self.0.info.device_type {
+            _ if is_cpu_adapter(&self.0.info) => AdapterClass::Cpu,
+            wgpu::DeviceType::DiscreteGpu => AdapterClass::Discrete,
+            _ => AdapterClass::Integrated,
+        }
+    }
+
+    /// The largest storage binding in bytes: bounded by the binding limit and by the buffer limit, in whole `vec4`s.
+    #[must_use]
+    pub fn max_storage_bytes(&self) -> u64 {
+        self.0.limits.max_storage_buffer_binding_size.min(self.0.limits.max_buffer_size) / 16 * 16
+    }
+}

@@ -1,0 +1,133 @@
+//! [`AttentionConfig`]: what attention computes.
+
+use super::MAX_GRID;
+use super::params::AttendParams;
+use crate::error::{Error, Result};
+use crate::layout::KvCacheConfig;
+
+/// What attention computes. The same for every call of one [`Attention`].
+///
+/// For each query head: `logit = softmax_scale * q·k`, through the soft cap if there is one, plus the ALiBi bias, then masked
+/// (causal, window, custom mask); the softmax of the visible logits, with a sink's weight in the denominator if there is one, weighs the V rows.
+/// A row without a visible key yields 0 (and an lse of -infinity).
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct AttentionConfig {
+    /// Query heads; a multiple of the cache's `num_kv_heads`. Query head `h` attends to KV head `h / (num_q_heads / num_kv_heads)`.
+    pub num_q_heads: u32,
+    /// A query sees keys up to its own position (true), or all keys of its sequence (false).
+    pub causal: bool,
+    /// Factor of the logits. `None`: `1 / sqrt(head_dim)`.
+    pub softmax_scale: Option<f32>,
+    /// `c * tanh(x / c)` on scaled logits. `None`: no soft cap.
+    pub softcap: Option<f32>,
+    /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. `None`: all.
+    pub window: Option<u32>,
+    /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
+    pub alibi_slopes: Option<Vec<f32>>,
+    /// A logit per query head that joins the softmax denominator and has no V row.
+    pub sinks: Option<Vec<f32>>,
+    /// Calls of `Attention::plan_with_masks` give a bit per query and key.
+    pub custom_mask: bool,
+    /// Calls write the natural logarithm of the softmax denominator: use `Attention::attend_with_lse`.
+    pub lse: bool,
+    /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
+    /// speed with small batches of middling lengths.
+    pub deterministic: bool,
+    /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
+    /// more on its own exceeds it.
+    pub max_workspace_bytes: u64,
+}
+
+impl AttentionConfig {
+    /// Causal attention with `num_q_heads` query heads and no extras.
+    #[must_use]
+    pub fn new(num_q_heads: u32) -> Self {
+        Self {
+            num_q_heads,
+            causal: true,
+            softmax_scale: None,
+            softcap: None,
+            window: None,
+            alibi_slopes: None,
+            sinks: None,
+            custom_mask: false,
+            lse: false,
+            deterministic: false,
+            max_workspace_bytes: 64 << 20,
+        }
+    }
+
+    /// Checks the options against a cache.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] that names the field.
+    pub fn validate(&self, cache: &KvCacheConfig) -> Result<()> {
+        let heads = self.num_q_heads;
+        // Merge has one workgroup row per query head.
+        if heads == 0 || heads > MAX_GRID || !heads.is_multiple_of(cache.num_kv_heads) {
+            let rule = format!("a multiple of num_kv_heads, {}, from it to {MAX_GRID}", cache.num_kv_heads);
+            return Err(Error::argument("num_q_heads", heads, rule));
+        }
+        let finite = |argument, value: f32| {
+            if value.is_finite() { Ok(()) } else { Err(Error::argument(argument, value, "a finite number")) }
+        };
+        if let Some(scale) = self.softmax_scale {
+            finite("softmax_scale", scale)?;
+        }
+        if let Some(cap) = self.softcap
+            && !(cap.is_finite() && cap > 0.0)
+        {
+            return Err(Error::argument("softcap", cap, "a finite number above 0, or None"));
+        }
+        if self.window == Some(0) {
+            return Err(Error::argument("window", 0, "at least 1, or None"));
+        }
+        for (argument, values) in [("alibi_slopes", &self.alibi_slopes), ("sinks", &self.sinks)] {
+            let Some(values) = values else { continue };
+            if values.len() != heads as usize {
+                let got = format!("{} values", values.len());
+                return Err(Error::argument(argument, got, format!("one per query head, {heads}")));
+            }
+            // The kernels take them in units of log2.
+            values.iter().try_for_each(|&value| finite(argument, value * std::f32::consts::LOG2_E))?;
+        }
+        // So do they the scale, which a soft cap divides.
+        let params = self.params(cache);
+        finite("softmax_scale", params.qk_scale)?;
+        finite("softcap", params.softcap_log2e)
+    }
+
+    /// The parameters that all dispatches of a plan share, for [`StepPlan::new`](super::StepPlan::new).
+    #[must_use]
+    pub fn params(&self, cache: &KvCacheConfig) -> AttendParams {
+        use std::f64::consts::LOG2_E;
+        let scale = self.softmax_scale.map_or_else(|| 1.0 / f64::from(cache.head_dim).sqrt(), f64::from);
+        let (qk_scale, softcap_log2e) = match self.softcap.map(f64::from) {
+            Some(cap) => (scale / cap, cap * LOG2_E),
+            None => (scale * LOG2_E, 0.0),
+        };
+        AttendParams {
+            qk_scale: qk_scale as f32,
+            softcap_log2e: softcap_log2e as f32,
+            window: self.window.unwrap_or(0),
+            num_blocks: cache.num_blocks,
+            ..AttendParams::default()
+        }
+    }
+
+    /// ALiBi slopes, then sinks, of all query heads, both times log2(e), as the kernels read them; nothing if they read neither.
+    #[must_use]
+    pub fn head_words(&self) -> Vec<u32> {
+        let (slopes, sinks) = (&self.alibi_slopes, &self.sinks);
+        if slopes.is_none() && sinks.is_none() {
+            return Vec::new();
+        }
+        let word = |values: &Option<Vec<f32>>, i: usize| {
+            let value = values.as_ref().and_then(|values| values.get(i)).copied().unwrap_or(0.0);
+            (value * std::f32::consts::LOG2_E).to_bits()
+        };
+        let heads = 0..self.num_q_heads as usize;
+        [slopes, sinks].into_iter().flat_map(|values| heads.clone().map(move |i| word(values, i))).collect()
+    }
+}

@@ -1,0 +1,57 @@
+//! Work items, as the kernels read them.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Marks a work item that is alone: it writes its result, not a partial state.
+pub const NO_PARTIAL: u32 = u32::MAX;
+
+/// Work of one workgroup per KV head: a tile of query rows against a range of keys. The layout is the kernels'.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct WorkItem {
+    /// First token of the sequence in q, out and lse.
+    pub query_start: u32,
+    /// New tokens of the sequence.
+    pub query_len: u32,
+    /// Cached tokens: query token `i` is at position `context_len + i`.
+    pub context_len: u32,
+    /// First row of the tile; the rows of a sequence are `token * group_size + head_in_group`.
+    pub row_start: u32,
+    /// First key.
+    pub kv_begin: u32,
+    /// End of the keys, exclusive. Not above `kv_begin`: nothing to see, only an empty state is written.
+    pub kv_end: u32,
+    /// Where the sequence's block table starts, in words of the upload.
+    pub table_offset: u32,
+    /// Row index of the partial state of KV head 0, row 0, or [`NO_PARTIAL`].
+    pub part_row: u32,
+    /// Where the sequence's mask bits start, in words of the upload.
+    pub mask_offset: u32,
+    /// Words of the mask per token.
+    pub mask_stride: u32,
+    /// Keeps items three `vec4<u32>` long.
+    pub reserved: [u32; 2],
+}
+
+/// Merging the partial states of one token: one workgroup per query head. The layout is the merge kernel's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MergeItem {
+    /// Row in out and lse.
+    pub token: u32,
+    /// Row index of the partial state of split 0, KV head 0, first head of the group.
+    pub part_row: u32,
+    /// Number of splits.
+    pub num_splits: u32,
+    /// Partial rows from one split to the next.
+    pub split_stride: u32,
+    /// Partial rows from one KV head to the next.
+    pub head_stride: u32,
+    /// Keeps items two `vec4<u32>` long.
+    pub reserved: [u32; 3],
+}
+
+/// Words of a [`WorkItem`].
+pub const WORK_ITEM_WORDS: u32 = size_of::<WorkItem>() as u32 / 4;
+/// Words of a [`MergeItem`].
+pub const MERGE_ITEM_WORDS: u32 = size_of::<MergeItem>() as u32 / 4;

@@ -1,0 +1,260 @@
+//! [`StepPlan`]: the words that one attention call of a step uploads.
+
+use super::items::{MERGE_ITEM_WORDS, WORK_ITEM_WORDS};
+use super::lists::{PlanShape, WorkLists, partial_row_bytes};
+use super::params::{AttendParams, PARAM_BLOCK_WORDS, push_params};
+use super::split::SplitPolicy;
+use super::{MAX_GRID, linear_grid};
+use crate::error::{Error, Result};
+use crate::sequence::Batch;
+
+/// Which of the attention kernels a dispatch runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Tiles of query rows.
+    Prefill,
+    /// Single tokens.
+    Decode,
+    /// Partial states become results.
+    Merge,
+}
+
+/// A dispatch of one attention call, in every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedDispatch {
+    /// The kernel.
+    pub stage: Stage,
+    /// Workgroups.
+    pub grid: [u32; 3],
+    /// Where its [`AttendParams`] stand, in bytes from the start of the upload: a multiple of 256.
+    pub params_offset: u64,
+}
+
+/// The work of one attention call of a step: who computes what, and the words to upload. The same for every layer.
+///
+/// The upload is head parameters (slopes and sinks, if there are any), block tables, masks, items of decode, prefill and merge, and,
+/// from the next multiple of 256 bytes on, a parameter block per dispatch. It is final: offsets in items and parameters count from its start.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepPlan {
+    /// Who computes what.
+    pub lists: WorkLists,
+    /// What to upload.
+    pub words: Vec<u32>,
+    /// What to run, in this order.
+    pub dispatches: Vec<PlannedDispatch>,
+    /// Bytes of partial states that the workspace must hold.
+    pub workspace_bytes: u64,
+}
+
+impl StepPlan {
+    /// Plans a batch. `params` are those of [`AttentionConfig`](super::AttentionConfig), `heads` the words of slopes and sinks, and `masks` one
+    /// per sequence, or none at all.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a mask of another length than `query_len * ceil(seq_len / 32)` words, or a step that is too large for
+    /// 32-bit offsets or the grids of WebGPU.
+    pub fn new(
+        shape: &PlanShape,
+        policy: &SplitPolicy,
+        params: &AttendParams,
+        heads: &[u32],
+        batch: &Batch,
+        masks: &[&[u32]],
+    ) -> Result<Self> {
+        check_masks(batch, masks)?;
+        let mask_words = masks.iter().map(|mask| mask.len() as u64).sum::<u64>();
+        check_offset(heads.len() as u64 + batch.tables.len() as u64 + mask_words)?;
+        let table_offset = heads.len() as u32;
+        let mut mask_offset = table_offset + batch.tables.len() as u32;
+        let mask_offsets: Vec<_> = masks
+            .iter()
+            .map(|mask| {
+                let start = mask_offset;
+                mask_offset += mask.len() as u32;
+                start
+            })
+            .collect();
+        let lists = WorkLists::new(shape, policy, batch, table_offset, &mask_offsets)?;
+        let [decode_len, prefill_len, merge_len] =
+            [lists.decode.len(), lists.prefill.len(), lists.merge.len()].map(|len| len as u64);
+        let decode_start = u64::from(mask_offset);
+        let prefill_start = decode_start + decode_len * u64::from(WORK_ITEM_WORDS);
+        let merge_start = prefill_start + prefill_len * u64::from(WORK_ITEM_WORDS);
+        let params_start =
+            (merge_start + merge_len * u64::from(MERGE_ITEM_WORDS)).next_multiple_of(PARAM_BLOCK_WORDS.into());
+        check_offset(params_start + 3 * lists.rounds.len() as u64 * u64::from(PARAM_BLOCK_WORDS))?;
+
+        let mut words = Vec::with_capacity(params_start as usize + 3 * PARAM_BLOCK_WORDS as usize);
+        words.extend_from_slice(heads);
+        words.extend_from_slice(&batch.tables);
+        masks.iter().for_each(|mask| words.extend_from_slice(mask));
+        words.extend_from_slice(bytemuck::cast_slice(&lists.decode));
+        words.extend_from_slice(bytemuck::cast_slice(&lists.prefill));
+        words.extend_from_slice(bytemuck::cast_slice(&lists.merge));
+        words.resize(params_start as usize, 0);
+        let mut dispatches = Vec::new();
+        for round in &lists.rounds {
+            for (stage, range, start, item_words) in [
+                (Stage::Prefill, &round.prefill, prefill_start, WORK_ITEM_WORDS),
+                (Stage::Decode, &round.decode, decode_start, WORK_ITEM_WORDS),
+                (Stage::Merge, &round.merge, merge_start, MERGE_ITEM_WORDS),
+            ] {
+                if range.is_empty() {
+                    continue;
+                }
+                let heads = shape.num_kv_heads * if stage == Stage::Merge { shape.group_size } else { 1 };
+                let (x, z) = linear_grid(range.len() as u64).filter(|_| heads <= MAX_GRID).ok_or_else(|| {
+                    let got = format!("{} work items of {heads} heads", range.len());
+                    Error::argument("step", got, "at most 65535 * 65535 work items and 65535 heads")
+                })?;
+                let params_offset = words.len() as u64 * 4;
+                dispatches.push(PlannedDispatch { stage, grid: [x, heads, z], params_offset });
+                let items_offset = start as u32 + range.start as u32 * item_words;
+                let num_items = range.len() as u32;
+                push_params(
+                    &mut words,
+                    &AttendParams { items_offset, num_items, grid_x: x, head_offset: 0, ..*params },
+                );
+            }
+        }
+        let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.head_dim);
+        Ok(Self { lists, words, dispatches, workspace_bytes })
+    }
+}
+
+/// Offsets in an upload are counted in words, by `u32`.
+fn check_offset(words: u64) -> Result<()> {
+    if words > u64::from(u32::MAX) {
+        return Err(Error::argument("step", format!("{words} words of work lists"), "fewer than 2^32; a smaller step"));
+    }
+    Ok(())
+}
+
+fn check_masks(batch: &Batch, masks: &[&[u32]]) -> Result<()> {
+    if masks.is_empty() {
+        return Ok(());
+    }
+    if masks.len() != batch.entries.len() {
+        let got = format!("{} masks", masks.len());
+        return Err(Error::argument("masks", got, format!("one per sequence of the step, {}", batch.entries.len())));
+    }
+    for (i, (mask, entry)) in masks.iter().zip(&batch.entries).enumerate() {
+        let need = u64::from(entry.query_len) * u64::from(entry.seq_len().div_ceil(32));
+        if mask.len() as u64 != need {
+            let got = format!("{} words for sequence {i} of the step", mask.len());
+            return Err(Error::argument("masks", got, format!("query_len * ceil(seq_len / 32) words, {need}")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{MergeItem, WorkItem};
+    use crate::sequence::BatchEntry;
+
+    const SHAPE: PlanShape = PlanShape {
+        num_kv_heads: 2,
+        group_size: 3,
+        head_dim: 16,
+        causal: true,
+        window: None,
+        has_decode: true,
+        tile_q: 8,
+    };
+
+    const POLICY: SplitPolicy = SplitPolicy {
+        target_workgroups: 1,
+        min_split_len: 64,
+        max_split_len: 64,
+        fixed_split_len: None,
+        max_workspace_bytes: 8000,
+    };
+
+    /// One token of a long sequence, five of a short one and one of an even longer one.
+    fn batch() -> Batch {
+        let entry = |query_len, context_len, table| BatchEntry { query_len, context_len, table };
+        Batch {
+            entries: vec![entry(1, 199, 0..13), entry(5, 7, 13..14), entry(1, 999, 14..77)],
+            tables: (100..177).collect(),
+        }
+    }
+
+    /// Reads the upload as the kernels do: parameters, then the items that they point to, then what those point to.
+    #[test]
+    fn the_words_are_final() {
+        let batch = batch();
+        let masks: Vec<Vec<u32>> = batch
+            .entries
+            .iter()
+            .zip(1..)
+            .map(|(e, i)| vec![i; (e.query_len * e.seq_len().div_ceil(32)) as usize])
+            .collect();
+        let masks: Vec<_> = masks.iter().map(Vec::as_slice).collect();
+        let heads = [7, 8, 9];
+        let params = AttendParams { qk_scale: 0.5, num_blocks: 200, ..AttendParams::default() };
+        let plan = StepPlan::new(&SHAPE, &POLICY, &params, &heads, &batch, &masks).expect("a plan");
+        assert!(plan.lists.rounds.len() > 1, "the workspace holds all partial states");
+        assert_eq!(plan.words[..3], heads);
+        let mut found: [Vec<Vec<u32>>; 3] = Default::default();
+        for dispatch in &plan.dispatches {
+            assert_eq!(dispatch.params_offset % 256, 0);
+            let start = dispatch.params_offset as usize / 4;
+            let words = &plan.words[start..start + size_of::<AttendParams>() / 4];
+            let read: AttendParams = bytemuck::pod_read_unaligned(bytemuck::cast_slice(words));
+            assert_eq!((read.qk_scale, read.num_blocks, read.head_offset), (0.5, 200, 0));
+            let (len, heads) = match dispatch.stage {
+                Stage::Merge => (MERGE_ITEM_WORDS, 6),
+                _ => (WORK_ITEM_WORDS, 2),
+            };
+            let [x, y, z] = dispatch.grid;
+            assert_eq!((x, y, z), (read.grid_x, heads, 1));
+            assert!(x * z >= read.num_items);
+            for item in 0..read.num_items {
+                let start = (read.items_offset + item * len) as usize;
+                found[dispatch.stage as usize].push(plan.words[start..start + len as usize].to_vec());
+            }
+        }
+        fn words<T: bytemuck::Pod>(items: &[T]) -> Vec<Vec<u32>> {
+            items.iter().map(|item| bytemuck::cast_slice(std::slice::from_ref(item)).to_vec()).collect()
+        }
+        let lists = &plan.lists;
+        assert_eq!(found, [words::<WorkItem>(&lists.prefill), words(&lists.decode), words::<MergeItem>(&lists.merge)]);
+        for item in lists.decode.iter().chain(&lists.prefill) {
+            let i = batch.query_start().iter().rposition(|&start| start <= item.query_start).expect("a sequence");
+            let entry = &batch.entries[i];
+            assert_eq!(plan.words[item.table_offset as usize], batch.tables[entry.table.start]);
+            assert_eq!(item.mask_stride, entry.seq_len().div_ceil(32));
+            let mask = &plan.words[item.mask_offset as usize..][..(item.query_len * item.mask_stride) as usize];
+            assert!(mask.iter().all(|&word| word as usize == i + 1), "{item:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_of_a_million_tokens_is_planned() {
+        let million = BatchEntry { query_len: 1 << 20, context_len: 1 << 20, table: 0..1 << 17 };
+        let batch = Batch { entries: vec![million], tables: vec![0; 1 << 17] };
+        let policy = SplitPolicy { min_split_len: 1 << 20, max_split_len: 1 << 20, ..POLICY };
+        let policy = SplitPolicy { max_workspace_bytes: 1 << 28, ..policy };
+        let shape = PlanShape { tile_q: 256, ..SHAPE };
+        let plan = StepPlan::new(&shape, &policy, &AttendParams::default(), &[], &batch, &[]).expect("a plan");
+        let tokens: u32 = plan.lists.merge.len() as u32;
+        assert_eq!(tokens, 1 << 20);
+        // With masks of 2^20 * 2^16 words it would not fit.
+        let huge = Batch { entries: vec![BatchEntry { context_len: 1 << 30, ..batch.entries[0].clone() }], ..batch };
+        let error =
+            StepPlan::new(&PlanShape { group_size: 8192, ..shape }, &policy, &AttendParams::default(), &[], &huge, &[]);
+        assert!(error.is_err());
+    }
+
+    #[test]
+    fn masks_of_another_length_are_refused() {
+        let batch = batch();
+        for masks in [vec![&[0][..]], vec![&[0; 7][..], &[0; 5], &[0; 31]]] {
+            let error = StepPlan::new(&SHAPE, &POLICY, &AttendParams::default(), &[], &batch, &masks);
+            let text = error.expect_err("refused").to_string();
+            assert!(text.starts_with("masks: got"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Who holds which block: the pool, the block tables, sequences and their transactions, the prefix index, and reports. No device.
+
+mod batch;
+mod manager;
+mod moves;
+mod pool;
+mod prefix;
+mod report;
+mod table;
+
+pub use batch::{Batch, BatchEntry};
+pub use manager::{Manager, Pending, PoolUsage, Reservation};
+pub(crate) use moves::Moves;
+pub use pool::BlockPool;
+pub use prefix::{PrefixMatch, PrefixStats};
+pub use report::{MemoryReport, SequenceMemory};
+pub use table::{BlockTable, Growth};
