@@ -28,3 +28,8 @@ pub use record::{BufferRef, Recorder};
 pub use rope::{Rope, RopeConfig, RopeLayout, RopeScaling};
 pub use upload::Upload;
 pub use wgpu;
+
+/// Tests the examples of a page in `docs/`.
+#[cfg(all(doctest, feature = "model"))]
+#[doc = include_str!("../docs/models.md")]
+struct ModelsPage;
