@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Runs a command on a terminal of its own and draws what it shows as an SVG, readable on light and dark pages.
+r"""Runs a command on a terminal of its own and draws what it shows as an SVG, readable on light and dark pages.
 
-    python3 scripts/terminal_svg.py --out docs/demo.svg --type "Once upon a time" --type "" -- bash scripts/demo.sh
+    python3 scripts/terminal_svg.py --out docs/demo.svg \
+        --type "Once upon a time, in autumn, Mia hid the silver key under the old bridge. Tom put the red lantern inside the dark cave. \
+Later the clouds went away." --type "Where is the silver key?" --type "Where is the red lantern?" --type "" -- bash scripts/demo.sh
+
+draws the picture of the README (the second time, when everything is built).
 
 Each --type is a line that is typed when the program shows a prompt ("> " at the start of a line). Nothing is cut or edited, except that the
 path of the current folder is left out where the program prints it. Needs Python's standard library only, on Linux or macOS.
