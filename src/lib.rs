@@ -40,3 +40,8 @@ pub use plan::AttentionConfig;
 pub use sequence::{MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceMemory};
 #[cfg(feature = "wgpu")]
 pub use wgpu;
+
+/// Tests the examples of a page in `docs/`.
+#[cfg(all(doctest, feature = "model"))]
+#[doc = include_str!("../docs/models.md")]
+struct ModelsPage;
