@@ -3,6 +3,8 @@
 pub mod attention;
 pub mod cache;
 mod error;
+#[cfg(any(feature = "model", feature = "save"))]
+mod files;
 mod gpu;
 pub mod kernel;
 #[cfg(feature = "model")]

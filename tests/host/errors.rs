@@ -13,7 +13,7 @@ fn kinds_say_who_has_to_act() {
         (Error::NoAdapter { wanted: text(), found: text() }, ErrorKind::Device),
         (Error::OutOfBlocks { need: 3, free: 2, total: 8 }, ErrorKind::Retry),
         (Error::RowFull { row: 1, need: 101, max_seq_len: 100 }, ErrorKind::Retry),
-        (Error::File { file: text(), reason: text() }, ErrorKind::File),
+        (Error::File { file: text(), reason: text(), source: None }, ErrorKind::File),
         (Error::Wgpu { during: "compiling", message: text() }, ErrorKind::Wgpu),
     ] {
         assert_eq!(error.kind(), kind, "{error:?}");

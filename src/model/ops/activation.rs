@@ -9,7 +9,7 @@ use crate::kernel::{MAX_GRID, Target};
 use crate::model::{Binding, Program, Rows, Source};
 
 /// Widest row: with gate and up far from overflowing an index.
-const MAX_WIDTH: u32 = 1 << 20;
+pub(crate) const MAX_WIDTH: u32 = 1 << 20;
 
 /// Which function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
