@@ -1,9 +1,12 @@
-//! The model is built on folio's public API alone: its sources compile as part of another crate, to which nothing else is visible.
+//! The model is built on folio's public API alone: its sources compile as part of another crate, to which nothing else is visible but the reading of
+//! files, which is no part of the API.
 #![cfg(feature = "model")]
 #![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used, reason = "it only has to compile")]
 
 pub use folio::*;
 
+#[path = "../src/files.rs"]
+mod files;
 #[path = "../src/model/mod.rs"]
 pub mod model;
 
