@@ -138,8 +138,10 @@ pub enum Error {
     File {
         /// Its path.
         file: String,
-        /// What is wrong with it.
+        /// What is wrong with it, and what is needed.
         reason: String,
+        /// The error of the system or of the parser, if one is behind it. It is not repeated in the text.
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// wgpu or the driver reported a failure.
     #[error("{during}: {source}")]

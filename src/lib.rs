@@ -11,6 +11,8 @@ mod attention;
 #[cfg(feature = "wgpu")]
 pub mod cache;
 mod error;
+#[cfg(any(feature = "model", feature = "save"))]
+mod files;
 mod format;
 #[cfg(feature = "wgpu")]
 mod gpu;

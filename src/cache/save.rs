@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
 use safetensors::SafeTensors;
@@ -19,6 +19,7 @@ use safetensors::SafeTensors;
 use super::SequenceSnapshot;
 use super::pack::stream_bytes;
 use crate::error::{Error, Result};
+use crate::files::{self, Fault};
 use crate::format::KvFormat;
 use crate::layout::{KvCacheConfig, MAX_BLOCK_SIZE};
 
@@ -211,33 +212,40 @@ impl SequenceSnapshot {
     /// or none if the caller keeps them elsewhere.
     ///
     /// The bytes go to a temporary file in the same folder, which then takes the path's name: a crash leaves the old file or the new one,
-    /// never half of one. Blocks the thread.
+    /// never half of one, and an error leaves no temporary file. Blocks the thread.
+    ///
+    /// Only a regular file is replaced. A symbolic link is refused, not followed: replacing it would leave the file that it points to as it was,
+    /// and following it would write into a folder that the path doesn't name.
     ///
     /// # Errors
-    /// [`Error::Argument`] for tokens that are neither none nor one per token; [`Error::File`] if the file can't be written.
+    /// [`Error::Argument`] for tokens that are neither none nor one per token; [`Error::File`] if the path is a directory, a link, a pipe, a
+    /// socket or a device, or if the file can't be written.
     pub fn save(&self, path: impl AsRef<Path>, tokens: &[u32]) -> Result<()> {
         let path = path.as_ref();
         let (header, tail) = self.file_parts(tokens)?;
-        let failed = |e: std::io::Error| file_error(path, format!("can't be written: {e}"));
-        let name = path.file_name().ok_or_else(|| file_error(path, "not the path of a file".to_owned()))?;
+        if path.file_name().is_none() {
+            return Err(file_error(path, Fault::new("not the path of a file")));
+        }
+        let check = || files::check_target(path);
+        check().map_err(|fault| file_error(path, fault))?;
         // std's random keys, so that two saves at a time don't write into one file.
-        let mut temporary = std::ffi::OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{:016x}.part", RandomState::new().build_hasher().finish()));
-        let temporary = path.with_file_name(temporary);
+        let temporary = path.with_file_name(format!(".folio-{:016x}.part", RandomState::new().build_hasher().finish()));
         let write = || {
             let mut file = File::options().write(true).create_new(true).open(&temporary)?;
             file.write_all(&header)?;
             file.write_all(&self.data)?;
             file.write_all(&tail)?;
             // The name must not be there before the bytes are.
-            file.sync_all()?;
-            fs::rename(&temporary, path)
+            file.sync_all()
         };
-        write().map_err(|e| {
+        let failed = |e: std::io::Error| Fault::io("can't be written", e);
+        // Writing takes a while: what stands at the path may have changed.
+        let written =
+            write().map_err(failed).and_then(|()| check()).and_then(|()| fs::rename(&temporary, path).map_err(failed));
+        written.map_err(|fault| {
             // It may not exist; the first error is the one to report.
             let _ = fs::remove_file(&temporary);
-            failed(e)
+            file_error(path, fault)
         })
     }
 
@@ -245,19 +253,26 @@ impl SequenceSnapshot {
     /// thread.
     ///
     /// # Errors
-    /// [`Error::File`] if it can't be read, is truncated, altered in any byte, no saved sequence or one of another version.
+    /// [`Error::File`] if it is not a regular file, can't be read, is truncated, altered in any byte, no saved sequence or one of another version.
     pub fn load(path: impl AsRef<Path>) -> Result<(Self, Vec<u32>)> {
         let path = path.as_ref();
-        let failed = |e: std::io::Error| file_error(path, format!("can't be read: {e}"));
-        let mut file = File::open(path).map_err(failed)?;
+        let failed = |e: std::io::Error| file_error(path, Fault::io("can't be read", e));
+        let (file, len) = files::open(path).map_err(|fault| file_error(path, fault))?;
+        // No more than it has now, however it grows.
+        let mut file = file.take(len);
         let mut bytes = Vec::new();
         // A foreign file may be huge: look before it is read.
         let start = (LEN_BYTES + START.len()) as u64;
         (&mut file).take(start).read_to_end(&mut bytes).map_err(failed)?;
         if starts_as_saved(&bytes) {
+            // An error where there is no memory for it, instead of the end of the process.
+            let rest = usize::try_from(len).unwrap_or(usize::MAX);
+            let no_memory =
+                |e| file_error(path, Fault::io("can't be read", std::io::Error::new(ErrorKind::OutOfMemory, e)));
+            bytes.try_reserve_exact(rest.saturating_sub(bytes.len())).map_err(no_memory)?;
             file.read_to_end(&mut bytes).map_err(failed)?;
         }
-        Self::parse(bytes).map_err(|reason| file_error(path, reason))
+        Self::parse(bytes).map_err(|reason| file_error(path, Fault::new(reason)))
     }
 
     /// [`SequenceSnapshot::load`] of bytes in memory.
@@ -266,7 +281,7 @@ impl SequenceSnapshot {
     /// Those of [`SequenceSnapshot::load`].
     pub fn from_bytes(bytes: &[u8]) -> Result<(Self, Vec<u32>)> {
         let parsed = if starts_as_saved(bytes) { Self::parse(bytes.to_vec()) } else { Self::parse(Vec::new()) };
-        parsed.map_err(|reason| Error::File { file: IN_MEMORY.to_owned(), reason })
+        parsed.map_err(|reason| Error::File { file: IN_MEMORY.to_owned(), reason, source: None })
     }
 
     fn parse(mut bytes: Vec<u8>) -> Result<(Self, Vec<u32>), String> {
@@ -305,8 +320,8 @@ fn checksum(contents: &Contents, tensors: &[&[u8]]) -> u32 {
     hasher.finalize()
 }
 
-fn file_error(path: &Path, reason: String) -> Error {
-    Error::File { file: path.display().to_string(), reason }
+fn file_error(path: &Path, fault: Fault) -> Error {
+    Error::File { file: path.display().to_string(), reason: fault.reason, source: fault.source.map(Into::into) }
 }
 
 #[cfg(test)]
@@ -362,7 +377,7 @@ mod tests {
     /// Whatever happens to a file: it is refused, with the reason, and nothing panics.
     fn refused(bytes: &[u8]) -> String {
         match SequenceSnapshot::from_bytes(bytes) {
-            Err(Error::File { file, reason }) => {
+            Err(Error::File { file, reason, .. }) => {
                 assert_eq!(file, IN_MEMORY);
                 reason
             }
@@ -385,6 +400,78 @@ mod tests {
         for extra in [&[0][..], &[0; 8], &sound] {
             refused(&[&sound, extra].concat());
         }
+    }
+
+    /// Nothing but a regular file is replaced, and nothing is left behind.
+    #[cfg(unix)]
+    #[test]
+    fn only_regular_files_are_replaced() {
+        use std::os::unix::fs::{FileTypeExt, symlink};
+        use std::os::unix::net::UnixListener;
+
+        let folder = tempfile::tempdir().expect("folder");
+        let at = |name: &str| folder.path().join(name);
+        let snapshot = snapshot(5, false);
+        fs::write(at("file"), "old").expect("file");
+        fs::create_dir(at("directory")).expect("directory");
+        symlink("file", at("link")).expect("link");
+        symlink("nowhere", at("dangling")).expect("link");
+        symlink("/dev/null", at("null")).expect("link");
+        let pipe = std::process::Command::new("mkfifo").arg(at("pipe")).status();
+        assert!(pipe.expect("mkfifo").success());
+        drop(UnixListener::bind(at("socket")).expect("socket"));
+        let names = || {
+            let mut names: Vec<_> =
+                fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.file_name()).collect();
+            names.sort_unstable();
+            names
+        };
+        let before = names();
+        for (name, what) in [
+            ("directory", "a directory"),
+            ("link", "a symbolic link"),
+            ("dangling", "a symbolic link"),
+            ("null", "a symbolic link"),
+            ("pipe", "a pipe"),
+            ("socket", "a socket"),
+        ] {
+            let metadata = fs::symlink_metadata(at(name)).expect("metadata");
+            let error = snapshot.save(at(name), &[]).expect_err(name).to_string();
+            assert!(error.contains(name) && error.ends_with(&format!("got {what}, need a regular file")), "{error}");
+            assert_eq!(fs::symlink_metadata(at(name)).expect("as it was").file_type(), metadata.file_type());
+            assert_eq!(names(), before, "{name}");
+        }
+        assert!(fs::symlink_metadata("/dev/null").expect("null").file_type().is_char_device());
+        assert_eq!(fs::read(at("file")).expect("as it was"), b"old");
+        // A device under its own name. That the check is made is seen without the right to write there.
+        let error = snapshot.save("/dev/full", &[]).expect_err("a device").to_string();
+        assert!(error.contains("got a device"), "{error}");
+
+        snapshot.save(at("file"), &[]).expect("over a file");
+        snapshot.save(at("new"), &[]).expect("a new one");
+        assert_eq!(SequenceSnapshot::load(at("link")).expect("links are followed"), (snapshot, Vec::new()));
+        assert_eq!(names().len(), before.len() + 1);
+    }
+
+    /// An error at once, and with the system's own behind it.
+    #[cfg(unix)]
+    #[test]
+    fn only_regular_files_are_loaded() {
+        use std::error::Error as _;
+        let folder = tempfile::tempdir().expect("folder");
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo").success());
+        for (path, what) in [(&*pipe, "a pipe"), (Path::new("/dev/zero"), "a device"), (folder.path(), "a directory")] {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let opened = path.to_owned();
+            std::thread::spawn(move || sender.send(SequenceSnapshot::load(opened)));
+            let loaded = receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("an end");
+            let error = loaded.expect_err(what).to_string();
+            assert!(error.ends_with(&format!("got {what}, need a regular file")), "{error}");
+        }
+        let missing = SequenceSnapshot::load(folder.path().join("nowhere")).expect_err("nothing");
+        let cause = missing.source().and_then(|cause| cause.downcast_ref::<std::io::Error>()).expect("a cause");
+        assert_eq!(cause.kind(), ErrorKind::NotFound);
     }
 
     /// A file with a valid checksum, whatever its header says.

@@ -434,7 +434,7 @@ impl LayerWeights {
     /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if they were changed so that they no longer fit together.
+    /// [`Error::Argument`](crate::Error::Argument) if they were changed so that they no longer fit together.
     pub fn qkv(&self) -> ModelResult<LinearWeights> {
         LinearWeights::stack(&[&self.q, &self.k, &self.v])
     }
@@ -449,7 +449,7 @@ impl LinearWeights {
     /// Layers with the same input as one, their outputs one after the other.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if there is none, if they have different inputs, or if only some have a bias.
+    /// [`Error::Argument`](crate::Error::Argument) if there is none, if they have different inputs, or if only some have a bias.
     pub fn stack(parts: &[&Self]) -> ModelResult<Self> {
         let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
         let biases: Vec<_> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
@@ -492,7 +492,7 @@ impl TensorSource {
     /// Sources of the same width as one, their rows one after the other.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if there is none, or if the widths differ.
+    /// [`Error::Argument`](crate::Error::Argument) if there is none, or if the widths differ.
     pub fn stack(parts: &[&Self]) -> ModelResult<Self> {
         let need = "sources, at least one, of the same width";
         let Some(first) = parts.first() else {

@@ -18,12 +18,20 @@ use safetensors::tensor::Metadata;
 use super::architecture::{Architecture, LinearWeights, ModelWeights, Piece, TensorSource};
 use super::config::{JsonFile, ModelConfig};
 use super::{ModelError, ModelResult};
+use crate::files::{self, Fault};
 
 /// The longest header that the safetensors library reads, too.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// What is said of a header on a machine of 32 bits.
+const TOO_LONG: &str = "the header is longer than the address space";
+
 /// Bytes before a header: its length as a little-endian u64.
 const LENGTH_BYTES: u64 = 8;
+
+/// The longest index that is read: room for a million tensors at 128 bytes each, a name and a file. Published models have some thousands; those
+/// with many experts, some ten thousands.
+const MAX_INDEX_BYTES: u64 = 128 << 20;
 
 /// f32 in each of the two buffers in which head and embedding are compared: 1 MiB.
 const COMPARE_LEN: usize = 1 << 18;
@@ -77,7 +85,7 @@ impl Checkpoint {
         let mut tensors = HashMap::new();
         if names.extension().is_some_and(|extension| extension == "json") {
             let mut files: HashMap<&str, HashMap<String, Entry>> = HashMap::new();
-            let index = JsonFile::read(names.clone())?;
+            let index = JsonFile::read(names.clone(), MAX_INDEX_BYTES)?;
             let need = "an object of file names by tensor name";
             let section = index.section();
             let weight_map =
@@ -182,7 +190,7 @@ impl Checkpoint {
     /// neighbouring calls for sources from different files, map each file anew.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if `out` holds no whole rows or the source ends before it; [`ModelError::Tensor`] as for
+    /// [`Error::Argument`](crate::Error::Argument) if `out` holds no whole rows or the source ends before it; [`ModelError::Tensor`] as for
     /// [`Checkpoint::check`]; [`ModelError::File`] if the file was cut short or can't be mapped.
     pub fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
         let [rows, columns] = source.shape();
@@ -286,14 +294,18 @@ impl Checkpoint {
         }
         *mapped = None;
         let shard = &self.shards[index];
-        let failed = |reason| ModelError::File { path: shard.path.clone(), reason };
-        let bytes = shard.file.metadata().map_err(|e| failed(e.to_string()))?.len();
+        let io = |what, error| ModelError::fault(&shard.path, Fault::io(what, error));
+        let changed = |bytes: u64| {
+            let reason = format!("got {bytes} bytes, need the {} of when it was opened", shard.bytes);
+            ModelError::file(&shard.path, reason)
+        };
+        let bytes = shard.file.metadata().map_err(|e| io("can't be read", e))?.len();
         if bytes != shard.bytes {
-            return Err(failed(format!("got {bytes} bytes, need the {} of when it was opened", shard.bytes)));
+            return Err(changed(bytes));
         }
-        let map = Arc::new(map_file(&shard.file).map_err(|e| failed(e.to_string()))?);
+        let map = Arc::new(map_file(&shard.file).map_err(|e| io("can't be mapped", e))?);
         if map.len() as u64 != shard.bytes {
-            return Err(failed(format!("got {} bytes, need the {} of when it was opened", map.len(), shard.bytes)));
+            return Err(changed(map.len() as u64));
         }
         *mapped = Some((index, map.clone()));
         Ok(map)
@@ -310,13 +322,13 @@ fn map_file(file: &File) -> std::io::Result<Mmap> {
 
 /// The directory, and the file or index that names the tensors.
 fn find(path: &Path) -> ModelResult<(PathBuf, PathBuf)> {
-    let failed = |reason: &str| ModelError::File { path: path.to_owned(), reason: reason.to_owned() };
     let need = "need a directory with config.json and model.safetensors or model.safetensors.index.json";
-    let about = std::fs::metadata(path).map_err(|e| failed(&format!("{e}; {need}")))?;
-    if !about.is_dir() {
+    let metadata = std::fs::metadata(path)
+        .map_err(|e| ModelError::file_because(path, format!("can't be read: {}; {need}", e.kind()), e))?;
+    if !metadata.is_dir() {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if !name.ends_with(".safetensors") && !name.ends_with(".safetensors.index.json") {
-            return Err(failed(&format!("not a .safetensors file; {need}")));
+            return Err(ModelError::file(path, format!("not a .safetensors file; {need}")));
         }
         let directory = path.parent().unwrap_or(Path::new("")).to_owned();
         return Ok((directory, path.to_owned()));
@@ -329,15 +341,14 @@ fn find(path: &Path) -> ModelResult<(PathBuf, PathBuf)> {
     }
     let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| path.join(name).exists());
     let hint = if pickled { "; convert the pytorch_model.bin that is there to safetensors" } else { "" };
-    Err(failed(&format!("no weights; {need}{hint}")))
+    Err(ModelError::file(path, format!("no weights; {need}{hint}")))
 }
 
 /// Opens a safetensors file and reads its header.
 fn open_shard(path: PathBuf, shards: &mut Vec<Shard>) -> ModelResult<HashMap<String, Entry>> {
-    let failed = |reason: String| ModelError::File { path: path.clone(), reason };
-    let io = |e: std::io::Error| failed(e.to_string());
-    let mut file = File::open(&path).map_err(io)?;
-    let bytes = file.metadata().map_err(io)?.len();
+    let failed = |reason: String| ModelError::file(&path, reason);
+    let io = |e: std::io::Error| ModelError::fault(&path, Fault::io("can't be read", e));
+    let (mut file, bytes) = files::open(&path).map_err(|fault| ModelError::fault(&path, fault))?;
     if bytes < LENGTH_BYTES {
         return Err(failed(format!("got {bytes} bytes, need a safetensors file, which starts with 8 bytes of length")));
     }
@@ -354,11 +365,11 @@ fn open_shard(path: PathBuf, shards: &mut Vec<Shard>) -> ModelResult<HashMap<Str
              {MAX_HEADER_BYTES} bytes; the file is truncated or not a safetensors file"
         )));
     }
-    let mut header = vec![0; usize::try_from(length).map_err(|e| failed(e.to_string()))?];
+    let mut header = vec![0; usize::try_from(length).map_err(|_| failed(format!("{TOO_LONG}, {length} bytes")))?];
     file.read_exact(&mut header).map_err(io)?;
     // Parsed apart from the data: `SafeTensors::read_metadata` adds sizes without looking for an overflow.
-    let header: Metadata =
-        serde_json::from_slice(&header).map_err(|e| failed(format!("not a valid safetensors header: {e}")))?;
+    let header: Metadata = serde_json::from_slice(&header)
+        .map_err(|e| ModelError::file_because(&path, "not a valid safetensors header", e))?;
     let end = data.checked_add(header.data_len() as u64);
     if end != Some(bytes) {
         let need = end.map_or("more than any file has".to_owned(), |end| end.to_string());
@@ -366,7 +377,7 @@ fn open_shard(path: PathBuf, shards: &mut Vec<Shard>) -> ModelResult<HashMap<Str
         return Err(failed(format!("got {bytes} bytes, need {need} by its header{truncated}")));
     }
     // Within the file by now, and its length fits the address space or mapping fails.
-    let data = usize::try_from(data).map_err(|e| failed(e.to_string()))?;
+    let data = usize::try_from(data).map_err(|_| failed(format!("{TOO_LONG}, {data} bytes")))?;
     let shard = shards.len();
     let entry = |name: String, info: &safetensors::tensor::TensorInfo| {
         let (start, end) = info.data_offsets;

@@ -4,14 +4,24 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::architecture::{Architecture, Flag, ModelWeights, Positions, SizeDefault, Window};
-use super::ops::{ActivationKind, NormKind};
+use super::architecture::{Architecture, ConfigKeys, Flag, ModelWeights, Positions, SizeDefault, Window};
+use super::linear::{MAX_IN_FEATURES, MAX_OUT_FEATURES};
+use super::ops::activation::MAX_WIDTH as MAX_GATED_WIDTH;
+use super::ops::{ActivationKind, NormConfig, NormKind};
+use super::sampler::MAX_VOCAB;
 use super::{ModelError, ModelResult};
+use crate::layout::MAX_HEAD_DIM;
+use crate::plan::MAX_GRID;
+use crate::{Error, files};
 use crate::{RopeConfig, RopeLayout, RopeScaling};
 
 /// Sizes above this are refused. The largest product, three times a projection's rows of up to 2^32, then stays far below 2^64, and every
 /// published model is smaller by a factor of a thousand.
 const MAX_SIZE: u64 = i32::MAX as u64;
+
+/// The longest file of settings that is read. A decoder's has some kilobytes; this is a thousand times that, and what it takes when it is parsed
+/// (32 bytes for each value of two bytes) is still small beside a model.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// A decoder's shape and settings, whatever the architecture calls them.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,9 +114,9 @@ impl ModelConfig {
     /// wrong type or value, or not supported.
     pub fn from_dir(directory: impl AsRef<Path>) -> ModelResult<Self> {
         let directory = directory.as_ref();
-        let config = JsonFile::read(directory.join("config.json"))?;
+        let config = JsonFile::read(directory.join("config.json"), MAX_CONFIG_BYTES)?;
         let generation = directory.join("generation_config.json");
-        let generation = if generation.exists() { Some(JsonFile::read(generation)?) } else { None };
+        let generation = if generation.exists() { Some(JsonFile::read(generation, MAX_CONFIG_BYTES)?) } else { None };
         parse(&config.section(), generation.as_ref().map(JsonFile::section).as_ref())
     }
 
@@ -129,7 +139,7 @@ impl ModelConfig {
     /// The table that describes the model's files and settings.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if `model_type` was changed to one that folio doesn't know.
+    /// [`Error::Argument`](crate::Error::Argument) if `model_type` was changed to one that folio doesn't know.
     pub fn architecture(&self) -> ModelResult<&'static Architecture> {
         Architecture::find(self.model_type)
             .ok_or_else(|| ModelError::argument("model_type", self.model_type, Architecture::known()))
@@ -148,6 +158,11 @@ impl ModelConfig {
     }
 }
 
+fn not_json(path: &Path, error: serde_json::Error) -> ModelError {
+    let reason = format!("not valid JSON at line {}, column {}", error.line(), error.column());
+    ModelError::file_because(path, reason, error)
+}
+
 /// A JSON object and where it comes from.
 pub(crate) struct JsonFile {
     path: PathBuf,
@@ -155,18 +170,17 @@ pub(crate) struct JsonFile {
 }
 
 impl JsonFile {
-    pub(crate) fn read(path: PathBuf) -> ModelResult<Self> {
-        match std::fs::read(&path) {
+    pub(crate) fn read(path: PathBuf, max_bytes: u64) -> ModelResult<Self> {
+        match files::read(&path, max_bytes) {
             Ok(text) => Self::parse(path, &text),
-            Err(error) => Err(ModelError::File { path, reason: error.to_string() }),
+            Err(fault) => Err(ModelError::fault(path, fault)),
         }
     }
 
     fn parse(path: PathBuf, text: &[u8]) -> ModelResult<Self> {
-        let failed = |reason: String| ModelError::File { path: path.clone(), reason };
-        match serde_json::from_slice(text).map_err(|e| failed(format!("not valid JSON: {e}")))? {
+        match serde_json::from_slice(text).map_err(|e| not_json(&path, e))? {
             Value::Object(object) => Ok(Self { path, object }),
-            other => Err(failed(format!("got {}, need a JSON object", brief(&other)))),
+            other => Err(ModelError::file(path, format!("got {}, need a JSON object", brief(&other)))),
         }
     }
 
@@ -191,6 +205,14 @@ impl<'a> Section<'a> {
     pub(crate) fn error(&self, key: &str, got: impl ToString, need: impl ToString) -> ModelError {
         let key = format!("{}{key}", self.prefix);
         ModelError::Config { path: self.path.to_owned(), key, got: got.to_string(), need: need.to_string() }
+    }
+
+    /// The error of a rule that a kernel has.
+    fn rule(&self, key: &str, error: Error) -> ModelError {
+        match error {
+            Error::Argument { got, need, .. } => self.error(key, got, need),
+            other => other.into(),
+        }
     }
 
     fn wrong(&self, key: &str, need: &str) -> ModelError {
@@ -324,6 +346,10 @@ fn parse(file: &Section<'_>, generation: Option<&Section<'_>>) -> ModelResult<Mo
     let vocab_size = file.needed_size(keys.vocab_size)?;
     let max_position_embeddings = file.needed_size(keys.max_positions)?;
 
+    let gated_mlp = architecture.tensors.gate.is_some();
+    let sizes = Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp };
+    check_sizes(file, keys, &sizes)?;
+
     let (eps_key, default_eps) = keys.norm_eps;
     let eps = file.number(eps_key, "a number of at least 0", |n| n >= 0.0)?.unwrap_or(default_eps);
     let (activation_key, default_activation) = keys.activation;
@@ -349,6 +375,16 @@ fn parse(file: &Section<'_>, generation: Option<&Section<'_>>) -> ModelResult<Mo
         }
     };
 
+    #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
+    let norm = NormSettings { kind: architecture.norm, eps: eps as f32 };
+    NormConfig::new(norm.kind, hidden_size, norm.eps).validate().map_err(|e| match e {
+        Error::Argument { argument: "eps", got, need } => file.error(eps_key, got, need),
+        other => file.rule(keys.hidden_size, other),
+    })?;
+    if let Position::Rope(rope) = &position {
+        rope.validate(head_dim).map_err(|e| file.rule("rope_scaling", e))?;
+    }
+
     let id = |key| generation.map_or(Ok(None), |file| file.ids(key));
     let eos_token_ids = match id("eos_token_id")? {
         Some(ids) => ids,
@@ -369,10 +405,9 @@ fn parse(file: &Section<'_>, generation: Option<&Section<'_>>) -> ModelResult<Mo
         intermediate_size,
         vocab_size,
         max_positions,
-        #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
-        norm: NormSettings { kind: architecture.norm, eps: eps as f32 },
+        norm,
         activation,
-        gated_mlp: architecture.tensors.gate.is_some(),
+        gated_mlp,
         position,
         parallel_residual: file.flag(architecture.parallel_residual)?,
         qkv_bias: file.flag(architecture.qkv_bias)?,
@@ -384,6 +419,60 @@ fn parse(file: &Section<'_>, generation: Option<&Section<'_>>) -> ModelResult<Mo
         bos_token_id: bos.and_then(|ids| ids.first().copied()),
         eos_token_ids,
     })
+}
+
+/// The sizes that kernels have rules for.
+struct Sizes {
+    hidden_size: u32,
+    num_q_heads: u32,
+    head_dim: u32,
+    intermediate_size: u32,
+    vocab_size: u32,
+    gated_mlp: bool,
+}
+
+/// Refuses sizes that no kernel takes. The kernels check them too, but know neither the file nor its key.
+fn check_sizes(file: &Section<'_>, keys: &ConfigKeys, sizes: &Sizes) -> ModelResult<()> {
+    let &Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp } = sizes;
+    // What the file doesn't say follows from the hidden size.
+    let said = |key: &'static str| file.get(key).map_or(keys.hidden_size, |_| key);
+
+    let head_key = keys.head_dim.map_or(keys.hidden_size, said);
+    if head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(8) {
+        let got = if head_key == keys.hidden_size {
+            format!("{hidden_size} over {num_q_heads} heads, a head_dim of {head_dim}")
+        } else {
+            head_dim.to_string()
+        };
+        return Err(file.error(head_key, got, format!("a head_dim that is a multiple of 8 from 8 to {MAX_HEAD_DIM}")));
+    }
+    // They are numbered along one dimension of a dispatch.
+    if num_q_heads > MAX_GRID {
+        return Err(file.error(keys.num_q_heads, num_q_heads, format!("at most {MAX_GRID}")));
+    }
+    // Attention's output is the input of a linear layer.
+    let q_width = u64::from(num_q_heads) * u64::from(head_dim);
+    if q_width > u64::from(MAX_IN_FEATURES) {
+        let got = format!("{num_q_heads} heads of {head_dim}, {q_width} in all");
+        return Err(file.error(keys.num_q_heads, got, format!("at most {MAX_IN_FEATURES} in all")));
+    }
+    // A gate is applied in groups of four. Without one only linear layers see this size, and they take any.
+    let max = if gated_mlp { MAX_IN_FEATURES.min(MAX_GATED_WIDTH) } else { MAX_IN_FEATURES };
+    if intermediate_size > max || (gated_mlp && !intermediate_size.is_multiple_of(4)) {
+        let key = said(keys.intermediate_size);
+        let got = if key == keys.hidden_size {
+            format!("{hidden_size}, and so an intermediate size of {intermediate_size}")
+        } else {
+            intermediate_size.to_string()
+        };
+        let need = if gated_mlp { format!("a multiple of 4, at most {max}") } else { format!("at most {max}") };
+        return Err(file.error(key, got, need));
+    }
+    let max = MAX_VOCAB.min(MAX_OUT_FEATURES);
+    if vocab_size > max {
+        return Err(file.error(keys.vocab_size, vocab_size, format!("at most {max}")));
+    }
+    Ok(())
 }
 
 /// The window, if all layers have the same.

@@ -156,7 +156,7 @@ impl Decoder {
     /// Allocates the cache and the activations, and compiles what depends on them.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if `max_step_tokens` is 0; those of [`KvCache::new`] and [`Attention::new`].
+    /// [`Error::Argument`] if `max_step_tokens` is 0; those of [`KvCache::new`] and [`Attention::new`].
     pub async fn new(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
         if options.max_step_tokens == 0 {
@@ -406,7 +406,7 @@ impl Decoder {
     /// Submits and reads back; natively the future completes only while somebody polls the device.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] for an empty batch or input, a sequence twice, a token id outside the vocabulary, more tokens than the
+    /// [`Error::Argument`] for an empty batch or input, a sequence twice, a token id outside the vocabulary, more tokens than the
     /// model has positions, or sampling settings outside their ranges; [`ModelError::BadLogits`]; [`ModelError::Folio`] with
     /// [`OutOfBlocks`](crate::Error::OutOfBlocks) if the cache is full. No sequence has changed then.
     pub async fn step(&mut self, batch: &[Input<'_>]) -> ModelResult<Vec<Option<u32>>> {

@@ -92,10 +92,10 @@ struct LinearParams {
 }
 
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
-const MAX_IN_FEATURES: u32 = 1 << 18;
+pub(crate) const MAX_IN_FEATURES: u32 = 1 << 18;
 
 /// A row of y must fit a binding, and a row number an index of 4 weights.
-const MAX_OUT_FEATURES: u32 = 1 << 28;
+pub(crate) const MAX_OUT_FEATURES: u32 = 1 << 28;
 
 /// f32 that are asked for at a time: 4 MiB, so that loading takes little memory beside the file.
 const PIECE: u64 = 1 << 20;
@@ -110,8 +110,8 @@ impl Linear {
     /// The upload submits to the queue, and waits for it, each time 64 MiB have gathered.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if a size is zero or a multiple of something is asked for, if the bias has a wrong length, or if a weight doesn't fit
-    /// F16; [`Error::Unsupported`] if even a few rows don't fit a binding; [`Error::Wgpu`] if the device has no memory left; and what `rows` returns.
+    /// [`Error::Argument`] if a size is zero or a multiple of something is asked for, if the bias has a wrong length, or if a weight doesn't fit
+    /// F16 ([`ModelError::Weight`]); [`Error::Unsupported`] if even a few rows don't fit a binding; [`Error::Wgpu`] if the device has no memory left; and what `rows` returns.
     pub async fn new(
         gpu: &Gpu,
         kernels: &LinearKernels,

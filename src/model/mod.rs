@@ -23,7 +23,7 @@ pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, 
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, NormSettings, Position};
 pub use decoder::{Decoder, DecoderOptions, Input, LogitRows};
-pub use error::{ModelError, ModelResult};
+pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use linear::{Linear, LinearConfig};
 pub use linear_kernels::{LinearKernel, LinearKernels, LinearVariant};

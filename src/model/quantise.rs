@@ -34,10 +34,10 @@ pub enum WeightFormat {
     },
 }
 
-/// Rows are padded with zeros to a multiple of this many inputs, so that kernels take steps of up to 32 without looking for the end of W.
+/// Rows are padded with zeros to a multiple of this many inputs, so that kernels read up to 32 at a time without looking for the end of W.
 const PADDING: u32 = 32;
 
-/// Bytes of the unit that kernels load.
+/// Bytes of a chunk, the unit that kernels load: 128 bits of weights.
 const CHUNK_BYTES: u32 = 16;
 
 /// The largest finite half.
@@ -86,7 +86,7 @@ impl WeightFormat {
     /// The values that the format stores for a row of weights: what a layer computes with.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if a weight doesn't fit F16, or the group size is not a multiple of 32.
+    /// [`ModelError::Weight`] if a weight doesn't fit F16; [`Error::Argument`] if the group size is not a multiple of 32.
     pub fn round_trip(self, row: &[f32]) -> ModelResult<Vec<f32>> {
         self.check()?;
         let in_features =
@@ -174,7 +174,7 @@ pub(crate) struct Packer {
     pub(crate) row_groups: usize,
 }
 
-/// A piece of a packed matrix.
+/// Packed rows of a matrix.
 #[derive(Debug, Default)]
 pub(crate) struct Packed {
     pub(crate) chunks: Vec<u32>,
@@ -193,10 +193,10 @@ impl Packer {
         }
     }
 
-    /// Appends whole rows; the last block is filled up with rows of zeros. `first_row` is for the error's words.
+    /// Appends whole rows; the last block is filled up with rows of zeros. `first_row` is the number of the first, for the error.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if a weight is finite and doesn't fit F16.
+    /// [`ModelError::Weight`] if a weight is finite and doesn't fit F16.
     pub(crate) fn pack(&self, rows: &[f32], first_row: u32, packed: &mut Packed) -> ModelResult<()> {
         for (block, rows) in rows.chunks(self.in_features * self.lanes).enumerate() {
             let (chunks, scales) = (packed.chunks.len(), packed.scales.len());
@@ -209,9 +209,7 @@ impl Packer {
                     WeightFormat::F16 => {
                         if let Some(k) = row.iter().position(|w| w.is_finite() && w.abs() > MAX_F16) {
                             let at = u64::from(first_row) + (block * self.lanes + lane) as u64;
-                            let got = format!("{} at row {at}, column {k}", row[k]);
-                            let need = "at most 65504 in magnitude for F16; load as F32 or in an integer format";
-                            return Err(ModelError::argument("weights", got, need));
+                            return Err(ModelError::Weight { tensor: None, value: row[k], row: at, column: k });
                         }
                         packed.halfs.resize(self.in_features, half::f16::ZERO);
                         packed.halfs.convert_from_f32_slice(row);
@@ -294,10 +292,10 @@ fn pack_int8(row: &[f32], group_size: usize, mut out: Interleaved<'_>, mut scale
 fn pack_int4(row: &[f32], group_size: usize, mut out: Interleaved<'_>, mut scales: Interleaved<'_>) {
     for (group, weights) in row.chunks(group_size).enumerate() {
         let finite = weights.iter().all(|w| w.is_finite());
-        let (least, most) = weights.iter().fold((f32::MAX, f32::MIN), |(a, b), w| (a.min(*w), b.max(*w)));
-        let min = bf16_below(least);
+        let (smallest, largest) = weights.iter().fold((f32::MAX, f32::MIN), |(a, b), w| (a.min(*w), b.max(*w)));
+        let min = bf16_below(smallest);
         // Divided first: the range of huge weights of both signs is beyond f32.
-        let scale = bf16_above(most / 15.0 - min / 15.0);
+        let scale = bf16_above(largest / 15.0 - min / 15.0);
         let (scale, min) = if finite { (scale, min) } else { (f32::NAN, f32::NAN) };
         scales.set_word(group, (scale.to_bits() & 0xffff_0000) | (min.to_bits() >> 16));
         let inverse = if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 };
@@ -318,12 +316,12 @@ fn bf16_below(value: f32) -> f32 {
     if cut <= value {
         return cut;
     }
-    // Negative and not representable: one step away from zero, but not to infinity.
+    // Negative and not representable: the next one away from zero, but not to infinity.
     let next = f32::from_bits(cut.to_bits() + 0x1_0000);
     if next.is_finite() { next } else { cut }
 }
 
-/// The least bf16 that is not below a value of at least zero, as f32; zero for what the device would take for zero.
+/// The smallest bf16 that is not below a value of 0 or more, as f32; zero for what the device would take for zero.
 fn bf16_above(value: f32) -> f32 {
     if value < f32::MIN_POSITIVE { 0.0 } else { -bf16_below(-value) }
 }

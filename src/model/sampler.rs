@@ -117,7 +117,7 @@ pub struct Sampled {
 }
 
 /// Largest vocabulary: 256 invocations at their most iterations, four tokens each.
-const MAX_VOCAB: u32 = 4 * 256 * MAX_ITERATIONS;
+pub(crate) const MAX_VOCAB: u32 = 4 * 256 * MAX_ITERATIONS;
 
 /// Most iterations of one loop over a row. There are at most 34 such loops, and llvmpipe silently stops counting iterations at 65 535 per
 /// invocation: this stays below half of that, as the rest of folio does.

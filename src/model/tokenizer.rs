@@ -1,9 +1,26 @@
 //! Text to token ids and back.
+//!
+//! The library that does it, `tokenizers`, panics at some damaged files: when it loads them, or later at some text. What is known is refused before the
+//! library sees it; for the rest every call of the library is guarded by [`catch_unwind`], so that a file is an error and never the end of the
+//! program. Then the panic hook of the program has run, which by default prints a message. Where panics abort, as on wasm32, there is no such guard.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokenizers::normalizers::Precompiled;
+
 use super::{ModelError, ModelResult};
+use crate::files;
+
+/// The longest file that is read: four times the 33 MB of the largest published ones, which have 262 144 tokens.
+const MAX_BYTES: u64 = 128 << 20;
+
+/// What a file is that the library refuses.
+const NO_TOKENIZER: &str = "not a tokenizer that `tokenizers` reads";
 
 /// What decoding makes of bytes that are no character, or not yet.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
@@ -19,33 +36,41 @@ const CONTEXT: usize = 5;
 /// A tokenizer of Hugging Face's `tokenizers`. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    path: PathBuf,
+    path: Arc<Path>,
     tokenizer: Arc<tokenizers::Tokenizer>,
+    vocab_size: u32,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`; a directory stands for the one in it.
+    /// Reads `tokenizer.json`; a directory stands for the one in it. What the file says about padding and truncation is left out: a prompt is
+    /// encoded as it is.
     ///
     /// # Errors
-    /// [`ModelError::File`] if the file is missing, unreadable or no tokenizer.
+    /// [`ModelError::File`] if the file is missing, unreadable, longer than 128 MiB, damaged, or no tokenizer.
     pub fn from_file(path: impl AsRef<Path>) -> ModelResult<Self> {
         let mut path = path.as_ref().to_owned();
         if path.is_dir() {
             path.push("tokenizer.json");
         }
-        let failed = |reason: String| ModelError::File { path: path.clone(), reason };
-        let bytes = std::fs::read(&path).map_err(|e| failed(e.to_string()))?;
-        let tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|e| failed(format!("not a tokenizer that `tokenizers` reads: {e}")))?;
-        Ok(Self { path, tokenizer: Arc::new(tokenizer) })
+        let bytes = files::read(&path, MAX_BYTES).map_err(|fault| ModelError::fault(&path, fault))?;
+        check(&path, &bytes)?;
+        let load = || {
+            let mut tokenizer = tokenizers::Tokenizer::from_bytes(&bytes)?;
+            tokenizer.with_padding(None).with_truncation(None)?;
+            let vocab_size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
+            Ok::<_, tokenizers::Error>((tokenizer, vocab_size))
+        };
+        let (tokenizer, vocab_size) =
+            guard(&path, "loading it", load)?.map_err(|e| ModelError::file_because(&path, NO_TOKENIZER, e))?;
+        Ok(Self { path: path.into(), tokenizer: Arc::new(tokenizer), vocab_size })
     }
 
     /// The ids of a text. `add_special`: with those that the tokenizer puts around a text, such as a start token.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if the tokenizer has no ids for the text.
+    /// [`Error::Argument`](crate::Error::Argument) if the tokenizer has no ids for the text; [`ModelError::File`] if its file turns out to be damaged.
     pub fn encode(&self, text: &str, add_special: bool) -> ModelResult<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, add_special);
+        let encoding = guard(&self.path, "encoding a text", || self.tokenizer.encode_fast(text, add_special))?;
         let need = "text that the tokenizer has tokens for";
         encoding.map(|e| e.get_ids().to_vec()).map_err(|e| ModelError::argument("text", e, need))
     }
@@ -54,10 +79,19 @@ impl Tokenizer {
     /// UTF-8 become `U+FFFD`.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if the tokenizer's decoder fails.
+    /// [`Error::Argument`](crate::Error::Argument) if the tokenizer's decoder fails; [`ModelError::File`] if its file turns out to be damaged.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> ModelResult<String> {
-        let need = "ids that the tokenizer can decode";
-        self.tokenizer.decode(ids, skip_special).map_err(|e| ModelError::argument("ids", e, need))
+        let decode = || {
+            let added = self.tokenizer.get_added_vocabulary();
+            let has_text = |token: String| !(skip_special && added.is_special_token(&token));
+            // One of the library's decoders counts down from the number of tokens, also from 0.
+            if !ids.iter().any(|&id| self.tokenizer.id_to_token(id).is_some_and(has_text)) {
+                return Ok(String::new());
+            }
+            self.tokenizer.decode(ids, skip_special)
+        };
+        guard(&self.path, "decoding tokens", decode)?
+            .map_err(|e| ModelError::argument("ids", e, "ids that the tokenizer can decode"))
     }
 
     /// The id of a token: `<|endoftext|>`, say.
@@ -69,7 +103,7 @@ impl Tokenizer {
     /// One more than the largest id.
     #[must_use]
     pub fn vocab_size(&self) -> u32 {
-        self.tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1))
+        self.vocab_size
     }
 
     /// Checks that a model with `vocab_size` rows in its embedding knows every id. It may have more: they are often padded.
@@ -77,11 +111,11 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::File`] that names the tokenizer and both sizes.
     pub fn check_vocab_size(&self, vocab_size: u32) -> ModelResult<()> {
-        let ids = self.vocab_size();
-        if ids > vocab_size {
+        if self.vocab_size > vocab_size {
+            let largest = self.vocab_size - 1;
             let reason =
-                format!("got token ids up to {}, need all below the model's vocab_size of {vocab_size}", ids - 1);
-            return Err(ModelError::File { path: self.path.clone(), reason });
+                format!("got token ids up to {largest}, need all below the model's vocab_size of {vocab_size}");
+            return Err(ModelError::file(&*self.path, reason));
         }
         Ok(())
     }
@@ -119,7 +153,7 @@ impl TextStream {
     /// Adds a token, and returns the text that is complete now, if any.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if the tokenizer's decoder fails. The token counts as added.
+    /// Those of [`Tokenizer::decode`]. The token counts as added.
     pub fn push(&mut self, id: u32) -> ModelResult<Option<String>> {
         self.ids.push(id);
         let text = self.waiting()?;
@@ -136,7 +170,7 @@ impl TextStream {
     /// The rest: a character that never became complete, as `U+FFFD`. Mostly empty.
     ///
     /// # Errors
-    /// [`ModelError::Argument`] if the tokenizer's decoder fails.
+    /// Those of [`Tokenizer::decode`].
     pub fn finish(self) -> ModelResult<String> {
         self.waiting()
     }
@@ -151,4 +185,85 @@ impl TextStream {
             None => self.tokenizer.decode(&self.ids[self.done..], self.skip_special),
         }
     }
+}
+
+/// Calls the library. A panic is the file's error.
+fn guard<T>(path: &Path, doing: &str, call: impl FnOnce() -> T) -> ModelResult<T> {
+    // Unwind safe: what is left behind is the tokenizer, which has no state but caches behind locks that tell when they are poisoned.
+    catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        ModelError::file(path, format!("damaged: `tokenizers` panicked in {doing}: {text}"))
+    })
+}
+
+/// Refuses what the library is known to panic at: parts of a `tokenizer.json` that are no JSON, and those that contradict themselves.
+fn check(path: &Path, bytes: &[u8]) -> ModelResult<()> {
+    type Parts<'a> = BTreeMap<String, &'a RawValue>;
+    // Vocabularies are long: they are looked over, and nothing is made of them.
+    let parts: Parts<'_> = serde_json::from_slice(bytes).map_err(|e| {
+        let reason = format!("{NO_TOKENIZER}: damaged at line {}, column {}", e.line(), e.column());
+        ModelError::file_because(path, reason, e)
+    })?;
+    let damaged = |part: &str, fault| ModelError::file(path, format!("{NO_TOKENIZER}: {part}: {fault}"));
+    let mut sound = Ok(());
+    for (part, text) in parts.iter().filter(|(part, _)| *part != "model") {
+        let value: Value = serde_json::from_str(text.get())
+            .map_err(|e| ModelError::file_because(path, format!("{NO_TOKENIZER}: {part} is damaged"), e))?;
+        each_object(&value, &mut |object| {
+            if let Some(fault) = check_precompiled(object).or_else(|| check_template(object)) {
+                sound = Err(damaged(part, fault));
+            }
+        });
+    }
+    sound?;
+    // What is no object is left to the library, which says so.
+    let model: Parts<'_> =
+        parts.get("model").and_then(|text| serde_json::from_str(text.get()).ok()).unwrap_or_default();
+    let part = |name| model.get(name).and_then(|text| serde_json::from_str::<Value>(text.get()).ok());
+    let prefix = part("continuing_subword_prefix");
+    let prefix = prefix.as_ref().and_then(Value::as_str).filter(|prefix| !prefix.is_empty());
+    if let (Some(prefix), Some(Value::Array(merges))) = (prefix, part("merges")) {
+        // The library cuts as many bytes off the second token of a merge, whatever they are.
+        let second = |merge: &Value| match merge {
+            Value::String(pair) => pair.split_once(' ').map(|(_, second)| second.to_owned()),
+            pair => pair.get(1).and_then(Value::as_str).map(str::to_owned),
+        };
+        let short = merges.iter().filter_map(second).find(|second| second.get(prefix.len()..).is_none());
+        if let Some(second) = short {
+            let fault = format!("got {second:?} in merges, need tokens that start with the prefix {prefix:?}");
+            return Err(damaged("model", fault));
+        }
+    }
+    Ok(())
+}
+
+fn each_object(value: &Value, visit: &mut dyn FnMut(&serde_json::Map<String, Value>)) {
+    match value {
+        Value::Object(object) => {
+            visit(object);
+            object.values().for_each(|value| each_object(value, visit));
+        }
+        Value::Array(list) => list.iter().for_each(|value| each_object(value, visit)),
+        _ => {}
+    }
+}
+
+/// What is wrong with a table of characters in base64.
+fn check_precompiled(object: &serde_json::Map<String, Value>) -> Option<String> {
+    if object.get("type").and_then(Value::as_str) != Some("Precompiled") {
+        return None;
+    }
+    // Its text is borrowed when it is parsed, so a value won't do.
+    let text = Value::Object(object.clone()).to_string();
+    serde_json::from_str::<Precompiled>(&text).err().map(|e| e.to_string())
+}
+
+/// Which special token a template names and doesn't define.
+fn check_template(object: &serde_json::Map<String, Value>) -> Option<String> {
+    // The library takes it for a template by these settings, whatever its type.
+    let defined = |id: &str| object.get("special_tokens").is_some_and(|tokens| tokens.get(id).is_some());
+    let pieces = ["single", "pair"].into_iter().filter_map(|name| object.get(name)?.as_array()).flatten();
+    let mut ids = pieces.filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
+    ids.find(|id| !defined(id)).map(|id| format!("got the special token {id:?}, need it among special_tokens"))
 }

@@ -410,9 +410,9 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await;
         // The layer knows the value that it can't store, the loader whose it is.
         let linear = linear.map_err(|error| match error {
-            ModelError::Argument { argument: "weights", got, need } => {
+            ModelError::Weight { tensor: None, value, row, column } => {
                 let names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
-                ModelError::Argument { argument: "weights", got: format!("{got} of {}", names.join(" + ")), need }
+                ModelError::Weight { tensor: Some(names.join(" + ")), value, row, column }
             }
             other => other,
         })?;

@@ -2,10 +2,15 @@
 
 use std::path::Path;
 
-use folio::model::{Checkpoint, LinearWeights, ModelConfig, ModelError, TensorSource, Tokenizer};
+use folio::model::{
+    Checkpoint, Decoder, DecoderOptions, LinearWeights, LogitRows, ModelConfig, ModelError, ModelOptions, TensorSource,
+    Tokenizer, WeightFormat,
+};
+use folio::{Error, ErrorKind};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use crate::adapter;
 use crate::checkpoint_files::{ARCHITECTURES, Model, Tensor, model, serialize, shard_name, write, write_sharded};
 
 /// A checkpoint that is fine, in a directory of its own.
@@ -187,9 +192,9 @@ fn transposed_by_mistake() {
     // GPT-2's `[in, out]` as others have it.
     let (directory, mut model) = good("gpt2");
     let name = "transformer.h.1.mlp.c_fc.weight";
-    model.tensors.insert(name.into(), Tensor::new(name, &[48, 12], Dtype::F32));
+    model.tensors.insert(name.into(), Tensor::new(name, &[96, 24], Dtype::F32));
     write(directory.path(), &model.config, &model.tensors);
-    says(&error(directory.path()), &[name, "got shape [48, 12]", "need shape [12, 48]"]);
+    says(&error(directory.path()), &[name, "got shape [96, 24]", "need shape [24, 96]"]);
 }
 
 #[test]
@@ -268,7 +273,7 @@ fn a_file_that_shrinks_while_it_is_open() {
     let weights = checkpoint.weights().unwrap();
     let file = directory.path().join("model.safetensors");
     std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(100).unwrap();
-    let mut out = vec![0.0; 24];
+    let mut out = vec![0.0; 48];
     let wrong = checkpoint.rows(&weights.embedding, 0, &mut out).unwrap_err();
     file_error(wrong, "model.safetensors", &["got 100 bytes", &serialize(&model.tensors).len().to_string()]);
 }
@@ -286,33 +291,37 @@ fn rows_that_are_not_there() {
     read(rows - 1, columns).unwrap();
     for (start, len) in [(0, 1), (0, columns - 1), (rows, columns), (rows - 1, 2 * columns), (usize::MAX, columns)] {
         let error = read(start, len).unwrap_err();
-        assert!(matches!(error, ModelError::Argument { .. }), "{error:?}");
+        assert!(matches!(error, ModelError::Folio(Error::Argument { .. })), "{error:?}");
     }
-    assert!(matches!(read(rows + 1, 0).unwrap_err(), ModelError::Argument { argument: "row_start", .. }));
+    assert!(matches!(read(rows + 1, 0).unwrap_err(), ModelError::Folio(Error::Argument { argument: "row_start", .. })));
 
     // Sources that don't go together, and those of another model.
     let vector = &weights.final_norm.weight;
     TensorSource::stack(&[]).unwrap_err();
-    says(&TensorSource::stack(&[source, vector]).unwrap_err(), &["widths 24 and 1"]);
+    says(&TensorSource::stack(&[source, vector]).unwrap_err(), &["widths 48 and 1"]);
     let biased = LinearWeights { weight: source.clone(), bias: Some(vector.clone()) };
     LinearWeights::stack(&[&biased, &weights.layers[0].q]).unwrap_err();
     let (directory, _model) = good("qwen3");
     let other = Checkpoint::open(directory.path()).unwrap();
-    let error = other.rows(source, 0, &mut [0.0; 24]).unwrap_err();
+    let error = other.rows(source, 0, &mut [0.0; 48]).unwrap_err();
     assert!(matches!(&error, ModelError::Tensor { .. }), "{error:?}");
     other.check(&weights).unwrap_err();
     other.bytes(source).unwrap_err();
 }
 
-/// The error of a configuration with some settings replaced.
-fn config_error(model_type: &str, changes: &Value) -> ModelError {
+/// A configuration with some settings replaced.
+fn config(model_type: &str, changes: &Value) -> Result<ModelConfig, ModelError> {
     let mut config = model(model_type, Dtype::F32).config;
     for (key, value) in changes.as_object().unwrap() {
         config[key] = value.clone();
     }
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
-    ModelConfig::from_dir(directory.path()).expect_err(&changes.to_string())
+    ModelConfig::from_dir(directory.path())
+}
+
+fn config_error(model_type: &str, changes: &Value) -> ModelError {
+    config(model_type, changes).expect_err(&changes.to_string())
 }
 
 #[track_caller]
@@ -393,12 +402,216 @@ fn sizes_that_are_missing_or_wrong() {
     refused("gpt2", &json!({ "n_inner": 0 }), "n_inner", &["got 0"]);
     refused("llama", &json!({ "num_key_value_heads": 4 }), "num_key_value_heads", &["got 4", "divisor of the 6"]);
     refused("llama", &json!({ "num_key_value_heads": 7 }), "num_key_value_heads", &["got 7", "divisor of the 6"]);
-    refused("llama", &json!({ "head_dim": null, "hidden_size": 25 }), "hidden_size", &["got 25", "multiple of"]);
-    refused("gpt2", &json!({ "n_head": 5 }), "n_embd", &["got 12", "n_head, which is 5"]);
+    refused("llama", &json!({ "head_dim": null, "hidden_size": 25 }), "hidden_size", &["got 25", "multiple of num"]);
+    refused("gpt2", &json!({ "n_head": 5 }), "n_embd", &["got 24", "n_head, which is 5"]);
     // Products that wouldn't fit.
     let large = i32::MAX;
     refused("llama", &json!({ "head_dim": large, "num_key_value_heads": 1 }), "num_attention_heads", &["below 2^32"]);
     refused("gpt2", &json!({ "n_embd": large, "n_head": 1 }), "n_embd", &["below 2^32"]);
+}
+
+/// Every size that a kernel has a rule for: refused with the file and the architecture's own key, before anything is read or compiled.
+#[test]
+fn sizes_that_no_kernel_takes() {
+    let four = "a multiple of 4";
+    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+        for odd in [1, 30, 51] {
+            refused(
+                model_type,
+                &json!({ "intermediate_size": odd }),
+                "intermediate_size",
+                &[&format!("got {odd}"), four],
+            );
+        }
+        refused(model_type, &json!({ "intermediate_size": 1 << 19 }), "intermediate_size", &["got 524288", "262144"]);
+        for odd in [18, 30, 16_388] {
+            refused(model_type, &json!({ "hidden_size": odd }), "hidden_size", &[&format!("got {odd}"), four, "16384"]);
+        }
+        for odd in [4, 12, 59, 264] {
+            refused(model_type, &json!({ "head_dim": odd }), "head_dim", &[&format!("got {odd}"), "a multiple of 8"]);
+        }
+        let heads = json!({ "num_attention_heads": 65_540, "num_key_value_heads": 2 });
+        refused(model_type, &heads, "num_attention_heads", &["got 65540", "at most 65535"]);
+        let wide = json!({ "num_attention_heads": 40_000, "num_key_value_heads": 2 });
+        refused(model_type, &wide, "num_attention_heads", &["320000 in all", "262144"]);
+        refused(model_type, &json!({ "vocab_size": 966_657 }), "vocab_size", &["got 966657", "at most 966656"]);
+        config(model_type, &json!({ "vocab_size": 966_656, "intermediate_size": 52, "hidden_size": 16_384 })).unwrap();
+    }
+    // Where the file gives none, the size follows from another.
+    let none = json!({ "head_dim": null, "hidden_size": 24 });
+    refused("llama", &none, "hidden_size", &["24 over 6 heads", "head_dim of 4"]);
+    refused("gpt2", &json!({ "n_head": 4 }), "n_embd", &["24 over 4 heads", "head_dim of 6"]);
+    refused("gpt2", &json!({ "n_embd": 1026, "n_head": 9 }), "n_embd", &["1026 over 9 heads", "head_dim of 114"]);
+    refused("gpt_neox", &json!({ "num_attention_heads": 2 }), "hidden_size", &["24 over 2 heads", "head_dim of 12"]);
+    refused("gpt2", &json!({ "n_embd": 16_640, "n_head": 65 }), "n_embd", &["got 16640", "16384"]);
+    refused("gpt2", &json!({ "n_inner": 262_145 }), "n_inner", &["got 262145", "at most 262144"]);
+    refused("gpt2", &json!({ "vocab_size": 1 << 20 }), "vocab_size", &["at most 966656"]);
+    // Without a gate only linear layers see it, which take any.
+    assert_eq!(config("gpt2", &json!({ "n_inner": 51 })).unwrap().intermediate_size, 51);
+    assert_eq!(config("gpt_neox", &json!({ "intermediate_size": 51 })).unwrap().intermediate_size, 51);
+    for (model_type, key) in [("gpt2", "layer_norm_epsilon"), ("gpt_neox", "layer_norm_eps"), ("llama", "rms_norm_eps")]
+    {
+        for eps in [json!(0), json!(1e-40), json!(1e300)] {
+            refused(model_type, &json!({ key: eps }), key, &["a normal number above 0"]);
+        }
+    }
+    let scaling = json!({ "type": "yarn", "factor": 2.0, "attention_factor": 1e39 });
+    refused("llama", &json!({ "rope_scaling": scaling }), "rope_scaling", &["got inf"]);
+}
+
+/// Only the MLP with a gate has a rule for its width: the others compute with any.
+#[test]
+fn an_odd_width_without_a_gate_works() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let mut gpt2 = model("gpt2", Dtype::F32);
+    gpt2.config["n_inner"] = 51.into();
+    for (name, tensor) in &mut gpt2.tensors {
+        let shape: Vec<_> = tensor.shape.iter().map(|n| if *n == 96 { 51 } else { *n }).collect();
+        *tensor = Tensor::new(name, &shape, Dtype::F32);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    write(directory.path(), &gpt2.config, &gpt2.tensors);
+    for weights in [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT8, WeightFormat::INT4] {
+        let model =
+            folio::model::Model::load_blocking(&gpu, directory.path(), ModelOptions::new(weights), |_| {}).unwrap();
+        let options = {
+            let mut options = DecoderOptions::default();
+            options.num_blocks = 4;
+            options.max_step_tokens = 16;
+            options
+        };
+        let mut decoder = Decoder::new_blocking(model.into(), options).unwrap();
+        let sequence = decoder.create_sequence();
+        let logits = decoder.logits_blocking(&[(sequence, &[1, 2, 3])], LogitRows::Last).unwrap();
+        assert!(logits[0].iter().all(|logit| logit.is_finite()) && logits[0].iter().any(|logit| *logit != 0.0));
+    }
+}
+
+#[test]
+fn a_weight_beyond_f16_is_named() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let (directory, mut model) = good("llama");
+    let gate = model.tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap();
+    gate.values[3 * 48 + 5] = -1e6;
+    write(directory.path(), &model.config, &model.tensors);
+    let load = |weights| folio::model::Model::load_blocking(&gpu, directory.path(), ModelOptions::new(weights), |_| {});
+    load(WeightFormat::F32).unwrap();
+    let error = load(WeightFormat::F16).unwrap_err();
+    // Gate and up are one matrix: row 3 of the second has 28 before it.
+    let names = "model.layers.1.mlp.gate_proj.weight + model.layers.1.mlp.up_proj.weight";
+    assert!(
+        matches!(&error, ModelError::Weight { tensor: Some(tensor), value: -1e6, row: 31, column: 5 } if tensor == names),
+        "{error:?}"
+    );
+    says(&error, &[names, "got -1000000 at row 31, column 5", "65504"]);
+    assert_eq!(error.kind(), ErrorKind::Caller);
+}
+
+/// What is no file, under the name of each file that is read. An error at once: nothing waits for a pipe, and nothing reads a device to its end.
+#[cfg(unix)]
+#[test]
+fn files_that_are_no_files() {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    let (directory, model) = good("llama");
+    let path = directory.path().to_owned();
+    let sharded = tempfile::tempdir().unwrap();
+    write_sharded(sharded.path(), &model.config, &model.tensors, 2);
+    let sharded = sharded.path().to_owned();
+    type Make<'a> = &'a dyn Fn(&Path);
+    let make: [(&str, Make<'_>); 4] = [
+        ("a pipe", &|at| assert!(std::process::Command::new("mkfifo").arg(at).status().unwrap().success())),
+        ("a device", &|at| symlink("/dev/zero", at).unwrap()),
+        ("a socket", &|at| drop(UnixListener::bind(at).unwrap())),
+        ("a directory", &|at| std::fs::create_dir(at).unwrap()),
+    ];
+    for (what, make) in make {
+        for (directory, name) in [
+            (&path, "config.json"),
+            (&path, "generation_config.json"),
+            (&path, "model.safetensors"),
+            (&path, "tokenizer.json"),
+            (&sharded, "model.safetensors.index.json"),
+            (&sharded, "model-00002-of-00002.safetensors"),
+        ] {
+            let file = directory.join(name);
+            let before = std::fs::read(&file).ok();
+            let _ = std::fs::remove_file(&file);
+            make(&file);
+            let opened = directory.clone();
+            let error = within_a_second(move || match name {
+                "tokenizer.json" => Tokenizer::from_file(opened.join(name)).map(drop),
+                _ => Checkpoint::open(&opened).map(drop),
+            });
+            // A directory of that name has a tokenizer.json in it, or should.
+            if (what, name) == ("a directory", "tokenizer.json") {
+                file_error(error.unwrap_err(), "tokenizer.json/tokenizer.json", &["can't be read"]);
+            } else {
+                file_error(error.unwrap_err(), name, &[what, "need a regular file"]);
+            }
+            let _ = std::fs::remove_file(&file).or_else(|_| std::fs::remove_dir(&file));
+            before.into_iter().for_each(|bytes| std::fs::write(&file, bytes).unwrap());
+        }
+    }
+    // Links to files are followed.
+    std::fs::rename(path.join("config.json"), path.join("other.json")).unwrap();
+    symlink("other.json", path.join("config.json")).unwrap();
+    Checkpoint::open(&path).unwrap();
+}
+
+/// The result, if it comes soon: a call that waits for ever is left behind.
+#[cfg(unix)]
+fn within_a_second<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(call()));
+    receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("an end")
+}
+
+/// Sparse files, which take no space on the disk.
+#[test]
+fn files_that_are_too_long() {
+    let (directory, model) = good("llama");
+    let sharded = tempfile::tempdir().unwrap();
+    write_sharded(sharded.path(), &model.config, &model.tensors, 2);
+    for (directory, name, max) in [
+        (directory.path(), "config.json", 4_u64 << 20),
+        (directory.path(), "generation_config.json", 4 << 20),
+        (directory.path(), "tokenizer.json", 128 << 20),
+        (sharded.path(), "model.safetensors.index.json", 128 << 20),
+    ] {
+        let path = directory.join(name);
+        let before = std::fs::read(&path).ok();
+        std::fs::File::create(&path).unwrap().set_len(max + 1).unwrap();
+        let error = match name {
+            "tokenizer.json" => Tokenizer::from_file(&path).map(drop).unwrap_err(),
+            _ => Checkpoint::open(directory).map(drop).unwrap_err(),
+        };
+        file_error(error, name, &[&format!("got {} bytes, need at most {max}", max + 1)]);
+        std::fs::remove_file(&path).unwrap();
+        before.into_iter().for_each(|bytes| std::fs::write(&path, bytes).unwrap());
+    }
+}
+
+/// What the system or the parser said stays reachable, and is not said twice.
+#[test]
+fn errors_keep_their_cause() {
+    use std::error::Error as _;
+    let (directory, _model) = good("llama");
+    std::fs::remove_file(directory.path().join("model.safetensors")).unwrap();
+    std::fs::create_dir(directory.path().join("empty")).unwrap();
+    let missing = error(directory.path().join("empty"));
+    assert!(missing.source().is_none(), "no weights, says folio itself");
+    let missing = error(directory.path().join("nowhere"));
+    let cause = missing.source().and_then(|cause| cause.downcast_ref::<std::io::Error>()).expect("a cause");
+    assert_eq!((cause.kind(), missing.kind()), (std::io::ErrorKind::NotFound, ErrorKind::File));
+    std::fs::write(directory.path().join("config.json"), "{\n\"a\": x}").unwrap();
+    let broken = ModelConfig::from_dir(directory.path()).unwrap_err();
+    says(&broken, &["not valid JSON at line 2, column 6"]);
+    let cause = broken.source().and_then(|cause| cause.downcast_ref::<serde_json::Error>()).expect("a cause");
+    assert_eq!((cause.line(), broken.kind()), (2, ErrorKind::File));
+    let argument = ModelError::from(Error::argument("a", 1, 2));
+    assert_eq!((argument.kind(), argument.to_string()), (ErrorKind::Caller, "a: got 1, need 2".to_owned()));
 }
 
 #[test]

@@ -108,7 +108,7 @@ pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
     };
     let config = match model_type {
         "gpt2" => {
-            let hidden = 12;
+            let hidden = 24;
             add("transformer.wte.weight".into(), &[VOCAB, hidden]);
             add("transformer.wpe.weight".into(), &[64, hidden]);
             for i in 0..LAYERS {
@@ -169,7 +169,7 @@ pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
             })
         }
         _ => {
-            let (hidden, inner, q, kv, head) = (20, 28, 6, 2, if model_type == "qwen3" { 8 } else { 4 });
+            let (hidden, inner, q, kv, head) = (20, 28, 6, 2, 8);
             // Qwen3's heads times their width is not the hidden size.
             let hidden = if model_type == "qwen3" { hidden } else { q * head };
             let bias = model_type == "qwen2";

@@ -238,7 +238,7 @@ fn bad_input_is_refused_and_changes_nothing() {
         let inputs: Vec<_> =
             batch.iter().map(|&(sequence, tokens)| Input { sequence, tokens, sampling: Some(&greedy) }).collect();
         match decoder.step_blocking(&inputs) {
-            Err(ModelError::Argument { argument: got, .. }) => assert_eq!(got, argument, "{what}"),
+            Err(ModelError::Folio(Error::Argument { argument: got, .. })) => assert_eq!(got, argument, "{what}"),
             other => panic!("{what}: {other:?}"),
         }
         assert!(decoder.logits_blocking(batch, LogitRows::Last).is_err(), "{what}");
@@ -423,5 +423,5 @@ fn a_decoder_must_be_able_to_step() {
         options
     };
     let error = Decoder::new_blocking(Arc::new(model), options).unwrap_err();
-    assert!(matches!(error, ModelError::Argument { argument: "max_step_tokens", .. }), "{error}");
+    assert!(matches!(error, ModelError::Folio(Error::Argument { argument: "max_step_tokens", .. })), "{error}");
 }

@@ -429,7 +429,7 @@ fn bad_input_is_refused() {
     let config = LinearConfig::new(64, 8, WeightFormat::F16);
     let weights = vec![1.0; 64 * 8];
     let argument = |result: ModelResult<Linear>| match result {
-        Err(ModelError::Argument { argument, .. } | ModelError::Folio(Error::Argument { argument, .. })) => argument,
+        Err(ModelError::Folio(Error::Argument { argument, .. })) => argument,
         other => panic!("{other:?}"),
     };
     let new = |config: LinearConfig, bias: Option<&[f32]>| argument(new_linear(&gpu, &kernels, config, &weights, bias));
@@ -443,9 +443,7 @@ fn bad_input_is_refused() {
     for group_size in [0, 1, 16, 33] {
         assert_eq!(new(LinearConfig { format: WeightFormat::Int4 { group_size }, ..config }, None), "group_size");
     }
-    let failing = &mut |_: u32, _: &mut [f32]| {
-        Err(ModelError::Argument { argument: "mine", got: String::new(), need: String::new() })
-    };
+    let failing = &mut |_: u32, _: &mut [f32]| Err(Error::argument("mine", "", "").into());
     assert_eq!(argument(futures::executor::block_on(Linear::new(&gpu, &kernels, config, failing, None))), "mine");
 
     let linear = new_linear(&gpu, &kernels, config, &weights, None).unwrap();

@@ -196,7 +196,7 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
 #[test]
 fn tiles_of_a_transposed_weight() {
     // Sizes around the tile's 16 by 64, and blocks that start within it.
-    for hidden in [15, 16, 17, 64, 96] {
+    for hidden in [8, 16, 24, 64, 104] {
         let inner = 4 * hidden + 3;
         let mut model = model("gpt2", Dtype::F16);
         model.config["n_embd"] = hidden.into();
@@ -204,9 +204,9 @@ fn tiles_of_a_transposed_weight() {
         model.config["n_inner"] = inner.into();
         for (name, tensor) in &mut model.tensors {
             let shape = tensor.shape.iter().map(|n| match n {
-                12 => hidden,
-                36 => 3 * hidden,
-                48 => inner,
+                24 => hidden,
+                72 => 3 * hidden,
+                96 => inner,
                 n => *n,
             });
             *tensor = Tensor::new(name, &shape.collect::<Vec<_>>(), DTYPES[name.len() % 3]);
@@ -237,9 +237,9 @@ fn halves_keep_every_bit() {
         model.config["n_head"] = 1.into();
         for (name, tensor) in &mut model.tensors {
             let shape = tensor.shape.iter().map(|n| match n {
-                12 | &VOCAB => 256,
-                36 => 768,
-                48 => 1024,
+                24 | &VOCAB => 256,
+                72 => 768,
+                96 => 1024,
                 n => *n,
             });
             *tensor = Tensor::new(name, &shape.collect::<Vec<_>>(), dtype);
@@ -302,7 +302,7 @@ fn biases_follow_the_configuration() {
     let gate_up = weights.layers[0].gate_up.bias.as_ref().unwrap();
     let [gate, up] = ["gate", "up"].map(|name| &llama.tensors[&format!("model.layers.0.mlp.{name}_proj.bias")].values);
     expect(&checkpoint, gate_up, [56, 1], |row, _| if row < 28 { gate[row] } else { up[row - 28] });
-    assert_eq!(weights.layers[1].qkv().unwrap().bias.unwrap().shape(), [40, 1]);
+    assert_eq!(weights.layers[1].qkv().unwrap().bias.unwrap().shape(), [80, 1]);
 
     // Without them in the configuration they are left over, and said to be.
     llama.config["attention_bias"] = false.into();
@@ -409,8 +409,8 @@ fn real_checkpoints() {
 #[test]
 fn configurations() {
     let gpt2 = config_of(&model("gpt2", Dtype::F32).config).unwrap();
-    assert_eq!((gpt2.num_layers, gpt2.hidden_size, gpt2.intermediate_size), (2, 12, 48));
-    assert_eq!((gpt2.num_q_heads, gpt2.num_kv_heads, gpt2.head_dim, gpt2.max_positions), (3, 3, 4, 64));
+    assert_eq!((gpt2.num_layers, gpt2.hidden_size, gpt2.intermediate_size), (2, 24, 96));
+    assert_eq!((gpt2.num_q_heads, gpt2.num_kv_heads, gpt2.head_dim, gpt2.max_positions), (3, 3, 8, 64));
     assert_eq!((gpt2.norm.kind, gpt2.norm.eps, gpt2.activation), (NormKind::Layer, 1e-5, ActivationKind::GeluTanh));
     assert!(gpt2.qkv_bias && gpt2.output_bias && gpt2.mlp_bias && gpt2.tied_head);
     assert!(!gpt2.gated_mlp && !gpt2.parallel_residual && !gpt2.qk_norm);
@@ -426,11 +426,11 @@ fn configurations() {
     let llama = config_of(&model("llama", Dtype::F32).config).unwrap();
     assert_eq!((llama.norm.kind, llama.norm.eps, llama.activation), (NormKind::Rms, 1e-6, ActivationKind::Silu));
     assert!(llama.gated_mlp && !llama.qkv_bias && !llama.output_bias && !llama.mlp_bias && !llama.qk_norm);
-    assert_eq!((llama.q_width(), llama.kv_width()), (24, 8));
+    assert_eq!((llama.q_width(), llama.kv_width()), (48, 16));
     // What transformers adds by itself.
     let bare =
         config_of(&without("llama", &["head_dim", "num_key_value_heads", "rms_norm_eps", "hidden_act"])).unwrap();
-    assert_eq!((bare.head_dim, bare.num_kv_heads, bare.norm.eps, bare.activation), (4, 6, 1e-6, ActivationKind::Silu));
+    assert_eq!((bare.head_dim, bare.num_kv_heads, bare.norm.eps, bare.activation), (8, 6, 1e-6, ActivationKind::Silu));
 
     let qwen2 = config_of(&model("qwen2", Dtype::F32).config).unwrap();
     assert!(qwen2.qkv_bias && !qwen2.output_bias && qwen2.tied_head);
@@ -478,14 +478,14 @@ fn rope_of_old_and_new_files() {
     };
     let layout = RopeLayout::HalfSplit;
     let plain = |rotary_dim, theta| RopeConfig { rotary_dim, layout, theta, scaling: RopeScaling::None };
-    assert_eq!(rope("llama", json!({})), (plain(4, 500_000.0), 256));
-    assert_eq!(rope("llama", json!({ "rope_theta": null })).0, plain(4, 10_000.0));
+    assert_eq!(rope("llama", json!({})), (plain(8, 500_000.0), 256));
+    assert_eq!(rope("llama", json!({ "rope_theta": null })).0, plain(8, 10_000.0));
     let new = json!({ "rope_theta": null, "rope_parameters": { "rope_theta": 7e5, "rope_type": "default" } });
-    assert_eq!(rope("llama", new).0, plain(4, 7e5));
+    assert_eq!(rope("llama", new).0, plain(8, 7e5));
     // The section comes before the old setting.
-    assert_eq!(rope("llama", json!({ "rope_parameters": { "rope_theta": 7e5 } })).0, plain(4, 7e5));
-    assert_eq!(rope("llama", json!({ "rope_parameters": {} })).0, plain(4, 5e5));
-    assert_eq!(rope("llama", json!({ "partial_rotary_factor": 0.5 })).0, plain(2, 5e5));
+    assert_eq!(rope("llama", json!({ "rope_parameters": { "rope_theta": 7e5 } })).0, plain(8, 7e5));
+    assert_eq!(rope("llama", json!({ "rope_parameters": {} })).0, plain(8, 5e5));
+    assert_eq!(rope("llama", json!({ "partial_rotary_factor": 0.5 })).0, plain(4, 5e5));
 
     assert_eq!(rope("gpt_neox", json!({})).0, plain(2, 10_000.0));
     assert_eq!(rope("gpt_neox", json!({ "rotary_pct": null })).0, plain(2, 10_000.0));
@@ -504,7 +504,7 @@ fn rope_of_old_and_new_files() {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64 });
     let expected =
         RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 64 };
-    assert_eq!(scaled(llama3), (RopeConfig { scaling: expected, ..plain(4, 5e5) }, 256));
+    assert_eq!(scaled(llama3), (RopeConfig { scaling: expected, ..plain(8, 5e5) }, 256));
 
     let yarn = |attention_factor| RopeScaling::Yarn {
         factor: 4.0,

@@ -15,6 +15,7 @@ mod adapter;
 mod translate;
 
 mod bad_files;
+mod bad_tokenizers;
 mod buffers;
 mod checkpoint_files;
 mod decoder;

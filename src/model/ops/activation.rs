@@ -14,7 +14,7 @@ use crate::model::Rows;
 use crate::plan::MAX_GRID;
 
 /// Widest row: with gate and up far from overflowing an index.
-const MAX_WIDTH: u32 = 1 << 20;
+pub(crate) const MAX_WIDTH: u32 = 1 << 20;
 
 /// Which function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

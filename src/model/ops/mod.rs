@@ -1,6 +1,6 @@
 //! The model's small kernels: norms, activations, learned positions, choice of rows.
 
-mod activation;
+pub(crate) mod activation;
 mod norm;
 mod rows;
 
