@@ -22,7 +22,7 @@ mod table;
 pub use contiguous::{ContiguousCache, ContiguousConfig};
 pub use defragment::Defragment;
 pub use format::{KvFormat, KvFormats};
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
+pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use manager::{PoolUsage, SequenceId};
 pub use pool::{BlockId, BlockPool};
 pub use prefix::{PrefixMatch, PrefixStats};

@@ -103,13 +103,14 @@ fn shapes_of_caches_and_attentions() {
     let Some(fixture) = fixture() else { return };
     let cache = |config| KvCache::new_blocking(fixture.gpu(), config);
     for (config, parts) in [
-        (KvCacheConfig { num_layers: 0, ..SHAPE }, ["num_layers: got 0", "need at least 1"]),
+        (KvCacheConfig { num_layers: 0, ..SHAPE }, ["num_layers: got 0", "need 1 to 65536"]),
         (KvCacheConfig { num_kv_heads: 0, ..SHAPE }, ["num_kv_heads: got 0", "need 1 to 65535"]),
         (KvCacheConfig { head_dim: 0, ..SHAPE }, ["head_dim: got 0", "need a multiple of 8 from 8 to 256"]),
         (KvCacheConfig { head_dim: 59, ..SHAPE }, ["head_dim: got 59", "need a multiple of 8 from 8 to 256"]),
         (KvCacheConfig { head_dim: 264, ..SHAPE }, ["head_dim: got 264", "need a multiple of 8 from 8 to 256"]),
         (KvCacheConfig { block_size: 0, ..SHAPE }, ["block_size: got 0", "need 1 to 256 tokens"]),
         (KvCacheConfig { block_size: 257, ..SHAPE }, ["block_size: got 257", "need 1 to 256 tokens"]),
+        (KvCacheConfig { num_layers: u32::MAX, ..SHAPE }, ["num_layers: got 4294967295", "need 1 to 65536"]),
         (KvCacheConfig { num_blocks: 0, ..SHAPE }, ["num_blocks: got 0", "need at least 1"]),
         (KvCacheConfig { num_blocks: u32::MAX, ..SHAPE }, ["num_blocks: got 4294967295", "num_blocks * block_size"]),
     ] {

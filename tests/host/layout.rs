@@ -1,6 +1,6 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
-use folio::cache::{KvLayout, Segments};
+use folio::cache::{KvLayout, MAX_POOL_BYTES, Segments};
 use folio::{ContiguousConfig, Error, ErrorKind, KvCacheConfig, KvFormat};
 use proptest::prelude::*;
 
@@ -38,7 +38,7 @@ fn valid_shapes_are_accepted() {
 
 #[test]
 fn zero_layers_are_refused() {
-    assert_eq!(refusal(KvCacheConfig { num_layers: 0, ..CONFIG }), "num_layers: got 0, need at least 1");
+    assert_eq!(refusal(KvCacheConfig { num_layers: 0, ..CONFIG }), "num_layers: got 0, need 1 to 65536");
 }
 
 #[test]
@@ -207,6 +207,118 @@ proptest! {
     }
 }
 
+/// Any bits where a count belongs, the extremes often.
+fn any_count() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(0), Just(1), Just(u32::MAX), 0_u32..300, any::<u32>()]
+}
+
+proptest! {
+    /// Nobody has to validate a shape before asking it something: results are those of integers without end where they fit, and the
+    /// documented ones where they don't.
+    #[test]
+    fn layouts_of_any_numbers_are_total(
+        format in prop::sample::select(&KvFormat::ALL[..]),
+        [num_kv_heads, head_dim, block_size] in [any_count(), any_count(), any_count()],
+        [block, kv_head, slot, num_blocks] in [any_count(), any_count(), any_count(), any_count()],
+        max_bytes in prop_oneof![Just(0), Just(u64::MAX), any::<u64>(), 0_u64..1 << 40],
+    ) {
+        let layout = KvLayout { num_kv_heads, head_dim, block_size, format };
+        let [heads, rows_per_head, dim] = [num_kv_heads, block_size, head_dim].map(u128::from);
+        let clip = |wide: u128| u64::try_from(wide).unwrap_or(u64::MAX);
+
+        let row = dim * u128::from(format.element_bits()) / 8;
+        let scale = if format.has_row_scales() { 4 } else { 0 };
+        let rows = rows_per_head * heads;
+        let block_bytes = ((row + scale) * rows).next_multiple_of(16);
+        let table = if format.has_channel_scales() { 8 * heads * dim } else { 0 };
+        prop_assert_eq!(u128::from(layout.row_bytes()), row);
+        prop_assert_eq!(u128::from(layout.row_scale_bytes()), scale);
+        prop_assert_eq!(u128::from(layout.token_row_bytes()), row + scale);
+        prop_assert_eq!(u128::from(layout.block_rows()), rows);
+        prop_assert_eq!(layout.block_bytes(), clip(block_bytes));
+        prop_assert_eq!(layout.channel_table_bytes(), clip(table));
+        let side = u64::try_from(block_bytes).ok().and_then(|_| u64::try_from(block_bytes * u128::from(num_blocks) + table).ok());
+        prop_assert_eq!(layout.side_bytes(num_blocks), side);
+
+        let left = u128::from(max_bytes).saturating_sub(table);
+        let most = left.checked_div(block_bytes).unwrap_or(0);
+        prop_assert_eq!(u128::from(layout.max_blocks(max_bytes)), most);
+        let segments = layout.segments(num_blocks, max_bytes);
+        prop_assert_eq!(segments.is_some(), most > 0 && num_blocks > 0);
+        for segments in segments.into_iter().chain([Segments { count: block, blocks: slot }]) {
+            let (segment, within) = segments.locate(block);
+            prop_assert!(segment <= block && within <= block);
+            prop_assert!(segments.blocks_of(segment, num_blocks) <= num_blocks);
+        }
+
+        let index = u128::from(kv_head) * rows_per_head + u128::from(slot);
+        let at = u128::from(block) * block_bytes;
+        prop_assert_eq!(layout.row_offset(block, kv_head, slot), clip(at + index * row));
+        let scales = format.has_row_scales().then(|| clip(at + rows * row + index * scale));
+        prop_assert_eq!(layout.row_scale_offset(block, kv_head, slot), scales);
+    }
+
+    /// The same for whole configurations, which may or may not be valid.
+    #[test]
+    fn configurations_of_any_numbers_are_total(
+        k_format in prop::sample::select(&KvFormat::ALL[..]),
+        v_format in prop::sample::select(&KvFormat::ALL[..]),
+        [num_layers, num_kv_heads, head_dim] in [any_count(), any_count(), any_count()],
+        [block_size, num_blocks, seq_len] in [any_count(), any_count(), any_count()],
+    ) {
+        let config = KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format };
+        let sides = [config.k_layout(), config.v_layout()];
+        let layers = u128::from(num_layers);
+        let clip = |wide: u128| u64::try_from(wide).unwrap_or(u64::MAX);
+        // Of numbers that fit themselves.
+        let sum = |of: fn(&KvLayout) -> u64| sides.iter().map(|side| u128::from(of(side))).sum::<u128>();
+        prop_assert_eq!(config.token_bytes(), clip(layers * u128::from(num_kv_heads) * sum(KvLayout::token_row_bytes)));
+        let block = layers * sum(KvLayout::block_bytes);
+        prop_assert_eq!(config.block_bytes(), clip(block));
+        // Tables of K alone: V has none in a valid configuration.
+        let tables = layers * u128::from(config.k_layout().channel_table_bytes());
+        if block <= u128::from(u64::MAX) {
+            prop_assert_eq!(config.pool_bytes(), clip(block * u128::from(num_blocks) + tables));
+        }
+        prop_assert_eq!(config.blocks_for(seq_len), seq_len.div_ceil(block_size.max(1)));
+        if config.validate().is_ok() {
+            prop_assert!(config.pool_bytes() <= MAX_POOL_BYTES);
+        }
+    }
+}
+
+#[test]
+fn more_layers_than_any_model_has_are_refused() {
+    let at_most = KvCacheConfig { num_layers: 65_536, ..CONFIG };
+    assert!(at_most.validate().is_ok());
+    for num_layers in [65_537, u32::MAX] {
+        let want = format!("num_layers: got {num_layers}, need 1 to 65536");
+        assert_eq!(refusal(KvCacheConfig { num_layers, ..CONFIG }), want);
+    }
+}
+
+#[test]
+fn pools_that_no_machine_can_hold_are_refused() {
+    // 2^31 slots of 16 KiB over all layers: 2^47 bytes with 2 layers.
+    let largest = KvCacheConfig {
+        num_layers: 64,
+        num_kv_heads: 1,
+        head_dim: 256,
+        block_size: 256,
+        num_blocks: 1 << 22,
+        k_format: KvFormat::F32,
+        v_format: KvFormat::F32,
+    };
+    assert_eq!((largest.pool_bytes(), largest.validate().is_ok()), (1 << 47, true));
+    let more = KvCacheConfig { num_blocks: (1 << 22) + 1, ..largest };
+    assert_eq!(
+        refusal(more),
+        "num_blocks: got 4194305 (140737521909760 bytes over 64 layers), need a pool of at most 2^47 bytes"
+    );
+    let most = KvCacheConfig { num_layers: 65_536, num_kv_heads: 65_535, num_blocks: 256, ..largest };
+    assert!(refusal(most).contains("2^47 bytes"), "{most:?}");
+}
+
 #[test]
 fn sequences_take_whole_blocks() {
     let blocks = [0, 1, 4, 5, 6, 10, 11].map(|seq_len| CONFIG.blocks_for(seq_len));
@@ -236,14 +348,14 @@ fn formats_take_the_bytes_that_they_state() {
     assert!(ratio(KvFormat::Int8) <= 0.52 && ratio(KvFormat::Int4) <= 0.29);
 }
 
-/// Half a step of the widened range, by hand.
+/// Half of the scale of the widened range, by hand.
 #[test]
 fn row_errors_by_hand() {
     let near = |got: f64, want: f64| (got - want).abs() <= 1e-3 * want;
     assert!(near(KvFormat::Int8.row_error(0.0, 255.0), 0.5 * (1.0 + 1.0 / 128.0)));
     assert!(near(KvFormat::Int4.row_error(-128.0, 21.0), 0.5 * 10.0 * (1.0 + 1.0 / 128.0)));
     assert_eq!(KvFormat::F16.row_error(0.0, 1.0), 0.0);
-    // Steps end at 2^-118.
+    // Scales end at 2^-118.
     assert!(near(KvFormat::Int8.row_error(0.0, 0.0), 0.5_f64.powi(119) + 0.5_f64.powi(126)));
 }
 
@@ -286,7 +398,7 @@ fn contiguous_configurations_are_checked() {
     );
     let want = "max_seq_len: got 1073741824 for 4 rows, need batch * max_seq_len below 2^32";
     assert_eq!(contiguous_refusal(|c| c.max_seq_len = 1 << 30), want);
-    assert_eq!(contiguous_refusal(|c| c.num_layers = 0), "num_layers: got 0, need at least 1");
+    assert_eq!(contiguous_refusal(|c| c.num_layers = 0), "num_layers: got 0, need 1 to 65536");
     assert_eq!(contiguous_refusal(|c| c.num_kv_heads = 0), "num_kv_heads: got 0, need 1 to 65535");
     assert_eq!(contiguous_refusal(|c| c.head_dim = 60), "head_dim: got 60, need a multiple of 8 from 8 to 256");
 }
