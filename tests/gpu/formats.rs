@@ -69,42 +69,42 @@ fn hard_rows(head_dim: usize) -> Vec<Vec<f32>> {
 fn check_rows(what: &str, format: KvFormat, rows: &[f32], got: &[f32], head_dim: usize, channels: Option<&[f32]>) {
     const U: f64 = 1.0 / (1 << 24) as f64;
     assert_eq!(rows.len(), got.len(), "{what}");
-    let want = stored(format, rows, head_dim, channels);
+    let want = stored(format, rows, head_dim, channels).expect("whole rows");
     let levels = f64::from((1_u32 << format.element_bits().min(8)) - 1);
     for (i, (row, got)) in rows.chunks(head_dim).zip(got.chunks(head_dim)).enumerate() {
         let at = i * head_dim..(i + 1) * head_dim;
-        let least = row.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let values = row.iter().zip(got).zip(&want.values[at.clone()]).zip(&want.steps[at]);
-        for (dim, (((&x, &got), &want), &step)) in values.enumerate() {
+        let min = row.iter().copied().fold(f32::INFINITY, f32::min);
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let values = row.iter().zip(got).zip(&want.values[at.clone()]).zip(&want.scales[at]);
+        for (dim, (((&x, &got), &want), &scale)) in values.enumerate() {
             let say =
-                || format!("{what}: {format} row {i} dim {dim}: {x:e} became {got:e}, want {want:e}, step {step:e}");
-            let (x, got) = (f64::from(x), f64::from(got));
+                || format!("{what}: {format} row {i} dim {dim}: {x:e} became {got:e}, want {want:e}, scale {scale:e}");
+            let (x, got, scale) = (f64::from(x), f64::from(got), f64::from(scale));
             if want.is_nan() || got.is_nan() {
                 assert!(want.is_nan() && got.is_nan(), "{}", say());
                 continue;
             }
             // Roundings of the scale times code and of the sum. Adapters may flush subnormal numbers (of halves: below 2^-14).
             let mut rounding = 0.0;
-            if step > 0.0 {
-                rounding = 4.0 * U * (want.abs() + levels * step) + f64::from(f32::MIN_POSITIVE);
+            if scale > 0.0 {
+                rounding = 4.0 * U * (want.abs() + levels * scale) + f64::from(f32::MIN_POSITIVE);
             } else if format == F16 && want.abs() < format.absolute_error() {
                 rounding = format.absolute_error();
             } else if format == F32 && want.abs() < f64::from(f32::MIN_POSITIVE) {
                 rounding = f64::from(f32::MIN_POSITIVE);
             }
-            // Within a thousandth of a step of a tie, the other code is right too.
+            // Within a thousandth of a scale of a tie, the other code is right too.
             let off = (got - want).abs();
-            let is_other = off <= 1.001 * step + rounding && (got - x).abs() <= 0.501 * step + rounding;
+            let is_other = off <= 1.001 * scale + rounding && (got - x).abs() <= 0.501 * scale + rounding;
             assert!(off <= rounding || is_other, "{}", say());
             // The promised bound.
             let largest = f64::from(LARGEST);
-            if format.has_row_scales() && x.abs() <= largest && f64::from(most.max(-least)) <= largest {
-                let bound = format.row_error(least.into(), most.into());
+            if format.has_row_scales() && x.abs() <= largest && f64::from(max.max(-min)) <= largest {
+                let bound = format.row_error(min.into(), max.into());
                 assert!((got - x).abs() <= bound, "{}, bound {bound:e}", say());
             }
-            let (relative, most) = (format.relative_error(), if format == E4M3 { 448.0 } else { 65504.0 });
-            if relative > 0.0 && x.abs() <= most {
+            let (relative, largest) = (format.relative_error(), if format == E4M3 { 448.0 } else { 65504.0 });
+            if relative > 0.0 && x.abs() <= largest {
                 let bound = (relative * x.abs()).max(format.absolute_error());
                 assert!((got - x).abs() <= bound, "{}, bound {bound:e}", say());
             }
@@ -208,14 +208,14 @@ fn e4m3_rounds_to_nearest_even_everywhere() {
     let sequence = cache.create_sequence();
     append(&cache, &[(sequence, values.len() as u32 / 16)], 0, &values, &values);
     let rows = cache.gather_blocking(sequence, 0).expect("rows");
-    let want: Vec<f32> = stored(E4M3, &values, 16, None).values.iter().map(|&x| x as f32).collect();
+    let want: Vec<f32> = stored(E4M3, &values, 16, None).expect("rows").values.iter().map(|&x| x as f32).collect();
     assert_eq!(rows.k, want);
     assert_eq!(rows.v, want);
 }
 
-/// Keys that are turned on the way are stored as if they had been turned before.
+/// Keys that are rotated on the way are stored as if they had been rotated before.
 #[test]
-fn turned_keys_are_quantised() {
+fn rotated_keys_are_quantised() {
     for (i, k_format) in [Int8, Int4, E4M3, Int8PerChannel].into_iter().enumerate() {
         let layout = [RopeLayout::HalfSplit, RopeLayout::Interleaved][i % 2];
         let config = KvCacheConfig {
@@ -229,10 +229,10 @@ fn turned_keys_are_quantised() {
         };
         let mut rng = Rng::with_seed(4);
         let rows: Vec<f32> = (0..30 * 48).map(|_| rng.f32() * 4.0 - 2.0).collect();
-        let mut turned = Vec::new();
+        let mut rotated = Vec::new();
         for k_format in [F32, k_format] {
             let config = KvCacheConfig { k_format, ..config };
-            let Some(cache) = cache(DEFAULT, config, &turned) else { return };
+            let Some(cache) = cache(DEFAULT, config, &rotated) else { return };
             let mut rope = RopeConfig::new(20, 10_000.0);
             rope.layout = layout;
             let rope = Rope::new_blocking(&cache, rope).expect("rope");
@@ -244,17 +244,17 @@ fn turned_keys_are_quantised() {
             cache.gpu().queue().submit([encoder.finish()]);
             cache.commit(step).expect("commit").recycle();
             let got = cache.gather_blocking(sequence, 0).expect("rows");
-            check_rows("V beside turned K", Int8, &rows, &got.v, 24, None);
+            check_rows("V beside rotated K", Int8, &rows, &got.v, 24, None);
             if k_format == F32 {
-                turned = got.k;
+                rotated = got.k;
             } else {
-                check_rows("turned K", k_format, &turned, &got.k, 24, cache.key_scales(0).as_deref());
+                check_rows("rotated K", k_format, &rotated, &got.k, 24, cache.key_scales(0).as_deref());
             }
         }
     }
 }
 
-/// Every pair of formats; head dims, groups, block sizes and families in turn.
+/// Every pair of formats; head dims, groups, block sizes and families take their turns.
 #[test]
 fn attention_over_every_pair_of_formats() {
     const SHAPES: [(u32, u32, u32, u32); 6] =
@@ -320,7 +320,7 @@ fn segments() {
     }
 }
 
-/// Partial states carry the least values of their keys; options see whole scores.
+/// Partial states carry the zero points of their keys; options see whole scores.
 #[test]
 fn splits_and_options() {
     let split = Case::new(&[(9000, 1), (5000, 3)], 2, 1, 32).config(|config| {
