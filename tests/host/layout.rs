@@ -252,9 +252,10 @@ proptest! {
         }
 
         let index = u128::from(kv_head) * rows_per_head + u128::from(slot);
-        let at = u128::from(block) * block_bytes;
-        prop_assert_eq!(layout.row_offset(block, kv_head, slot), clip(at + index * row));
-        let scales = format.has_row_scales().then(|| clip(at + rows * row + index * scale));
+        // Up to 2^131: what does not even fit into u128 is clipped, too.
+        let at = u128::from(block).saturating_mul(block_bytes);
+        prop_assert_eq!(layout.row_offset(block, kv_head, slot), clip(at.saturating_add(index * row)));
+        let scales = format.has_row_scales().then(|| clip(at.saturating_add(rows * row + index * scale)));
         prop_assert_eq!(layout.row_scale_offset(block, kv_head, slot), scales);
     }
 
