@@ -327,6 +327,8 @@ impl<'a> Chat<'a> {
         let (k, v) = &mut self.texts[text].cached[layer];
         k.extend(rows.k[range.start * kv_row..range.end * kv_row].iter().map(stored));
         v.extend(rows.v[range.start * kv_row..range.end * kv_row].iter().map(stored));
+        let mut options = Options::default();
+        options.softmax_scale = Some(1.0);
         let problem = Problem {
             num_q_heads: NUM_Q_HEADS as usize,
             num_kv_heads: NUM_KV_HEADS as usize,
@@ -334,7 +336,7 @@ impl<'a> Chat<'a> {
             q: &rows.q[range.start * q_row..range.end * q_row],
             k,
             v,
-            options: Options { softmax_scale: Some(1.0), ..Options::default() },
+            options,
         };
         let expected = attention_with_bound(&problem, &ErrorModel::F32)?;
         let got = &out[range.start * q_row..range.end * q_row];

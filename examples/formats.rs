@@ -1,5 +1,5 @@
 //! What a cache format costs and what it loses: one long sequence is cached in each format, and a step of decode is timed and compared with
-//! the f64 oracle.
+//! the f64 oracle over the rows before they were stored, within the bound that follows from the format.
 //!
 //! `cargo run --release --example formats [-- --tokens 16384 --pairs f16:f16,f16 --quick]`
 //!
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use fastrand::Rng;
-use folio::reference::{self, Options, Problem};
+use folio::reference::{BoundedOutput, ErrorModel, Options, Problem, attention_with_bound, compare};
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{
     Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, KvFormats, Step, wgpu,
@@ -87,8 +87,10 @@ impl Data {
         Self { k, v, q }
     }
 
-    /// The exact outputs. Every query sees all keys.
-    fn attend(&self) -> Result<Vec<f64>> {
+    /// The exact outputs, and how far a correct kernel may be from them. Every query sees all keys.
+    fn attend(&self, pair: KvFormats, key_scales: Option<&[f32]>) -> Result<BoundedOutput> {
+        let mut options = Options::default();
+        options.causal = false;
         let problem = Problem {
             num_q_heads: NUM_Q_HEADS as usize,
             num_kv_heads: NUM_KV_HEADS as usize,
@@ -96,9 +98,13 @@ impl Data {
             q: &self.q,
             k: &self.k,
             v: &self.v,
-            options: Options { causal: false, ..Options::default() },
+            options,
         };
-        Ok(reference::attention(&problem)?.out)
+        let mut model = ErrorModel::new(pair.k, pair.v);
+        if let Some(scales) = key_scales {
+            model = model.with_key_scales(scales);
+        }
+        Ok(attention_with_bound(&problem, &model)?)
     }
 }
 
@@ -205,7 +211,6 @@ fn main() -> Result<()> {
     })?;
 
     let data = Data::new(tokens as usize);
-    let want = data.attend()?;
     let queries: Vec<_> = data.q.chunks(Q_ROW).map(|q| upload(&gpu, q)).collect();
     let mut all = Vec::new();
     for pair in pairs {
@@ -230,34 +235,39 @@ fn main() -> Result<()> {
             cached.times.push(time);
         }
     }
-    print_table(&gpu, tokens, &want, &all, &queries)
+    print_table(&gpu, tokens, &data, &all, &queries)
 }
 
-fn print_table(gpu: &Gpu, tokens: u32, want: &[f64], all: &[Cached], queries: &[wgpu::Buffer]) -> Result<()> {
-    let rms = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
+fn print_table(gpu: &Gpu, tokens: u32, data: &Data, all: &[Cached], queries: &[wgpu::Buffer]) -> Result<()> {
     println!("adapter: {}, {:?} kernels", gpu.adapter_info().name, gpu.profile());
+    let want = data.attend(F16, None)?.output.out;
+    let rms = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
     println!(
         "one token attends to {tokens}, {NUM_Q_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}; outputs are {rms:.3} (rms)\n"
     );
     let f16 = all.iter().find(|cached| cached.pair == F16).context("F16 is among the pairs")?;
     let (f16_bytes, f16_time) = (f16.cache.config().token_bytes(), f16.median());
     println!(
-        "{:<24} {:>12} {:>8} {:>10} {:>8} {:>12} {:>12}",
-        "K / V", "bytes/token", "of F16", "decode ms", "of F16", "worst error", "mean error"
+        "{:<24} {:>12} {:>8} {:>10} {:>8} {:>12} {:>12} {:>8}",
+        "K / V", "bytes/token", "of F16", "decode ms", "of F16", "worst error", "mean error", "of bound"
     );
     for cached in all {
         let got = cached.outputs(queries)?;
-        let errors: Vec<f64> = got.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).collect();
+        let key_scales = cached.cache.key_scales(0);
+        let expected = data.attend(cached.pair, key_scales.as_deref())?;
+        let comparison = compare::out(&expected, &got);
+        ensure!(comparison.is_within(), "{}: {comparison}", cached.pair);
+        let errors = got.iter().zip(&expected.output.out).map(|(&got, want)| (f64::from(got) - want).abs());
         let (bytes, time) = (cached.cache.config().token_bytes(), cached.median());
-        let worst = errors.iter().copied().fold(0.0, f64::max);
-        let mean = errors.iter().sum::<f64>() / errors.len() as f64;
-        ensure!(errors.iter().all(|error| error.is_finite()), "{}: an output that is not a number", cached.pair);
+        let worst = errors.clone().fold(0.0, f64::max);
+        let mean = errors.sum::<f64>() / got.len() as f64;
         println!(
-            "{:<24} {bytes:>12} {:>8.3} {:>10.3} {:>8.3} {worst:>12.2e} {mean:>12.2e}",
+            "{:<24} {bytes:>12} {:>8.3} {:>10.3} {:>8.3} {worst:>12.2e} {mean:>12.2e} {:>8.3}",
             cached.pair,
             bytes as f64 / f16_bytes as f64,
             time.as_secs_f64() * 1e3,
             time.div_duration_f64(f16_time),
+            comparison.badness(),
         );
     }
     Ok(())

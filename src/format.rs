@@ -12,13 +12,13 @@ use crate::error::{Error, Result};
 /// | `F32` | 4 | | 512 | 0 |
 /// | `F16` | 2 | | 256 | 2^-11 of it, at least 2^-14; magnitudes to 65504 |
 /// | `E4M3` | 1 | | 128 | 2^-4 of it, at least 2^-10; magnitudes to 448 |
-/// | `Int8` | 1 | 4 | 132 | half a step: about the row's range / 510 |
-/// | `Int4` | 1/2 | 4 | 68 | half a step: about the row's range / 30 |
-/// | `Int8PerChannel` | 1 | | 128 | half a step: the channel's range in calibration / 510 |
-/// | `Int4PerChannel` | 1/2 | | 64 | half a step: the channel's range in calibration / 30 |
+/// | `Int8` | 1 | 4 | 132 | half of the scale: about the row's range / 510 |
+/// | `Int4` | 1/2 | 4 | 68 | half of the scale: about the row's range / 30 |
+/// | `Int8PerChannel` | 1 | | 128 | half of the scale: the channel's range in calibration / 510 |
+/// | `Int4PerChannel` | 1/2 | | 64 | half of the scale: the channel's range in calibration / 30 |
 ///
 /// The table of a format with scales per channel takes 8 bytes per channel, once per layer. [`row_error`](Self::row_error) has the exact
-/// bound of formats with scales per row. These saturate at ±1.9609375 · 2^127 (3.34e38). Attention sums codes and least values up apart, so
+/// bound of formats with scales per row. These saturate at ±1.9609375 · 2^127 (3.34e38). Attention sums up codes and zero points apart, so
 /// where a row's range comes near the largest f32 its sums may overflow, though the elements do not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -37,26 +37,26 @@ pub enum KvFormat {
     ///
     /// A row takes `head_dim` bytes; an element is within [`relative_error`](Self::relative_error) or [`absolute_error`](Self::absolute_error).
     E4M3,
-    /// 8-bit codes with a scale and a least value per row (token and KV head): `x = least + scale * code`. The least value is rounded
-    /// down to a bfloat16 and the scale up (where it is more than 2^-20 above one), so that the codes 0 to 255 cover the row; both stand in
+    /// 8-bit codes with a scale and a zero point per row (token and KV head): `x = zero_point + scale * code`. The zero point is the row's
+    /// minimum, rounded down to a bfloat16 and the scale up (where it is more than 2^-20 above one), so that the codes 0 to 255 cover the row; both stand in
     /// one `u32` per row. Four codes in a `u32`, the first one lowest. A row with a NaN or an infinity reads as NaN as a whole.
     ///
-    /// A row takes `head_dim + 4` bytes; an element is within [`row_error`](Self::row_error): half a step, some 1/510 of the row's range.
+    /// A row takes `head_dim + 4` bytes; an element is within [`row_error`](Self::row_error): half of the scale, some 1/510 of the row's range.
     Int8,
-    /// 4-bit codes, 0 to 15, with a scale and a least value per row, as [`KvFormat::Int8`]. Eight codes in a `u32`: the first four in the lower
+    /// 4-bit codes, 0 to 15, with a scale and a zero point per row, as [`KvFormat::Int8`]. Eight codes in a `u32`: the first four in the lower
     /// halves of its bytes, the others in the upper halves.
     ///
     /// A row takes `head_dim / 2 + 4` bytes; an element is within [`row_error`](Self::row_error), some 1/30 of the row's range.
     Int4,
-    /// 8-bit codes with a scale and a least value per layer, KV head and channel (element of a row), fixed by
+    /// 8-bit codes with a scale and a zero point per layer, KV head and channel (element of a row), fixed by
     /// `KvCache::calibrate_keys` before anything is appended; values outside the calibrated range
     /// saturate at its ends, and a NaN becomes some value of the range. For K only: keys have channels that are large in
     /// every token, which scales per token serve badly (KIVI, Liu et al. 2024).
     ///
     /// A row takes `head_dim` bytes, and a layer `8 * num_kv_heads * head_dim` bytes once; an element within the calibrated range of its
-    /// channel is within half a step, 1/510 of that range.
+    /// channel is within half of the scale, 1/510 of that range.
     Int8PerChannel,
-    /// 4-bit codes with a scale and a least value per layer, KV head and channel, as [`KvFormat::Int8PerChannel`].
+    /// 4-bit codes with a scale and a zero point per layer, KV head and channel, as [`KvFormat::Int8PerChannel`].
     ///
     /// A row takes `head_dim / 2` bytes; an element within the calibrated range of its channel is within 1/30 of that range.
     Int4PerChannel,
@@ -78,13 +78,13 @@ impl KvFormat {
         }
     }
 
-    /// Whether every row (token and KV head) has a scale and a least value of its own.
+    /// Whether every row (token and KV head) has a scale and a zero point of its own.
     #[must_use]
     pub const fn has_row_scales(self) -> bool {
         matches!(self, Self::Int8 | Self::Int4)
     }
 
-    /// Whether every channel of a layer's KV head has a scale and a least value, fixed by calibration.
+    /// Whether every channel of a layer's KV head has a scale and a zero point, fixed by calibration.
     #[must_use]
     pub const fn has_channel_scales(self) -> bool {
         matches!(self, Self::Int8PerChannel | Self::Int4PerChannel)
@@ -113,21 +113,22 @@ impl KvFormat {
         }
     }
 
-    /// Largest error of an element of a row whose least and largest elements are `least` and `most`, in formats with scales per row: half a step,
-    /// and the roundings of f32 on the way. 0 in other formats.
+    /// Largest error of an element of a row whose smallest and largest elements are `min` and `max`, in formats with scales per row: half of
+    /// the scale, and the roundings of f32 on the way. 0 in other formats.
     ///
-    /// The stored least value is up to `2^-7 |least|` lower, which is the distance of bfloat16 numbers. The scale, rounded up, is less than `1 + 2^-7` of the
-    /// widened range's `levels`th part, and at least 2^-118. Reading adds a multiple of the scale to the least value, with two roundings.
+    /// The stored zero point is up to `2^-7 |min|` below the minimum, which is the distance of bfloat16 numbers. The scale, rounded up, is less
+    /// than `1 + 2^-7` of the widened range's `levels`th part, and at least 2^-118. Reading adds a multiple of the scale to the zero point, with
+    /// two roundings. How far a result of attention may be off is said by [`ErrorModel`](crate::reference::ErrorModel).
     #[must_use]
-    pub fn row_error(self, least: f64, most: f64) -> f64 {
+    pub fn row_error(self, min: f64, max: f64) -> f64 {
         if !self.has_row_scales() {
             return 0.0;
         }
         let levels = f64::from((1_u32 << self.element_bits()) - 1);
-        let range = most - least + least.abs() / 128.0;
-        let step = (range / levels * (1.0 + 1.0 / 128.0)).max(1.0 / 332_306_998_946_228_968_225_951_765_070_086_144.0);
-        let magnitude = least.abs().max(most.abs()) + range;
-        0.5 * step + magnitude * (4.0 / f64::from(1 << 24)) + f64::from(f32::MIN_POSITIVE)
+        let range = max - min + min.abs() / 128.0;
+        let scale = (range / levels * (1.0 + 1.0 / 128.0)).max(1.0 / 332_306_998_946_228_968_225_951_765_070_086_144.0);
+        let magnitude = min.abs().max(max.abs()) + range;
+        0.5 * scale + magnitude * (4.0 / f64::from(1 << 24)) + f64::from(f32::MIN_POSITIVE)
     }
 
     /// The name that shader templates know the format by.

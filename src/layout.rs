@@ -9,16 +9,23 @@ pub const MAX_HEAD_DIM: u32 = 256;
 /// unused on average, a prefix is shared in whole blocks, and copy-on-write copies a whole block for one token. The kernels take any size:
 /// a [contiguous](KvCacheConfig::contiguous) cache has a block of `max_seq_len` tokens per row.
 pub const MAX_BLOCK_SIZE: u32 = 256;
+/// Largest num_layers. Every layer has buffers and host state of its own, so a number that nobody meant would use up the process before any
+/// limit of the device is asked.
+pub const MAX_NUM_LAYERS: u32 = 65_536;
+/// Largest pool over all layers, in bytes: the addresses that a process has on 64-bit machines. How much memory a device really has is
+/// known only to its driver, which refuses what is more than that.
+pub const MAX_POOL_BYTES: u64 = 1 << 47;
 
 /// Shape of a cache: every layer has a K side and a V side of this geometry.
 ///
-/// Made by [`KvCacheConfig::new`] or [`KvCacheConfig::contiguous`]; the fields may then be changed.
+/// Made by [`KvCacheConfig::new`] or [`KvCacheConfig::contiguous`]; the fields may then be changed. Sizes are defined for any field values,
+/// valid or not: what is beyond `u64` is `u64::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct KvCacheConfig {
-    /// Transformer layers, each with its own K and V.
+    /// Transformer layers, each with its own K and V: 1 to 65536.
     pub num_layers: u32,
-    /// Heads of K and V.
+    /// Heads of K and V: 1 to 65535.
     pub num_kv_heads: u32,
     /// Elements of a head: a multiple of 8 from 8 to 256.
     pub head_dim: u32,
@@ -84,8 +91,8 @@ impl KvCacheConfig {
     /// # Errors
     /// [`Error::Argument`] that names the field.
     pub fn validate(&self) -> Result<()> {
-        if self.num_layers == 0 {
-            return Err(Error::argument("num_layers", 0, "at least 1"));
+        if self.num_layers == 0 || self.num_layers > MAX_NUM_LAYERS {
+            return Err(Error::argument("num_layers", self.num_layers, "1 to 65536"));
         }
         // The kernels use one workgroup row per KV head.
         if self.num_kv_heads == 0 || self.num_kv_heads > 65_535 {
@@ -113,6 +120,11 @@ impl KvCacheConfig {
             let rule = "a format without scales per channel: those are for keys";
             return Err(Error::argument("v_format", self.v_format, rule));
         }
+        let pool_bytes = self.pool_bytes();
+        if pool_bytes > MAX_POOL_BYTES {
+            let got = format!("{} ({pool_bytes} bytes over {} layers)", self.num_blocks, self.num_layers);
+            return Err(Error::argument("num_blocks", got, "a pool of at most 2^47 bytes"));
+        }
         Ok(())
     }
 
@@ -136,26 +148,27 @@ impl KvCacheConfig {
     #[must_use]
     pub fn token_bytes(&self) -> u64 {
         let rows = u64::from(self.num_layers) * u64::from(self.num_kv_heads);
-        rows * (self.k_layout().token_row_bytes() + self.v_layout().token_row_bytes())
+        rows.saturating_mul(self.k_layout().token_row_bytes() + self.v_layout().token_row_bytes())
     }
 
     /// Bytes that one block takes over all layers, K and V.
     #[must_use]
     pub fn block_bytes(&self) -> u64 {
-        u64::from(self.num_layers) * (self.k_layout().block_bytes() + self.v_layout().block_bytes())
+        let block = self.k_layout().block_bytes().saturating_add(self.v_layout().block_bytes());
+        block.saturating_mul(self.num_layers.into())
     }
 
     /// Bytes of the whole pool over all layers, tables of channel scales included.
     #[must_use]
     pub fn pool_bytes(&self) -> u64 {
-        let tables = u64::from(self.num_layers) * self.k_layout().channel_table_bytes();
+        let tables = self.k_layout().channel_table_bytes().saturating_mul(self.num_layers.into());
         self.block_bytes().saturating_mul(self.num_blocks.into()).saturating_add(tables)
     }
 
-    /// Blocks that a sequence of `seq_len` tokens takes.
+    /// Blocks that a sequence of `seq_len` tokens takes. A block size of 0, which is not valid, counts as 1.
     #[must_use]
     pub fn blocks_for(&self, seq_len: u32) -> u32 {
-        seq_len.div_ceil(self.block_size)
+        seq_len.div_ceil(self.block_size.max(1))
     }
 }
 
@@ -166,7 +179,9 @@ impl KvCacheConfig {
 /// rows, a `u32` each and in the same order, so that a block is one range of bytes whatever its format.
 ///
 /// In formats with scales per channel, one table per side follows the last block of the first [segment](Segments): f32
-/// `[2, num_kv_heads, head_dim]`, the scales and then the least values.
+/// `[2, num_kv_heads, head_dim]`, the scales and then the zero points.
+///
+/// Sizes and offsets are in bytes and defined for any field values, valid or not: what is beyond `u64` is `u64::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Heads of K and V.
@@ -211,25 +226,43 @@ impl KvLayout {
     /// Bytes of a block: its rows, their scales, and up to 15 bytes of padding where there are few of them.
     #[must_use]
     pub const fn block_bytes(&self) -> u64 {
-        (self.token_row_bytes() * self.block_rows()).next_multiple_of(BLOCK_ALIGNMENT)
+        match self.checked_block_bytes() {
+            Some(bytes) => bytes,
+            None => u64::MAX,
+        }
+    }
+
+    const fn checked_block_bytes(&self) -> Option<u64> {
+        match self.token_row_bytes().checked_mul(self.block_rows()) {
+            Some(bytes) => bytes.checked_next_multiple_of(BLOCK_ALIGNMENT),
+            None => None,
+        }
     }
 
     /// Bytes of the table of channel scales: 0 in formats without.
     #[must_use]
     pub const fn channel_table_bytes(&self) -> u64 {
-        if self.format.has_channel_scales() { 2 * 4 * self.num_kv_heads as u64 * self.head_dim as u64 } else { 0 }
+        if self.format.has_channel_scales() { self.num_channels().saturating_mul(2 * 4) } else { 0 }
     }
 
     /// Bytes of one side of a layer, or `None` on overflow.
     #[must_use]
     pub fn side_bytes(&self, num_blocks: u32) -> Option<u64> {
-        self.block_bytes().checked_mul(num_blocks.into())?.checked_add(self.channel_table_bytes())
+        let table = if self.format.has_channel_scales() { self.num_channels().checked_mul(2 * 4)? } else { 0 };
+        self.checked_block_bytes()?.checked_mul(num_blocks.into())?.checked_add(table)
     }
 
-    /// Most blocks that fit into `bytes`.
+    /// Most blocks that fit into `bytes`; 0 if a block has no bytes, as its layout is not valid then.
     #[must_use]
     pub const fn max_blocks(&self, bytes: u64) -> u64 {
-        bytes.saturating_sub(self.channel_table_bytes()) / self.block_bytes()
+        match self.checked_block_bytes() {
+            Some(block_bytes) if block_bytes > 0 => bytes.saturating_sub(self.channel_table_bytes()) / block_bytes,
+            _ => 0,
+        }
+    }
+
+    const fn num_channels(&self) -> u64 {
+        self.num_kv_heads as u64 * self.head_dim as u64
     }
 
     /// Cuts a side of `num_blocks` blocks into as few equal segments as bindings of `max_bytes` allow, or `None` if not even one block fits
@@ -251,16 +284,26 @@ impl KvLayout {
     /// Byte offset of a row from the start of the side, if all of it were in one segment.
     #[must_use]
     pub fn row_offset(&self, block: u32, kv_head: u32, slot: u32) -> u64 {
-        let row = u64::from(kv_head) * u64::from(self.block_size) + u64::from(slot);
-        u64::from(block) * self.block_bytes() + row * self.row_bytes()
+        self.offset(block, 0, self.row_index(kv_head, slot), self.row_bytes())
     }
 
     /// Byte offset of a row's scale from the start of the side, if all of it were in one segment, or `None` in formats without.
     #[must_use]
     pub fn row_scale_offset(&self, block: u32, kv_head: u32, slot: u32) -> Option<u64> {
-        let row = u64::from(kv_head) * u64::from(self.block_size) + u64::from(slot);
-        let scales = u64::from(block) * self.block_bytes() + self.block_rows() * self.row_bytes();
-        self.format.has_row_scales().then(|| scales + row * self.row_scale_bytes())
+        let row = self.row_index(kv_head, slot);
+        self.format.has_row_scales().then(|| self.offset(block, self.block_rows(), row, self.row_scale_bytes()))
+    }
+
+    /// Index of a row within its block: below 2^64, as all three numbers are below 2^32.
+    const fn row_index(&self, kv_head: u32, slot: u32) -> u64 {
+        kv_head as u64 * self.block_size as u64 + slot as u64
+    }
+
+    /// Byte offset of item `index`, of `bytes` bytes, behind the first `rows` rows of a block.
+    fn offset(&self, block: u32, rows: u64, index: u64, bytes: u64) -> u64 {
+        let [block, rows] =
+            [u64::from(block).saturating_mul(self.block_bytes()), rows.saturating_mul(self.row_bytes())];
+        block.saturating_add(rows).saturating_add(index.saturating_mul(bytes))
     }
 }
 

@@ -37,7 +37,7 @@ pub use gpu::GpuOptions;
 pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, required_limits, useful_features};
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, Profile, RopeConfig, RopeLayout, RopeScaling};
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Segments};
+pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use plan::AttentionConfig;
 pub use sequence::{MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceMemory};
 #[cfg(feature = "wgpu")]

@@ -15,6 +15,7 @@ pub enum Quantity {
 
 /// One compared element.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Element {
     /// Query token within the sequence.
     pub row: usize,
@@ -32,6 +33,7 @@ pub struct Element {
 
 impl Element {
     /// How far apart the values are; 0 for two equal infinities or two NaNs, infinite if only one of them is finite.
+    #[must_use]
     pub fn error(&self) -> f64 {
         let got = f64::from(self.got);
         if got == self.want || (got.is_nan() && self.want.is_nan()) {
@@ -44,6 +46,7 @@ impl Element {
     }
 
     /// Whether the error is within the bound.
+    #[must_use]
     pub fn is_within(&self) -> bool {
         self.error() <= self.bound
     }
@@ -59,6 +62,7 @@ impl Element {
 
 /// The outcome of a comparison.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Comparison {
     /// What was compared.
     pub quantity: Quantity,
@@ -70,13 +74,15 @@ pub struct Comparison {
     pub worst: Option<Element>,
 }
 
-/// Compares `got`, a kernel's `out`.
+/// Compares `got`, a kernel's `out`, f32 `[query_len, num_q_heads, head_dim]`.
+#[must_use]
 pub fn out(expected: &BoundedOutput, got: &[f32]) -> Comparison {
     let head_dim = expected.output.head_dim;
     compare(Quantity::Out, got, &expected.output.out, &expected.out_bound, expected.output.num_q_heads, head_dim)
 }
 
-/// Compares `got`, a kernel's `lse`.
+/// Compares `got`, a kernel's `lse`, f32 `[query_len, num_q_heads]`.
+#[must_use]
 pub fn lse(expected: &BoundedOutput, got: &[f32]) -> Comparison {
     compare(Quantity::Lse, got, &expected.output.lse, &expected.lse_bound, expected.output.num_q_heads, 1)
 }
@@ -110,11 +116,13 @@ fn compare(
 
 impl Comparison {
     /// Whether the lengths agree and every element is within its bound.
+    #[must_use]
     pub fn is_within(&self) -> bool {
         self.lens.0 == self.lens.1 && self.num_beyond == 0
     }
 
     /// The largest error in units of its bound: up to 1 if all is well.
+    #[must_use]
     pub fn badness(&self) -> f64 {
         if self.lens.0 == self.lens.1 { self.worst.map_or(0.0, |worst| worst.badness()) } else { f64::INFINITY }
     }

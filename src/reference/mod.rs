@@ -37,7 +37,14 @@
 //!    plus `exp(sink)` of the head if there are sinks; `lse = ln(denominator)`.
 //!
 //! A row that sees no key has `out = 0`; its `lse` is negative infinity, or the head's sink if there are sinks. An
-//! invisible key is never read, so it may hold NaN.
+//! invisible key is never read, so it may hold NaN or anything else: neither the result nor its bound depends on it. A
+//! visible NaN reaches the results of all rows that see it. A window of `seq_len` or more is no window, up to `u32::MAX`.
+//! Logits may have any finite value: nothing is compared with a floor.
+//!
+//! # Judging a kernel
+//!
+//! Give the rows as they were appended, and an [`ErrorModel`] that says in which formats they are cached; see there.
+//! Without a model, [`attention`] gives the exact result alone. Nothing here uses a GPU.
 
 pub mod bound;
 pub mod compare;
@@ -46,7 +53,8 @@ pub mod rope;
 
 use std::fmt;
 
-pub use bound::{ElementError, ErrorModel, Rounding};
+pub use bound::{ErrorModel, Rounding};
+use quantise::Stored;
 
 /// One sequence to attend over. `query_len` and `seq_len` follow from the lengths of the slices.
 #[derive(Clone, Debug)]
@@ -68,7 +76,13 @@ pub struct Problem<'a> {
 }
 
 /// What is done to the logits; the default is causal attention and nothing else.
+///
+/// ```
+/// let mut options = folio::reference::Options::default();
+/// options.window = Some(128);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Options {
     /// Whether a query sees only keys up to its own position.
     pub causal: bool,
@@ -76,11 +90,11 @@ pub struct Options {
     pub softmax_scale: Option<f64>,
     /// Bends scaled logits into `-softcap ..= softcap`.
     pub softcap: Option<f64>,
-    /// Number of newest keys a query sees, its own position included.
+    /// Number of newest keys a query sees, its own position included; 0 hides all of them.
     pub window: Option<u32>,
-    /// ALiBi slopes, `[num_q_heads]`.
+    /// ALiBi slopes, `[num_q_heads]`; finite.
     pub alibi_slopes: Option<Vec<f32>>,
-    /// Logits that join the softmax denominator only, `[num_q_heads]`.
+    /// Logits that join the softmax denominator only, `[num_q_heads]`; finite.
     pub sinks: Option<Vec<f32>>,
     /// Visible keys as bits, `[query_len, ceil(seq_len / 32)]`: key `j` is bit `j % 32` of word `j / 32`.
     pub mask: Option<Vec<u32>>,
@@ -102,6 +116,7 @@ impl Default for Options {
 
 /// What [`attention`] computes.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Output {
     /// Number of query heads.
     pub num_q_heads: usize,
@@ -114,14 +129,37 @@ pub struct Output {
 }
 
 /// An [`Output`] and how far a correct kernel may be from it.
+///
+/// A bound is 0 where the exact result is infinite or NaN, as a correct kernel's is then, too. It is infinite where sums of
+/// `f32` may overflow, and where only what is stored is finite, or only what was given.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BoundedOutput {
     /// The exact result.
     pub output: Output,
     /// Bound of `|kernel - output.out|`, of the same shape.
     pub out_bound: Vec<f64>,
-    /// Bound of `|kernel - output.lse|`, of the same shape; 0 where the exact result is infinite.
+    /// Bound of `|kernel - output.lse|`, of the same shape.
     pub lse_bound: Vec<f64>,
+}
+
+impl BoundedOutput {
+    /// Bounds of the distance from `exact`, where `self` is what a kernel computes of stored rows.
+    fn around(self, exact: Output) -> Self {
+        let moved = |bound: Vec<f64>, from: &[f64], to: &[f64]| -> Vec<f64> {
+            let distance = |(&from, &to): (&f64, &f64)| match (from.is_finite(), to.is_finite()) {
+                (true, true) => (from - to).abs(),
+                _ if from == to || (from.is_nan() && to.is_nan()) => 0.0,
+                _ => f64::INFINITY,
+            };
+            bound.iter().zip(from.iter().zip(to).map(distance)).map(|(bound, distance)| bound + distance).collect()
+        };
+        Self {
+            out_bound: moved(self.out_bound, &self.output.out, &exact.out),
+            lse_bound: moved(self.lse_bound, &self.output.lse, &exact.lse),
+            output: exact,
+        }
+    }
 }
 
 /// A [`Problem`] whose parts do not fit together.
@@ -144,16 +182,28 @@ impl std::error::Error for InvalidProblem {}
 ///
 /// If the lengths of the slices do not fit the head counts, or an option is not a usable number.
 pub fn attention(problem: &Problem<'_>) -> Result<Output, InvalidProblem> {
-    Ok(run(problem, None)?.output)
+    Ok(run(&Checked::new(problem)?, false).output)
 }
 
-/// The same result as [`attention`], and the bound of a kernel's error at each element.
+/// The same result as [`attention`], or that over the rows as they are [stored](ErrorModel::over_stored), and the bound of a
+/// kernel's error at each element.
 ///
 /// # Errors
 ///
-/// The same as those of [`attention`].
-pub fn attention_with_bound(problem: &Problem<'_>, model: &ErrorModel) -> Result<BoundedOutput, InvalidProblem> {
-    run(problem, Some(model))
+/// The same as those of [`attention`]; if the model's formats need scales that are missing or of other shapes than K.
+pub fn attention_with_bound(problem: &Problem<'_>, model: &ErrorModel<'_>) -> Result<BoundedOutput, InvalidProblem> {
+    let checked = Checked::new(problem)?;
+    let [stored_k, stored_v] = model.stored(problem)?;
+    let rows = |stored: &Stored| stored.values.iter().map(|&x| x as f32).collect::<Vec<_>>();
+    let [k, v] = [&stored_k, &stored_v].map(|stored| stored.as_deref().map(rows));
+    let kept =
+        Problem { k: k.as_deref().unwrap_or(problem.k), v: v.as_deref().unwrap_or(problem.v), ..problem.clone() };
+    let (stored_k, stored_v) = (stored_k.as_deref(), stored_v.as_deref());
+    let bounded = run(&Checked { stored_k, stored_v, rounding: model.rounding(), ..Checked::new(&kept)? }, true);
+    if model.is_over_stored() || (stored_k.is_none() && stored_v.is_none()) {
+        return Ok(bounded);
+    }
+    Ok(bounded.around(run(&checked, false).output))
 }
 
 /// Shapes and options of a checked problem, with the defaults filled in.
@@ -164,6 +214,10 @@ struct Checked<'a> {
     group_size: usize,
     softmax_scale: f64,
     mask_stride: usize,
+    /// For bounds: how the problem's rows are stored, where they are what is left of others.
+    stored_k: Option<&'a Stored>,
+    stored_v: Option<&'a Stored>,
+    rounding: Rounding,
 }
 
 /// A key that a row sees.
@@ -215,15 +269,17 @@ impl<'a> Checked<'a> {
             return invalid(format!("v has {} elements, k has {}", v.len(), k.len()));
         }
         for (name, per_head) in [("alibi_slopes", &options.alibi_slopes), ("sinks", &options.sinks)] {
-            if let Some(values) = per_head
-                && values.len() != num_q_heads
-            {
+            let Some(values) = per_head else { continue };
+            if values.len() != num_q_heads {
                 return invalid(format!("{name} has {} elements, expected num_q_heads = {num_q_heads}", values.len()));
+            }
+            if let Some(x) = values.iter().find(|x| !x.is_finite()) {
+                return invalid(format!("{name} has {x}, which is not finite"));
             }
         }
         let mask_stride = seq_len.div_ceil(32);
         if let Some(mask) = &options.mask
-            && mask.len() != query_len * mask_stride
+            && Some(mask.len()) != query_len.checked_mul(mask_stride)
         {
             return invalid(format!("mask has {} words, expected {query_len} rows of {mask_stride} words", mask.len()));
         }
@@ -237,7 +293,8 @@ impl<'a> Checked<'a> {
             return invalid(format!("softmax_scale {softmax_scale} is not finite"));
         }
         let group_size = num_q_heads / num_kv_heads;
-        Ok(Self { problem, query_len, seq_len, group_size, softmax_scale, mask_stride })
+        let (stored_k, stored_v, rounding) = (None, None, Rounding::Independent);
+        Ok(Self { problem, query_len, seq_len, group_size, softmax_scale, mask_stride, stored_k, stored_v, rounding })
     }
 
     fn query_row(&self, token: usize, q_head: usize) -> &'a [f32] {
@@ -246,13 +303,26 @@ impl<'a> Checked<'a> {
     }
 
     fn key_row(&self, pos: usize, kv_head: usize) -> &'a [f32] {
-        let Problem { num_kv_heads, head_dim, k, .. } = *self.problem;
-        &k[(pos * num_kv_heads + kv_head) * head_dim..][..head_dim]
+        &self.problem.k[self.row_start(pos, kv_head)..][..self.problem.head_dim]
     }
 
     fn value_row(&self, pos: usize, kv_head: usize) -> &'a [f32] {
-        let Problem { num_kv_heads, head_dim, v, .. } = *self.problem;
-        &v[(pos * num_kv_heads + kv_head) * head_dim..][..head_dim]
+        &self.problem.v[self.row_start(pos, kv_head)..][..self.problem.head_dim]
+    }
+
+    /// The elements of a key, as a kernel finds them.
+    fn key_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + 'a {
+        bound::elements(self.key_row(pos, kv_head), self.row_start(pos, kv_head), self.stored_k)
+    }
+
+    /// The elements of a value, as a kernel finds them.
+    fn value_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + 'a {
+        bound::elements(self.value_row(pos, kv_head), self.row_start(pos, kv_head), self.stored_v)
+    }
+
+    /// Index of the first element of a key or value.
+    fn row_start(&self, pos: usize, kv_head: usize) -> usize {
+        (pos * self.problem.num_kv_heads + kv_head) * self.problem.head_dim
     }
 
     /// Position of a query token; negative if there are more queries than keys.
@@ -308,17 +378,16 @@ impl<'a> Checked<'a> {
     }
 }
 
-fn run(problem: &Problem<'_>, model: Option<&ErrorModel>) -> Result<BoundedOutput, InvalidProblem> {
-    let checked = Checked::new(problem)?;
-    let Problem { num_q_heads, head_dim, .. } = *problem;
+fn run(checked: &Checked<'_>, with_bound: bool) -> BoundedOutput {
+    let Problem { num_q_heads, head_dim, .. } = *checked.problem;
     let num_rows = checked.query_len * num_q_heads;
-    let bounded_rows = if model.is_some() { num_rows } else { 0 };
+    let bounded_rows = if with_bound { num_rows } else { 0 };
     let mut output =
         Output { num_q_heads, head_dim, out: vec![0.0; num_rows * head_dim], lse: vec![f64::NEG_INFINITY; num_rows] };
     let mut out_bound = vec![0.0; bounded_rows * head_dim];
     let mut lse_bound = vec![0.0; bounded_rows];
 
-    // Each row's own part of every output; without a model the bound parts are empty.
+    // Each row's own part of every output; without bounds their parts are empty.
     let mut bound_parts = out_bound.chunks_exact_mut(head_dim).zip(&mut lse_bound);
     let rows: Vec<_> = output
         .out
@@ -331,19 +400,33 @@ fn run(problem: &Problem<'_>, model: Option<&ErrorModel>) -> Result<BoundedOutpu
     for_each(rows, work, |keys, (row_idx, (out, lse, bounds))| {
         let (token, q_head) = (row_idx / num_q_heads, row_idx % num_q_heads);
         *lse = checked.attend(token, q_head, keys, out);
-        if let (Some(model), Some((out_bound, lse_bound))) = (model, bounds) {
+        if let Some((out_bound, lse_bound)) = bounds {
             let row = Row {
                 q: checked.query_row(token, q_head),
                 kv_head: q_head / checked.group_size,
-                sink: problem.options.sinks.as_ref().map(|sinks| f64::from(sinks[q_head])),
+                sink: checked.problem.options.sinks.as_ref().map(|sinks| f64::from(sinks[q_head])),
                 keys,
                 out,
                 lse: *lse,
             };
-            *lse_bound = bound::of_row(&checked, model, &row, out_bound);
+            *lse_bound = bound::of_row(checked, &row, out_bound);
         }
     });
-    Ok(BoundedOutput { output, out_bound, lse_bound })
+    let sound = |bound: &mut [f64], exact: &[f64]| {
+        for (bound, exact) in bound.iter_mut().zip(exact) {
+            // What is infinite or NaN is so in a kernel; where only the errors are, nothing is known.
+            *bound = if !exact.is_finite() {
+                0.0
+            } else if bound.is_nan() {
+                f64::INFINITY
+            } else {
+                *bound
+            };
+        }
+    };
+    sound(&mut out_bound, &output.out);
+    sound(&mut lse_bound, &output.lse);
+    BoundedOutput { output, out_bound, lse_bound }
 }
 
 /// Calls `each` for all items, on several threads if there is enough work; each thread has its own scratch.

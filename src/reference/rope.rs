@@ -1,7 +1,7 @@
 //! Rotary position embedding as its definition says it, in `f64`, for every position of 32 bits.
 //!
 //! An f64 product `position * frequency` has lost 2^-21 of a radian at position 2^32, so the product is kept in two parts and
-//! whole turns are taken off both.
+//! whole revolutions are taken off both.
 
 use std::f64::consts::TAU;
 
@@ -15,7 +15,7 @@ use super::InvalidProblem;
 /// bits, the product), then each product and their difference once, by 2^-24 each: together 2^-23 + 4 * 2^-24 < 2^-21.
 pub const ERROR: f64 = 1.0 / 2_097_152.0;
 
-/// Rows to turn.
+/// Rows to rotate.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeProblem<'a> {
     /// `[num_tokens, num_heads, head_dim]`
@@ -24,7 +24,7 @@ pub struct RopeProblem<'a> {
     pub positions: &'a [u32],
     /// Elements of a head.
     pub head_dim: usize,
-    /// Radians per position of each pair, `[rotary_dim / 2]`; elements from `rotary_dim` on don't turn.
+    /// Radians per position of each pair, `[rotary_dim / 2]`; elements from `rotary_dim` on are not rotated.
     pub inverse_frequencies: &'a [f64],
     /// What cosine and sine are multiplied by.
     pub attention_factor: f64,
@@ -32,16 +32,17 @@ pub struct RopeProblem<'a> {
     pub interleaved: bool,
 }
 
-/// Turned rows.
+/// Rotated rows.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Rotated {
     /// The exact result, shaped like the problem's `x`.
     pub values: Vec<f64>,
-    /// Bound of `|kernel - value|` (see [`ERROR`]), of the same shape; 0 where nothing turns.
+    /// Bound of `|kernel - value|` (see [`ERROR`]), of the same shape; 0 where nothing is rotated.
     pub bound: Vec<f64>,
 }
 
-/// Turns every row by its token's position.
+/// Rotates every row by its token's position.
 ///
 /// # Errors
 /// If the lengths of the slices do not fit one another.
@@ -84,7 +85,7 @@ pub fn sin_cos(position: u32, frequency: f64) -> (f64, f64) {
     let position = f64::from(position);
     let angle = position * frequency;
     let lost = position.mul_add(frequency, -angle);
-    let turns = (angle / TAU).round();
-    let rest = (-turns).mul_add(TAU, angle) - turns * TAU_LOW;
+    let revolutions = (angle / TAU).round();
+    let rest = (-revolutions).mul_add(TAU, angle) - revolutions * TAU_LOW;
     (rest + lost).sin_cos()
 }

@@ -1,5 +1,8 @@
 use super::*;
 
+mod formats;
+mod limits;
+
 /// A problem that owns its numbers.
 #[derive(Clone)]
 struct Case {
@@ -45,7 +48,7 @@ impl Case {
         attention(&self.problem()).expect("a valid problem")
     }
 
-    fn bounded(&self, model: ErrorModel) -> BoundedOutput {
+    fn bounded(&self, model: ErrorModel<'_>) -> BoundedOutput {
         attention_with_bound(&self.problem(), &model).expect("a valid problem")
     }
 
@@ -115,7 +118,7 @@ impl Case {
         (out, lse)
     }
 
-    fn check_kernel(&self, model: ErrorModel) -> f64 {
+    fn check_kernel(&self, model: ErrorModel<'_>) -> f64 {
         let expected = self.bounded(model);
         [7, 64, 12_288]
             .into_iter()
@@ -301,6 +304,8 @@ fn wrong_lengths_are_errors() {
     assert!(refused(&|case| case.options.sinks = Some(vec![0.0])).contains("sinks has 1"));
     assert!(refused(&|case| case.options.alibi_slopes = Some(vec![])).contains("alibi_slopes has 0"));
     assert!(refused(&|case| case.options.mask = Some(vec![0])).contains("mask has 1 words"));
+    assert!(refused(&|case| case.options.sinks = Some(vec![0.0, f32::INFINITY, 0.0, 0.0])).contains("sinks has inf"));
+    assert!(refused(&|case| case.options.alibi_slopes = Some(vec![f32::NAN; 4])).contains("alibi_slopes has NaN"));
     assert!(refused(&|case| case.options.softcap = Some(0.0)).contains("softcap 0"));
     assert!(refused(&|case| case.options.softmax_scale = Some(f64::NAN)).contains("softmax_scale NaN"));
 }

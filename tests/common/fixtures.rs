@@ -61,6 +61,14 @@ fn load_case(tensors: &SafeTensors<'_>, case: &serde_json::Value) -> FixtureCase
     let [seq_len, num_kv_heads, _] = shape("k");
     let f32s = |part: &str| words(tensors, name, part, Dtype::F32, f32::from_le_bytes);
     let f64s = |part: &str| words(tensors, name, part, Dtype::F64, f64::from_le_bytes).expect("a tensor");
+    let mut options = Options::default();
+    options.causal = case["causal"].as_bool().expect("causal");
+    options.softmax_scale = case["softmax_scale"].as_f64();
+    options.softcap = case["softcap"].as_f64();
+    options.window = case["window"].as_u64().map(|window| u32::try_from(window).expect("a window"));
+    options.alibi_slopes = f32s("alibi_slopes");
+    options.sinks = f32s("sinks");
+    options.mask = words(tensors, name, "mask", Dtype::U32, u32::from_le_bytes);
     FixtureCase {
         name: name.to_owned(),
         query_len,
@@ -73,15 +81,7 @@ fn load_case(tensors: &SafeTensors<'_>, case: &serde_json::Value) -> FixtureCase
         v: f32s("v").expect("a tensor"),
         out: f64s("out"),
         lse: f64s("lse"),
-        options: Options {
-            causal: case["causal"].as_bool().expect("causal"),
-            softmax_scale: case["softmax_scale"].as_f64(),
-            softcap: case["softcap"].as_f64(),
-            window: case["window"].as_u64().map(|window| u32::try_from(window).expect("a window")),
-            alibi_slopes: f32s("alibi_slopes"),
-            sinks: f32s("sinks"),
-            mask: words(tensors, name, "mask", Dtype::U32, u32::from_le_bytes),
-        },
+        options,
     }
 }
 

@@ -52,17 +52,14 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
     if let Some(gpu) = opened.get(&how) {
         return Some(gpu.clone());
     }
-    let options = {
-        let mut options = GpuOptions::default();
-        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        options.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
-        options.profile = how.profile;
-        options.without = how.without;
-        options.shader_checks = how.checks;
-        options.max_binding_bytes = how.max_binding_bytes;
-        options.max_storage_buffers = how.max_storage_buffers;
-        options
-    };
+    let mut options = GpuOptions::default();
+    options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+    options.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+    options.profile = how.profile;
+    options.without = how.without;
+    options.shader_checks = how.checks;
+    options.max_binding_bytes = how.max_binding_bytes;
+    options.max_storage_buffers = how.max_storage_buffers;
     match Gpu::open_blocking(options) {
         Ok(gpu) => {
             opened.insert(how, gpu.clone());

@@ -1,5 +1,6 @@
 //! Misuse: each error names what was given and what is needed, changes nothing, and leaves the device usable.
 
+use crate::common::with;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use folio::wgpu::{self, BufferUsages};
@@ -27,19 +28,12 @@ struct Fixture {
 static FIXTURE: LazyLock<Option<Mutex<Fixture>>> = LazyLock::new(|| {
     adapter::open(DEFAULT)?;
     let instance = wgpu::Instance::default();
-    let gpu = open({
-        let mut options = GpuOptions::default();
-        options.instance = Some(instance.clone());
-        options
-    })
-    .expect("it opened before");
+    let gpu = open(with(GpuOptions::default(), |c| c.instance = Some(instance.clone()))).expect("it opened before");
     let case = Case::new(&[(5, 1), (2, 4)], NUM_Q_HEADS, SHAPE.num_kv_heads, SHAPE.head_dim).block_size(4);
-    let config = {
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config.v_format = SHAPE.k_format;
-        config
-    };
+    let config = with(SHAPE, |c| {
+        c.num_layers = 1;
+        c.v_format = SHAPE.k_format;
+    });
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let attention = Attention::new_blocking(&cache, case.config.clone()).expect("attention");
     Some(Mutex::new(Fixture { instance, case, cache, attention }))
@@ -51,11 +45,7 @@ fn fixture() -> Option<MutexGuard<'static, Fixture>> {
 }
 
 fn open(options: GpuOptions) -> Result<Gpu> {
-    Gpu::open_blocking({
-        let mut options = options;
-        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        options
-    })
+    Gpu::open_blocking(with(options, |c| c.adapter_name = std::env::var("FOLIO_ADAPTER").ok()))
 }
 
 /// Asserts that a call was refused, and that its text has all these parts.
@@ -117,78 +107,16 @@ fn shapes_of_caches_and_attentions() {
     let Some(fixture) = fixture() else { return };
     let cache = |config| KvCache::new_blocking(fixture.gpu(), config);
     for (config, parts) in [
-        (
-            {
-                let mut config = SHAPE;
-                config.num_layers = 0;
-                config
-            },
-            ["num_layers: got 0", "need at least 1"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.num_kv_heads = 0;
-                config
-            },
-            ["num_kv_heads: got 0", "need 1 to 65535"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.head_dim = 0;
-                config
-            },
-            ["head_dim: got 0", "need a multiple of 8 from 8 to 256"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.head_dim = 59;
-                config
-            },
-            ["head_dim: got 59", "need a multiple of 8 from 8 to 256"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.head_dim = 264;
-                config
-            },
-            ["head_dim: got 264", "need a multiple of 8 from 8 to 256"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.block_size = 0;
-                config
-            },
-            ["block_size: got 0", "need 1 to 256 tokens"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.block_size = 257;
-                config
-            },
-            ["block_size: got 257", "need 1 to 256 tokens"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.num_blocks = 0;
-                config
-            },
-            ["num_blocks: got 0", "need at least 1"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.num_blocks = u32::MAX;
-                config
-            },
-            ["num_blocks: got 4294967295", "num_blocks * block_size"],
-        ),
+        (with(SHAPE, |c| c.num_layers = 0), ["num_layers: got 0", "need 1 to 65536"]),
+        (with(SHAPE, |c| c.num_kv_heads = 0), ["num_kv_heads: got 0", "need 1 to 65535"]),
+        (with(SHAPE, |c| c.head_dim = 0), ["head_dim: got 0", "need a multiple of 8 from 8 to 256"]),
+        (with(SHAPE, |c| c.head_dim = 59), ["head_dim: got 59", "need a multiple of 8 from 8 to 256"]),
+        (with(SHAPE, |c| c.head_dim = 264), ["head_dim: got 264", "need a multiple of 8 from 8 to 256"]),
+        (with(SHAPE, |c| c.block_size = 0), ["block_size: got 0", "need 1 to 256 tokens"]),
+        (with(SHAPE, |c| c.block_size = 257), ["block_size: got 257", "need 1 to 256 tokens"]),
+        (with(SHAPE, |c| c.num_layers = u32::MAX), ["num_layers: got 4294967295", "need 1 to 65536"]),
+        (with(SHAPE, |c| c.num_blocks = 0), ["num_blocks: got 0", "need at least 1"]),
+        (with(SHAPE, |c| c.num_blocks = u32::MAX), ["num_blocks: got 4294967295", "num_blocks * block_size"]),
     ] {
         refused(cache(config), Caller, &parts);
     }
@@ -198,30 +126,9 @@ fn shapes_of_caches_and_attentions() {
         (AttentionConfig::new(0), ["num_q_heads: got 0", "need a multiple of num_kv_heads, 2"]),
         (AttentionConfig::new(3), ["num_q_heads: got 3", "need a multiple of num_kv_heads, 2"]),
         (AttentionConfig::new(65_536), ["num_q_heads: got 65536", "to 65535"]),
-        (
-            {
-                let mut config = good();
-                config.window = Some(0);
-                config
-            },
-            ["window: got 0", "need at least 1, or None"],
-        ),
-        (
-            {
-                let mut config = good();
-                config.softcap = Some(0.0);
-                config
-            },
-            ["softcap: got 0", "need a finite number above 0"],
-        ),
-        (
-            {
-                let mut config = good();
-                config.softmax_scale = Some(f32::NAN);
-                config
-            },
-            ["softmax_scale: got NaN", "need a finite"],
-        ),
+        (with(good(), |c| c.window = Some(0)), ["window: got 0", "need at least 1, or None"]),
+        (with(good(), |c| c.softcap = Some(0.0)), ["softcap: got 0", "need a finite number above 0"]),
+        (with(good(), |c| c.softmax_scale = Some(f32::NAN)), ["softmax_scale: got NaN", "need a finite"]),
         (
             {
                 let mut config = good();
@@ -250,10 +157,10 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     let Some(gpu) = adapter::open(how) else { return };
     // K blocks have 4 * 2 * 8 * 4 = 256 bytes, V blocks half of that: with four storage buffers for both, K can have three segments of 4096.
     let config = |num_blocks| {
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config.num_blocks = num_blocks;
-        config
+        with(SHAPE, |c| {
+            c.num_layers = 1;
+            c.num_blocks = num_blocks;
+        })
     };
     let parts = [
         "num_blocks: need 9 storage buffers in a kernel",
@@ -262,13 +169,11 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
         "the largest pool that fits has 8192 blocks",
     ];
     refused(KvCache::new_blocking(&gpu, config(8193)), Device, &parts);
-    let large = {
-        let mut changed = config(1);
-        changed.head_dim = 256;
-        changed.num_kv_heads = 5;
-        changed.block_size = 256;
-        changed
-    };
+    let large = with(config(1), |c| {
+        c.head_dim = 256;
+        c.num_kv_heads = 5;
+        c.block_size = 256;
+    });
     let parts = ["block_size: need 1310720 bytes for a block", "of 1048576 bytes", "use smaller blocks"];
     refused(KvCache::new_blocking(&gpu, large), Device, &parts);
     let cache = KvCache::new_blocking(&gpu, config(8192)).expect("the largest pool");
@@ -294,12 +199,10 @@ fn a_pool_or_step_larger_than_the_device_says_what_fits() {
     drop(step);
     assert_eq!(cache.usage().free, 8192);
     let rows = 17_000;
-    let larger = {
-        let mut changed = config(0);
-        changed.num_blocks = 5000;
-        changed.k_format = SHAPE.v_format;
-        changed
-    };
+    let larger = with(config(0), |c| {
+        c.num_blocks = 5000;
+        c.k_format = SHAPE.v_format;
+    });
     let cache = KvCache::new_blocking(&gpu, larger).expect("a pool of halves");
     let s = cache.create_sequence();
     let step = cache.begin_step(&[(s, rows)]).expect("step");
@@ -434,11 +337,7 @@ fn strs(parts: &[String]) -> Vec<&str> {
 fn ranges_that_do_not_fit() {
     let Some(fixture) = fixture() else { return };
     let (cache, attention) = (&fixture.cache, &fixture.attention);
-    let with_lse = {
-        let mut config = AttentionConfig::new(NUM_Q_HEADS);
-        config.lse = true;
-        config
-    };
+    let with_lse = with(AttentionConfig::new(NUM_Q_HEADS), |c| c.lse = true);
     let with_lse = Attention::new_blocking(cache, with_lse).expect("attention");
     let a = fixture.sequence(3);
     let step = cache.begin_step(&[(a, 2)]).expect("step");
@@ -539,12 +438,7 @@ fn buffers_of_another_device() {
     let Some(fixture) = fixture() else { return };
     let (cache, attention) = (&fixture.cache, &fixture.attention);
     let instance = Some(fixture.instance.clone());
-    let other = open({
-        let mut options = GpuOptions::default();
-        options.instance = instance;
-        options
-    })
-    .expect("a second device");
+    let other = open(with(GpuOptions::default(), |c| c.instance = instance)).expect("a second device");
     let a = fixture.sequence(3);
     let step = cache.begin_step(&[(a, 2)]).expect("step");
     let plan = attention.plan(&step).expect("plan");
@@ -627,12 +521,7 @@ fn steps_and_plans_of_others() {
     let (cache, attention) = (&fixture.cache, &fixture.attention);
     let gpu = fixture.gpu();
     let like = KvCache::new_blocking(gpu, *cache.config()).expect("cache");
-    let unlike = KvCache::new_blocking(gpu, {
-        let mut changed = *cache.config();
-        changed.block_size = 5;
-        changed
-    })
-    .expect("cache");
+    let unlike = KvCache::new_blocking(gpu, with(*cache.config(), |c| c.block_size = 5)).expect("cache");
     let step_of = |cache: &KvCache| cache.begin_step(&[(cache.create_sequence(), 2)]).expect("step");
     let [kv, v, qo, out] = [32, 32, 64, 64].map(|len| fixture.buffer(len, BufferUsages::STORAGE));
     let mut encoder = encoder(cache);
@@ -647,11 +536,7 @@ fn steps_and_plans_of_others() {
 
     // Plans: of other options, and of another kernel family with other tiles.
     let step = step_of(cache);
-    let windowed = {
-        let mut config = AttentionConfig::new(NUM_Q_HEADS);
-        config.window = Some(4);
-        config
-    };
+    let windowed = with(AttentionConfig::new(NUM_Q_HEADS), |c| c.window = Some(4));
     let windowed = Attention::new_blocking(cache, windowed).expect("attention");
     let other_family = if gpu.profile() == Profile::Cpu { Profile::Gpu } else { Profile::Cpu };
     let other_gpu =
@@ -671,12 +556,10 @@ fn steps_and_plans_of_others() {
 fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
     let Some(fixture) = fixture() else { return };
     let (cache, plain) = (&fixture.cache, &fixture.attention);
-    let config = {
-        let mut config = AttentionConfig::new(NUM_Q_HEADS);
-        config.lse = true;
-        config.custom_mask = true;
-        config
-    };
+    let config = with(AttentionConfig::new(NUM_Q_HEADS), |c| {
+        c.lse = true;
+        c.custom_mask = true;
+    });
     let masked = Attention::new_blocking(cache, config).expect("attention");
     let (a, b) = (fixture.sequence(31), fixture.sequence(1));
     let step = cache.begin_step(&[(a, 2), (b, 1)]).expect("step");
@@ -713,34 +596,20 @@ fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
 fn adapters_that_are_not_there() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let install = ["apt-get install mesa-vulkan-drivers libvulkan1", "dnf install mesa-vulkan-drivers vulkan-loader"];
-    let named = {
-        let mut options = GpuOptions::default();
-        options.adapter_name = Some("No Such Adapter 9000".into());
-        options
-    };
+    let named = with(GpuOptions::default(), |c| c.adapter_name = Some("No Such Adapter 9000".into()));
     let parts =
         ["adapter_name: got \"No Such Adapter 9000\"", "need part of the name", "found ", &gpu.adapter_info().name];
     refused(Gpu::open_blocking(named.clone()), Device, &[&parts[..], &install].concat());
-    let none = {
-        let mut options = GpuOptions::default();
-        options.backends = wgpu::Backends::empty();
-        options
-    };
+    let none = with(GpuOptions::default(), |c| c.backends = wgpu::Backends::empty());
     refused(Gpu::open_blocking(none), Device, &[&["no GPU adapter", "found none"][..], &install].concat());
     // An instance of every backend, but none of them is to be looked in.
     let instance = Some(wgpu::Instance::default());
-    let none = {
-        let mut options = GpuOptions::default();
-        options.backends = wgpu::Backends::empty();
-        options.instance = instance;
-        options
-    };
+    let none = with(GpuOptions::default(), |c| {
+        c.backends = wgpu::Backends::empty();
+        c.instance = instance;
+    });
     refused(Gpu::open_blocking(none), Device, &["no GPU adapter", "found none"]);
-    let none = {
-        let mut options = named;
-        options.backends = wgpu::Backends::empty();
-        options
-    };
+    let none = with(named, |c| c.backends = wgpu::Backends::empty());
     refused(Gpu::open_blocking(none), Device, &["No Such Adapter 9000", "found none"]);
 }
 

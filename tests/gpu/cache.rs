@@ -1,5 +1,6 @@
 //! Sequences over the pool: what is appended is what is there, whatever was forked, truncated, freed or dropped.
 
+use crate::common::with;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fastrand::Rng;
@@ -41,16 +42,14 @@ fn gather_returns_what_was_appended_in_every_shape() {
     let mut rng = Rng::with_seed(3);
     for (block_size, k_format, v_format) in [(1, F32, F16), (5, F16, F32), (16, F32, F32), (256, F16, F16)] {
         let num_blocks = 3 * 300_u32.div_ceil(block_size) + 1;
-        let config = {
-            let mut config = SHAPE;
-            config.num_layers = 3;
-            config.block_size = block_size;
-            config.num_blocks = num_blocks;
-            config.k_format = k_format;
-            config.v_format = v_format;
-            config.head_dim = 24;
-            config
-        };
+        let config = with(SHAPE, |c| {
+            c.num_layers = 3;
+            c.block_size = block_size;
+            c.num_blocks = num_blocks;
+            c.k_format = k_format;
+            c.v_format = v_format;
+            c.head_dim = 24;
+        });
         let Some(cache) = cache(config) else { return };
         let sequences: Vec<_> = (0..3).map(|_| cache.create_sequence()).collect();
         let row = (config.num_kv_heads * config.head_dim) as usize;
@@ -98,15 +97,13 @@ fn round_trip(cache: &KvCache, values: &[f32]) -> (SequenceId, folio::KvRows) {
 
 #[test]
 fn f32_keeps_every_bit() {
-    let config = {
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config.num_blocks = 33;
-        config.block_size = 16;
-        config.k_format = F32;
-        config.v_format = F32;
-        config
-    };
+    let config = with(SHAPE, |c| {
+        c.num_layers = 1;
+        c.num_blocks = 33;
+        c.block_size = 16;
+        c.k_format = F32;
+        c.v_format = F32;
+    });
     let Some(cache) = cache(config) else { return };
     let mut rng = Rng::with_seed(5);
     let special = [0, 1, 0x8000_0000, 0x8000_0001, 0x007f_ffff, 0x7f7f_ffff, 0x7f80_0000, 0xff80_0000, 0x7fc0_0001];
@@ -230,11 +227,7 @@ fn gather_writes_its_range_and_nothing_around_it() {
 
 #[test]
 fn append_reads_ranges_at_offsets() {
-    let Some(cache) = cache({
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config
-    }) else {
+    let Some(cache) = cache(with(SHAPE, |c| c.num_layers = 1)) else {
         return;
     };
     let gpu = cache.gpu();
@@ -342,14 +335,12 @@ fn a_matched_prefix_holds_its_rows_and_is_not_written_to() {
 /// Of a long sequence, a fork and a matched prefix cost the GPU one block's copy at most, and that only with the next tokens.
 #[test]
 fn forks_and_matches_of_32k_tokens_copy_at_most_one_block() {
-    let shape = {
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config.num_kv_heads = 1;
-        config.block_size = 16;
-        config.num_blocks = 2100;
-        config
-    };
+    let shape = with(SHAPE, |c| {
+        c.num_layers = 1;
+        c.num_kv_heads = 1;
+        c.block_size = 16;
+        c.num_blocks = 2100;
+    });
     let Some(cache) = cache(shape) else { return };
     let tokens: Vec<u32> = (0..32_768).collect();
     let s = cache.create_sequence();
@@ -499,11 +490,7 @@ fn a_dropped_step_leaves_everything_as_it_was() {
 
 #[test]
 fn a_full_pool_changes_nothing_and_works_after_freeing() {
-    let Some(cache) = cache({
-        let mut config = SHAPE;
-        config.num_blocks = 4;
-        config
-    }) else {
+    let Some(cache) = cache(with(SHAPE, |c| c.num_blocks = 4)) else {
         return;
     };
     let a = sequence(&cache, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
@@ -581,11 +568,7 @@ fn steps_of_one_sequence_committed_before_a_common_submit_keep_their_own_uploads
 
 #[test]
 fn a_block_freed_before_the_submit_serves_the_next_sequence() {
-    let Some(cache) = cache({
-        let mut config = SHAPE;
-        config.num_blocks = 2;
-        config
-    }) else {
+    let Some(cache) = cache(with(SHAPE, |c| c.num_blocks = 2)) else {
         return;
     };
     let (a, b) = (cache.create_sequence(), cache.create_sequence());
@@ -603,11 +586,7 @@ fn a_block_freed_before_the_submit_serves_the_next_sequence() {
 
 #[test]
 fn uploads_serve_many_steps() {
-    let Some(cache) = cache({
-        let mut config = SHAPE;
-        config.num_blocks = 64;
-        config
-    }) else {
+    let Some(cache) = cache(with(SHAPE, |c| c.num_blocks = 64)) else {
         return;
     };
     let sequences = [cache.create_sequence(), cache.create_sequence()];
@@ -675,15 +654,13 @@ fn layer_buffers_have_the_sizes_of_their_formats() {
 #[test]
 fn the_memory_report_adds_up() {
     // K 192 and V 96 bytes per token and layer.
-    let shape = {
-        let mut config = SHAPE;
-        config.num_layers = 2;
-        config.num_kv_heads = 2;
-        config.head_dim = 24;
-        config.block_size = 16;
-        config.num_blocks = 20;
-        config
-    };
+    let shape = with(SHAPE, |c| {
+        c.num_layers = 2;
+        c.num_kv_heads = 2;
+        c.head_dim = 24;
+        c.block_size = 16;
+        c.num_blocks = 20;
+    });
     let Some(cache) = cache(shape.with_formats(F32, F16)) else { return };
     let (token, block) = (2 * (192 + 96), 2 * (192 + 96) * 16);
     let empty = cache.memory();

@@ -3,7 +3,7 @@
 use fastrand::Rng;
 use folio::reference::compare::{self, Comparison};
 use folio::reference::quantise::stored;
-use folio::reference::{ElementError, ErrorModel, Options, Problem, Rounding, attention_with_bound};
+use folio::reference::{ErrorModel, Options, Problem, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
 use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step};
 
@@ -120,7 +120,7 @@ impl Case {
         rows
     }
 
-    /// Scales and least values that cover all keys, for formats that have them per channel: `[2, num_kv_heads, head_dim]`.
+    /// Scales and zero points that cover all keys, for formats that have them per channel: `[2, num_kv_heads, head_dim]`.
     pub(crate) fn channels(&self, rows: &[Rows]) -> Option<Vec<f32>> {
         if !self.k_format.has_channel_scales() {
             return None;
@@ -128,10 +128,10 @@ impl Case {
         let row = (self.num_kv_heads * self.head_dim) as usize;
         let levels = ((1 << self.k_format.element_bits()) - 1) as f32;
         let keys = |channel| rows.iter().flat_map(move |rows| rows.k.iter().skip(channel).step_by(row).copied());
-        let least: Vec<_> = (0..row).map(|channel| keys(channel).fold(f32::INFINITY, f32::min)).collect();
-        let most = (0..row).map(|channel| keys(channel).fold(f32::NEG_INFINITY, f32::max));
-        let scales: Vec<_> = most.zip(&least).map(|(most, least)| (most - least) / levels).collect();
-        Some([scales, least].concat())
+        let min: Vec<_> = (0..row).map(|channel| keys(channel).fold(f32::INFINITY, f32::min)).collect();
+        let max = (0..row).map(|channel| keys(channel).fold(f32::NEG_INFINITY, f32::max));
+        let scales: Vec<_> = max.zip(&min).map(|(max, min)| (max - min) / levels).collect();
+        Some([scales, min].concat())
     }
 
     /// Runs the case on `gpu` and compares every row with the oracle.
@@ -142,42 +142,39 @@ impl Case {
         self.compare(gpu, &rows, &out, lse.as_deref());
     }
 
-    /// The oracle's view of one sequence, with K and V rounded the way that the formats say.
-    fn problem<'a>(&self, rows: &'a Rows, k: &'a [f32], v: &'a [f32]) -> Problem<'a> {
+    /// The oracle's view of one sequence.
+    fn problem<'a>(&self, rows: &'a Rows) -> Problem<'a> {
         let config = &self.config;
+        let mut options = Options::default();
+        options.causal = config.causal;
+        options.softmax_scale = config.softmax_scale.map(f64::from);
+        options.softcap = config.softcap.map(f64::from);
+        options.window = config.window;
+        options.alibi_slopes.clone_from(&config.alibi_slopes);
+        options.sinks.clone_from(&config.sinks);
+        options.mask = config.custom_mask.then(|| rows.mask.clone());
         Problem {
             num_q_heads: config.num_q_heads as usize,
             num_kv_heads: self.num_kv_heads as usize,
             head_dim: self.head_dim as usize,
             q: &rows.q,
-            k,
-            v,
-            options: Options {
-                causal: config.causal,
-                softmax_scale: config.softmax_scale.map(f64::from),
-                softcap: config.softcap.map(f64::from),
-                window: config.window,
-                alibi_slopes: config.alibi_slopes.clone(),
-                sinks: config.sinks.clone(),
-                mask: config.custom_mask.then(|| rows.mask.clone()),
-            },
+            k: &rows.k,
+            v: &rows.v,
+            options,
         }
     }
 
+    /// Compares with attention over the rows as the formats keep them.
     #[track_caller]
     pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
         let (mut at, mut lse_at) = (0, 0);
         let channels = self.channels(rows);
+        let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
+        if let Some(channels) = &channels {
+            model = model.with_key_scales(channels);
+        }
         for (i, rows) in rows.iter().enumerate() {
-            let (k, k_error) = self.kept(self.k_format, &rows.k, channels.as_deref());
-            let (v, v_error) = self.kept(self.v_format, &rows.v, None);
-            let problem = self.problem(rows, &k, &v);
-            // A dot product over codes errs by the rounding of its partial sums, as a random walk; an output sums up codes that all have the
-            // same sign, one key after the other.
-            let k = folded(k_error * (f64::from(self.head_dim).sqrt() + 4.0));
-            let v = folded(v_error * f64::from(self.lens[i].0 + self.lens[i].1 + 4));
-            let model = ErrorModel { k, v, rounding: Rounding::Independent };
-            let expected = attention_with_bound(&problem, &model).expect("a valid problem");
+            let expected = attention_with_bound(&self.problem(rows), &model).expect("a valid problem");
             let got = &out[at..at + rows.q.len()];
             self.assert_within(gpu, i, &compare::out(&expected, got));
             at += rows.q.len();
@@ -188,18 +185,6 @@ impl Case {
             }
         }
         assert_eq!(at, out.len());
-    }
-
-    /// What the cache keeps of rows; and 2^-24 times the largest number on the way from codes to sums where kernels don't compute elements: least
-    /// value and scale * code apart.
-    fn kept(&self, format: KvFormat, rows: &[f32], channels: Option<&[f32]>) -> (Vec<f32>, f64) {
-        let kept = stored(format, rows, self.head_dim as usize, channels);
-        let values: Vec<_> = kept.values.iter().map(|&x| x as f32).collect();
-        let levels = f64::from((1_u32 << format.element_bits().min(8)) - 1);
-        let largest = values.iter().zip(&kept.steps).map(|(x, step)| f64::from(x.abs()) + 2.0 * levels * step);
-        let is_folded = format.has_row_scales() || format.has_channel_scales();
-        let error = if is_folded { largest.fold(0.0, f64::max) / f64::from(1 << 24) } else { 0.0 };
-        (values, error)
     }
 
     #[track_caller]
@@ -289,7 +274,7 @@ impl Case {
     pub(crate) fn append_context(&self, cache: &KvCache, rows: &[Rows]) -> Vec<SequenceId> {
         let sequences: Vec<_> = self.lens.iter().map(|_| cache.create_sequence()).collect();
         let row = (self.num_kv_heads * self.head_dim) as usize;
-        // Sequences grow in turns of a few tokens where that is cheap, so that their blocks interleave.
+        // Sequences grow a few tokens at a time where that is cheap, so that their blocks interleave.
         // A step's rows must fit into a binding.
         let most = cache.gpu().limits().max_storage_buffer_binding_size / (4 * row * self.lens.len()) as u64;
         let mut done = vec![0; self.lens.len()];
@@ -297,16 +282,16 @@ impl Case {
             let mut batch = Vec::new();
             let (mut k, mut v) = (Vec::new(), Vec::new());
             for (i, &(context_len, _)) in self.lens.iter().enumerate() {
-                let turn = (context_len / 3)
+                let new = (context_len / 3)
                     .max(self.block_size + 1)
                     .min(u32::try_from(most).unwrap_or(u32::MAX))
                     .min(context_len - done[i]);
-                if turn > 0 {
-                    let range = done[i] as usize * row..(done[i] + turn) as usize * row;
+                if new > 0 {
+                    let range = done[i] as usize * row..(done[i] + new) as usize * row;
                     k.extend_from_slice(&rows[i].k[range.clone()]);
                     v.extend_from_slice(&rows[i].v[range]);
-                    batch.push((sequences[i], turn));
-                    done[i] += turn;
+                    batch.push((sequences[i], new));
+                    done[i] += new;
                 }
             }
             if batch.is_empty() {
@@ -368,20 +353,15 @@ pub(crate) fn arrange(cache: &KvCache, order: &[u32]) {
     assert_eq!(cache.usage().free, cache.usage().total, "an order of all blocks");
 }
 
-/// An error of each element.
-fn folded(absolute: f64) -> ElementError {
-    ElementError { relative: 0.0, absolute }
-}
-
-/// Moves elements that lie within a hundredth of a step of the middle of two codes away from it.
+/// Moves elements that lie within a hundredth of a scale of the middle of two codes away from it.
 fn settle(format: KvFormat, rows: &mut [f32], head_dim: u32, channels: Option<&[f32]>) {
-    // The least or largest element of a row may move too, and its scale with it.
+    // The smallest or largest element of a row may move too, and its scale with it.
     for _ in 0..100 {
-        let kept = stored(format, rows, head_dim as usize, channels);
+        let kept = stored(format, rows, head_dim as usize, channels).expect("whole rows");
         let mut is_settled = true;
-        for ((x, value), step) in rows.iter_mut().zip(kept.values).zip(kept.steps) {
-            let off = value - f64::from(*x);
-            if step > 0.0 && (off.abs() - 0.5 * step).abs() < 0.01 * step {
+        for ((x, value), scale) in rows.iter_mut().zip(kept.values).zip(kept.scales) {
+            let (off, scale) = (value - f64::from(*x), f64::from(scale));
+            if scale > 0.0 && (off.abs() - 0.5 * scale).abs() < 0.01 * scale {
                 *x += (0.05 * off) as f32;
                 is_settled = false;
             }

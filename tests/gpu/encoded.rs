@@ -1,10 +1,12 @@
 //! Attention over a cache whose bytes the test has written by itself: what the kernels read is held to the documented
 //! layout and codes, whatever the append kernel does.
 
+use crate::common::with;
 use fastrand::Rng;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
 use folio::KvLayout;
-use folio::reference::{ElementError, ErrorModel, Options, Problem, attention_with_bound, compare};
+use folio::reference::quantise::Stored;
+use folio::reference::{ErrorModel, Options, Problem, attention_with_bound, compare};
 use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, wgpu};
 
 use crate::adapter::{self, CPU, GPU, GPU_PLAIN, Open};
@@ -25,17 +27,13 @@ const SHAPES: [(u32, u32, u32, u32); 9] = [
     (3, 4, 24, 1),
     (1, 2, 64, 5),
 ];
-/// Rounding error of one f32 operation.
-const U: f64 = 1.0 / (1 << 24) as f64;
 
 /// One side of the pool as bytes, and what its rows mean.
 struct Side {
     layout: KvLayout,
     bytes: Vec<u8>,
-    /// Scales per channel, then least values: `[2, num_kv_heads, head_dim]`.
+    /// Scales per channel, then zero points: `[2, num_kv_heads, head_dim]`.
     channels: Vec<f32>,
-    /// Largest `|least| + scale * code` of any row.
-    range: f64,
 }
 
 impl Side {
@@ -48,11 +46,11 @@ impl Side {
         channels.extend((0..plane).map(|_| -2.0 + rng.f32()));
         let table = bytes.len() - channels.len() * 4;
         bytes[table..].copy_from_slice(bytemuck::cast_slice(&channels));
-        Self { layout, bytes, channels, range: 0.0 }
+        Self { layout, bytes, channels }
     }
 
     /// Writes random elements into the row of a token and head, and returns what they mean.
-    fn fill_row(&mut self, block: u32, kv_head: u32, slot: u32, rng: &mut Rng) -> Vec<f32> {
+    fn fill_row(&mut self, block: u32, kv_head: u32, slot: u32, rng: &mut Rng) -> Stored {
         let (format, dims) = (self.layout.format, self.layout.head_dim as usize);
         let at = self.layout.row_offset(block, kv_head, slot) as usize;
         let row_bytes = self.layout.row_bytes() as usize;
@@ -62,14 +60,14 @@ impl Side {
             F32 => {
                 let values: Vec<f32> = (0..dims).map(|_| uniform(rng)).collect();
                 row.copy_from_slice(bytemuck::cast_slice(&values));
-                return values;
+                return Stored::from_values(&values);
             }
             F16 => {
                 let values: Vec<half::f16> = (0..dims).map(|_| half::f16::from_f32(uniform(rng))).collect();
                 // Some old adapters flush subnormal halves: none is here.
                 let bits: Vec<u16> = values.iter().map(|x| x.to_bits()).collect();
                 row.copy_from_slice(bytemuck::cast_slice(&bits));
-                return values.iter().map(|x| x.to_f32()).collect();
+                return Stored::from_values(&values.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
             }
             E4M3 => {
                 // Up to 1.875, subnormals and both zeros among them; now and then the largest.
@@ -77,7 +75,7 @@ impl Side {
                     .map(|_| if rng.u32(0..500) == 0 { 0x7e } else { rng.u8(0..0x40) } | rng.u8(0..2) << 7)
                     .collect();
                 row.copy_from_slice(&bytes);
-                return bytes.into_iter().map(e4m3).collect();
+                return Stored::from_values(&bytes.into_iter().map(e4m3).collect::<Vec<_>>());
             }
             Int8 | Int8PerChannel => {
                 let codes: Vec<u8> = (0..dims).map(|_| rng.u8(..)).collect();
@@ -97,27 +95,14 @@ impl Side {
             // Wide and narrow rows, and now and then a constant one.
             let width = [4.0, 0.25, 8.0, 0.0][rng.usize(0..4)] * rng.f32();
             let scale = bf16(width / levels(format));
-            let least = bf16(uniform(rng) - width / 2.0);
-            let word = scale.to_bits() >> 16 | least.to_bits();
+            let zero_point = bf16(uniform(rng) - width / 2.0);
+            let word = scale.to_bits() >> 16 | zero_point.to_bits();
             self.bytes[offset as usize..][..4].copy_from_slice(&word.to_le_bytes());
-            return codes.into_iter().map(|code| self.affine(scale, least, code)).collect();
+            return Stored::from_codes(vec![scale; dims], vec![zero_point; dims], &codes).expect("a row");
         }
-        let (scales, least) = self.channels.split_at(self.channels.len() / 2);
+        let (scales, zero_points) = self.channels.split_at(self.channels.len() / 2);
         let head = kv_head as usize * dims..(kv_head as usize + 1) * dims;
-        let (scales, least) = (scales[head.clone()].to_vec(), least[head].to_vec());
-        codes.into_iter().enumerate().map(|(d, code)| self.affine(scales[d], least[d], code)).collect()
-    }
-
-    fn affine(&mut self, scale: f32, least: f32, code: u32) -> f32 {
-        let (scale, least) = (f64::from(scale), f64::from(least));
-        self.range = self.range.max(least.abs() + scale * f64::from(levels(self.layout.format)));
-        (least + scale * f64::from(code)) as f32
-    }
-
-    /// What a kernel may be off by, as if it were the storage's doing: sums of `count` codes are rounded, which are as large as the range even
-    /// where what is left of them in the end is not.
-    fn error(&self, count: f64) -> ElementError {
-        ElementError { relative: 0.0, absolute: U * self.range * (8.0 + count) }
+        Stored::from_codes(scales[head.clone()].to_vec(), zero_points[head].to_vec(), &codes).expect("a row")
     }
 }
 
@@ -152,11 +137,7 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let num_q_heads = num_kv_heads * group_size;
     // The lse shows what `out` does not: an error that all keys share.
-    let attention = {
-        let mut config = AttentionConfig::new(num_q_heads);
-        config.lse = true;
-        config
-    };
+    let attention = with(AttentionConfig::new(num_q_heads), |c| c.lse = true);
     let attention = Attention::new_blocking(&cache, attention).expect("attention");
     let mut rng = Rng::with_seed(u64::from(head_dim));
 
@@ -186,12 +167,12 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
     let mut v = Side::poisoned(config.v_layout(), num_blocks, &mut rng);
     let rows = sequences.map(|sequence| {
         let table = cache.block_table(sequence).expect("table");
-        let (mut k_rows, mut v_rows) = (Vec::new(), Vec::new());
+        let (mut k_rows, mut v_rows) = (Stored::from_values(&[]), Stored::from_values(&[]));
         for token in 0..cache.seq_len(sequence).expect("length") {
             let (block, slot) = (table[(token / block_size) as usize].index(), token % block_size);
             for kv_head in 0..num_kv_heads {
-                k_rows.extend(k.fill_row(block, kv_head, slot, &mut rng));
-                v_rows.extend(v.fill_row(block, kv_head, slot, &mut rng));
+                k_rows.append(k.fill_row(block, kv_head, slot, &mut rng));
+                v_rows.append(v.fill_row(block, kv_head, slot, &mut rng));
             }
         }
         (k_rows, v_rows)
@@ -205,22 +186,21 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
     let (out, lse) = (gpu.read_blocking(&out).expect("out"), gpu.read_blocking(&lse).expect("lse"));
 
     let mut at = 0;
-    for (i, ((context_len, new), (k_rows, v_rows))) in lens.into_iter().zip(&rows).enumerate() {
+    for (i, ((_, new), (k_rows, v_rows))) in lens.into_iter().zip(&rows).enumerate() {
         let here = at..at + num_q(new);
         at = here.end;
+        let [k_values, v_values] =
+            [k_rows, v_rows].map(|stored| stored.values.iter().map(|&x| x as f32).collect::<Vec<_>>());
         let problem = Problem {
             num_q_heads: num_q_heads as usize,
             num_kv_heads: num_kv_heads as usize,
             head_dim: head_dim as usize,
             q: &q[here.clone()],
-            k: k_rows,
-            v: v_rows,
+            k: &k_values,
+            v: &v_values,
             options: Options::default(),
         };
-        // The oracle takes errors of elements as independent and so divides what they add up to by the root of their number; roundings of a
-        // sum over n elements grow with it.
-        let keys = f64::from(context_len + new);
-        let errors = ErrorModel { k: k.error(f64::from(head_dim).sqrt()), v: v.error(keys), ..ErrorModel::F32 };
+        let errors = ErrorModel::F32.with_stored(k_rows, v_rows).over_stored();
         let expected = attention_with_bound(&problem, &errors).expect("a problem");
         let lse_here = here.start / head_dim as usize..here.end / head_dim as usize;
         for comparison in [compare::out(&expected, &out[here]), compare::lse(&expected, &lse[lse_here])] {

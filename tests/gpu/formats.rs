@@ -1,5 +1,6 @@
 //! The formats: what append stores is what the oracle says, and attention over it is what the oracle computes from that.
 
+use crate::common::with;
 use fastrand::Rng;
 use folio::ErrorKind::Caller;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
@@ -69,42 +70,42 @@ fn hard_rows(head_dim: usize) -> Vec<Vec<f32>> {
 fn check_rows(what: &str, format: KvFormat, rows: &[f32], got: &[f32], head_dim: usize, channels: Option<&[f32]>) {
     const U: f64 = 1.0 / (1 << 24) as f64;
     assert_eq!(rows.len(), got.len(), "{what}");
-    let want = stored(format, rows, head_dim, channels);
+    let want = stored(format, rows, head_dim, channels).expect("whole rows");
     let levels = f64::from((1_u32 << format.element_bits().min(8)) - 1);
     for (i, (row, got)) in rows.chunks(head_dim).zip(got.chunks(head_dim)).enumerate() {
         let at = i * head_dim..(i + 1) * head_dim;
-        let least = row.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let values = row.iter().zip(got).zip(&want.values[at.clone()]).zip(&want.steps[at]);
-        for (dim, (((&x, &got), &want), &step)) in values.enumerate() {
+        let min = row.iter().copied().fold(f32::INFINITY, f32::min);
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let values = row.iter().zip(got).zip(&want.values[at.clone()]).zip(&want.scales[at]);
+        for (dim, (((&x, &got), &want), &scale)) in values.enumerate() {
             let say =
-                || format!("{what}: {format} row {i} dim {dim}: {x:e} became {got:e}, want {want:e}, step {step:e}");
-            let (x, got) = (f64::from(x), f64::from(got));
+                || format!("{what}: {format} row {i} dim {dim}: {x:e} became {got:e}, want {want:e}, scale {scale:e}");
+            let (x, got, scale) = (f64::from(x), f64::from(got), f64::from(scale));
             if want.is_nan() || got.is_nan() {
                 assert!(want.is_nan() && got.is_nan(), "{}", say());
                 continue;
             }
             // Roundings of the scale times code and of the sum. Adapters may flush subnormal numbers (of halves: below 2^-14).
             let mut rounding = 0.0;
-            if step > 0.0 {
-                rounding = 4.0 * U * (want.abs() + levels * step) + f64::from(f32::MIN_POSITIVE);
+            if scale > 0.0 {
+                rounding = 4.0 * U * (want.abs() + levels * scale) + f64::from(f32::MIN_POSITIVE);
             } else if format == F16 && want.abs() < format.absolute_error() {
                 rounding = format.absolute_error();
             } else if format == F32 && want.abs() < f64::from(f32::MIN_POSITIVE) {
                 rounding = f64::from(f32::MIN_POSITIVE);
             }
-            // Within a thousandth of a step of a tie, the other code is right too.
+            // Within a thousandth of a scale of a tie, the other code is right too.
             let off = (got - want).abs();
-            let is_other = off <= 1.001 * step + rounding && (got - x).abs() <= 0.501 * step + rounding;
+            let is_other = off <= 1.001 * scale + rounding && (got - x).abs() <= 0.501 * scale + rounding;
             assert!(off <= rounding || is_other, "{}", say());
             // The promised bound.
             let largest = f64::from(LARGEST);
-            if format.has_row_scales() && x.abs() <= largest && f64::from(most.max(-least)) <= largest {
-                let bound = format.row_error(least.into(), most.into());
+            if format.has_row_scales() && x.abs() <= largest && f64::from(max.max(-min)) <= largest {
+                let bound = format.row_error(min.into(), max.into());
                 assert!((got - x).abs() <= bound, "{}, bound {bound:e}", say());
             }
-            let (relative, most) = (format.relative_error(), if format == E4M3 { 448.0 } else { 65504.0 });
-            if relative > 0.0 && x.abs() <= most {
+            let (relative, largest) = (format.relative_error(), if format == E4M3 { 448.0 } else { 65504.0 });
+            if relative > 0.0 && x.abs() <= largest {
                 let bound = (relative * x.abs()).max(format.absolute_error());
                 assert!((got - x).abs() <= bound, "{}, bound {bound:e}", say());
             }
@@ -194,27 +195,23 @@ fn e4m3_rounds_to_nearest_even_everywhere() {
     let sequence = cache.create_sequence();
     append(&cache, &[(sequence, values.len() as u32 / 16)], 0, &values, &values);
     let rows = cache.gather_blocking(sequence, 0).expect("rows");
-    let want: Vec<f32> = stored(E4M3, &values, 16, None).values.iter().map(|&x| x as f32).collect();
+    let want: Vec<f32> = stored(E4M3, &values, 16, None).expect("rows").values.iter().map(|&x| x as f32).collect();
     assert_eq!(rows.k, want);
     assert_eq!(rows.v, want);
 }
 
-/// Keys that are turned on the way are stored as if they had been turned before.
+/// Keys that are rotated on the way are stored as if they had been rotated before.
 #[test]
-fn turned_keys_are_quantised() {
+fn rotated_keys_are_quantised() {
     for (i, k_format) in [Int8, Int4, E4M3, Int8PerChannel].into_iter().enumerate() {
         let layout = [RopeLayout::HalfSplit, RopeLayout::Interleaved][i % 2];
         let config = KvCacheConfig::new(1, 2, 24).with_blocks(20, 5).with_formats(F32, Int8);
         let mut rng = Rng::with_seed(4);
         let rows: Vec<f32> = (0..30 * 48).map(|_| rng.f32() * 4.0 - 2.0).collect();
-        let mut turned = Vec::new();
+        let mut rotated = Vec::new();
         for k_format in [F32, k_format] {
-            let config = {
-                let mut config = config;
-                config.k_format = k_format;
-                config
-            };
-            let Some(cache) = cache(DEFAULT, config, &turned) else { return };
+            let config = with(config, |c| c.k_format = k_format);
+            let Some(cache) = cache(DEFAULT, config, &rotated) else { return };
             let mut rope = RopeConfig::new(20, 10_000.0);
             rope.layout = layout;
             let rope = Rope::new_blocking(&cache, rope).expect("rope");
@@ -226,17 +223,17 @@ fn turned_keys_are_quantised() {
             cache.gpu().queue().submit([encoder.finish()]);
             cache.commit(step).expect("commit");
             let got = cache.gather_blocking(sequence, 0).expect("rows");
-            check_rows("V beside turned K", Int8, &rows, &got.v, 24, None);
+            check_rows("V beside rotated K", Int8, &rows, &got.v, 24, None);
             if k_format == F32 {
-                turned = got.k;
+                rotated = got.k;
             } else {
-                check_rows("turned K", k_format, &turned, &got.k, 24, cache.key_scales(0).as_deref());
+                check_rows("rotated K", k_format, &rotated, &got.k, 24, cache.key_scales(0).as_deref());
             }
         }
     }
 }
 
-/// Every pair of formats; head dims, groups, block sizes and families in turn.
+/// Every pair of formats; head dims, groups, block sizes and families take their turns.
 #[test]
 fn attention_over_every_pair_of_formats() {
     const SHAPES: [(u32, u32, u32, u32); 6] =
@@ -286,13 +283,11 @@ fn segments() {
     if adapter::open(DEFAULT).is_none() {
         return;
     }
-    let options = {
-        let mut options = GpuOptions::default();
-        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        options.profile = Some(Profile::Cpu);
-        options.max_binding_bytes = Some(1 << 20);
-        options
-    };
+    let options = with(GpuOptions::default(), |c| {
+        c.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        c.profile = Some(Profile::Cpu);
+        c.max_binding_bytes = Some(1 << 20);
+    });
     let gpu = Gpu::open_blocking(options).expect("a small device");
     for (k_format, v_format) in [(Int8, Int4), (Int8PerChannel, Int8), (E4M3, E4M3)] {
         let case = Case::new(&[(15_000, 1), (900, 17)], 4, 2, 64).block_size(5).formats(k_format, v_format);
@@ -303,7 +298,7 @@ fn segments() {
     }
 }
 
-/// Partial states carry the least values of their keys; options see whole scores.
+/// Partial states carry the zero points of their keys; options see whole scores.
 #[test]
 fn splits_and_options() {
     let split = Case::new(&[(9000, 1), (5000, 3)], 2, 1, 32).config(|config| {
@@ -386,12 +381,7 @@ fn calibration_is_asked_for_and_checked() {
     cache.clear();
     assert!(cache.key_scales(0).is_some());
 
-    let plain = KvCache::new_blocking(&gpu, {
-        let mut config = config;
-        config.k_format = Int8;
-        config
-    })
-    .expect("cache");
+    let plain = KvCache::new_blocking(&gpu, with(config, |c| c.k_format = Int8)).expect("cache");
     refused(plain.calibrate_keys(0, &keys), Caller, &["k_format", "Int8", "scales per channel"]);
     assert!(plain.key_scales(0).is_none());
 }

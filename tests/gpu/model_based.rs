@@ -1,5 +1,6 @@
 //! Random operations on a cache, against a model that keeps each sequence's tokens in a vector.
 
+use crate::common::with;
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
@@ -375,14 +376,12 @@ impl Model<'_> {
 #[test]
 fn random_operations_agree_with_plain_vectors() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let config = {
-        let mut config = SHAPE;
-        config.num_layers = 1;
-        config.num_kv_heads = 1;
-        config.block_size = BLOCK_SIZE;
-        config.num_blocks = NUM_BLOCKS;
-        config
-    };
+    let config = with(SHAPE, |c| {
+        c.num_layers = 1;
+        c.num_kv_heads = 1;
+        c.block_size = BLOCK_SIZE;
+        c.num_blocks = NUM_BLOCKS;
+    });
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     let (hits, evictions) = (Cell::new(0), Cell::new(0));
     let mut runner = TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });

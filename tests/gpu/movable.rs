@@ -1,5 +1,6 @@
 //! Sequences move: to host memory and back, into files, to the front of the pool.
 
+use crate::common::with;
 use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Waker};
@@ -133,11 +134,7 @@ fn every_shape(gpu: &Gpu) {
         let shape =
             KvCacheConfig::new(3, num_kv_heads, head_dim).with_blocks(0, block_size).with_formats(k_format, v_format);
         let len = 3 * block_size + 1 + rng.u32(0..block_size);
-        let config = {
-            let mut config = shape;
-            config.num_blocks = 2 * len + 4;
-            config
-        };
+        let config = with(shape, |c| c.num_blocks = 2 * len + 4);
         let cache = cache_of(gpu, config, 5);
         let is_cut = config.k_layout().side_bytes(config.num_blocks).expect("bytes") > gpu.max_storage_bytes();
         assert_eq!(cache.segments()[0].count > 1, is_cut);
@@ -165,15 +162,7 @@ fn every_shape(gpu: &Gpu) {
         assert!(snapshot(&cache, back) == kept, "what is unused is zero, wherever the blocks lie");
 
         // Into another cache, of another size, twice.
-        let second = cache_of(
-            gpu,
-            {
-                let mut config = shape;
-                config.num_blocks = 2 * table.len() as u32 + 1;
-                config
-            },
-            6,
-        );
+        let second = cache_of(gpu, with(shape, |c| c.num_blocks = 2 * table.len() as u32 + 1), 6);
         for _ in 0..2 {
             let copy = swap_in(&second, &swapped);
             assert_eq!(contents(&second, copy), want);
@@ -391,54 +380,12 @@ fn what_does_not_fit_is_refused() {
     assert_eq!((error.kind(), state(&cache, &[a])), (ErrorKind::Retry, before));
 
     for (config, parts) in [
-        (
-            {
-                let mut config = SHAPE;
-                config.num_layers = 3;
-                config
-            },
-            ["snapshot: got num_layers 2", "need the cache's, 3"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.num_kv_heads = 1;
-                config
-            },
-            ["snapshot: got num_kv_heads 2", "need the cache's, 1"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.head_dim = 16;
-                config
-            },
-            ["snapshot: got head_dim 8", "need the cache's, 16"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.block_size = 8;
-                config
-            },
-            ["snapshot: got block_size 4", "need the cache's, 8"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.k_format = F16;
-                config
-            },
-            ["snapshot: got k_format F32", "need the cache's, F16"],
-        ),
-        (
-            {
-                let mut config = SHAPE;
-                config.v_format = F32;
-                config
-            },
-            ["snapshot: got v_format F16", "need the cache's, F32"],
-        ),
+        (with(SHAPE, |c| c.num_layers = 3), ["snapshot: got num_layers 2", "need the cache's, 3"]),
+        (with(SHAPE, |c| c.num_kv_heads = 1), ["snapshot: got num_kv_heads 2", "need the cache's, 1"]),
+        (with(SHAPE, |c| c.head_dim = 16), ["snapshot: got head_dim 8", "need the cache's, 16"]),
+        (with(SHAPE, |c| c.block_size = 8), ["snapshot: got block_size 4", "need the cache's, 8"]),
+        (with(SHAPE, |c| c.k_format = F16), ["snapshot: got k_format F32", "need the cache's, F16"]),
+        (with(SHAPE, |c| c.v_format = F32), ["snapshot: got v_format F16", "need the cache's, F32"]),
     ] {
         let other = cache_of(&gpu, config, 1);
         refused(other.swap_in(&mut encoder(&other), &kept), ErrorKind::Caller, &parts);
@@ -455,11 +402,7 @@ fn what_does_not_fit_is_refused() {
 fn defragmentation_packs_the_pool_and_keeps_every_sequence() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     for seed in 0..12 {
-        let config = {
-            let mut config = SHAPE;
-            config.num_blocks = 60;
-            config
-        };
+        let config = with(SHAPE, |c| c.num_blocks = 60);
         let cache = cache_of(&gpu, config, seed);
         let mut rng = Rng::with_seed(seed);
         let mut model: Vec<(SequenceId, Vec<u32>)> = Vec::new();
@@ -568,27 +511,11 @@ mod files {
         assert_eq!(std::fs::read_dir(folder.path()).expect("list").count(), 1, "no temporary file stays");
         let (loaded, found) = SequenceSnapshot::load(&path).expect("load");
         assert_eq!((&loaded, &found), (&kept, &tokens));
-        let other = cache_of(
-            &gpu,
-            {
-                let mut config = SHAPE;
-                config.num_blocks = 6;
-                config
-            },
-            12,
-        );
+        let other = cache_of(&gpu, with(SHAPE, |c| c.num_blocks = 6), 12);
         let back = swap_in(&other, &loaded);
         assert_holds(&other, back, &tokens);
         assert_eq!(contents(&other, back), contents(&cache, a));
-        let third = cache_of(
-            &gpu,
-            {
-                let mut config = SHAPE;
-                config.k_format = F16;
-                config
-            },
-            12,
-        );
+        let third = cache_of(&gpu, with(SHAPE, |c| c.k_format = F16), 12);
         refused(third.swap_in(&mut encoder(&third), &loaded), ErrorKind::Caller, &["k_format F32", "F16"]);
 
         for tokens in [&tokens[1..], &[1; 18]] {

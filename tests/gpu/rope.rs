@@ -1,5 +1,6 @@
 //! Rotary embeddings: K turned on its way into the cache, and Q in place, against the f64 rotation of each row.
 
+use crate::common::with;
 use fastrand::Rng;
 use folio::KvFormat::{F16, F32};
 use folio::RopeLayout::{HalfSplit, Interleaved};
@@ -84,13 +85,14 @@ fn submit(cache: &KvCache, encoder: wgpu::CommandEncoder) {
 fn cosine_and_sine_are_good_at_every_position() {
     for how in ALL {
         let Some(gpu) = adapter::open(how) else { return };
-        let cache = cache(&gpu, {
-            let mut config = SHAPE;
-            config.num_kv_heads = 1;
-            config.head_dim = 256;
-            config.num_blocks = 600;
-            config
-        });
+        let cache = cache(
+            &gpu,
+            with(SHAPE, |c| {
+                c.num_kv_heads = 1;
+                c.head_dim = 256;
+                c.num_blocks = 600;
+            }),
+        );
         let mut rng = Rng::with_seed(1);
         let mut positions = POSITIONS.to_vec();
         positions.extend((0..2000).map(|_| rng.u32(..) >> rng.u32(0..32)));
@@ -360,14 +362,12 @@ fn a_range_of_a_buffer_turns_and_nothing_around_it() {
 fn a_grid_goes_on_in_its_second_dimension() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     // 8 lanes of 4 pairs each on a CPU adapter: 65 535 workgroups take 524 280 rows of one group.
-    let shape = {
-        let mut config = SHAPE;
-        config.num_kv_heads = 1;
-        config.head_dim = 8;
-        config.block_size = 256;
-        config.num_blocks = 4;
-        config
-    };
+    let shape = with(SHAPE, |c| {
+        c.num_kv_heads = 1;
+        c.head_dim = 8;
+        c.block_size = 256;
+        c.num_blocks = 4;
+    });
     let cache = cache(&gpu, shape);
     let config = RopeConfig::new(8, 10_000.0);
     let rope = rope(&cache, &config);
@@ -387,11 +387,7 @@ fn a_grid_goes_on_in_its_second_dimension() {
 #[test]
 fn layers_choose_for_themselves() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
-    let cache = cache(&gpu, {
-        let mut config = SHAPE;
-        config.num_layers = 3;
-        config
-    });
+    let cache = cache(&gpu, with(SHAPE, |c| c.num_layers = 3));
     let configs = [10_000.0, 1_000_000.0].map(|theta| RopeConfig::new(64, theta));
     let ropes = configs.each_ref().map(|config| rope(&cache, config));
     ropes[0].warm_up().expect("warm-up");
@@ -421,11 +417,7 @@ fn steady_steps_make_no_buffer_and_no_pipeline() {
     adapter::open(DEFAULT);
     let name = std::env::var("FOLIO_ADAPTER").ok();
     // A device of this test's own: others are counted too.
-    let Ok(gpu) = Gpu::open_blocking({
-        let mut options = GpuOptions::default();
-        options.adapter_name = name;
-        options
-    }) else {
+    let Ok(gpu) = Gpu::open_blocking(with(GpuOptions::default(), |c| c.adapter_name = name)) else {
         return;
     };
     let cache = KvCache::new_blocking(&gpu, SHAPE).expect("cache");
@@ -458,12 +450,10 @@ fn misuse_is_refused_and_changes_nothing() {
     let instance = wgpu::Instance::default();
     let open = || {
         let adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        Gpu::open_blocking({
-            let mut options = GpuOptions::default();
-            options.adapter_name = adapter_name;
-            options.instance = Some(instance.clone());
-            options
-        })
+        Gpu::open_blocking(with(GpuOptions::default(), |c| {
+            c.adapter_name = adapter_name;
+            c.instance = Some(instance.clone());
+        }))
         .expect("it opened before")
     };
     let (gpu, other) = (open(), open());
@@ -532,12 +522,7 @@ fn misuse_is_refused_and_changes_nothing() {
     refused(cache.append(&mut encoder, &step, 0, &no_storage, &v, Some(&rope)), Caller, &["k: got usage"]);
 
     // A rope of another cache: of another shape, of the same shape (which is fine), and on another device.
-    let narrow = KvCache::new_blocking(&gpu, {
-        let mut config = SHAPE;
-        config.head_dim = 128;
-        config
-    })
-    .expect("cache");
+    let narrow = KvCache::new_blocking(&gpu, with(SHAPE, |c| c.head_dim = 128)).expect("cache");
     let narrow_rope = self::rope(&narrow, &good);
     let parts = ["rope: got one made for", "head_dim: 128", "head_dim: 64"];
     refused(cache.append(&mut encoder, &step, 0, &k, &v, Some(&narrow_rope)), Caller, &parts);

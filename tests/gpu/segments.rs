@@ -1,5 +1,6 @@
 //! Pools whose K or V is larger than a storage binding: the same results, bit for bit, as from a pool in one piece.
 
+use crate::common::with;
 use std::time::{Duration, Instant};
 
 use folio::KvFormat::{self, F16, F32, Int4, Int4PerChannel, Int8};
@@ -183,12 +184,10 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     assert_eq!(gpu.limits().max_storage_buffers_per_shader_stage, 8);
     let mut case = batch(64, 64, 64, F32, F32).config(|config| config.lse = false);
     case.check(&gpu);
-    let config = {
-        let mut config = SHAPE;
-        config.num_blocks = 64;
-        config.v_format = F32;
-        config
-    };
+    let config = with(SHAPE, |c| {
+        c.num_blocks = 64;
+        c.v_format = F32;
+    });
     let cache = KvCache::new_blocking(&gpu, config).expect("cache");
     assert_eq!(counts(&cache), [2, 2]);
     cache.warm_up().expect("warm-up");
@@ -197,11 +196,7 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     Rope::new_blocking(&cache, RopeConfig::new(64, 1e4)).expect("rope").warm_up().expect("warm-up");
 
     // An lse takes one buffer more.
-    let with_lse = {
-        let mut config = AttentionConfig::new(4);
-        config.lse = true;
-        config
-    };
+    let with_lse = with(AttentionConfig::new(4), |c| c.lse = true);
     let (text, blocks) = refused(Attention::new_blocking(&cache, with_lse.clone()));
     assert_eq!(
         text,
@@ -212,12 +207,7 @@ fn two_segments_a_side_work_with_eight_storage_buffers() {
     case.num_blocks = Some(blocks);
     case.lens = vec![(1000, 1), (0, 70), (150, 40)];
     case.check(&gpu);
-    let cache = KvCache::new_blocking(&gpu, {
-        let mut config = config;
-        config.num_blocks = blocks + 1;
-        config
-    })
-    .expect("cache");
+    let cache = KvCache::new_blocking(&gpu, with(config, |c| c.num_blocks = blocks + 1)).expect("cache");
     assert_eq!(refused(Attention::new_blocking(&cache, with_lse)).1, blocks);
 }
 
@@ -229,11 +219,7 @@ fn more_segments_than_buffers_are_refused_with_the_pool_that_fits() {
     for (num_blocks, [k, v], most, largest) in
         [(70, [3, 2], [2, 2], 64), (1000, [32, 16], [2, 2], 64), (65, [3, 2], [2, 2], 64)]
     {
-        let config = {
-            let mut config = SHAPE;
-            config.num_blocks = num_blocks;
-            config
-        };
+        let config = with(SHAPE, |c| c.num_blocks = num_blocks);
         let (text, blocks) = refused(KvCache::new_blocking(&gpu, config));
         let parts = [
             format!("num_blocks: need {} storage buffers in a kernel", 4 + k + v),
@@ -242,21 +228,9 @@ fn more_segments_than_buffers_are_refused_with_the_pool_that_fits() {
         ];
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         assert_eq!(blocks, largest);
-        let cache = KvCache::new_blocking(&gpu, {
-            let mut config = config;
-            config.num_blocks = blocks;
-            config
-        })
-        .expect("the largest");
+        let cache = KvCache::new_blocking(&gpu, with(config, |c| c.num_blocks = blocks)).expect("the largest");
         assert_eq!(counts(&cache)[0], most[0]);
-        assert!(
-            KvCache::new_blocking(&gpu, {
-                let mut config = config;
-                config.num_blocks = blocks + 1;
-                config
-            })
-            .is_err()
-        );
+        assert!(KvCache::new_blocking(&gpu, with(config, |c| c.num_blocks = blocks + 1)).is_err());
         case::shuffle(&cache, 1);
         let s = tokens::sequence(&cache, &[1, 2, 3]);
         assert_eq!(cache.block_table(s).expect("table")[0].index(), blocks - 1);

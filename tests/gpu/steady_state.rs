@@ -1,5 +1,6 @@
 //! A steady decode loop makes no GPU buffer and no pipeline.
 
+use crate::common::with;
 use folio::wgpu::{self, util::DeviceExt};
 use folio::{
     Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, Profile, SequenceId,
@@ -54,12 +55,10 @@ impl Alive {
 /// A device of this test's own: others share theirs, and run beside it.
 fn open(profile: Profile) -> Option<Gpu> {
     adapter::open(adapter::DEFAULT)?;
-    let options = {
-        let mut options = GpuOptions::default();
-        options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        options.profile = Some(profile);
-        options
-    };
+    let options = with(GpuOptions::default(), |c| {
+        c.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        c.profile = Some(profile);
+    });
     Some(Gpu::open_blocking(options).expect("the adapter opened before"))
 }
 

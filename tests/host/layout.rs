@@ -1,6 +1,7 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
-use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, Segments};
+use crate::common::with;
+use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, MAX_POOL_BYTES, Segments};
 use proptest::prelude::*;
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
@@ -17,38 +18,18 @@ fn refusal(config: KvCacheConfig) -> String {
 #[test]
 fn valid_shapes_are_accepted() {
     for head_dim in (8..=256).step_by(8) {
-        assert!(
-            {
-                let mut config = CONFIG;
-                config.head_dim = head_dim;
-                config
-            }
-            .validate()
-            .is_ok(),
-            "{head_dim}"
-        );
+        assert!(with(CONFIG, |c| c.head_dim = head_dim).validate().is_ok(), "{head_dim}");
     }
     for block_size in 1..=256 {
-        assert!(
-            {
-                let mut config = CONFIG;
-                config.block_size = block_size;
-                config
-            }
-            .validate()
-            .is_ok(),
-            "{block_size}"
-        );
+        assert!(with(CONFIG, |c| c.block_size = block_size).validate().is_ok(), "{block_size}");
     }
     for (num_layers, num_kv_heads, num_blocks) in [(1, 1, 1), (1000, 65_535, 1), (1, 1, u32::MAX / 5)] {
         assert!(
-            {
-                let mut config = CONFIG;
-                config.num_layers = num_layers;
-                config.num_kv_heads = num_kv_heads;
-                config.num_blocks = num_blocks;
-                config
-            }
+            with(CONFIG, |c| {
+                c.num_layers = num_layers;
+                c.num_kv_heads = num_kv_heads;
+                c.num_blocks = num_blocks;
+            })
             .validate()
             .is_ok()
         );
@@ -57,28 +38,14 @@ fn valid_shapes_are_accepted() {
 
 #[test]
 fn zero_layers_are_refused() {
-    assert_eq!(
-        refusal({
-            let mut config = CONFIG;
-            config.num_layers = 0;
-            config
-        }),
-        "num_layers: got 0, need at least 1"
-    );
+    assert_eq!(refusal(with(CONFIG, |c| c.num_layers = 0)), "num_layers: got 0, need 1 to 65536");
 }
 
 #[test]
 fn head_counts_beyond_the_grid_are_refused() {
     for num_kv_heads in [0, 65_536, u32::MAX] {
         let want = format!("num_kv_heads: got {num_kv_heads}, need 1 to 65535");
-        assert_eq!(
-            refusal({
-                let mut config = CONFIG;
-                config.num_kv_heads = num_kv_heads;
-                config
-            }),
-            want
-        );
+        assert_eq!(refusal(with(CONFIG, |c| c.num_kv_heads = num_kv_heads)), want);
     }
 }
 
@@ -86,14 +53,7 @@ fn head_counts_beyond_the_grid_are_refused() {
 fn head_dims_without_kernels_are_refused() {
     for head_dim in [0, 1, 4, 12, 59, 255, 257, 264, u32::MAX] {
         let want = format!("head_dim: got {head_dim}, need a multiple of 8 from 8 to 256");
-        assert_eq!(
-            refusal({
-                let mut config = CONFIG;
-                config.head_dim = head_dim;
-                config
-            }),
-            want
-        );
+        assert_eq!(refusal(with(CONFIG, |c| c.head_dim = head_dim)), want);
     }
 }
 
@@ -101,52 +61,28 @@ fn head_dims_without_kernels_are_refused() {
 fn block_sizes_out_of_range_are_refused() {
     for block_size in [0, 257, u32::MAX] {
         let want = format!("block_size: got {block_size}, need 1 to 256 tokens");
-        assert_eq!(
-            refusal({
-                let mut config = CONFIG;
-                config.block_size = block_size;
-                config
-            }),
-            want
-        );
+        assert_eq!(refusal(with(CONFIG, |c| c.block_size = block_size)), want);
     }
 }
 
 #[test]
 fn an_empty_pool_is_refused() {
-    assert_eq!(
-        refusal({
-            let mut config = CONFIG;
-            config.num_blocks = 0;
-            config
-        }),
-        "num_blocks: got 0, need at least 1"
-    );
+    assert_eq!(refusal(with(CONFIG, |c| c.num_blocks = 0)), "num_blocks: got 0, need at least 1");
 }
 
 #[test]
 fn pools_whose_slots_overflow_u32_are_refused() {
-    let largest = {
-        let mut config = CONFIG;
-        config.num_kv_heads = 1;
-        config.block_size = 256;
-        config.num_blocks = (1 << 24) - 1;
-        config
-    };
+    let largest = with(CONFIG, |c| {
+        c.num_kv_heads = 1;
+        c.block_size = 256;
+        c.num_blocks = (1 << 24) - 1;
+    });
     assert!(largest.validate().is_ok());
     assert_eq!(
-        refusal({
-            let mut config = largest;
-            config.num_blocks = 1 << 24;
-            config
-        }),
+        refusal(with(largest, |c| c.num_blocks = 1 << 24)),
         "num_blocks: got 16777216 (4294967296 slots), need num_blocks * block_size * num_kv_heads below 2^32"
     );
-    let most = refusal({
-        let mut config = largest;
-        config.num_blocks = u32::MAX;
-        config
-    });
+    let most = refusal(with(largest, |c| c.num_blocks = u32::MAX));
     assert!(most.contains("4294967295 (1099511627520 slots)"), "{most}");
 }
 
@@ -167,11 +103,7 @@ fn sizes_are_those_worked_out_by_hand() {
 #[test]
 fn a_block_takes_what_its_tokens_take() {
     for block_size in [1, 5, 16, 256] {
-        let config = {
-            let mut config = CONFIG;
-            config.block_size = block_size;
-            config
-        };
+        let config = with(CONFIG, |c| c.block_size = block_size);
         assert_eq!(config.block_bytes(), config.token_bytes() * u64::from(block_size));
     }
 }
@@ -197,23 +129,13 @@ fn offsets_of_large_caches_do_not_wrap() {
     assert_eq!(layout.row_offset(1 << 24, 0, 0), layout.block_bytes() << 24);
     assert_eq!(layout.side_bytes(1 << 24), Some(layout.block_bytes() << 24));
     assert_eq!(layout.side_bytes(u32::MAX), None);
-    let config = {
-        let mut config = CONFIG;
-        config.num_layers = 1000;
-        config.num_kv_heads = 65_535;
-        config.head_dim = 256;
-        config.block_size = 256;
-        config
-    };
-    assert_eq!(
-        {
-            let mut config = config;
-            config.num_blocks = u32::MAX;
-            config
-        }
-        .pool_bytes(),
-        u64::MAX
-    );
+    let config = with(CONFIG, |c| {
+        c.num_layers = 1000;
+        c.num_kv_heads = 65_535;
+        c.head_dim = 256;
+        c.block_size = 256;
+    });
+    assert_eq!(with(config, |c| c.num_blocks = u32::MAX).pool_bytes(), u64::MAX);
 }
 
 #[test]
@@ -294,6 +216,115 @@ proptest! {
     }
 }
 
+/// Any bits where a count belongs, the extremes often.
+fn any_count() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(0), Just(1), Just(u32::MAX), 0_u32..300, any::<u32>()]
+}
+
+proptest! {
+    /// Nobody has to validate a shape before asking it something: results are those of integers without end where they fit, and the
+    /// documented ones where they don't.
+    #[test]
+    fn layouts_of_any_numbers_are_total(
+        format in prop::sample::select(&KvFormat::ALL[..]),
+        [num_kv_heads, head_dim, block_size] in [any_count(), any_count(), any_count()],
+        [block, kv_head, slot, num_blocks] in [any_count(), any_count(), any_count(), any_count()],
+        max_bytes in prop_oneof![Just(0), Just(u64::MAX), any::<u64>(), 0_u64..1 << 40],
+    ) {
+        let layout = KvLayout { num_kv_heads, head_dim, block_size, format };
+        let [heads, rows_per_head, dim] = [num_kv_heads, block_size, head_dim].map(u128::from);
+        let clip = |wide: u128| u64::try_from(wide).unwrap_or(u64::MAX);
+
+        let row = dim * u128::from(format.element_bits()) / 8;
+        let scale = if format.has_row_scales() { 4 } else { 0 };
+        let rows = rows_per_head * heads;
+        let block_bytes = ((row + scale) * rows).next_multiple_of(16);
+        let table = if format.has_channel_scales() { 8 * heads * dim } else { 0 };
+        prop_assert_eq!(u128::from(layout.row_bytes()), row);
+        prop_assert_eq!(u128::from(layout.row_scale_bytes()), scale);
+        prop_assert_eq!(u128::from(layout.token_row_bytes()), row + scale);
+        prop_assert_eq!(u128::from(layout.block_rows()), rows);
+        prop_assert_eq!(layout.block_bytes(), clip(block_bytes));
+        prop_assert_eq!(layout.channel_table_bytes(), clip(table));
+        let side = u64::try_from(block_bytes).ok().and_then(|_| u64::try_from(block_bytes * u128::from(num_blocks) + table).ok());
+        prop_assert_eq!(layout.side_bytes(num_blocks), side);
+
+        let left = u128::from(max_bytes).saturating_sub(table);
+        let most = left.checked_div(block_bytes).unwrap_or(0);
+        prop_assert_eq!(u128::from(layout.max_blocks(max_bytes)), most);
+        let segments = layout.segments(num_blocks, max_bytes);
+        prop_assert_eq!(segments.is_some(), most > 0 && num_blocks > 0);
+        for segments in segments.into_iter().chain([Segments { count: block, blocks: slot }]) {
+            let (segment, within) = segments.locate(block);
+            prop_assert!(segment <= block && within <= block);
+            prop_assert!(segments.blocks_of(segment, num_blocks) <= num_blocks);
+        }
+
+        let index = u128::from(kv_head) * rows_per_head + u128::from(slot);
+        // Up to 2^131: what does not even fit into u128 is clipped, too.
+        let at = u128::from(block).saturating_mul(block_bytes);
+        prop_assert_eq!(layout.row_offset(block, kv_head, slot), clip(at.saturating_add(index * row)));
+        let scales = format.has_row_scales().then(|| clip(at.saturating_add(rows * row + index * scale)));
+        prop_assert_eq!(layout.row_scale_offset(block, kv_head, slot), scales);
+    }
+
+    /// The same for whole configurations, which may or may not be valid.
+    #[test]
+    fn configurations_of_any_numbers_are_total(
+        k_format in prop::sample::select(&KvFormat::ALL[..]),
+        v_format in prop::sample::select(&KvFormat::ALL[..]),
+        [num_layers, num_kv_heads, head_dim] in [any_count(), any_count(), any_count()],
+        [block_size, num_blocks, seq_len] in [any_count(), any_count(), any_count()],
+    ) {
+        let config = KvCacheConfig::new(num_layers, num_kv_heads, head_dim).with_blocks(num_blocks, block_size).with_formats(k_format, v_format);
+        let sides = [config.k_layout(), config.v_layout()];
+        let layers = u128::from(num_layers);
+        let clip = |wide: u128| u64::try_from(wide).unwrap_or(u64::MAX);
+        // Of numbers that fit themselves.
+        let sum = |of: fn(&KvLayout) -> u64| sides.iter().map(|side| u128::from(of(side))).sum::<u128>();
+        prop_assert_eq!(config.token_bytes(), clip(layers * u128::from(num_kv_heads) * sum(KvLayout::token_row_bytes)));
+        let block = layers * sum(KvLayout::block_bytes);
+        prop_assert_eq!(config.block_bytes(), clip(block));
+        // Tables of K alone: V has none in a valid configuration.
+        let tables = layers * u128::from(config.k_layout().channel_table_bytes());
+        if block <= u128::from(u64::MAX) {
+            prop_assert_eq!(config.pool_bytes(), clip(block * u128::from(num_blocks) + tables));
+        }
+        prop_assert_eq!(config.blocks_for(seq_len), seq_len.div_ceil(block_size.max(1)));
+        if config.validate().is_ok() {
+            prop_assert!(config.pool_bytes() <= MAX_POOL_BYTES);
+        }
+    }
+}
+
+#[test]
+fn more_layers_than_any_model_has_are_refused() {
+    let at_most = with(CONFIG, |c| c.num_layers = 65_536);
+    assert!(at_most.validate().is_ok());
+    for num_layers in [65_537, u32::MAX] {
+        let want = format!("num_layers: got {num_layers}, need 1 to 65536");
+        assert_eq!(refusal(with(CONFIG, |c| c.num_layers = num_layers)), want);
+    }
+}
+
+#[test]
+fn pools_that_no_machine_can_hold_are_refused() {
+    // 2^31 slots of 16 KiB over all layers: 2^47 bytes with 2 layers.
+    let largest = KvCacheConfig::new(64, 1, 256).with_blocks(1 << 22, 256).with_formats(KvFormat::F32, KvFormat::F32);
+    assert_eq!((largest.pool_bytes(), largest.validate().is_ok()), (1 << 47, true));
+    let more = with(largest, |c| c.num_blocks = (1 << 22) + 1);
+    assert_eq!(
+        refusal(more),
+        "num_blocks: got 4194305 (140737521909760 bytes over 64 layers), need a pool of at most 2^47 bytes"
+    );
+    let most = with(largest, |c| {
+        c.num_layers = 65_536;
+        c.num_kv_heads = 65_535;
+        c.num_blocks = 256;
+    });
+    assert!(refusal(most).contains("2^47 bytes"), "{most:?}");
+}
+
 #[test]
 fn sequences_take_whole_blocks() {
     let blocks = [0, 1, 4, 5, 6, 10, 11].map(|seq_len| CONFIG.blocks_for(seq_len));
@@ -323,14 +354,14 @@ fn formats_take_the_bytes_that_they_state() {
     assert!(ratio(KvFormat::Int8) <= 0.52 && ratio(KvFormat::Int4) <= 0.29);
 }
 
-/// Half a step of the widened range, by hand.
+/// Half of the scale of the widened range, by hand.
 #[test]
 fn row_errors_by_hand() {
     let near = |got: f64, want: f64| (got - want).abs() <= 1e-3 * want;
     assert!(near(KvFormat::Int8.row_error(0.0, 255.0), 0.5 * (1.0 + 1.0 / 128.0)));
     assert!(near(KvFormat::Int4.row_error(-128.0, 21.0), 0.5 * 10.0 * (1.0 + 1.0 / 128.0)));
     assert_eq!(KvFormat::F16.row_error(0.0, 1.0), 0.0);
-    // Steps end at 2^-118.
+    // Scales end at 2^-118.
     assert!(near(KvFormat::Int8.row_error(0.0, 0.0), 0.5_f64.powi(119) + 0.5_f64.powi(126)));
 }
 

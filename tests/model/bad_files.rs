@@ -1,5 +1,6 @@
 //! Broken checkpoints: each is refused with an error that names the file, what it has and what it should have, before any weight is read.
 
+use crate::common::with;
 use std::path::Path;
 
 use folio::model::{
@@ -474,12 +475,10 @@ fn an_odd_width_without_a_gate_works() {
     for weights in [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT8, WeightFormat::INT4] {
         let model =
             folio::model::Model::load_blocking(&gpu, directory.path(), ModelOptions::new(weights), |_| {}).unwrap();
-        let options = {
-            let mut options = DecoderOptions::default();
-            options.num_blocks = 4;
-            options.max_step_tokens = 16;
-            options
-        };
+        let options = with(DecoderOptions::default(), |c| {
+            c.num_blocks = 4;
+            c.max_step_tokens = 16;
+        });
         let mut decoder = Decoder::new_blocking(model.into(), options).unwrap();
         let sequence = decoder.create_sequence();
         let logits = decoder.logits_blocking(&[(sequence, &[1, 2, 3])], LogitRows::Last).unwrap();

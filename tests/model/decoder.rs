@@ -1,5 +1,6 @@
 //! What a decoder promises beyond right logits: sequences that fork, roll back and stay as they were when a call fails.
 
+use crate::common::with;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,15 +23,13 @@ fn decoder_with(gpu: &Gpu, options: DecoderOptions) -> Decoder {
 }
 
 fn small(num_blocks: u32) -> DecoderOptions {
-    {
-        let mut options = DecoderOptions::default();
-        options.block_size = 16;
-        options.num_blocks = num_blocks;
-        options.k_format = KvFormat::F32;
-        options.v_format = KvFormat::F32;
-        options.max_step_tokens = 64;
-        options
-    }
+    with(DecoderOptions::default(), |c| {
+        c.block_size = 16;
+        c.num_blocks = num_blocks;
+        c.k_format = KvFormat::F32;
+        c.v_format = KvFormat::F32;
+        c.max_step_tokens = 64;
+    })
 }
 
 fn tokens(n: u32, seed: u32) -> Vec<u32> {
@@ -84,12 +83,13 @@ fn every_cache_format_tells_about_the_same() {
     let openings: Vec<_> = openings.iter().map(Vec::as_slice).collect();
     let mut exact = Vec::new();
     for formats in KvFormats::ALL {
-        let mut decoder = decoder_with(&gpu, {
-            let mut options = small(64);
-            options.k_format = formats.k;
-            options.v_format = formats.v;
-            options
-        });
+        let mut decoder = decoder_with(
+            &gpu,
+            with(small(64), |c| {
+                c.k_format = formats.k;
+                c.v_format = formats.v;
+            }),
+        );
         let sequence = decoder.create_sequence();
         if formats.k.has_channel_scales() {
             let input = Input { sequence, tokens: &prompt, sampling: None };
@@ -140,14 +140,12 @@ fn every_cache_format_tells_about_the_same() {
 fn a_seed_gives_the_same_text_in_any_batch() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let mut decoder = decoder_with(&gpu, small(64));
-    let sampling = {
-        let mut sampling = Sampling::default();
-        sampling.temperature = 0.9;
-        sampling.top_p = Some(0.95);
-        sampling.repetition_penalty = 1.1;
-        sampling.seed = 7;
-        sampling
-    };
+    let sampling = with(Sampling::default(), |c| {
+        c.temperature = 0.9;
+        c.top_p = Some(0.95);
+        c.repetition_penalty = 1.1;
+        c.seed = 7;
+    });
     let prompt = tokens(30, 2);
     let text = |decoder: &mut Decoder, neighbours: usize, sampling: Sampling| {
         let mut prompts = Vec::new();
@@ -165,14 +163,7 @@ fn a_seed_gives_the_same_text_in_any_batch() {
     let first = text(&mut decoder, 0, sampling);
     assert_eq!(text(&mut decoder, 0, sampling), first);
     assert_eq!(text(&mut decoder, 3, sampling), first);
-    assert_ne!(
-        text(&mut decoder, 0, {
-            let mut sampling = sampling;
-            sampling.seed = 8;
-            sampling
-        }),
-        first
-    );
+    assert_ne!(text(&mut decoder, 0, with(sampling, |c| c.seed = 8)), first);
 }
 
 #[test]
@@ -182,11 +173,7 @@ fn generation_ends_where_it_should() {
     let prompt = tokens(10, 3);
     let sequence = decoder.create_sequence();
     // The penalty keeps a random model from saying one token for ever.
-    let sampling = {
-        let mut sampling = Sampling::greedy();
-        sampling.repetition_penalty = 2.0;
-        sampling
-    };
+    let sampling = with(Sampling::greedy(), |c| c.repetition_penalty = 2.0);
     let greedy = Prompt { sequence, tokens: &prompt, sampling };
     let text = generate(&mut decoder, &[greedy], 6).remove(0);
     // The last token was sampled and not fed.
@@ -244,48 +231,23 @@ fn bad_input_is_refused_and_changes_nothing() {
         assert!(decoder.logits_blocking(batch, LogitRows::Last).is_err(), "{what}");
     }
     for (sampling, field) in [
+        (with(greedy, |c| c.temperature = -1.0), "temperature"),
+        (with(greedy, |c| c.temperature = f32::NAN), "temperature"),
         (
-            {
-                let mut sampling = greedy;
-                sampling.temperature = -1.0;
-                sampling
-            },
-            "temperature",
-        ),
-        (
-            {
-                let mut sampling = greedy;
-                sampling.temperature = f32::NAN;
-                sampling
-            },
-            "temperature",
-        ),
-        (
-            {
-                let mut sampling = greedy;
-                sampling.temperature = 1.0;
-                sampling.top_p = Some(1.5);
-                sampling
-            },
+            with(greedy, |c| {
+                c.temperature = 1.0;
+                c.top_p = Some(1.5);
+            }),
             "top_p",
         ),
         (
-            {
-                let mut sampling = greedy;
-                sampling.temperature = 1.0;
-                sampling.top_k = Some(0);
-                sampling
-            },
+            with(greedy, |c| {
+                c.temperature = 1.0;
+                c.top_k = Some(0);
+            }),
             "top_k",
         ),
-        (
-            {
-                let mut sampling = greedy;
-                sampling.repetition_penalty = 0.0;
-                sampling
-            },
-            "repetition_penalty",
-        ),
+        (with(greedy, |c| c.repetition_penalty = 0.0), "repetition_penalty"),
     ] {
         let error =
             decoder.step_blocking(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }]).unwrap_err();
@@ -417,11 +379,7 @@ fn weights_beyond_a_half_name_their_tensor() {
 fn a_decoder_must_be_able_to_step() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let model = Model::load_blocking(&gpu, fixture("llama"), ModelOptions::default(), |_| {}).unwrap();
-    let options = {
-        let mut options = small(4);
-        options.max_step_tokens = 0;
-        options
-    };
+    let options = with(small(4), |c| c.max_step_tokens = 0);
     let error = Decoder::new_blocking(Arc::new(model), options).unwrap_err();
     assert!(matches!(error, ModelError::Folio(Error::Argument { argument: "max_step_tokens", .. })), "{error}");
 }

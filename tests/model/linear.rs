@@ -1,5 +1,6 @@
 //! Linear layers against f64, on the weights as their format stores them.
 
+use crate::common::with;
 use folio::model::{ActivationKind, Linear, LinearConfig, LinearKernels, ModelError, ModelResult, Rows, WeightFormat};
 use folio::{Error, Gpu, GpuOptions, Profile, wgpu};
 
@@ -371,13 +372,11 @@ fn large_matrices_are_split_by_rows() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let name = gpu.adapter_info().name.clone();
     for profile in [Profile::Cpu, Profile::Gpu] {
-        let options = {
-            let mut options = GpuOptions::default();
-            options.adapter_name = Some(name.clone());
-            options.profile = Some(profile);
-            options.max_binding_bytes = Some(1 << 20);
-            options
-        };
+        let options = with(GpuOptions::default(), |c| {
+            c.adapter_name = Some(name.clone());
+            c.profile = Some(profile);
+            c.max_binding_bytes = Some(1 << 20);
+        });
         let gpu = Gpu::open_blocking(options).unwrap();
         let kernels = LinearKernels::new();
         let mut rng = fastrand::Rng::with_seed(23);

@@ -11,6 +11,8 @@
 #[path = "../gpu/adapter.rs"]
 #[allow(dead_code, reason = "shared with the tests of the GPU kernels")]
 mod adapter;
+#[path = "../common/mod.rs"]
+mod common;
 #[path = "../common/translate.rs"]
 mod translate;
 

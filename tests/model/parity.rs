@@ -2,6 +2,7 @@
 //!
 //! `scripts/make_model_fixtures.py` makes them.
 
+use crate::common::with;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -103,15 +104,13 @@ fn load(gpu: &Gpu, name: &str, weights: WeightFormat) -> Arc<Model> {
 }
 
 fn decoder(model: &Arc<Model>, format: KvFormat, max_step_tokens: u32) -> Decoder {
-    let options = {
-        let mut options = DecoderOptions::default();
-        options.block_size = 16;
-        options.num_blocks = 64;
-        options.k_format = format;
-        options.v_format = format;
-        options.max_step_tokens = max_step_tokens;
-        options
-    };
+    let options = with(DecoderOptions::default(), |c| {
+        c.block_size = 16;
+        c.num_blocks = 64;
+        c.k_format = format;
+        c.v_format = format;
+        c.max_step_tokens = max_step_tokens;
+    });
     Decoder::new_blocking(Arc::clone(model), options).unwrap()
 }
 

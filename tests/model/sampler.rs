@@ -1,5 +1,6 @@
 //! The sampler against a host implementation of the same definition, and against statistics.
 
+use crate::common::with;
 use folio::model::{Rows, Sampled, Sampler, Sampling, SamplingRequest};
 use folio::{Error, Gpu};
 
@@ -174,97 +175,41 @@ fn normal(rng: &mut fastrand::Rng) -> f32 {
 }
 
 fn samplings() -> Vec<Sampling> {
-    let base = {
-        let mut sampling = Sampling::default();
-        sampling.seed = 0x0123_4567_89ab_cdef;
-        sampling
-    };
+    let base = with(Sampling::default(), |c| c.seed = 0x0123_4567_89ab_cdef);
     vec![
         base,
         Sampling::greedy(),
-        {
-            let mut sampling = base;
-            sampling.temperature = 0.7;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_k = Some(1);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_k = Some(50);
-            sampling.temperature = 1.3;
-            sampling.seed = 5;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_k = Some(u32::MAX);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_p = Some(0.9);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_p = Some(1e-6);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_p = Some(0.999);
-            sampling.temperature = 2.0;
-            sampling.seed = u64::MAX;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.min_p = Some(0.05);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.min_p = Some(1.0);
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.top_k = Some(40);
-            sampling.top_p = Some(0.8);
-            sampling.min_p = Some(0.02);
-            sampling.temperature = 0.9;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.repetition_penalty = 1.3;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.repetition_penalty = 0.5;
-            sampling.top_p = Some(0.5);
-            sampling
-        },
-        {
-            let mut sampling = Sampling::greedy();
-            sampling.repetition_penalty = 5.0;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.temperature = 1e-6;
-            sampling
-        },
-        {
-            let mut sampling = base;
-            sampling.temperature = 1e4;
-            sampling
-        },
+        with(base, |c| c.temperature = 0.7),
+        with(base, |c| c.top_k = Some(1)),
+        with(base, |c| {
+            c.top_k = Some(50);
+            c.temperature = 1.3;
+            c.seed = 5;
+        }),
+        with(base, |c| c.top_k = Some(u32::MAX)),
+        with(base, |c| c.top_p = Some(0.9)),
+        with(base, |c| c.top_p = Some(1e-6)),
+        with(base, |c| {
+            c.top_p = Some(0.999);
+            c.temperature = 2.0;
+            c.seed = u64::MAX;
+        }),
+        with(base, |c| c.min_p = Some(0.05)),
+        with(base, |c| c.min_p = Some(1.0)),
+        with(base, |c| {
+            c.top_k = Some(40);
+            c.top_p = Some(0.8);
+            c.min_p = Some(0.02);
+            c.temperature = 0.9;
+        }),
+        with(base, |c| c.repetition_penalty = 1.3),
+        with(base, |c| {
+            c.repetition_penalty = 0.5;
+            c.top_p = Some(0.5);
+        }),
+        with(Sampling::greedy(), |c| c.repetition_penalty = 5.0),
+        with(base, |c| c.temperature = 1e-6),
+        with(base, |c| c.temperature = 1e4),
     ]
 }
 
@@ -289,22 +234,18 @@ fn cases_of_vocab(vocab: usize, rng: &mut fastrand::Rng) -> Vec<Case> {
     };
     let samplings = samplings();
     // Thresholds within ties: the searches make all their rounds.
-    let all_filters = {
-        let mut sampling = Sampling::default();
-        sampling.top_k = Some(40);
-        sampling.top_p = Some(0.8);
-        sampling.min_p = Some(0.02);
-        sampling
-    };
+    let all_filters = with(Sampling::default(), |c| {
+        c.top_k = Some(40);
+        c.top_p = Some(0.8);
+        c.min_p = Some(0.02);
+    });
     let ties = [1, 2, 3].map(|_| case(row(rng, 2), all_filters));
     // And over the whole row, as there are too many candidates: two values far apart, and both are needed.
-    let flat = {
-        let mut sampling = all_filters;
-        sampling.temperature = 1e4;
-        sampling.top_k = Some((vocab as u32 * 2 / 3).max(1));
-        sampling.top_p = Some(0.9);
-        sampling
-    };
+    let flat = with(all_filters, |c| {
+        c.temperature = 1e4;
+        c.top_k = Some((vocab as u32 * 2 / 3).max(1));
+        c.top_p = Some(0.9);
+    });
     let two_values = case((0..vocab).map(|i| if i % 2 == 0 { 5.0 } else { -5.0 }).collect(), flat);
     (0..samplings.len().max(6))
         .map(|i| {
@@ -398,7 +339,7 @@ fn bad_rows_have_no_token_and_disturb_no_other() {
         for vocab in [1_usize, 50, 3001] {
             let sampler = block_on(Sampler::new(&gpu, vocab as u32)).unwrap();
             let good = vec![0.25; vocab];
-            let with = |at: usize, value: f32| {
+            let row_with = |at: usize, value: f32| {
                 let mut row = good.clone();
                 row[at] = value;
                 row
@@ -406,21 +347,17 @@ fn bad_rows_have_no_token_and_disturb_no_other() {
             let minus_infinity = f32::NEG_INFINITY;
             let mut only_one = vec![minus_infinity; vocab];
             only_one[vocab / 2] = -3.0;
-            for sampling in [Sampling::greedy(), {
-                let mut sampling = Sampling::default();
-                sampling.top_p = Some(0.9);
-                sampling
-            }] {
+            for sampling in [Sampling::greedy(), with(Sampling::default(), |c| c.top_p = Some(0.9))] {
                 let rows = [
-                    (with(vocab - 1, f32::NAN), false),
+                    (row_with(vocab - 1, f32::NAN), false),
                     (good.clone(), true),
-                    (with(0, -f32::NAN), false),
-                    (with(vocab / 2, f32::INFINITY), false),
+                    (row_with(0, -f32::NAN), false),
+                    (row_with(vocab / 2, f32::INFINITY), false),
                     (vec![minus_infinity; vocab], false),
                     (only_one.clone(), true),
                     (vec![f32::NAN; vocab], false),
-                    (with(0, f32::MAX), true),
-                    (with(0, f32::MIN), true),
+                    (row_with(0, f32::MAX), true),
+                    (row_with(0, f32::MIN), true),
                 ];
                 let cases: Vec<_> = rows.iter().map(|(row, _)| case(row.clone(), sampling)).collect();
                 let got = sample(&gpu, &sampler, &cases);
@@ -446,11 +383,7 @@ fn draws_repeat_and_depend_on_seed_and_index_only() {
         let logits: Vec<f32> = (0..vocab).map(|_| normal(&mut rng)).collect();
         let draw = |seed, draw_index| Case {
             draw_index,
-            ..case(logits.clone(), {
-                let mut sampling = Sampling::default();
-                sampling.seed = seed;
-                sampling
-            })
+            ..case(logits.clone(), with(Sampling::default(), |c| c.seed = seed))
         };
         let cases: Vec<_> = (0..50).map(|i| draw(7, i)).collect();
         let tokens = |cases: &[Case]| sample(&gpu, &sampler, cases).iter().map(|s| s.token).collect::<Vec<_>>();
@@ -516,26 +449,18 @@ fn frequencies_follow_the_distribution() {
         let logits: Vec<f32> = (0..23).map(|i| (i as f32 * 1.7).sin() * 2.0).collect();
         let sampler = block_on(Sampler::new(&gpu, logits.len() as u32)).unwrap();
         let samplings = [
-            {
-                let mut sampling = Sampling::default();
-                sampling.seed = 1;
-                sampling
-            },
-            {
-                let mut sampling = Sampling::default();
-                sampling.seed = 2;
-                sampling.temperature = 0.6;
-                sampling.top_p = Some(0.9);
-                sampling
-            },
-            {
-                let mut sampling = Sampling::default();
-                sampling.seed = 3;
-                sampling.temperature = 1.5;
-                sampling.top_k = Some(10);
-                sampling.min_p = Some(0.1);
-                sampling
-            },
+            with(Sampling::default(), |c| c.seed = 1),
+            with(Sampling::default(), |c| {
+                c.seed = 2;
+                c.temperature = 0.6;
+                c.top_p = Some(0.9);
+            }),
+            with(Sampling::default(), |c| {
+                c.seed = 3;
+                c.temperature = 1.5;
+                c.top_k = Some(10);
+                c.min_p = Some(0.1);
+            }),
         ];
         // The noise is the same in every family: the others' draws are compared one by one above.
         let samplings = if how == adapter::CPU { &samplings[..] } else { &samplings[..1] };
@@ -581,94 +506,17 @@ fn bad_arguments_are_named() {
     let gpu = &gpu;
     let good = Sampling::default();
     for (sampling, field) in [
-        (
-            {
-                let mut sampling = good;
-                sampling.temperature = -0.1;
-                sampling
-            },
-            "temperature",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.temperature = f32::NAN;
-                sampling
-            },
-            "temperature",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.temperature = f32::INFINITY;
-                sampling
-            },
-            "temperature",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.top_k = Some(0);
-                sampling
-            },
-            "top_k",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.top_p = Some(0.0);
-                sampling
-            },
-            "top_p",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.top_p = Some(1.1);
-                sampling
-            },
-            "top_p",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.top_p = Some(f32::NAN);
-                sampling
-            },
-            "top_p",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.min_p = Some(-0.1);
-                sampling
-            },
-            "min_p",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.min_p = Some(f32::NAN);
-                sampling
-            },
-            "min_p",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.repetition_penalty = 0.0;
-                sampling
-            },
-            "repetition_penalty",
-        ),
-        (
-            {
-                let mut sampling = good;
-                sampling.repetition_penalty = f32::NAN;
-                sampling
-            },
-            "repetition_penalty",
-        ),
+        (with(good, |c| c.temperature = -0.1), "temperature"),
+        (with(good, |c| c.temperature = f32::NAN), "temperature"),
+        (with(good, |c| c.temperature = f32::INFINITY), "temperature"),
+        (with(good, |c| c.top_k = Some(0)), "top_k"),
+        (with(good, |c| c.top_p = Some(0.0)), "top_p"),
+        (with(good, |c| c.top_p = Some(1.1)), "top_p"),
+        (with(good, |c| c.top_p = Some(f32::NAN)), "top_p"),
+        (with(good, |c| c.min_p = Some(-0.1)), "min_p"),
+        (with(good, |c| c.min_p = Some(f32::NAN)), "min_p"),
+        (with(good, |c| c.repetition_penalty = 0.0), "repetition_penalty"),
+        (with(good, |c| c.repetition_penalty = f32::NAN), "repetition_penalty"),
     ] {
         let Err(Error::Argument { argument, .. }) = sampling.validate() else { panic!("{sampling:?} is accepted") };
         assert_eq!(argument, field);
@@ -679,22 +527,8 @@ fn bad_arguments_are_named() {
     let sampler = block_on(Sampler::new(gpu, 8)).unwrap();
     let (logits, out) = (floats(gpu, &[0.0; 128]), empty(gpu, 128));
     let request = SamplingRequest { sampling: good, draw_index: 0, history: &[8], logprob: false };
-    let penalty = SamplingRequest {
-        sampling: {
-            let mut sampling = good;
-            sampling.repetition_penalty = 2.0;
-            sampling
-        },
-        ..request
-    };
-    let cold = SamplingRequest {
-        sampling: {
-            let mut sampling = good;
-            sampling.temperature = -1.0;
-            sampling
-        },
-        ..request
-    };
+    let penalty = SamplingRequest { sampling: with(good, |c| c.repetition_penalty = 2.0), ..request };
+    let cold = SamplingRequest { sampling: with(good, |c| c.temperature = -1.0), ..request };
     run(gpu, |pass| {
         let mut named = |rows: Rows<'_>,
                          requests: &[SamplingRequest<'_>],
