@@ -1,4 +1,6 @@
 //! Who does what in one step: work lists and the final words that are uploaded, as plain data. No device.
+//!
+//! **Less stable** than the rest of the crate; see [`kernel`](crate::kernel).
 
 mod append;
 mod config;

@@ -16,7 +16,7 @@ pub(crate) fn push_params<P: Pod>(words: &mut Vec<u32>, params: &P) {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct CacheParams {
-    /// Tokens: new ones to append or to turn, or the sequence's to gather.
+    /// Tokens: new ones to append or to rotate, or the sequence's to gather.
     pub num_tokens: u32,
     /// Blocks to copy.
     pub num_copies: u32,
