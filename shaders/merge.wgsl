@@ -9,7 +9,7 @@ const GROUP_SIZE: u32 = {{ group_size }}u;
 const NUM_Q_HEADS: u32 = {{ num_q_heads }}u;
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const ITEM_WORDS: u32 = 8u;
-const MIN_MAX: f32 = -1e30;  // the max of a state that saw no key
+const MIN_MAX: f32 = -0x1p127;  // the max of a state that saw no key
 
 @group(0) @binding(0) var<storage, read> partials: array<vec4<f32>>;  // [partial rows, STATE_VEC4S]
 @group(0) @binding(1) var<storage, read> plan: array<u32>;

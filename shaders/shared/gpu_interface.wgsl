@@ -24,7 +24,7 @@ const SINKS: bool = {{ sinks|lower }};
 const MASK: bool = {{ mask|lower }};
 
 // Floor of the running maximum: finite, and below any logit.
-const LOGIT_FLOOR: f32 = -1e30;
+const LOGIT_FLOOR: f32 = -0x1p127;
 // Word 7 of a work item that is alone: it writes `out`, not a partial state.
 const NOT_SPLIT: u32 = 0xffffffffu;
 const ITEM_WORDS: u32 = 12u;

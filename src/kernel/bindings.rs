@@ -139,7 +139,7 @@ pub struct AttendParams {
     pub qk_scale: f32,
     /// softcap * log2 e.
     pub softcap_log2e: f32,
-    /// Newest keys that are visible.
+    /// Newest keys that are visible; at most 2^31, which is longer than any sequence.
     pub window: u32,
     /// Blocks of the pool; ids are clamped below it.
     pub num_blocks: u32,

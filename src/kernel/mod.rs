@@ -15,6 +15,10 @@ pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Vari
 /// Most workgroups along a dimension of a dispatch that WebGPU guarantees.
 pub const MAX_GRID: u32 = 65_535;
 
+/// Where the running maximum of logits (in units of log2) starts. Logits and sinks stay within half of it, so that no difference of two of them
+/// and the floor overflows.
+pub const LOGIT_FLOOR: f32 = -1.701_411_8e38;
+
 /// A grid for `count` workgroups that are numbered linearly: (x, rest), both within [`MAX_GRID`], or `None` if there are too many.
 #[must_use]
 pub fn linear_grid(count: u64) -> Option<(u32, u32)> {
