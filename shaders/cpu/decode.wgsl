@@ -34,6 +34,8 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% set offsets = kv.k_row_scales or kv.k_channel_scales %}
 {# The weights that V's elements or codes are multiplied by. #}
 {% set weight = "pv" if kv.v_row_scales else "p" %}
+{# Rows of V that the mask hides may hold NaN: 0 stands for their elements. Codes always are numbers. #}
+{% set screens = mask and not kv.v_row_scales %}
 {% include "shared/cpu_bindings.wgsl" %}
 {% if not subgroups %}
 
@@ -43,7 +45,7 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
 {# A lane's part of a cache row: declares the variables `x`, one vec4<f32> per i. #}
-{% macro load_part(x, name, row, format, j, loads, vecs) %}
+{% macro load_part(x, name, row, format, j, loads, vecs, seen="") %}
 {% if (j + 1) * lanes > loads %}
             var {{ x }} = {{ kv.k_type if name == "k" else kv.v_type }}();
             if lane < {{ loads - j * lanes }}u {
@@ -53,7 +55,11 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
             let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
 {% endif %}
 {% for i in range(vecs) %}
+{% if seen %}
+            let {{ x }}_{{ i }} = select(vec4<f32>(), {{ kv.widen(format, kv.k_type if name == "k" else kv.v_type, x, i) }}, {{ seen }});
+{% else %}
             let {{ x }}_{{ i }} = {{ kv.widen(format, kv.k_type if name == "k" else kv.v_type, x, i) }};
+{% endif %}
 {% endfor %}
 {% endmacro %}
 {# The value that the lane of score n holds in the per-score variable `name`, for all lanes. #}
@@ -293,10 +299,21 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% endif %}
 
+{% if screens %}
+        // All rows are of one token and see the same keys.
+{% if subgroups %}
+        let seen0 = select(0u, 1u, visible0);
+{% for t in range(step) %}
+        let is_seen{{ t }} = {{ from_score("seen", t) }} == 1u;
+{% endfor %}
+{% else %}
+        let is_seen0 = visible0;
+{% endif %}
+{% endif %}
 {% for j in range(v_rounds) %}
         {
 {% for t in range(step) %}
-{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, v_loads, v_vecs) }}
+{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, v_loads, v_vecs, "is_seen" ~ t if screens else "") }}
 {%- endfor %}
 {% for i in range(v_vecs) %}{% for r in range(rows) %}
             sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};

@@ -9,11 +9,16 @@ that tile is up to 1.4 times as fast and takes 3 s.
 
 Scales are applied as in cpu/decode.wgsl: to scores and weights, or to q.
 
+A row of V may hold NaN or infinity and be hidden from some rows of the tile only, for whom its weight 0 would make NaN of it. So such
+elements count as 0; if there were any, a second pass over the keys adds something huge in their place to the rows that see them, with
+zero queries, so that all weights are 1 or 0. (On adapters whose branches don't skip anything, this costs least: a few instructions per
+element that a lane loads.)
+
 Without subgroups every lane loads the whole K and V rows itself: for few lanes that is cheaper than barriers and workgroup memory.
 
 tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 0 = this file's choice.
 It is 1 without subgroups.
-Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1 + head_dim / 2.
+Iterations per invocation: 2 * (ceil((kv_end - kv_begin) / tile_kv) + 2 + head_dim / 4) + head_dim / 4.
 Workgroup memory: none.
 #}
 {% set lanes = workgroup_size %}
@@ -32,9 +37,21 @@ Workgroup memory: none.
 {% set offsets = kv.k_row_scales or kv.k_channel_scales %}
 {# The weights that V's elements or codes are multiplied by. #}
 {% set weight = "pv" if kv.v_row_scales else "p" %}
+{# Whether elements of V that are no numbers are kept from rows that don't see them. Codes always are numbers. #}
+{% set screens = not kv.v_row_scales and (causal or window or mask) %}
 {# Rows whose scores are summed together: some 8 sums fit the registers beside their operands. #}
 {% set row_block = [8 // step, 1] | max if subgroups else rows %}
 {% include "shared/cpu_bindings.wgsl" %}
+{% if screens %}
+
+const EXPONENT = vec4<u32>(0x7f800000u);  // all of it is set in infinities and NaN
+
+// Four elements of V, and `instead` in place of those that are no numbers. `keep`: bits of the others.
+fn screen(v: vec4<f32>, keep: u32, instead: f32) -> vec4<f32> {
+    let bits = bitcast<vec4<u32>>(v);
+    return select(bitcast<vec4<f32>>(bits & vec4<u32>(keep)), vec4<f32>(instead), (bits & EXPONENT) == EXPONENT);
+}
+{% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
 {# Loads the rows of all keys of a step, spread over lanes and rounds: declares x{round}_{i}. #}
@@ -54,7 +71,13 @@ Workgroup memory: none.
         let {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
 {% endif %}
 {% for i in range(vecs) %}
+{% if screens and x == "v" %}
+        let raw_{{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
+        let {{ x }}{{ j }}_{{ i }} = screen(raw_{{ x }}{{ j }}_{{ i }}, keep, instead);
+        exponents = max(exponents, bitcast<vec4<u32>>(raw_{{ x }}{{ j }}_{{ i }}) & EXPONENT);
+{% else %}
         let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
+{% endif %}
 {% endfor %}
 {% endfor %}
 {% endmacro %}
@@ -81,7 +104,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     let head_param{{ r }} = params.head_offset + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% endif %}
 {% if alibi %}
-    let slope{{ r }} = bitcast<f32>(plan[head_param{{ r }}]);
+    {{ "var" if screens else "let" }} slope{{ r }} = bitcast<f32>(plan[head_param{{ r }}]);
 {% endif %}
 {% if mask %}
     let mask_row{{ r }} = plan[item + 8u] + row{{ r }} / GROUP_SIZE * plan[item + 9u];
@@ -103,6 +126,17 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     // A load or store compiles to much code, and registers can't be indexed: so one load per row in a loop that shifts the registers.
     // (The bound hides its value, or the compiler would unroll the loop.)
     let row_vecs = select(ROW_VECS, 0u, query_len == 0u);
+{% if screens %}
+    var qk_scale = params.qk_scale;
+    var keep = 0xffffffffu;
+    var instead = 0.0;
+    var exponents = vec4<u32>();  // the largest in V
+{% for r in range(rows) %}
+    var row_max{{ r }} = MAX_FLOOR;
+    var row_sum{{ r }} = 0.0;
+{% endfor %}
+    loop {
+{% endif %}
     for (var e = 0u; e < row_vecs; e++) {
 {% if kv.k_channel_scales %}
         let channel_scale = k_channels(0u, kv_head, 4u * e);
@@ -112,7 +146,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% for e in range(vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
-        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * ROW_VECS + e] * params.qk_scale;
+        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * ROW_VECS + e] * {{ "qk_scale" if screens else "params.qk_scale" }};
 {% if kv.k_channel_scales %}
         offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, channel_least);
         q{{ r }}_{{ vecs - 1 }} *= channel_scale;
@@ -232,7 +266,13 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% for e in range(vecs) %}
         {
 {% for t in range(step) %}
+{% if screens and not subgroups %}
+            let raw_v_{{ t }} = {{ all_lanes("v", t, e, v_format, v_loads, v_vecs) }};
+            let v_{{ t }} = screen(raw_v_{{ t }}, keep, instead);
+            exponents = max(exponents, bitcast<vec4<u32>>(raw_v_{{ t }}) & EXPONENT);
+{% else %}
             let v_{{ t }} = {{ all_lanes("v", t, e, v_format, v_loads, v_vecs) }};
+{% endif %}
 {% endfor %}
 {% for r in range(first, [first + row_block, rows] | min) %}
             o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(step) %} + {{ weight }}{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
@@ -242,6 +282,39 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endfor %}
     }
 
+{% if screens %}
+        let is_last = instead > 0.0 || !{{ "subgroupAny" if subgroups else "" }}(any(exponents == EXPONENT));
+        if (instead == 0.0) {
+{% for r in range(rows) %}
+            row_max{{ r }} = max{{ r }};
+            row_sum{{ r }} = sum{{ r }};
+{% endfor %}
+        }
+        if (is_last) {
+            break;
+        }
+        // The first visible key of a row, whose logit is 0, divides its sums by 4: times 4 at the end, they are what they were, or overflow.
+        qk_scale = 0.0;
+        keep = 0u;
+        instead = 3.4e38;
+{% for r in range(rows) %}
+        max{{ r }} = -2.0;
+{% if alibi %}
+        slope{{ r }} = 0.0;
+{% endif %}
+{% if offsets %}
+        offset{{ r }} = 0.0;
+{% endif %}
+{% endfor %}
+    }
+{% for r in range(rows) %}
+    max{{ r }} = row_max{{ r }};
+    sum{{ r }} = row_sum{{ r }};
+{% endfor %}
+    let restore = select(1.0, 4.0, instead > 0.0);
+    let nan_bit = select(0u, 0x00400000u, instead > 0.0);
+
+{% endif %}
     // Partial states go out as they are, whole rows are divided by their sums.
 {% for r in range(rows) %}
     let live{{ r }} = row_start + {{ plus(r * lanes) }}lane <= last_row;
@@ -272,7 +345,13 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     for (var e = 0u; e < row_vecs; e++) {
 {% for r in range(rows) %}
         if live{{ r }} {
+{% if screens %}
+            // Where something huge was added stands NaN.
+            let bits = bitcast<vec4<u32>>(o{{ r }}_0 * restore * scale{{ r }});
+            let result = bitcast<vec4<f32>>(bits | select(vec4<u32>(), vec4<u32>(nan_bit), (bits & EXPONENT) == EXPONENT));
+{% else %}
             let result = {{ "(o%d_0 + least%d)"|format(r, r) if kv.v_row_scales else "o%d_0"|format(r) }} * scale{{ r }};
+{% endif %}
             if part_row == DIRECT {
                 out[q_row{{ r }} * ROW_VECS + e] = result;
             } else {

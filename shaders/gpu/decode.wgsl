@@ -14,6 +14,8 @@
 {% set k_channel_scales = k_side.channel_scales %}
 {% set k_affine = k_row_scales or k_channel_scales %}
 {% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
+{# Rows of V that the mask hides may hold NaN: 0 stands for their elements, or for their scale. #}
+{% set screens = mask and not v_row_scales %}
 {% set k_row = head_dim // k_dims %}
 {% set v_row = head_dim // v_dims %}
 {% set quads = tile_kv // 4 %}
@@ -86,6 +88,10 @@ var<workgroup> weights: array<vec4<f32>, {{ group_size * quads }}>;
 var<workgroup> rescale: array<f32, {{ streams * group_size }}>;
 // [TILE_KV] cache rows, as v_place has them
 var<workgroup> rows: array<u32, {{ tile_kv }}>;
+{% if screens %}
+// [TILE_KV] all bits if the key is visible, else none
+var<workgroup> seen: array<u32, {{ tile_kv }}>;
+{% endif %}
 {% for s, has in scaled if has %}
 // [TILE_KV] scale and least value of each row of {{ s.name|upper }}
 var<workgroup> {{ s.name }}_scales: array<u32, {{ tile_kv }}>;
@@ -207,6 +213,12 @@ fn decode(
 {% for s, has in scaled if has %}
             {{ s.name }}_scale_{{ i }} = {{ s.name }}_scale_word(row);
 {% endfor %}
+{% if mask %}
+            let is_seen = is_visible(item, {{ begin }} + key_slot + {{ i }}u * KEY_SLOTS, item.context_len);
+{% if v_row_scales %}
+            v_scale_{{ i }} = select(0u, v_scale_{{ i }}, is_seen);
+{% endif %}
+{% endif %}
 {% for c in range(chunks) %}
 {% if (c + 1) * lanes > k_row %}
             // Past the end of the row the query is zero: any element of the same key will do.
@@ -217,6 +229,9 @@ fn decode(
 {% endfor %}
             if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
                 rows[key_slot + {{ i }}u * KEY_SLOTS] = v_place(row);
+{% if screens %}
+                seen[key_slot + {{ i }}u * KEY_SLOTS] = select(0u, 0xffffffffu, is_seen);
+{% endif %}
             }
         }
 {% endfor %}
@@ -261,6 +276,9 @@ fn decode(
 {% for j in range(stream_quads) %}
 {% for e in range(4) %}
         var v_load_{{ j }}_{{ e }}: VElement;
+{% if screens %}
+        let is_seen_{{ j }}_{{ e }} = seen[(4u * stream + {{ 4 * j * streams + e }}u) % TILE_KV] != 0u;
+{% endif %}
 {% endfor %}
 {% endfor %}
         {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
@@ -362,8 +380,11 @@ fn decode(
 {% for j in range(stream_quads) %}
             {
 {% for e in range(4) %}
+{% if screens %}
+                let v_{{ e }} = select(VElement(), v_load_{{ j }}_{{ e }}, is_seen_{{ j }}_{{ e }});
+{% endif %}
 {% for d in v_parts %}
-                let v_{{ e }}_{{ d }} = v_dims_{{ d }}(v_load_{{ j }}_{{ e }}{{ " >> (v_idx % 2u * 4u)" if v_halves }});
+                let v_{{ e }}_{{ d }} = v_dims_{{ d }}({{ "v_%d"|format(e) if screens else "v_load_%d_%d"|format(j, e) }}{{ " >> (v_idx % 2u * 4u)" if v_halves }});
 {% endfor %}
 {% endfor %}
 {% for h in range(group_size) %}

@@ -32,6 +32,8 @@
 {% set known_lanes = subgroup_size if subgroup_size > 0 else 4 %}
 {% set butterfly = ([lanes, known_lanes]|min) if subgroups else 1 %}
 {% set parts = lanes // butterfly %}
+{# Whether elements of V that are no numbers are kept from rows that don't see them. #}
+{% set screens = causal or window or mask %}
 {# Workgroup memory, in vec4s: two buffers of Q and K share it with weights and two buffers of V. #}
 {% set score_len = (tile_q + tile_kv) * (chunk + 1) %}
 {% set weights_len = tile_kv * (row_sets + 1) %}
@@ -48,6 +50,10 @@
 //   - scores: Q and K pass through workgroup memory CHUNK vec4s of the head at a time;
 //   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
 //   - values: V passes through workgroup memory V_KEYS keys at a time.
+{% if screens %}
+// A key may be hidden from some rows of the tile only, and have NaN or infinity in V, of which its weight 0 would make NaN.
+// In tiles with hidden keys such elements count as 0, and are added afterwards where they are seen.
+{% endif %}
 {% if subgroups %}
 // Lanes of a row are neighbours by local_invocation_index, and so in their subgroup.
 {% endif %}
@@ -60,7 +66,7 @@
 {% endif %}
 // While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS){{ ", and 4 to begin" if k_channel_scales }}
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS{{ " + TILE_KV" if screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
 {{ kv_element(k_side, k_dims, head_dim) }}
 {{ kv_element(v_side, v_dims, head_dim) }}
@@ -103,6 +109,26 @@ var<workgroup> rows: array<u32, {{ 2 * tile_kv }}>;
 var<workgroup> least_products: array<vec4<f32>, {{ row_sets }}>;
 {% endif %}
 
+{% if screens %}
+// End of the last tile of keys that had an element of V which is no number, among those with hidden keys.
+var<workgroup> screened_end: atomic<u32>;
+
+const EXPONENT: vec4<u32> = vec4<u32>(0x7f800000u);
+
+// Which elements are no numbers: infinities and NaN. (Told by their bits: compilers take it that there are none.)
+fn is_no_number(v: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(v) & EXPONENT) == EXPONENT;
+}
+
+fn screened(v: vec4<f32>, tile_end: u32) -> vec4<f32> {
+    let is_bad = is_no_number(v);
+    if (any(is_bad)) {
+        atomicMax(&screened_end, tile_end);
+    }
+    return select(v, vec4<f32>(0.0), is_bad);
+}
+
+{% endif %}
 // Row of q, and of out, that a row of the sequence is.
 fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
     let last_row = item.query_len * GROUP_SIZE - 1u;
@@ -197,7 +223,17 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% for n in range(v_loads) %}
             {{ "if (local_idx + %du < V_KEYS * V_ROW) "|format(n * workgroup_size) if (n + 1) * workgroup_size > v_count }}{
 {% for d in range(0, v_dims, 4) %}
-                tile[{{ buffer }} + local_idx * {{ v_dims // 4 }}u + {{ n * workgroup_size * v_dims // 4 + d // 4 }}u] = {% if v_row_scales %}scaled(v_dims_{{ d }}(v_load_{{ n }}), v_scale_{{ n }}){% else %}v_dims_{{ d }}(v_load_{{ n }}){% endif %};
+{% set value = "scaled(v_dims_%d(v_load_%d), v_scale_%d)"|format(d, n, n) if v_row_scales else "v_dims_%d(v_load_%d)"|format(d, n) %}
+{% set at = buffer ~ " + local_idx * %du + %du"|format(v_dims // 4, n * workgroup_size * v_dims // 4 + d // 4) %}
+{% if screens %}
+                var value_{{ d }} = {{ value }};
+                if (is_masked) {
+                    value_{{ d }} = screened(value_{{ d }}, tile_begin + TILE_KV);
+                }
+                tile[{{ at }}] = value_{{ d }};
+{% else %}
+                tile[{{ at }}] = {{ value }};
+{% endif %}
 {% endfor %}
             }
 {% endfor %}
@@ -280,6 +316,11 @@ fn prefill(
     let last_key = item.kv_end - 1u;
     var tile_rows = 0u;
     var next_entry = 0u;
+{% if screens %}
+    if (local_idx == 0u) {
+        atomicStore(&screened_end, 0u);
+    }
+{% endif %}
     if (item.kv_begin < item.kv_end) {
         if (local_idx < TILE_KV) {
             let key = min(item.kv_begin + local_idx, last_key);
@@ -415,6 +456,32 @@ fn prefill(
             }
             workgroupBarrier();
         }
+{% if screens %}
+        // Elements that are no numbers, from the cache, for the rows that see them.
+        if (atomicLoad(&screened_end) > tile_begin) {
+            for (var i = 0u; i < TILE_KV; i++) {
+                let key = tile_begin + i;
+                let row = rows[tile_rows + i];
+{% for c in range(cols) %}
+                {
+                    let d = {{ "min(lane + %du, HEAD_VEC4S - 1u)"|format(c * lanes) if (c + 1) * lanes > head_vec4s else "lane + %du"|format(c * lanes) }};
+{% if v_dims == 4 %}
+                    let element = v_element(row, d);
+                    let dims = v_dims_0(element);
+{% else %}
+                    let element = v_element(row, d / 2u);
+                    let dims = select(v_dims_0(element), v_dims_4(element), d % 2u == 1u);
+{% endif %}
+                    let v = {{ "scaled(dims, v_scale_word(row))" if v_row_scales else "dims" }};
+                    let is_bad = is_no_number(v);
+{% for r in range(4) %}
+                    sum_{{ r }}_{{ c }} += select(vec4<f32>(0.0), v, is_bad & vec4<bool>(is_visible(item, key, query.{{ "xyzw"[r] }})));
+{% endfor %}
+                }
+{% endfor %}
+            }
+        }
+{% endif %}
         tile_rows = next_rows;
     }
 

@@ -112,7 +112,8 @@ fn gpu_decode_bytes(variant: &Variant) -> u32 {
     let weights = 4 * group_size * tile_kv;
     let rescale = 4 * streams * group_size;
     let row_scales = [variant.k_format, variant.v_format].map(|f| if f.has_row_scales() { 4 * tile_kv } else { 0 });
-    [tile, logits, weights, rescale, 4 * tile_kv, row_scales[0], row_scales[1]]
+    let seen = if variant.flags.mask && !variant.v_format.has_row_scales() { 4 * tile_kv } else { 0 };
+    [tile, logits, weights, rescale, 4 * tile_kv, seen, row_scales[0], row_scales[1]]
         .iter()
         .map(|bytes| bytes.next_multiple_of(16))
         .sum()
@@ -131,15 +132,19 @@ fn gpu_prefill_bytes(variant: &Variant) -> u32 {
     let scores = 2 * CHUNK_ROW * (tile_q + tile_kv);
     let combined = if parts > 1 { weights + values + parts * row_sets } else { 0 };
     let least_products = if variant.k_format.has_channel_scales() { row_sets } else { 0 };
-    16 * (scores.max(weights + 2 * values).max(combined) + least_products) + (8 * tile_kv).next_multiple_of(16)
+    let flags = variant.flags;
+    let screened_end = if flags.causal || flags.window || flags.mask { 16 } else { 0 };
+    16 * (scores.max(weights + 2 * values).max(combined) + least_products)
+        + (8 * tile_kv).next_multiple_of(16)
+        + screened_end
 }
 
 /// When a sequence's keys are split.
 pub(crate) fn split_policy(gpu: &Gpu, deterministic: bool, max_workspace_bytes: u64) -> SplitPolicy {
     let device_type = gpu.adapter_info().device_type;
-    // llvmpipe stops counting an invocation's loop iterations at 65 535, all loops together. The kernels take at most one iteration per key
-    // (prefill for CPUs adds up to 130 before and after), so half of the cap is safe. It is the adapter's, whichever profile runs on it.
-    let max_split_len = if is_cpu_adapter(gpu.adapter_info()) { 32_768 } else { 1 << 30 };
+    // llvmpipe stops counting an invocation's loop iterations at 65 535, all loops together. The kernels take at most two iterations per key
+    // (prefill for CPUs, without subgroups and with NaN in V) and 200 before and after. The cap is the adapter's, whichever profile runs on it.
+    let max_split_len = if is_cpu_adapter(gpu.adapter_info()) { 32_768 - 512 } else { 1 << 30 };
     let (target_workgroups, min_split_len, fixed_split_len) = match (gpu.profile(), device_type) {
         // A workgroup runs on one core from start to end, so a few per core are enough; 64 splits cost 25 % where 8 fill two cores.
         (Profile::Cpu, _) => (8, 1024, 4096),
