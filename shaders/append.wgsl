@@ -32,9 +32,9 @@
 {% endif %}
 
 {% if row_scales %}
-const ROWS: u32 = WORKGROUP_SIZE / CHUNKS;
+const ROWS: u32 = {{ geometry.rows }}u;
 
-var<workgroup> ranges: array<vec4<u32>, WORKGROUP_SIZE>;  // [lane]: least and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
+var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: least and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
 
 {% endif %}
 struct Chunk { lo: vec4<f32>, hi: vec4<f32> }

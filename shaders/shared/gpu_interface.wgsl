@@ -13,8 +13,8 @@ const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
 const GROUP_SIZE: u32 = {{ group_size }}u;
 const BLOCK_SIZE: u32 = {{ block_size }}u;
 // Elements in a cache row.
-const K_ROW: u32 = {{ head_dim // k_dims }}u;
-const V_ROW: u32 = {{ head_dim // v_dims }}u;
+const K_ROW: u32 = {{ head_dim // geometry.k_dims }}u;
+const V_ROW: u32 = {{ head_dim // geometry.v_dims }}u;
 
 const CAUSAL: bool = {{ causal|lower }};
 const WINDOW: bool = {{ window|lower }};
@@ -79,16 +79,16 @@ fn cache_row(entry: u32, kv_head: u32, key: u32) -> u32 {
     return (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE;
 }
 
-{{ side.element_function(k_side, "KElement", k_side.row_bytes * k_dims // head_dim) }}
-{{ side.element_function(v_side, "VElement", [v_side.row_bytes * v_dims // head_dim, 4]|max) }}
+{{ side.element_function(k_side, "KElement", k_side.row_bytes * geometry.k_dims // head_dim) }}
+{{ side.element_function(v_side, "VElement", [v_side.row_bytes * geometry.v_dims // head_dim, 4]|max) }}
 {% if "e4m3" in [k_format, v_format] %}
 {{ codes.e4m3_floats() }}
 {% endif %}
-{% for s, dims in [(k_side, k_dims), (v_side, v_dims)] if s.row_scales %}
+{% for s, dims in [(k_side, geometry.k_dims), (v_side, geometry.v_dims)] if s.row_scales %}
 {{ side.scale_word_function(s, kv.element_type(s, dims, head_dim)) }}
 {% endfor %}
 {% if k_side.channel_scales %}
-{{ kv.channel_function(side, k_side, kv.element_type(k_side, k_dims, head_dim)) }}
+{{ kv.channel_function(side, k_side, kv.element_type(k_side, geometry.k_dims, head_dim)) }}
 {% endif %}
 fn head_slope(q_head: u32) -> f32 {
     return bitcast<f32>(plan[params.head_offset + q_head]);

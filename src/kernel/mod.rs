@@ -1,6 +1,7 @@
 //! How the GPU does it: variants, composed text, binding tables, pipelines.
 
 mod bindings;
+mod geometry;
 mod pipelines;
 mod source;
 pub mod tuning;

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, context};
 
+use super::geometry::Geometry;
 use super::variant::{Kernel, Variant};
 use crate::cache::{KvLayout, Segments};
 use crate::error::{Error, Result};
@@ -123,6 +124,7 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 workgroup_size => v.workgroup_size,
                 tile_q => v.tile_q,
                 tile_kv => v.tile_kv,
+                geometry => Geometry::of(v).context(),
             })
         })
         .map_err(|e| failed(format!("{e:#}")))?;

@@ -1,5 +1,6 @@
 //! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
 
+use super::geometry::Geometry;
 use crate::cache::{KvCacheConfig, KvFormat, KvLayout, Segments};
 use crate::gpu::{Gpu, Profile};
 use crate::rope::RopeLayout;
@@ -230,7 +231,7 @@ impl Variant {
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.
     #[must_use]
     pub fn workgroup_bytes(&self) -> u32 {
-        super::tuning::workgroup_bytes(self)
+        Geometry::of(self).workgroup_bytes()
     }
 
     /// wgpu features that the text needs.
