@@ -2,13 +2,13 @@
 Attention with the lanes over head_dim and all query rows of the tile in registers. For decode the rows are the query heads of one KV
 head, so that each K and V element is read once.
 
-Per iteration every lane loads its own part of `step` K rows, once for all query rows, and gets a partial sum for each score
+Per iteration every lane loads its own part of `iter_keys` K rows, once for all query rows, and gets a partial sum for each score
 (row, key). Summing these across lanes also transposes them, so that lane i ends up with score i, and masks, bias and softmax
 are done for all scores at once. The weights then go back to all lanes, which add up their part of the V rows.
 
-Formats with scales never have their elements computed. With x = least + scale * code per row, a score is
-scale * (q . code) + least * sum(q), and an output sum(p * scale * code) + sum(p * least): the lane of a score applies both scales, and sums
-the last term up. Per channel, q takes the scales, and q . least is the same for all keys.
+Formats with scales never have their elements computed. With x = minimum + scale * code per row, a score is
+scale * (q . code) + minimum * sum(q), and an output sum(p * scale * code) + sum(p * minimum): the lane of a score applies both scales, and sums
+the last term up. Per channel, q takes the scales, and q . minimum is the same for all keys.
 
 tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES; 0 = this file's choice. It is 1 without
 subgroups.
@@ -27,7 +27,7 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% if not subgroups %}
 
 var<workgroup> partial_scores: array<vec4<f32>, {{ g.partial_scores_len }}>;  // [score, lane/4]
-var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the least values, factor of the row
+var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the minima, factor of the row
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
@@ -35,7 +35,7 @@ var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weig
 {% macro load_part(x, name, row, format, j, loads, vecs, seen="") %}
 {% if (j + 1) * g.lanes > loads %}
             var {{ x }} = {{ g.k_type if name == "k" else g.v_type }}();
-            if lane < {{ loads - j * g.lanes }}u {
+            if (lane < {{ loads - j * g.lanes }}u) {
                 {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * g.lanes) }}lane);
             }
 {% else %}
@@ -85,7 +85,7 @@ var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weig
         workgroupBarrier();
 {% for v in range(g.vectors) %}
         var parts{{ v }} = vec4<f32>();
-        if {{ plus(v * g.lanes) }}lane < {{ g.scores }}u {
+        if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
 {% for i in range(g.lanes // 4) %}
             parts{{ v }} += partial_scores[({{ plus(v * g.lanes) }}lane) * {{ g.lanes // 4 }}u + {{ i }}u];
 {% endfor %}
@@ -101,38 +101,35 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 
     // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
 {% for r in range(g.rows) %}
-    let row{{ r }} = min({{ plus(r) }}row_start, last_row);
-    let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+    let row{{ r }} = min({{ plus(r) }}item.row_start, last_row);
+    let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% for j in range(g.k_rounds) %}{% for i in range(g.k_vecs) %}
-    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, g.k_loads, g.k_vecs) }}] * params.qk_scale;
+    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.k_loads, g.k_vecs) }}] * params.qk_scale;
 {% endfor %}{% endfor %}
 {% for j in range(g.v_rounds) %}{% for i in range(g.v_vecs) %}
     var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
 {% endfor %}{% endfor %}
 {% endfor %}
 
-    // What a lane needs to know about its scores: lane i of vector v has score v * LANES + i = row * STEP + key.
+    // What a lane needs to know about its scores: lane i of vector v has score v * LANES + i = row * ITER_KEYS + key.
 {% if g.iter_keys > 1 %}
-    let score_key = lane % STEP;
+    let score_key = lane % ITER_KEYS;
 {% else %}
     let score_key = 0u;
 {% endif %}
 {% for v in range(g.vectors) %}
-    let score_row{{ v }} = min(row_start + ({{ plus(v * g.lanes) }}lane) / STEP, last_row);
-    let score_pos{{ v }} = context_len + score_row{{ v }} / GROUP_SIZE;
+    let score_row{{ v }} = min(item.row_start + ({{ plus(v * g.lanes) }}lane) / ITER_KEYS, last_row);
+    let score_pos{{ v }} = item.context_len + score_row{{ v }} / GROUP_SIZE;
 {% if alibi or sinks %}
-    let score_head{{ v }} = params.head_offset + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE;
+    let score_head{{ v }} = kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE;
 {% endif %}
 {% if alibi %}
-    let slope{{ v }} = bitcast<f32>(plan[score_head{{ v }}]);
+    let slope{{ v }} = head_slope(score_head{{ v }});
 {% endif %}
-{% if mask %}
-    let mask_row{{ v }} = plan[item + 8u] + score_row{{ v }} / GROUP_SIZE * plan[item + 9u];
-{% endif %}
-    var row_max{{ v }} = MAX_FLOOR;
+    var row_max{{ v }} = LOGIT_FLOOR;
     var row_sum{{ v }} = 0.0;
 {% if v_side.row_scales %}
-    var row_least{{ v }} = 0.0;
+    var row_minimum{{ v }} = 0.0;
 {% endif %}
 {% endfor %}
 
@@ -143,7 +140,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 
 {% endif %}
 {% if offsets %}
-    // What the least values add to the scores of a row: {{ "sum(q), times that of the key's row" if k_side.row_scales else "q . least, of the channels" }}.
+    // What the minima add to the scores of a row: {{ "sum(q), times that of the key's row" if k_side.row_scales else "q . minimum, of the channels" }}.
 {% for v in range(g.vectors) %}
     var offset{{ v }} = 0.0;
 {% endfor %}
@@ -153,17 +150,17 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% for j in range(g.k_rounds) %}
 {% if (j + 1) * g.lanes > g.k_loads %}
-        if lane < {{ g.k_loads - j * g.lanes }}u {
+        if (lane < {{ g.k_loads - j * g.lanes }}u) {
 {% else %}
         {
 {% endif %}
 {% for i in range(g.k_vecs) %}
 {% if k_side.channel_scales %}
-            let least{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
+            let minimum{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
             let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
 {% endif %}
 {% for r in range(g.rows) %}
-            z{{ r * g.iter_keys }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "least" ~ i if k_side.channel_scales else "vec4<f32>(1.0)" }});
+            z{{ r * g.iter_keys }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "minimum" ~ i if k_side.channel_scales else "vec4<f32>(1.0)" }});
 {% if k_side.channel_scales %}
             q{{ r }}_{{ j }}_{{ i }} *= scale{{ i }};
 {% endif %}
@@ -181,23 +178,23 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     }
 
 {% endif %}
-    for (var base = kv_begin{% if g.iter_keys > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
+    for (var base = item.kv_begin{% if g.iter_keys > 1 %} - item.kv_begin % ITER_KEYS{% endif %}; base < item.kv_end; base += ITER_KEYS) {
         // Cache rows of the keys. Keys outside the range are read as their nearest neighbour inside and get weight zero.
 {% if not subgroups %}
-        let cache_row0 = cache_row(table_offset, kv_head, base);
+        let cache_row0 = key_row(item, kv_head, base);
 {% else %}
         var looked_up = 0u;
-        if lane < {{ g.lookups }}u {
-            looked_up = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
+        if (lane < {{ g.lookups }}u) {
+            looked_up = key_row(item, kv_head, clamp(base + lane, item.kv_begin, item.kv_end - 1u));
         }
 {% for t in range(g.iter_keys) %}
 {% if g.lookups == g.iter_keys %}
         let cache_row{{ t }} = subgroupBroadcast(looked_up, {{ t }}u);
 {% elif t == 0 %}
         let cache_row0 = subgroupBroadcast(looked_up, 0u);
-        let key0 = clamp(base, kv_begin, kv_end - 1u);
+        let key0 = clamp(base, item.kv_begin, item.kv_end - 1u);
 {% else %}
-        let cache_row{{ t }} = cache_row0 + clamp(base + {{ t }}u, kv_begin, kv_end - 1u) - key0;
+        let cache_row{{ t }} = cache_row0 + clamp(base + {{ t }}u, item.kv_begin, item.kv_end - 1u) - key0;
 {% endif %}
 {% endfor %}
 {% endif %}
@@ -218,12 +215,12 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 
         let key = base + score_key;
 {% if row_scales %}
-        // Scale and least value of the rows of this lane's key.
+        // Scale and minimum of the rows of this lane's key.
 {% for x, scaled in [("k", k_side.row_scales), ("v", v_side.row_scales)] if scaled %}
 {% if subgroups %}
         var loaded_{{ x }}_scale = vec2<f32>();
-        if lane < STEP {
-            loaded_{{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if g.lookups == g.iter_keys else "cache_row0 + clamp(base + lane, kv_begin, kv_end - 1u) - key0" }});
+        if (lane < ITER_KEYS) {
+            loaded_{{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if g.lookups == g.iter_keys else "cache_row0 + clamp(base + lane, item.kv_begin, item.kv_end - 1u) - key0" }});
         }
         let {{ x }}_scale = subgroupShuffle(loaded_{{ x }}_scale, score_key);
 {% else %}
@@ -240,17 +237,14 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
 {% endfor %}
 {% for v in range(g.vectors) %}
-        let visible{{ v }} = key - kv_begin < kv_end - kv_begin
-            {%- if causal %} && key <= score_pos{{ v }}{% endif %}
-            {%- if window %} && key + params.window > score_pos{{ v }}{% endif %}
-            {%- if mask %} && (plan[mask_row{{ v }} + min(key, kv_end - 1u) / 32u] >> (key % 32u) & 1u) != 0u{% endif %};
+        let visible{{ v }} = is_visible(item, key, score_pos{{ v }});
 {% if softcap %}
         s{{ v }} = params.softcap_log2e * tanh(clamp(s{{ v }}, -10.0, 10.0));
 {% endif %}
 {% if alibi %}
         s{{ v }} += slope{{ v }} * (f32(key) - f32(score_pos{{ v }}));
 {% endif %}
-        s{{ v }} = select(MAX_FLOOR, s{{ v }}, visible{{ v }});
+        s{{ v }} = select(LOGIT_FLOOR, s{{ v }}, visible{{ v }});
         var max{{ v }} = max(row_max{{ v }}, s{{ v }});
 {% for w in [1, 2, 4, 8, 16, 32] if w < g.iter_keys %}
         max{{ v }} = max(max{{ v }}, subgroupShuffleXor(max{{ v }}, {{ w }}u));
@@ -262,7 +256,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% if v_side.row_scales %}
         // (What lies in a slot that is not visible may be NaN.)
         let pv{{ v }} = select(0.0, p{{ v }} * v_scale.x, visible{{ v }});
-        row_least{{ v }} = row_least{{ v }} * scale{{ v }} + select(0.0, p{{ v }} * v_scale.y, visible{{ v }});
+        row_minimum{{ v }} = row_minimum{{ v }} * scale{{ v }} + select(0.0, p{{ v }} * v_scale.y, visible{{ v }});
 {% endif %}
 {% endfor %}
 {% if subgroups %}
@@ -274,7 +268,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% else %}
 {% for v in range(g.vectors) %}
-        if {{ plus(v * g.lanes) }}lane < {{ g.scores }}u {
+        if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
             weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ weight }}{{ v }}, scale{{ v }});
         }
 {% endfor %}
@@ -314,14 +308,14 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% for w in [1, 2, 4, 8, 16, 32] if w < g.iter_keys %}
     row_sum{{ v }} += subgroupShuffleXor(row_sum{{ v }}, {{ w }}u);
 {% if v_side.row_scales %}
-    row_least{{ v }} += subgroupShuffleXor(row_least{{ v }}, {{ w }}u);
+    row_minimum{{ v }} += subgroupShuffleXor(row_minimum{{ v }}, {{ w }}u);
 {% endif %}
 {% endfor %}
-    let owner{{ v }} = score_key == 0u && row_start + ({{ plus(v * g.lanes) }}lane) / STEP <= last_row{% if g.scores % g.lanes and loop.last %} && {{ plus(v * g.lanes) }}lane < {{ g.scores }}u{% endif %};
+    let owner{{ v }} = score_key == 0u && item.row_start + ({{ plus(v * g.lanes) }}lane) / ITER_KEYS <= last_row{% if g.scores % g.lanes and loop.last %} && {{ plus(v * g.lanes) }}lane < {{ g.scores }}u{% endif %};
     var scale{{ v }} = 1.0;
-    if part_row == DIRECT {
+    if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
-        let sink = bitcast<f32>(plan[score_head{{ v }} + NUM_Q_HEADS]);
+        let sink = head_sink(score_head{{ v }});
         let max_with_sink = max(row_max{{ v }}, sink);
         scale{{ v }} = exp2(row_max{{ v }} - max_with_sink);
         row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + exp2(sink - max_with_sink);
@@ -329,23 +323,19 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
         scale{{ v }} = select(scale{{ v }} / row_sum{{ v }}, 0.0, row_sum{{ v }} == 0.0);
 {% if lse %}
-        if owner{{ v }} {
-            var lse_bits = 0xff800000u;  // -infinity
-            if row_sum{{ v }} != 0.0 {
-                lse_bits = bitcast<u32>((row_max{{ v }} + log2(row_sum{{ v }})) * LN_2);
-            }
-            lse[(query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = bitcast<f32>(lse_bits);
+        if (owner{{ v }}) {
+            lse[(item.query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = natural_lse(row_max{{ v }}, row_sum{{ v }});
         }
 {% endif %}
-    } else if owner{{ v }} {
-        partials[(part_row + kv_head * num_rows + score_row{{ v }}) * (ROW_VECS + 1u) + ROW_VECS] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
+    } else if (owner{{ v }}) {
+        partials[(item.part_row + kv_head * num_rows + score_row{{ v }}) * (HEAD_VEC4S + 1u) + HEAD_VEC4S] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
     }
 {% endfor %}
 {% if not subgroups %}
     workgroupBarrier();
 {% for v in range(g.vectors) %}
-    if {{ plus(v * g.lanes) }}lane < {{ g.scores }}u {
-        weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ "row_least%d"|format(v) if v_side.row_scales else "0.0" }}, scale{{ v }});
+    if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
+        weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ "row_minimum%d"|format(v) if v_side.row_scales else "0.0" }}, scale{{ v }});
     }
 {% endfor %}
     workgroupBarrier();
@@ -354,20 +344,20 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     {
         let scale_row = {% if subgroups %}{{ from_score("scale", r * g.iter_keys) }}{% else %}weights[{{ r }}u].y{% endif %};
 {% if v_side.row_scales %}
-        let least_row = {% if subgroups %}{{ from_score("row_least", r * g.iter_keys) }}{% else %}weights[{{ r }}u].x{% endif %};
+        let minimum_row = {% if subgroups %}{{ from_score("row_minimum", r * g.iter_keys) }}{% else %}weights[{{ r }}u].x{% endif %};
 {% endif %}
 {% for j in range(g.v_rounds) %}
-        if {% if (j + 1) * g.lanes > g.v_loads %}lane < {{ g.v_loads - j * g.lanes }}u && {% endif %}{{ plus(r) }}row_start <= last_row {
+        if ({% if (j + 1) * g.lanes > g.v_loads %}lane < {{ g.v_loads - j * g.lanes }}u && {% endif %}{{ plus(r) }}item.row_start <= last_row) {
 {% for i in range(g.v_vecs) %}
-            let result{{ i }} = {{ "(sum%d_%d_%d + least_row)"|format(r, j, i) if v_side.row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
+            let result{{ i }} = {{ "(sum%d_%d_%d + minimum_row)"|format(r, j, i) if v_side.row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
 {% endfor %}
-            if part_row == DIRECT {
+            if (item.part_row == NO_PARTIAL) {
 {% for i in range(g.v_vecs) %}
-                out[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
+                out[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
 {% endfor %}
             } else {
 {% for i in range(g.v_vecs) %}
-                partials[(part_row + kv_head * num_rows + row{{ r }}) * (ROW_VECS + 1u) + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
+                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u) + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
 {% endfor %}
             }
         }

@@ -1,4 +1,4 @@
-{% from "shared/gpu_kv.wgsl" import kv_element, place_functions %}
+{% from "shared/gpu_kv.wgsl" import kv_element %}
 {% import "shared/kv_side.wgsl" as sides %}
 {% set g = geometry %}
 {# Rows of V that the mask hides may hold NaN: 0 stands for their elements, or for their scale. #}
@@ -16,7 +16,7 @@
 // A workgroup serves one work item (a range of keys) for one KV head and all the query heads that
 // share it, so each element of K and V is read once. Keys pass in tiles of TILE_KV. In a tile
 //   - scores: LANES neighbouring invocations read one key side by side and multiply it with all heads;
-//   - softmax: one invocation per head and stream turns logits to weights. A stream is every
+//   - softmax: one invocation per head and stream makes weights of logits. A stream is every
 //     STREAMS-th quad (4 keys), and has its own running maximum until the end;
 //   - values: V_ROW neighbouring invocations per stream read its values side by side.
 // K of the next tile is on its way during softmax and values, V of this tile during scores, and the
@@ -27,11 +27,11 @@
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV), and at most 300 to begin and end.
 
-{{ kv_element(k_side, g.k_dims, head_dim) }}
-{{ kv_element(v_side, g.v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
-{{ place_functions(sides, v_side, [v_side.row_bytes * g.v_dims // head_dim, 4]|max) }}
+{{ sides.place_functions(v_side, [v_side.row_bytes * g.v_dims // head_dim, 4]|max) }}
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const TILE_KV: u32 = {{ tile_kv }}u;
 const QUADS: u32 = {{ g.quads }}u;
@@ -49,7 +49,7 @@ const MERGE_HEADS: u32 = {{ g.merge_heads }}u;
 
 // [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
 var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
-// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for least values of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
+// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
 var<workgroup> logits: array<f32, {{ g.logits_len }}>;
 // [GROUP_SIZE, QUADS]
 var<workgroup> weights: array<vec4<f32>, {{ g.weights_len }}>;
@@ -62,12 +62,12 @@ var<workgroup> rows: array<u32, {{ g.rows_len }}>;
 var<workgroup> seen: array<u32, {{ g.seen_len }}>;
 {% endif %}
 {% for s, has in scaled if has %}
-// [TILE_KV] scale and least value of each row of {{ s.name|upper }}
+// [TILE_KV] scale and minimum of each row of {{ s.name|upper }}
 var<workgroup> {{ s.name }}_scales: array<u32, {{ tile_kv }}>;
 {% endfor %}
 {% for s, has in scaled if has %}
 
-// Scales, or as they stand in the upper halves least values, of a quad of the tile's rows of {{ s.name|upper }}.
+// Scales, or as they stand in the upper halves minima, of a quad of the tile's rows of {{ s.name|upper }}.
 fn {{ s.name }}_quad_words(quad: u32) -> vec4<u32> {
     let at = 4u * quad;
     return vec4<u32>({{ s.name }}_scales[at], {{ s.name }}_scales[at + 1u], {{ s.name }}_scales[at + 2u], {{ s.name }}_scales[at + 3u]);
@@ -79,19 +79,19 @@ fn scales_of(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words << vec4<u32>(16u));
 }
 
-fn least_of(words: vec4<u32>) -> vec4<f32> {
+fn minima_of(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
 }
 {% endif %}
 
 // Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
 {% if k_row_scales %}
-// A key is least + scale * codes: its product with the query is least * q_offset + scale * (query . codes), where
+// A key is minimum + scale * codes: its product with the query is minimum * q_offset + scale * (query . codes), where
 // q_offset is the sum of the query.
 {% elif k_channel_scales %}
-// The query in workgroup memory has the scales in it; q_offset is its product with the least values.
+// The query in workgroup memory has the scales in it; q_offset is its product with the minima.
 {% endif %}
-fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
+fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
     var products = vec4<f32>(0.0);
 {% for part in range(g.parts) %}
     let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
@@ -99,7 +99,7 @@ fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32{{ "
 {% endfor %}
 {% if k_row_scales %}
     let words = k_quad_words(quad);
-    products = fma(products, scales_of(words), q_offset * least_of(words));
+    products = fma(products, scales_of(words), q_offset * minima_of(words));
 {% elif k_channel_scales %}
     products += vec4<f32>(q_offset);
 {% endif %}
@@ -122,7 +122,7 @@ fn decode(
     if (item_idx >= params.num_items) {
         return;
     }
-    let item = read_item(item_idx);
+    let item = read_item(item_idx, GROUP_SIZE);
     let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
 
@@ -145,16 +145,16 @@ fn decode(
 {% endif %}
         let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW) * HEAD_VEC4S;
         let at = min(d, HEAD_VEC4S - 1u);
-        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channel_vec4(0u, kv_head, at)" if k_channel_scales }}, d < HEAD_VEC4S);
+        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channels(0u, kv_head, 4u * at)" if k_channel_scales }}, d < HEAD_VEC4S);
     }
 {% if k_affine %}
-    // What the least values are multiplied by, per head in QUADS parts.
+    // What the minima are multiplied by, per head in QUADS parts.
     if (local_idx < GROUP_SIZE * QUADS) {
         let head = (item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS) * HEAD_VEC4S;
         var part = vec4<f32>(0.0);
         for (var d = local_idx % QUADS; d < HEAD_VEC4S; d += QUADS) {
 {% if k_channel_scales %}
-            part = fma(q[head + d], k_channel_vec4(1u, kv_head, d), part);
+            part = fma(q[head + d], k_channels(1u, kv_head, 4u * d), part);
 {% else %}
             part += q[head + d];
 {% endif %}
@@ -226,8 +226,8 @@ fn decode(
 {% endfor %}
 {% endfor %}
 {% if v_row_scales %}
-    // Sum of weight * least value, which every dim of the result gets.
-    var least_sum = 0.0;
+    // Sum of weight * minimum, which every dim of the result gets.
+    var minimum_sum = 0.0;
 {% endif %}
     workgroupBarrier();
 {% if k_affine %}
@@ -272,9 +272,9 @@ fn decode(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-{% for step in [1, 2, 4] if step < g.butterfly %}
+{% for distance in [1, 2, 4] if distance < g.butterfly %}
 {% for h in range(group_size) %}
-            score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ step }}u);
+            score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ distance }}u);
 {% endfor %}
 {% endfor %}
             let logit = lane / BUTTERFLY * GROUP_SIZE * LOGITS_ROW + key_slot + {{ i }}u * KEY_SLOTS;
@@ -321,7 +321,7 @@ fn decode(
             logit_max = new_max;
             p_sum *= factor;
 {% if v_row_scales %}
-            least_sum *= factor;
+            minimum_sum *= factor;
 {% endif %}
             rescale[softmax_stream * GROUP_SIZE + softmax_head] = factor;
 {% for j in range(g.stream_quads) %}
@@ -329,7 +329,7 @@ fn decode(
             p_sum += (p_{{ j }}.x + p_{{ j }}.y) + (p_{{ j }}.z + p_{{ j }}.w);
 {% if v_row_scales %}
             let v_words_{{ j }} = v_quad_words(quad_{{ j }});
-            least_sum = fma_dot(p_{{ j }}, least_of(v_words_{{ j }}), least_sum);
+            minimum_sum = fma_dot(p_{{ j }}, minima_of(v_words_{{ j }}), minimum_sum);
             weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }} * scales_of(v_words_{{ j }});
 {% else %}
             weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }};
@@ -374,11 +374,11 @@ fn decode(
         logits[local_idx] = logit_max;
         logits[GROUP_SIZE * STREAMS + local_idx] = p_sum;
 {% if v_row_scales %}
-        logits[2u * GROUP_SIZE * STREAMS + local_idx] = least_sum;
+        logits[2u * GROUP_SIZE * STREAMS + local_idx] = minimum_sum;
 {% endif %}
     }
     workgroupBarrier();
-    let is_split = item.part_row != NOT_SPLIT;
+    let is_split = item.part_row != NO_PARTIAL;
     if (local_idx < GROUP_SIZE) {
         let q_head = first_head + local_idx;
         var item_max = LOGIT_FLOOR;
@@ -409,11 +409,11 @@ fn decode(
 {% endif %}
         }
 {% if v_row_scales %}
-        var item_least = 0.0;
+        var item_minimum = 0.0;
         for (var s = 0u; s < STREAMS; s++) {
-            item_least = fma(logits[(2u * GROUP_SIZE + local_idx) * STREAMS + s], rescale[s * GROUP_SIZE + local_idx], item_least);
+            item_minimum = fma(logits[(2u * GROUP_SIZE + local_idx) * STREAMS + s], rescale[s * GROUP_SIZE + local_idx], item_minimum);
         }
-        logits[3u * GROUP_SIZE * STREAMS + local_idx] = item_least;
+        logits[3u * GROUP_SIZE * STREAMS + local_idx] = item_minimum;
 {% endif %}
     }
     workgroupBarrier();

@@ -22,18 +22,18 @@
 // Lanes of a row are neighbours by local_invocation_index, and so in their subgroup.
 {% endif %}
 {% if k_row_scales or v_row_scales %}
-// Rows with scales are put together (least + scale * code) on their way to workgroup memory.
+// Rows with scales are put together (minimum + scale * code) on their way to workgroup memory.
 {% endif %}
 {% if k_channel_scales %}
-// Keys are least + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
-// products with the least values are what a score starts from.
+// Keys are minimum + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
+// products with the minima are what a score starts from.
 {% endif %}
 // While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
-{{ kv_element(k_side, g.k_dims, head_dim) }}
-{{ kv_element(v_side, g.v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
 const TILE_Q: u32 = {{ tile_q }}u;
@@ -69,8 +69,8 @@ var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
 // [2, TILE_KV] cache rows of this tile and the next
 var<workgroup> rows: array<u32, {{ g.rows_len }}>;
 {% if k_channel_scales %}
-// [ROW_SETS] products of 4 queries with the least values of the channels: in registers they would cost a wave.
-var<workgroup> least_products: array<vec4<f32>, {{ g.minimum_products_len }}>;
+// [ROW_SETS] products of 4 queries with the minima of the channels: in registers they would cost a wave.
+var<workgroup> minimum_products: array<vec4<f32>, {{ g.minimum_products_len }}>;
 {% endif %}
 
 {% if g.screens %}
@@ -94,14 +94,14 @@ fn screened(v: vec4<f32>, tile_end: u32) -> vec4<f32> {
 
 {% endif %}
 // Row of q, and of out, that a row of the sequence is.
-fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
+fn q_row_of(item: WorkItem, first_head: u32, row: u32) -> u32 {
     let last_row = item.query_len * GROUP_SIZE - 1u;
     let r = min(row, last_row);
     return (item.query_start + r / GROUP_SIZE) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
 }
 
 {% if k_row_scales or v_row_scales %}
-// A row's elements from their codes and the word of its scale and least value.
+// A row's elements from their codes and the word of its scale and minimum.
 fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
     return fma(codes, vec4<f32>(bitcast<f32>(word << 16u)), vec4<f32>(bitcast<f32>(word & 0xffff0000u)));
 }
@@ -109,11 +109,11 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endif %}
 {# Combines `value` (a vec4 variable, of 4 rows) over their lanes. #}
 {% macro combine_lanes(value, op) %}
-{% for step in [1, 2, 4, 8, 16, 32] if step < g.butterfly %}
+{% for distance in [1, 2, 4, 8, 16, 32] if distance < g.butterfly %}
 {% if op == "max" %}
-        {{ value }} = max({{ value }}, subgroupShuffleXor({{ value }}, {{ step }}u));
+        {{ value }} = max({{ value }}, subgroupShuffleXor({{ value }}, {{ distance }}u));
 {% else %}
-        {{ value }} += subgroupShuffleXor({{ value }}, {{ step }}u);
+        {{ value }} += subgroupShuffleXor({{ value }}, {{ distance }}u);
 {% endif %}
 {% endfor %}
 {% if g.parts > 1 %}
@@ -147,7 +147,7 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endif %}
 {% endfor %}
 {% if k_channel_scales %}
-            q_scale = k_channel_vec4(0u, kv_head, {{ "min(%s + q_col, HEAD_VEC4S - 1u)"|format(d) if g.is_padded else d ~ " + q_col" }});
+            q_scale = k_channels(0u, kv_head, 4u * {{ "min(%s + q_col, HEAD_VEC4S - 1u)"|format(d) if g.is_padded else "(%s + q_col)"|format(d) }});
 {% endif %}
 {% set k_first = "(%s) / 2u"|format(d) if g.k_dims == 8 else d %}
 {% for n in range(g.k_loads) %}
@@ -211,7 +211,7 @@ fn prefill(
     if (item_idx >= params.num_items) {
         return;
     }
-    let item = read_item(item_idx);
+    let item = read_item(item_idx, TILE_Q);
     let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
     let num_rows = item.query_len * GROUP_SIZE;
@@ -258,17 +258,17 @@ fn prefill(
 {% endfor %}
 {% endfor %}
 {% if k_channel_scales %}
-    // Products of the queries with the least values: vec4s of the head over lanes, then summed.
-    var least_product = vec4<f32>(0.0);
+    // Products of the queries with the minima: vec4s of the head over lanes, then summed.
+    var minimum_product = vec4<f32>(0.0);
     for (var d = lane; d < HEAD_VEC4S; d += LANES) {
-        let least = k_channel_vec4(1u, kv_head, d);
+        let minimum = k_channels(1u, kv_head, 4u * d);
 {% for r in range(4) %}
-        least_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], least, least_product.{{ "xyzw"[r] }});
+        minimum_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], minimum, minimum_product.{{ "xyzw"[r] }});
 {% endfor %}
     }
-{{ combine_lanes("least_product", "sum")|trim("\n")|replace("        ", "    ") }}
+{{ combine_lanes("minimum_product", "sum")|trim("\n")|replace("        ", "    ") }}
     if (lane == 0u) {
-        least_products[row_set] = least_product;
+        minimum_products[row_set] = minimum_product;
     }
 {% endif %}
     // Positions of the first and last row: tiles of keys that all rows see need no mask.
@@ -297,7 +297,7 @@ fn prefill(
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Scores.
 {% for j in range(g.keys_per_lane) %}
-        var score_{{ j }} = {{ "least_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
+        var score_{{ j }} = {{ "minimum_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
 {% endfor %}
 {% for n in range(g.k_loads) %}
         let k_cache_row_{{ n }} = rows[tile_rows + k_key_{{ n }}];
@@ -458,7 +458,7 @@ fn prefill(
         let partial_row = (item.part_row + kv_head * num_rows + row) * (HEAD_VEC4S + 1u);
         var row_max = logit_max.{{ "xyzw"[r] }};
         var row_sum = p_sum.{{ "xyzw"[r] }};
-        if (item.part_row != NOT_SPLIT) {
+        if (item.part_row != NO_PARTIAL) {
 {% for c in range(g.cols) %}
             {{ "if (lane + %su < HEAD_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s }}{
                 partials[partial_row + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }};

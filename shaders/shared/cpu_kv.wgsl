@@ -44,16 +44,6 @@ fn f16_from_u32(a: u32, b: u32) -> vec4<f32> {
     return vec4<f32>(unpack2x16float(a), unpack2x16float(b));
 }
 {% endif %}
-{% if "e4m3" in [k_format, v_format] %}
 
-{{ codes.e4m3_floats() }}
-{%- endif %}
-{% if k_format in ["int8", "int8_channel"] or v_format == "int8" %}
-
-{{ codes.byte_floats() }}
-{%- endif %}
-{% if k_format in ["int4", "int4_channel"] or v_format == "int4" %}
-
-{{ codes.nibble_floats() }}
-{%- endif %}
-{% endmacro %}
+{{ codes.float_functions([k_format, v_format]) }}
+{%- endmacro %}

@@ -59,14 +59,16 @@ pub(crate) fn attention_storage_buffers(k: Segments, v: Segments) -> u32 {
 pub fn bindings(variant: &Variant) -> Vec<Binding> {
     // What stands before the cache's sides, how those are bound, and what follows them.
     let (first, access, rest) = match variant.kernel {
-        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step"), PARAMS]),
-        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step"), PARAMS]),
-        Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step"), PARAMS], None, vec![]),
-        Kernel::Gather => (vec![], Some(Access::Read), vec![read("step"), write("k_out"), write("v_out"), PARAMS]),
+        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step_lists"), PARAMS], None, vec![]),
+        Kernel::Gather => {
+            (vec![], Some(Access::Read), vec![read("step_lists"), write("k_out"), write("v_out"), PARAMS])
+        }
         Kernel::Decode | Kernel::Prefill => {
             (vec![read("q")], Some(Access::Read), vec![read("plan"), write("out"), write("partials"), PARAMS])
         }
-        Kernel::Rope => (vec![write("x"), read("step"), read("rope_table"), PARAMS], None, vec![]),
+        Kernel::Rope => (vec![write("x"), read("step_lists"), read("rope_table"), PARAMS], None, vec![]),
         Kernel::Merge => (vec![read("partials"), read("plan"), write("out"), PARAMS], None, vec![]),
     };
     let mut bindings = first;
@@ -85,11 +87,11 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct CacheParams {
-    /// Tokens: new ones to append or to turn, or the sequence's to gather.
+    /// Tokens: new ones to append or to rotate, or the sequence's to gather.
     pub num_tokens: u32,
     /// Blocks to copy.
     pub num_copies: u32,
-    /// Where in the step buffer the slots (append) or block table (gather) start, in words.
+    /// Where in `step_lists` the slots (append) or block table (gather) start, in words.
     pub list_offset: u32,
     /// Where the (source, destination) pairs start, in words.
     pub copies_offset: u32,
@@ -107,7 +109,7 @@ pub struct CacheParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct PackParams {
-    /// Where in the step buffer the (block, position) pairs start, in words.
+    /// Where in `step_lists` the (block, position) pairs start, in words.
     pub list_offset: u32,
     /// Blocks that the bound side holds; ids are clamped below it.
     pub num_blocks: u32,

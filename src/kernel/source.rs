@@ -12,6 +12,8 @@ use super::variant::{Kernel, Variant};
 use crate::cache::{KvLayout, Segments};
 use crate::error::{Error, Result};
 use crate::gpu::Profile;
+use crate::kernel::LOGIT_FLOOR;
+use crate::plan::{MERGE_ITEM_WORDS, NO_PARTIAL, WORK_ITEM_WORDS};
 
 macro_rules! templates {
     ($($name:literal),* $(,)?) => {
@@ -31,7 +33,8 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "merge.wgsl",
     "pack_blocks.wgsl",
     "rope.wgsl",
-    "shared/attend_params.wgsl",
+    "shared/attend.wgsl",
+    "shared/attend_interface.wgsl",
     "shared/cache_params.wgsl",
     "shared/cpu_bindings.wgsl",
     "shared/cpu_item.wgsl",
@@ -121,6 +124,11 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 subgroups => v.target.subgroups,
                 subgroup_size => v.target.subgroup_size,
                 int64 => v.target.int64,
+                profile => if v.target.profile == Profile::Cpu { "cpu" } else { "gpu" },
+                item_words => WORK_ITEM_WORDS,
+                merge_item_words => MERGE_ITEM_WORDS,
+                no_partial => NO_PARTIAL,
+                logit_floor => format!("{LOGIT_FLOOR:e}f"),
                 workgroup_size => v.workgroup_size,
                 tile_q => v.tile_q,
                 tile_kv => v.tile_kv,

@@ -22,7 +22,7 @@ pub enum Kernel {
     Prefill,
     /// Joins the partial states of split key ranges.
     Merge,
-    /// Turns rows by their positions, in place.
+    /// Rotates rows by their positions, in place.
     Rope,
 }
 
@@ -106,9 +106,9 @@ pub struct AttendFlags {
 /// What of a [`RopeConfig`](crate::RopeConfig) is compiled in; frequencies are data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RopeShape {
-    /// Which elements of a row turn together.
+    /// Which elements of a row are rotated together.
     pub layout: RopeLayout,
-    /// Elements of a row that turn: the first ones, an even number.
+    /// Elements of a row that are rotated: the first ones, an even number.
     pub rotary_dim: u32,
 }
 

@@ -1,16 +1,18 @@
 //! Geometry of gpu/decode.wgsl.
 
-use super::{array_bytes, butterfly, geometry};
+use super::{array_bytes, butterfly, element_type, geometry};
 use crate::cache::KvFormat;
 use crate::kernel::variant::Variant;
 
 geometry! {
     /// One query token, all query heads of a KV head, keys in tiles of `tile_kv`.
     DecodeGeometry {
-        /// Dims of an element of K, and elements of a row: as wide as there are two or more of, up to 16 bytes.
+        /// Type and dims of an element of K, and elements of a row: as wide as there are two or more of, up to 16 bytes.
+        k_type: &'static str,
         k_dims: u32,
         k_row: u32,
-        /// Dims of an element of V, and elements of a row. 8 dims double an invocation's sums: with many heads, V is read in narrower elements.
+        /// Type and dims of an element of V, and elements of a row. 8 dims double an invocation's sums: with many heads, V is read in narrower elements.
+        v_type: &'static str,
         v_dims: u32,
         v_row: u32,
         /// Whether two invocations read the same word of V, which has 8 dims, for 4 each.
@@ -86,8 +88,10 @@ impl DecodeGeometry {
         let logits_row = tile_kv + 8;
         let per_key = |is_needed: bool| if is_needed { tile_kv } else { 0 };
         Self {
+            k_type: element_type(variant.k_format, k_dims),
             k_dims,
             k_row,
+            v_type: element_type(variant.v_format, v_dims),
             v_dims,
             v_row,
             v_halves: variant.v_format == KvFormat::Int4 && v_dims == 4,

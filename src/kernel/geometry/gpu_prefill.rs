@@ -1,6 +1,6 @@
 //! Geometry of gpu/prefill.wgsl.
 
-use super::{array_bytes, butterfly, geometry};
+use super::{array_bytes, butterfly, element_type, geometry};
 use crate::cache::KvFormat;
 use crate::kernel::variant::Variant;
 
@@ -13,9 +13,11 @@ geometry! {
     /// A blocked matrix product: `tile_q` query rows against tiles of `tile_kv` keys. An invocation has 4 rows and, in lane x, the keys x,
     /// x + lanes, ... of the tile, then the `vec4`s x, x + lanes, ... of the head.
     PrefillGeometry {
-        /// Dims of an element and elements of a row of K and of V: wider ones would leave most invocations without any to widen.
+        /// Type, dims of an element and elements of a row of K and of V: wider ones would leave most invocations without any to widen.
+        k_type: &'static str,
         k_dims: u32,
         k_row: u32,
+        v_type: &'static str,
         v_dims: u32,
         v_row: u32,
         /// Sets of 4 rows, and the invocations of each.
@@ -54,7 +56,7 @@ geometry! {
         value_len: u32,
         /// Where lanes put what they combine.
         lane_parts: u32,
-        /// `vec4`s of the array that has all of these in turn.
+        /// `vec4`s of the array that has all of these, one after the other.
         tile_len: u32,
         /// Words of the cache rows of two tiles.
         rows_len: u32,
@@ -87,8 +89,10 @@ impl PrefillGeometry {
         let value_len = v_keys * head_vec4s;
         let lane_parts = weights_len + value_len;
         Self {
+            k_type: element_type(variant.k_format, k_dims),
             k_dims,
             k_row,
+            v_type: element_type(variant.v_format, v_dims),
             v_dims,
             v_row,
             row_sets,

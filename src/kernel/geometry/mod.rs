@@ -14,6 +14,7 @@ pub(super) use gpu_decode::decode_k_dims;
 use gpu_prefill::PrefillGeometry;
 
 use super::variant::{Kernel, Variant};
+use crate::cache::KvFormat;
 use crate::gpu::Profile;
 
 /// A struct of counts, with a way to hand all of them to a template under their names.
@@ -88,6 +89,16 @@ impl Geometry {
 /// Bytes of workgroup arrays (length, bytes of an element), each in whole 16 bytes, as WebGPU counts.
 fn array_bytes(arrays: &[(u32, u32)]) -> u32 {
     arrays.iter().map(|(len, bytes)| (len * bytes).next_multiple_of(16)).sum()
+}
+
+/// WGSL type of an element of `dims` dims that a GPU kernel reads. Of int4 at least a word, which has 8.
+const fn element_type(format: KvFormat, dims: u32) -> &'static str {
+    match (format, dims * format.element_bits() / 32) {
+        (KvFormat::F32, _) => "vec4<f32>",
+        (_, 0 | 1) => "u32",
+        (_, 2) => "vec2<u32>",
+        _ => "vec4<u32>",
+    }
 }
 
 /// Neighbouring lanes out of `lanes` that share by shuffles: any subgroup has at least 4 invocations.
