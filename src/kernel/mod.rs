@@ -5,6 +5,7 @@
 //! measured. Programs that use folio with wgpu need none of the three.
 
 mod bindings;
+mod geometry;
 mod rope;
 mod source;
 mod target;
