@@ -169,3 +169,39 @@ fn keep_first_key(case: &Case, rows: &mut [Rows]) {
         }
     }
 }
+
+/// Options that alone could take a logit to the floor's half are refused, and those just below are not.
+#[test]
+fn options_that_reach_the_floor_are_refused() {
+    let cache = folio::KvCacheConfig {
+        num_layers: 1,
+        num_kv_heads: 1,
+        head_dim: 8,
+        block_size: 16,
+        num_blocks: 64,
+        k_format: F16,
+        v_format: F16,
+    };
+    let with = |change: fn(&mut folio::AttentionConfig)| {
+        let mut config = folio::AttentionConfig::new(1);
+        change(&mut config);
+        config.validate(&cache).map_err(|error| error.to_string())
+    };
+    for (name, refused) in [
+        ("sinks", with(|config| config.sinks = Some(vec![-6e37]))),
+        ("softcap", with(|config| config.softcap = Some(6e37))),
+        // Over 1024 tokens.
+        ("alibi_slopes", with(|config| config.alibi_slopes = Some(vec![-6e34]))),
+        ("softmax_scale", with(|config| config.softmax_scale = Some(3e38))),
+    ] {
+        let message = refused.expect_err(name);
+        assert!(message.starts_with(name), "{message}");
+    }
+    with(|config| {
+        config.sinks = Some(vec![-5.8e37]);
+        config.softcap = Some(5e36);
+        config.alibi_slopes = Some(vec![5e34]);
+        config.softmax_scale = Some(-1e38);
+    })
+    .expect("all below");
+}

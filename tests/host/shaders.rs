@@ -486,10 +486,7 @@ fn check_style(text: &str, problems: &mut Problems) {
         }
         let code = code.trim_start_matches("} else ");
         for word in ["if", "while", "switch", "for"] {
-            if code
-                .strip_prefix(word)
-                .is_some_and(|rest| rest.starts_with(|c: char| c == ' ') && !rest.starts_with(" ("))
-            {
+            if code.strip_prefix(word).is_some_and(|rest| rest.starts_with(' ') && !rest.starts_with(" (")) {
                 problems.add("style", format!("no parentheses: {line}"));
             }
         }
