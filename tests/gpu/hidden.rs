@@ -173,15 +173,7 @@ fn keep_first_key(case: &Case, rows: &mut [Rows]) {
 /// Options that alone could take a logit to the floor's half are refused, and those just below are not.
 #[test]
 fn options_that_reach_the_floor_are_refused() {
-    let cache = folio::KvCacheConfig {
-        num_layers: 1,
-        num_kv_heads: 1,
-        head_dim: 8,
-        block_size: 16,
-        num_blocks: 64,
-        k_format: F16,
-        v_format: F16,
-    };
+    let cache = folio::KvCacheConfig::new(1, 1, 8).with_blocks(64, 16).with_formats(F16, F16);
     let with = |change: fn(&mut folio::AttentionConfig)| {
         let mut config = folio::AttentionConfig::new(1);
         change(&mut config);
