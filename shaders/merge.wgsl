@@ -27,6 +27,10 @@ fn read_item(item_idx: u32) -> MergeItem {
 {% if lse %}
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;  // [num_tokens, NUM_Q_HEADS]
 {% endif %}
+{% if heads %}
+// [num_q_heads]: ALiBi slope and sink, both times log2(e); two heads in an element
+@group(0) @binding({{ 5 if lse else 4 }}) var<uniform> heads: array<vec4<f32>, {{ (num_q_heads + 1) // 2 }}>;
+{% endif %}
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

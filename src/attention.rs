@@ -28,7 +28,7 @@ pub struct Attention {
     /// Parameters that all dispatches share.
     params: AttendParams,
     /// Slopes and sinks, if the kernels read any.
-    heads: Vec<u32>,
+    heads: Option<wgpu::Buffer>,
     /// Partial states; replaced by a larger one when a plan needs it, never shrunk. Steps share it: the GPU runs them one after another.
     workspace: Mutex<wgpu::Buffer>,
     /// Plans of other attentions hold another one.
@@ -97,6 +97,7 @@ impl Attention {
         let policy =
             tuning::split_policy(gpu.profile(), gpu.adapter_class(), config.deterministic, max_workspace_bytes);
         let workspace = create_workspace(&gpu, MIN_WORKSPACE_BYTES)?;
+        let heads = config.head_params().map(|heads| upload_heads(&gpu, &heads)).transpose()?;
         Ok(Self {
             cache: geometry,
             segments,
@@ -106,7 +107,7 @@ impl Attention {
             prefill,
             merge,
             params: config.params(&geometry),
-            heads: config.head_words(),
+            heads,
             workspace: Mutex::new(workspace),
             identity: Arc::new(()),
             gpu,
@@ -174,7 +175,7 @@ impl Attention {
             ));
         }
         let batch = step.batch();
-        let mut plan = StepPlan::new(&self.shape, &self.policy, &self.params, &self.heads, batch, masks)?;
+        let mut plan = StepPlan::new(&self.shape, &self.policy, &self.params, batch, masks)?;
         let workspace = self.workspace(plan.workspace_bytes)?;
         let upload = Upload::new(&self.gpu, "step", std::mem::take(&mut plan.words))?;
         Ok(AttentionPlan {
@@ -186,6 +187,10 @@ impl Attention {
             upload,
             workspace,
         })
+    }
+
+    fn heads_binding(&self, variant: &Variant) -> Option<wgpu::BindingResource<'_>> {
+        self.heads.as_ref().filter(|_| variant.reads_heads()).map(wgpu::Buffer::as_entire_binding)
     }
 
     /// The workspace, made larger if it has to be.
@@ -290,6 +295,7 @@ impl Attention {
                 resources.extend([lists.as_entire_binding(), out.binding(), partials.clone(), params]);
             }
             resources.extend(lse.clone());
+            resources.extend(self.heads_binding(&program.variant));
             program.dispatch(resources, planned.grid)
         };
         let dispatches: Vec<_> = plan.plan.dispatches.iter().map(dispatch).collect();
@@ -325,6 +331,7 @@ impl Attention {
                 }
             };
             resources.extend(self.config.lse.then(|| lse.clone()));
+            resources.extend(self.heads_binding(&program.variant));
             dispatches.push(program.dispatch(resources, [1, 1, 1]));
         }
         if dispatches.is_empty() {
@@ -334,6 +341,17 @@ impl Attention {
         Recorder::from(&mut encoder).record(gpu, "folio warm-up", &dispatches, &[lease])?;
         gpu.submit_now("warming up", encoder)
     }
+}
+
+/// Slopes and sinks, once for all steps.
+fn upload_heads(gpu: &Gpu, heads: &[[f32; 2]]) -> Result<wgpu::Buffer> {
+    let contents: &[u8] = bytemuck::cast_slice(heads);
+    let max = gpu.limits().max_uniform_buffer_binding_size;
+    if contents.len() as u64 > max {
+        let need = format!("{} bytes of slopes and sinks", contents.len());
+        return Err(Error::unsupported("num_q_heads", need, format!("{max} bytes in a uniform binding")));
+    }
+    gpu.create_buffer_with("uploading slopes and sinks", "folio heads", contents, wgpu::BufferUsages::UNIFORM)
 }
 
 fn create_workspace(gpu: &Gpu, bytes: u64) -> Result<wgpu::Buffer> {

@@ -25,7 +25,7 @@ const NO_PARTIAL: u32 = {{ no_partial }}u;
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 {{ side.declare(k_side, 1, "read", "KElement", "[num_blocks, num_kv_heads, block_size, K_ROW]") -}}
 {{ side.declare(v_side, 1 + k_side.segments, "read", "VElement", "[num_blocks, num_kv_heads, block_size, V_ROW]") -}}
-// work items, block tables, head parameters, mask bits
+// work items, block tables, mask bits
 @group(0) @binding({{ after }}) var<storage, read> plan: array<u32>;
 // [num_tokens, num_q_heads, head_dim/4]
 @group(0) @binding({{ after + 1 }}) var<storage, read_write> out: array<vec4<f32>>;
@@ -35,6 +35,10 @@ const NO_PARTIAL: u32 = {{ no_partial }}u;
 {% if lse %}
 // [num_tokens, num_q_heads]
 @group(0) @binding({{ after + 4 }}) var<storage, read_write> lse: array<f32>;
+{% endif %}
+{% if heads %}
+// [num_q_heads]: ALiBi slope and sink, both times log2(e); two heads in an element
+@group(0) @binding({{ after + 5 if lse else after + 4 }}) var<uniform> heads: array<vec4<f32>, {{ (num_q_heads + 1) // 2 }}>;
 {% endif %}
 
 struct WorkItem {

@@ -86,6 +86,9 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
     if variant.flags.lse && matches!(variant.kernel, Kernel::Decode | Kernel::Prefill | Kernel::Merge) {
         bindings.push(write("lse"));
     }
+    if variant.reads_heads() {
+        bindings.push(Binding { name: Cow::Borrowed("heads"), access: Access::Uniform });
+    }
     if variant.rope.is_some() && variant.kernel == Kernel::Append {
         bindings.push(read("rope_table"));
     }

@@ -69,6 +69,7 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 sinks => v.flags.sinks,
                 mask => v.flags.mask,
                 lse => v.flags.lse,
+            heads => v.reads_heads(),
                 rope => v.rope.map(|rope| rope.layout.shader_name()),
                 rotary_dim => v.rope.map(|rope| rope.rotary_dim),
                 subgroups => v.target.subgroups,

@@ -224,6 +224,16 @@ impl Variant {
         Geometry::of(self).workgroup_bytes()
     }
 
+    /// Whether the kernel binds [`AttentionConfig::head_params`]: slopes and sinks, of which merge reads the sinks only.
+    #[must_use]
+    pub const fn reads_heads(&self) -> bool {
+        match self.kernel {
+            Kernel::Decode | Kernel::Prefill => self.flags.alibi || self.flags.sinks,
+            Kernel::Merge => self.flags.sinks,
+            _ => false,
+        }
+    }
+
     /// Features that the text needs.
     #[must_use]
     pub fn features(&self) -> ShaderFeatures {

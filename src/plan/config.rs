@@ -130,18 +130,18 @@ impl AttentionConfig {
         }
     }
 
-    /// ALiBi slopes, then sinks, of all query heads, both times log2(e), as the kernels read them; nothing if they read neither.
+    /// ALiBi slope and sink of each query head, both times log2(e), as the kernels read them (in a uniform buffer of whole 16 bytes);
+    /// `None` if they read neither.
     #[must_use]
-    pub fn head_words(&self) -> Vec<u32> {
-        let (slopes, sinks) = (&self.alibi_slopes, &self.sinks);
-        if slopes.is_none() && sinks.is_none() {
-            return Vec::new();
+    pub fn head_params(&self) -> Option<Vec<[f32; 2]>> {
+        if self.alibi_slopes.is_none() && self.sinks.is_none() {
+            return None;
         }
-        let word = |values: &Option<Vec<f32>>, i: usize| {
-            let value = values.as_ref().and_then(|values| values.get(i)).copied().unwrap_or(0.0);
-            (value * std::f32::consts::LOG2_E).to_bits()
+        let value = |values: &Option<Vec<f32>>, head: usize| {
+            let value = values.as_ref().and_then(|values| values.get(head)).copied().unwrap_or(0.0);
+            value * std::f32::consts::LOG2_E
         };
-        let heads = 0..self.num_q_heads as usize;
-        [slopes, sinks].into_iter().flat_map(|values| heads.clone().map(move |i| word(values, i))).collect()
+        let heads = 0..(self.num_q_heads as usize).next_multiple_of(2);
+        Some(heads.map(|head| [value(&self.alibi_slopes, head), value(&self.sinks, head)]).collect())
     }
 }

@@ -64,16 +64,14 @@ pub struct AttendParams {
     pub num_items: u32,
     /// Workgroups along x: item index = x + z * grid_x.
     pub grid_x: u32,
-    /// Where the ALiBi slopes, then the sinks, of all query heads start, in words (both times log2 e).
-    pub head_offset: u32,
+    /// Blocks of the pool; ids are clamped below it.
+    pub num_blocks: u32,
     /// What q is multiplied by: softmax_scale * log2 e, or softmax_scale / softcap.
     pub qk_scale: f32,
     /// softcap * log2 e.
     pub softcap_log2e: f32,
     /// Newest keys that are visible; at most 2^31, which is longer than any sequence.
     pub window: u32,
-    /// Blocks of the pool; ids are clamped below it.
-    pub num_blocks: u32,
-    /// Keeps the block 48 bytes long.
-    pub reserved: [u32; 4],
+    /// Keeps the block a multiple of 16 bytes.
+    pub reserved: u32,
 }

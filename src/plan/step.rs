@@ -32,7 +32,7 @@ pub struct PlannedDispatch {
 
 /// The work of one attention call of a step: who computes what, and the words to upload. The same for every layer.
 ///
-/// The upload is head parameters (slopes and sinks, if there are any), block tables, masks, items of decode, prefill and merge, and,
+/// The upload is block tables, masks, items of decode, prefill and merge, and,
 /// from the next multiple of 256 bytes on, a parameter block per dispatch. It is final: offsets in items and parameters count from its start.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
@@ -47,8 +47,7 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    /// Plans a batch. `params` are those of [`AttentionConfig`](super::AttentionConfig), `heads` the words of slopes and sinks, and `masks` one
-    /// per sequence, or none at all.
+    /// Plans a batch. `params` are those of [`AttentionConfig`](super::AttentionConfig), and `masks` one per sequence, or none at all.
     ///
     /// # Errors
     /// [`Error::Argument`] for a mask of another length than `query_len * ceil(seq_len / 32)` words, or a step that is too large for
@@ -57,15 +56,13 @@ impl StepPlan {
         shape: &PlanShape,
         policy: &SplitPolicy,
         params: &AttendParams,
-        heads: &[u32],
         batch: &Batch,
         masks: &[&[u32]],
     ) -> Result<Self> {
         check_masks(batch, masks)?;
         let mask_words = masks.iter().map(|mask| mask.len() as u64).sum::<u64>();
-        check_offset(heads.len() as u64 + batch.tables.len() as u64 + mask_words)?;
-        let table_offset = heads.len() as u32;
-        let mut mask_offset = table_offset + batch.tables.len() as u32;
+        check_offset(batch.tables.len() as u64 + mask_words)?;
+        let mut mask_offset = batch.tables.len() as u32;
         let mask_offsets: Vec<_> = masks
             .iter()
             .map(|mask| {
@@ -74,7 +71,7 @@ impl StepPlan {
                 start
             })
             .collect();
-        let lists = WorkLists::new(shape, policy, batch, table_offset, &mask_offsets)?;
+        let lists = WorkLists::new(shape, policy, batch, 0, &mask_offsets)?;
         let [decode_len, prefill_len, merge_len] =
             [lists.decode.len(), lists.prefill.len(), lists.merge.len()].map(|len| len as u64);
         let decode_start = u64::from(mask_offset);
@@ -85,7 +82,6 @@ impl StepPlan {
         check_offset(params_start + 3 * lists.rounds.len() as u64 * u64::from(PARAM_BLOCK_WORDS))?;
 
         let mut words = Vec::with_capacity(params_start as usize + 3 * PARAM_BLOCK_WORDS as usize);
-        words.extend_from_slice(heads);
         words.extend_from_slice(&batch.tables);
         masks.iter().for_each(|mask| words.extend_from_slice(mask));
         words.extend_from_slice(bytemuck::cast_slice(&lists.decode));
@@ -111,10 +107,7 @@ impl StepPlan {
                 dispatches.push(PlannedDispatch { stage, grid: [x, heads, z], params_offset });
                 let items_offset = start as u32 + range.start as u32 * item_words;
                 let num_items = range.len() as u32;
-                push_params(
-                    &mut words,
-                    &AttendParams { items_offset, num_items, grid_x: x, head_offset: 0, ..*params },
-                );
+                push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, ..*params });
             }
         }
         let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.head_dim);
@@ -192,18 +185,16 @@ mod tests {
             .map(|(e, i)| vec![i; (e.query_len * e.seq_len().div_ceil(32)) as usize])
             .collect();
         let masks: Vec<_> = masks.iter().map(Vec::as_slice).collect();
-        let heads = [7, 8, 9];
         let params = AttendParams { qk_scale: 0.5, num_blocks: 200, ..AttendParams::default() };
-        let plan = StepPlan::new(&SHAPE, &POLICY, &params, &heads, &batch, &masks).expect("a plan");
+        let plan = StepPlan::new(&SHAPE, &POLICY, &params, &batch, &masks).expect("a plan");
         assert!(plan.lists.rounds.len() > 1, "the workspace holds all partial states");
-        assert_eq!(plan.words[..3], heads);
         let mut found: [Vec<Vec<u32>>; 3] = Default::default();
         for dispatch in &plan.dispatches {
             assert_eq!(dispatch.params_offset % 256, 0);
             let start = dispatch.params_offset as usize / 4;
             let words = &plan.words[start..start + size_of::<AttendParams>() / 4];
             let read: AttendParams = bytemuck::pod_read_unaligned(bytemuck::cast_slice(words));
-            assert_eq!((read.qk_scale, read.num_blocks, read.head_offset), (0.5, 200, 0));
+            assert_eq!((read.qk_scale, read.num_blocks), (0.5, 200));
             let (len, heads) = match dispatch.stage {
                 Stage::Merge => (MERGE_ITEM_WORDS, 6),
                 _ => (WORK_ITEM_WORDS, 2),
@@ -238,13 +229,13 @@ mod tests {
         let policy = SplitPolicy { min_split_len: 1 << 20, max_split_len: 1 << 20, ..POLICY };
         let policy = SplitPolicy { max_workspace_bytes: 1 << 28, ..policy };
         let shape = PlanShape { tile_q: 256, ..SHAPE };
-        let plan = StepPlan::new(&shape, &policy, &AttendParams::default(), &[], &batch, &[]).expect("a plan");
+        let plan = StepPlan::new(&shape, &policy, &AttendParams::default(), &batch, &[]).expect("a plan");
         let tokens: u32 = plan.lists.merge.len() as u32;
         assert_eq!(tokens, 1 << 20);
         // With masks of 2^20 * 2^16 words it would not fit.
         let huge = Batch { entries: vec![BatchEntry { context_len: 1 << 30, ..batch.entries[0].clone() }], ..batch };
         let error =
-            StepPlan::new(&PlanShape { group_size: 8192, ..shape }, &policy, &AttendParams::default(), &[], &huge, &[]);
+            StepPlan::new(&PlanShape { group_size: 8192, ..shape }, &policy, &AttendParams::default(), &huge, &[]);
         assert!(error.is_err());
     }
 
@@ -252,7 +243,7 @@ mod tests {
     fn masks_of_another_length_are_refused() {
         let batch = batch();
         for masks in [vec![&[0][..]], vec![&[0; 7][..], &[0; 5], &[0; 31]]] {
-            let error = StepPlan::new(&SHAPE, &POLICY, &AttendParams::default(), &[], &batch, &masks);
+            let error = StepPlan::new(&SHAPE, &POLICY, &AttendParams::default(), &batch, &masks);
             let text = error.expect_err("refused").to_string();
             assert!(text.starts_with("masks: got"), "{text}");
         }

@@ -238,14 +238,13 @@ fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
             items_offset: U32,
             num_items: U32,
             grid_x: U32,
-            head_offset: U32,
+            num_blocks: U32,
             qk_scale: F32,
             softcap_log2e: F32,
             window: U32,
-            num_blocks: U32,
         }),
     };
-    let params = module.global_variables.iter().find(|(_, variable)| variable.space == AddressSpace::Uniform);
+    let params = module.global_variables.iter().find(|(_, variable)| variable.name.as_deref() == Some("params"));
     let Some(TypeInner::Struct { members, span }) = params.map(|(_, params)| &module.types[params.ty].inner) else {
         return problems.add("params", "no uniform struct");
     };
