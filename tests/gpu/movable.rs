@@ -563,6 +563,26 @@ mod files {
     }
 }
 
+/// wgpu maps what was to be mapped on a submit even if the submit fails: only the marker tells that the copies never ran.
+#[test]
+fn a_swap_whose_submit_failed_changes_nothing() {
+    let Some(cache) = cache(SHAPE) else { return };
+    let a = sequence(&cache, &[1, 2, 3, 4, 5]);
+    let gpu = cache.gpu();
+    let destroyed = crate::case::upload(gpu, &[0.0; 4]);
+    let target = crate::case::upload(gpu, &[0.0; 4]);
+    let mut commands = encoder(&cache);
+    let swap = cache.swap_out(&mut commands, a).expect("swap out");
+    commands.copy_buffer_to_buffer(&destroyed, 0, &target, 0, 16);
+    destroyed.destroy();
+    let commands = commands.finish();
+    let submit = || drop(gpu.queue().submit([commands]));
+    pollster::block_on(gpu.scoped("submitting", submit)).expect_err("a destroyed buffer");
+    refused(gpu.block_on(swap.finish()), ErrorKind::Caller, &["snapshot: got copies that were never submitted"]);
+    grow(&cache, &[(a, &[6])]);
+    assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6]);
+}
+
 /// Blocks in all, free, used, shared and reclaimable; sequences.
 fn usage(cache: &KvCache) -> [u32; 6] {
     let PoolUsage { total, free, used, shared, reclaimable, sequences, .. } = cache.usage();
