@@ -566,7 +566,8 @@ mod files {
 /// wgpu maps what was to be mapped on a submit even if the submit fails: only the marker tells that the copies never ran.
 #[test]
 fn a_swap_whose_submit_failed_changes_nothing() {
-    let Some(cache) = cache(SHAPE) else { return };
+    let Some(gpu) = adapter::open(DEFAULT) else { return };
+    let cache = cache_of(&gpu, SHAPE, 4);
     let a = sequence(&cache, &[1, 2, 3, 4, 5]);
     let gpu = cache.gpu();
     let destroyed = crate::case::upload(gpu, &[0.0; 4]);
