@@ -2,6 +2,7 @@
 //! by whatever GPU library it has.
 
 mod bindings;
+mod grid;
 mod rope;
 mod source;
 mod target;
