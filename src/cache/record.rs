@@ -49,7 +49,7 @@ fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> u64 {
 }
 
 /// Invocations that handle rows of `num_tokens` tokens, 8 elements each.
-fn row_chunks(config: &KvCacheConfig, num_tokens: u32) -> u64 {
+fn row_invocations(config: &KvCacheConfig, num_tokens: u32) -> u64 {
     row_elements(config, num_tokens) / 8
 }
 
@@ -86,13 +86,13 @@ impl KvCache {
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, or a rope that was made for a cache of another shape or
     /// on another device; [`Error::Stale`]; [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu
     /// itself gives buffers of other instances no meaning); [`Error::DeviceLost`]. Nothing has been recorded then.
-    pub fn append<'p, 'e: 'p, 'k, 'v>(
+    pub fn append<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         step: &Step,
         layer: u32,
-        k: impl Into<BufferRef<'k>>,
-        v: impl Into<BufferRef<'v>>,
+        k: impl Into<BufferRef<'a>>,
+        v: impl Into<BufferRef<'a>>,
         rope: Option<&Rope>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
@@ -143,13 +143,13 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::Wgpu`].
-    pub fn record_gather<'p, 'e: 'p, 'k, 'v>(
+    pub fn record_gather<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         sequence: SequenceId,
         layer: u32,
-        k_out: impl Into<BufferRef<'k>>,
-        v_out: impl Into<BufferRef<'v>>,
+        k_out: impl Into<BufferRef<'a>>,
+        v_out: impl Into<BufferRef<'a>>,
     ) -> Result<u32> {
         let storage = self.layer(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
@@ -169,7 +169,7 @@ impl KvCache {
         if num_tokens == 0 {
             return Ok(0);
         }
-        let (x, y) = self.kernels.gather.grid("sequence", row_chunks(config, num_tokens))?;
+        let (x, y) = self.kernels.gather.grid("sequence", row_invocations(config, num_tokens))?;
         let mut words = Vec::with_capacity(PARAM_BLOCK_WORDS as usize + table.len());
         let params = CacheParams {
             num_tokens,
