@@ -488,7 +488,7 @@ fn check_style(text: &str, problems: &mut Problems) {
         for word in ["if", "while", "switch", "for"] {
             if code
                 .strip_prefix(word)
-                .is_some_and(|rest| rest.starts_with(|c: char| c == ' ') && !rest.starts_with(" ("))
+                .is_some_and(|rest| rest.starts_with(' ') && !rest.starts_with(" ("))
             {
                 problems.add("style", format!("no parentheses: {line}"));
             }
