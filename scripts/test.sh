@@ -21,17 +21,37 @@ cargo fmt --check
 section "Lints, all features"
 cargo clippy --all-targets --all-features -- -D warnings
 
-section "Lints, no default features"
-cargo clippy --lib --no-default-features -- -D warnings
+section "Lints of each feature alone, of pairs, and of none"
+scripts/check_features.sh
+
+section "Minimum Rust version"
+scripts/check_msrv.sh
+
+section "Documentation: all features, the default ones, none"
+for features in --all-features "" --no-default-features; do
+    # shellcheck disable=SC2086
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps $features
+done
+
+section "Browsers"
+scripts/check_wasm.sh
 
 # In release, which the benches and the demo share: wgpu is compiled once, and the oracle is fast.
+section "The pure half, without wgpu"
+tree=$(cargo tree --no-default-features -e normal,build,dev --prefix none)
+if grep -E '^wgpu' <<<"$tree"; then
+    echo "wgpu is in the dependency tree of --no-default-features" >&2
+    exit 1
+fi
+cargo test --release --no-default-features
+
 section "Tests (library, host, GPU, examples)"
 cargo test --release --all-features --lib --tests --examples
 
 section "Tests in the documentation"
 cargo test --release --all-features --doc
 
-section "Documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+section "The package builds from its own archive"
+scripts/check_package.sh
 
 section "All checks passed"

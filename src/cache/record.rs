@@ -53,22 +53,6 @@ fn row_invocations(config: &KvCacheConfig, num_tokens: u32) -> u64 {
     row_elements(config, num_tokens) / 8
 }
 
-/// Invocations that copy `count` blocks, 16 bytes of K and V each.
-fn copy_invocations(config: &KvCacheConfig, count: u32) -> u64 {
-    u64::from(count) * config.k_layout().block_bytes().max(config.v_layout().block_bytes()) / 16
-}
-
-/// Workgroups of append for a number of tokens: (x, y).
-fn append_grid(
-    kernel: &VariantProgram,
-    argument: &'static str,
-    config: &KvCacheConfig,
-    num_tokens: u32,
-) -> Result<(u32, u32)> {
-    let num_rows = u64::from(num_tokens) * u64::from(config.num_kv_heads);
-    kernel.grid(argument, kernel.variant.append_invocations(num_rows))
-}
-
 impl CacheKernels {
     /// What a step uploads; see [`append_words`].
     pub(super) fn upload(
@@ -79,10 +63,8 @@ impl CacheKernels {
         positions: &[u32],
         copies: &[[u32; 2]],
     ) -> Result<Upload> {
-        let grids = AppendGrids {
-            append: append_grid(&self.append, "batch", config, slots.len() as u32)?,
-            copy_blocks: self.copy_blocks.grid("batch", copy_invocations(config, copies.len() as u32))?,
-        };
+        let [append, copy] = [&self.append, &self.copy_blocks].map(|program| &program.variant);
+        let grids = AppendGrids::new(append, copy, slots.len() as u32, copies.len() as u32)?;
         Upload::new(gpu, "batch", append_words(config.num_blocks, slots, positions, copies, grids))
     }
 }
@@ -132,7 +114,7 @@ impl KvCache {
         if step.num_copies > 0 {
             dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
         }
-        let (x, y) = append_grid(kernel, "k", config, num_tokens)?;
+        let (x, y) = kernel.variant.append_grid("k", num_tokens)?;
         let mut resources = vec![k.binding(), v.binding()];
         resources.extend(storage.bindings());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
@@ -148,7 +130,7 @@ impl KvCache {
         upload: &'a wgpu::Buffer,
         count: u32,
     ) -> Result<Dispatch<'a>> {
-        let (x, y) = self.kernels.copy_blocks.grid("batch", copy_invocations(&self.config, count))?;
+        let (x, y) = self.kernels.copy_blocks.variant.copy_grid("batch", count)?;
         let mut resources: Vec<_> = storage.bindings().collect();
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, COPY_PARAMS_OFFSET)]);
         Ok(self.kernels.copy_blocks.dispatch(resources, [x, y, 1]))

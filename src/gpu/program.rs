@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Dispatch, Gpu, ShaderChecks};
 use crate::error::{Error, Result};
 use crate::kernel::{Access, ShaderFeatures, Source, Variant};
-use crate::plan::linear_grid;
 
 /// A compiled kernel.
 #[derive(Debug)]
@@ -144,11 +143,7 @@ impl VariantProgram {
 
     /// Workgroups for a number of invocations: (x, y).
     pub(crate) fn grid(&self, argument: &'static str, invocations: u64) -> Result<(u32, u32)> {
-        // Kernels number their invocations with u32.
-        let workgroups = invocations.div_ceil(self.variant.workgroup_size.into());
-        linear_grid(workgroups).filter(|_| invocations <= u64::from(u32::MAX)).ok_or_else(|| {
-            Error::argument(argument, format!("{invocations} invocations"), "fewer than 2^32; use smaller steps")
-        })
+        self.variant.grid(argument, invocations)
     }
 }
 

@@ -93,6 +93,7 @@ impl Gpu {
 
 impl Recorder<'_> {
     /// The same place, for one more call.
+    #[cfg(feature = "model")]
     pub(crate) fn reborrow(&mut self) -> Recorder<'_> {
         Recorder(match &mut self.0 {
             Target::Pass(pass) => Target::Pass(&mut **pass),

@@ -6,6 +6,7 @@
 
 mod bindings;
 mod geometry;
+mod grid;
 mod rope;
 mod source;
 mod target;

@@ -3,7 +3,8 @@
 use super::MAX_GRID;
 use super::params::{CacheParams, PARAM_BLOCK_WORDS, push_params};
 
-/// Workgroups along x and y of the kernels that a step runs before its layers' attention.
+/// Workgroups along x and y of the kernels that a step runs before its layers' attention. The variants of the kernels tell them:
+/// [`AppendGrids::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AppendGrids {
     /// Of `append`.

@@ -1,6 +1,7 @@
 //! The adapter under test, opened once per way of opening it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::io::Write as _;
 use std::sync::{LazyLock, Mutex};
 
 use folio::{Gpu, GpuOptions, Profile, ShaderChecks, wgpu};
@@ -67,9 +68,25 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
         }
         Err(error) => {
             assert!(std::env::var("FOLIO_REQUIRE_GPU").as_deref() != Ok("1"), "FOLIO_REQUIRE_GPU=1, but: {error}");
-            eprintln!("skipped: {error}");
+            say_skipped(&error.to_string());
             None
         }
+    }
+}
+
+/// A line on the process's own stderr: what tests print by macro is shown only if they fail.
+pub(crate) fn say(line: &str) {
+    // Nobody reads it if that fails.
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// Says once which test is skipped, and why.
+fn say_skipped(reason: &str) {
+    static SAID: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
+    // libtest names a test's thread after it.
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    if SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(test.clone()) {
+        say(&format!("skipped {test}: {reason}"));
     }
 }
 

@@ -1,4 +1,4 @@
-//! Tests that need an adapter. Without one they are skipped, or fail if `FOLIO_REQUIRE_GPU=1`.
+//! Tests that need an adapter. Without one they are skipped, which each of them says on stderr, or fail if `FOLIO_REQUIRE_GPU=1`.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -28,3 +28,15 @@ mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;
 mod tokens;
+
+/// Says what all other results are worth.
+#[test]
+fn adapter_is_there() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let (info, profile) = (gpu.adapter_info(), gpu.profile());
+    adapter::say(&format!(
+        "adapter under test: {} ({:?}, {:?}), {profile:?} kernels",
+        info.name, info.backend, info.device_type
+    ));
+    assert!(!info.name.is_empty());
+}

@@ -168,7 +168,7 @@ fn destroyed_host_buffers_fail_the_submit() {
         let small = fixture.record(&mut encoder, 1, 2.0);
         small.out.destroy();
         let commands = encoder.finish();
-        let submit = || drop(fixture.gpu.queue().submit([commands]));
+        let submit = || fixture.gpu.queue().submit([commands]);
         let error = pollster::block_on(fixture.gpu.scoped("submitting", submit)).expect_err("a destroyed buffer");
         assert!(error.to_string().contains("destroyed"), "{error}");
         drop((small.step, small.plan));

@@ -1,14 +1,28 @@
-//! Errors say who has to act, what was given and what is needed. The errors that name a sequence need a cache, and so a
-//! device: the GPU tests have them.
+//! Errors say who has to act, what was given and what is needed. Errors of devices are in the GPU tests.
 
+use folio::sequence::Manager;
 use folio::{AttentionConfig, Error, ErrorKind, KvCacheConfig, KvFormat, RopeConfig, RopeScaling};
 
 #[test]
-fn a_missing_adapter_comes_with_install_lines() {
-    let error = Error::NoAdapter { wanted: "no adapter named \"radeon\"".into(), found: "llvmpipe".into() }.to_string();
-    assert!(error.contains("radeon") && error.contains("found llvmpipe"), "{error}");
-    assert!(error.contains("`apt-get install mesa-vulkan-drivers libvulkan1` on Debian and Ubuntu"), "{error}");
-    assert!(error.contains("`dnf install mesa-vulkan-drivers vulkan-loader` on Fedora"), "{error}");
+fn errors_of_a_pool_say_what_helps() {
+    let mut manager = Manager::new(CACHE).expect("a valid configuration");
+    let (held, more) = (manager.create(), manager.create());
+    let step = manager.reserve(&[(held, 33)]).expect("3 of 4 blocks");
+    let busy = manager.free(held).expect_err("a step holds it");
+    assert_eq!(busy.kind(), ErrorKind::Caller);
+    assert!(busy.to_string().contains("is in an open step; need that finished or dropped first"), "{busy}");
+    manager.commit(step.pending);
+    let full = manager.reserve(&[(more, 17)]).expect_err("2 of 1 block");
+    assert_eq!(full.kind(), ErrorKind::Retry);
+    assert!(full.to_string().starts_with("blocks: need 2, have 1 free of 4; free or truncate a sequence"), "{full}");
+    // As it says.
+    manager.truncate(held, 32).expect("an idle sequence");
+    let step = manager.reserve(&[(more, 17)]).expect("2 of 2 blocks");
+    manager.roll_back(step.pending);
+    manager.free(held).expect("an idle sequence");
+    let unknown = manager.reserve(&[(held, 1)]).expect_err("freed");
+    assert_eq!(unknown.kind(), ErrorKind::Caller);
+    assert!(unknown.to_string().contains("is not in this cache; need an id that it gave out"), "{unknown}");
 }
 
 #[test]

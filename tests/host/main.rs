@@ -10,6 +10,7 @@ mod errors;
 mod fixtures;
 mod layout;
 mod plan;
+mod plan_only;
 mod pool;
 mod rope;
 mod shaders;
