@@ -1,8 +1,8 @@
 {% from "shared/kv_rows.wgsl" import element_type, store, store_functions %}
-{% from "shared/kv_side.wgsl" import declare %}
+{% from "shared/kv_side.wgsl" import cache_row_function, declare %}
 // append: new K and V rows go into their slots, converted to the cache's formats.
 {% if rope %}
-// K rows are turned by their tokens' positions before.
+// K rows are rotated by their tokens' positions before.
 {% endif %}
 // One invocation writes 8 elements of one row of K and the same of V.
 {% set row_scales = k_side.row_scales or v_side.row_scales %}
@@ -25,19 +25,20 @@
 {{ declare(k_side, 2, "read_write", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
 {{ declare(v_side, 2 + k_side.segments, "read_write", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
 {% set after = 2 + k_side.segments + v_side.segments %}
-@group(0) @binding({{ after }}) var<storage, read> step: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
+@group(0) @binding({{ after }}) var<storage, read> step_lists: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
 @group(0) @binding({{ after + 1 }}) var<uniform> params: CacheParams;
 {% if rope %}
-@group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] turns per position (high, low); [1] factor
+@group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] revolutions per position (high, low); [1] factor
 {% endif %}
 
 {% if row_scales %}
-const ROWS: u32 = WORKGROUP_SIZE / CHUNKS;
+const ROWS: u32 = {{ geometry.rows }}u;
 
-var<workgroup> ranges: array<vec4<u32>, WORKGROUP_SIZE>;  // [lane]: least and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
+var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: smallest and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
 
 {% endif %}
 struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+{{ cache_row_function() }}
 {{ store_functions([k_format, v_format]) }}
 {{ store(k_side) }}
 {{ store(v_side) }}
@@ -45,45 +46,45 @@ struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 {% include "shared/rope.wgsl" %}
 
 {% if rope == "interleaved" %}
-// Elements 8 * chunk .. 8 * chunk + 8 of a row of k_new: four pairs, turned.
-fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
-  let at = 2u * (row * CHUNKS + chunk);
-  let lo = k_new[at];
-  let hi = k_new[at + 1u];
-  if (8u * chunk >= ROTARY_DIM) {
-    return Chunk(lo, hi);
-  }
-  let turned = turn_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * chunk + OFFSETS, position);
-  return Chunk(
-    vec4<f32>(turned.first.x, turned.second.x, turned.first.y, turned.second.y),
-    vec4<f32>(turned.first.z, turned.second.z, turned.first.w, turned.second.w));
+// Elements 8 * chunk .. 8 * chunk + 8 of a row of k_new: four pairs, rotated.
+fn rotated_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
+    let at = 2u * (row * CHUNKS + chunk);
+    let lo = k_new[at];
+    let hi = k_new[at + 1u];
+    if (8u * chunk >= ROTARY_DIM) {
+        return Chunk(lo, hi);
+    }
+    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * chunk + OFFSETS, position);
+    return Chunk(
+        vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y),
+        vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w));
 }
 {% else %}
 // Four elements of k_new{{ ", which are neighbours" if wide }}.
 fn k_elements(at: vec4<u32>) -> vec4<f32> {
 {% if wide %}
-  return k_new[at.x / 4u];
+    return k_new[at.x / 4u];
 {% else %}
-  return vec4<f32>(k_new[at.x], k_new[at.y], k_new[at.z], k_new[at.w]);
+    return vec4<f32>(k_new[at.x], k_new[at.y], k_new[at.z], k_new[at.w]);
 {% endif %}
 }
 
-// Elements dim .. dim + 4 of a row of k_new, turned with their partners, which lie ROTARY_DIM / 2 before or behind.
-fn turned_dims(row: u32, dim: u32, position: u32) -> vec4<f32> {
-  let dims = dim + OFFSETS;
-  let own = k_elements(row * HEAD_DIM + dims);
-  if (dim >= ROTARY_DIM) {
-    return own;
-  }
-  let is_second = dims >= vec4<u32>(ROTARY_PAIRS);
-  let other = k_elements(row * HEAD_DIM + select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second));
-  let pairs = select(dims, dims - ROTARY_PAIRS, is_second);
-  let turned = turn_pairs(select(own, other, is_second), select(other, own, is_second), pairs, position);
-  return select(turned.first, turned.second, is_second);
+// Elements dim .. dim + 4 of a row of k_new, rotated with their partners, which lie ROTARY_DIM / 2 before or behind.
+fn rotated_dims(row: u32, dim: u32, position: u32) -> vec4<f32> {
+    let dims = dim + OFFSETS;
+    let own = k_elements(row * HEAD_DIM + dims);
+    if (dim >= ROTARY_DIM) {
+        return own;
+    }
+    let is_second = dims >= vec4<u32>(ROTARY_PAIRS);
+    let other = k_elements(row * HEAD_DIM + select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second));
+    let pairs = select(dims, dims - ROTARY_PAIRS, is_second);
+    let rotated = rotate_pairs(select(own, other, is_second), select(other, own, is_second), pairs, position);
+    return select(rotated.first, rotated.second, is_second);
 }
 
-fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
-  return Chunk(turned_dims(row, 8u * chunk, position), turned_dims(row, 8u * chunk + 4u, position));
+fn rotated_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
+    return Chunk(rotated_dims(row, 8u * chunk, position), rotated_dims(row, 8u * chunk + 4u, position));
 }
 {% endif %}
 
@@ -91,57 +92,57 @@ fn turned_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% if row_scales %}
-  let chunk = lane % CHUNKS;
-  let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / CHUNKS;
+    let chunk = lane % CHUNKS;
+    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / CHUNKS;
 {% else %}
-  let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-  let chunk = idx % CHUNKS;
-  let row = idx / CHUNKS;
+    let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
+    let chunk = idx % CHUNKS;
+    let row = idx / CHUNKS;
 {% endif %}
-  let kv_head = row % NUM_KV_HEADS;
-  let token = row / NUM_KV_HEADS;
+    let kv_head = row % NUM_KV_HEADS;
+    let token = row / NUM_KV_HEADS;
 {% if row_scales %}
-  let live = lane < ROWS * CHUNKS && token < params.num_tokens;
-  var k = Chunk();
-  var v = Chunk();
-  if (live) {
-    let at = 2u * (row * CHUNKS + chunk);
+    let live = lane < ROWS * CHUNKS && token < params.num_tokens;
+    var k = Chunk();
+    var v = Chunk();
+    if (live) {
+        let at = 2u * (row * CHUNKS + chunk);
 {% if rope %}
-    k = turned_chunk(row, chunk, step[params.positions_offset + token]);
+        k = rotated_chunk(row, chunk, step_lists[params.positions_offset + token]);
 {% else %}
-    k = Chunk(k_new[at], k_new[at + 1u]);
+        k = Chunk(k_new[at], k_new[at + 1u]);
 {% endif %}
-    v = Chunk(v_new[at], v_new[at + 1u]);
-  }
-  ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
-  workgroupBarrier();
-  // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
-  if (live && chunk == 0u) {
-    var range = ranges[lane];
-    for (var other = lane + 1u; other < lane + CHUNKS; other++) {
-      let next = ranges[other];
-      range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
+        v = Chunk(v_new[at], v_new[at + 1u]);
     }
-    ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales else "0u" }}, 0u, 0u);
-  }
-  workgroupBarrier();
-  if (!live) {
-    return;
-  }
-  let pairs = ranges[lane - chunk].xy;
+    ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
+    workgroupBarrier();
+    // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
+    if (live && chunk == 0u) {
+        var range = ranges[lane];
+        for (var other = lane + 1u; other < lane + CHUNKS; other++) {
+            let next = ranges[other];
+            range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
+        }
+        ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales else "0u" }}, 0u, 0u);
+    }
+    workgroupBarrier();
+    if (!live) {
+        return;
+    }
+    let pairs = ranges[lane - chunk].xy;
 {% else %}
-  if (token >= params.num_tokens) {
-    return;
-  }
+    if (token >= params.num_tokens) {
+        return;
+    }
 {% if rope %}
-  let k = turned_chunk(row, chunk, step[params.positions_offset + token]);
+    let k = rotated_chunk(row, chunk, step_lists[params.positions_offset + token]);
 {% else %}
-  let k = Chunk(k_new[2u * idx], k_new[2u * idx + 1u]);
+    let k = Chunk(k_new[2u * idx], k_new[2u * idx + 1u]);
 {% endif %}
-  let v = Chunk(v_new[2u * idx], v_new[2u * idx + 1u]);
+    let v = Chunk(v_new[2u * idx], v_new[2u * idx + 1u]);
 {% endif %}
-  let slot = min(step[params.list_offset + token], params.num_blocks * BLOCK_SIZE - 1u);
-  let cache_row = ((slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
-  store_k(cache_row, chunk, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
-  store_v(cache_row, chunk, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
+    let slot = step_lists[params.list_offset + token];
+    let in_cache = cache_row(slot / BLOCK_SIZE, kv_head, slot);
+    store_k(in_cache, chunk, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
+    store_v(in_cache, chunk, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
 }

@@ -10,39 +10,39 @@ const LARGER_BLOCK: u32 = {{ [k_side.block_bytes, v_side.block_bytes]|max // 16 
 {{ sides.declare(k_side, 0, "read_write", "vec4<u32>", "[num_blocks, K_BLOCK]") -}}
 {{ sides.declare(v_side, k_side.segments, "read_write", "vec4<u32>", "[num_blocks, V_BLOCK]") -}}
 {% set after = k_side.segments + v_side.segments %}
-@group(0) @binding({{ after }}) var<storage, read> step: array<u32>;  // [num_copies, 2] source and destination, at params.copies_offset
+@group(0) @binding({{ after }}) var<storage, read> step_lists: array<u32>;  // [num_copies, 2] source and destination, at params.copies_offset
 @group(0) @binding({{ after + 1 }}) var<uniform> params: CacheParams;
 
 {% for side in [k_side, v_side] %}
 {% set block = side.name|upper ~ "_BLOCK" %}
 fn read_{{ side.name }}(block: u32, word: u32) -> vec4<u32> {
 {% call(cache, local) sides.in_segment(side, "block", 1) %}
-  return {{ cache }}[{{ local }} * {{ block }} + word];
+    return {{ cache }}[{{ local }} * {{ block }} + word];
 {%- endcall %}
 }
 
 fn write_{{ side.name }}(block: u32, word: u32, value: vec4<u32>) {
 {% call(cache, local) sides.in_segment(side, "block", 1) %}
-  {{ cache }}[{{ local }} * {{ block }} + word] = value;
-  return;
+    {{ cache }}[{{ local }} * {{ block }} + word] = value;
+    return;
 {%- endcall %}
 }
 
 {% endfor %}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn copy_blocks(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-  let copy = idx / LARGER_BLOCK;
-  let word = idx % LARGER_BLOCK;
-  if (copy >= params.num_copies) {
-    return;
-  }
-  let source = min(step[params.copies_offset + 2u * copy], params.num_blocks - 1u);
-  let destination = min(step[params.copies_offset + 2u * copy + 1u], params.num_blocks - 1u);
-  if (word < K_BLOCK) {
-    write_k(destination, word, read_k(source, word));
-  }
-  if (word < V_BLOCK) {
-    write_v(destination, word, read_v(source, word));
-  }
+    let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
+    let copy = idx / LARGER_BLOCK;
+    let word = idx % LARGER_BLOCK;
+    if (copy >= params.num_copies) {
+        return;
+    }
+    let source = min(step_lists[params.copies_offset + 2u * copy], params.num_blocks - 1u);
+    let destination = min(step_lists[params.copies_offset + 2u * copy + 1u], params.num_blocks - 1u);
+    if (word < K_BLOCK) {
+        write_k(destination, word, read_k(source, word));
+    }
+    if (word < V_BLOCK) {
+        write_v(destination, word, read_v(source, word));
+    }
 }

@@ -1,5 +1,5 @@
 {% from "shared/kv_rows.wgsl" import element_type, load, load_functions %}
-{% from "shared/kv_side.wgsl" import declare %}
+{% from "shared/kv_side.wgsl" import cache_row_function, declare %}
 // gather: a sequence's rows are read out of its blocks into contiguous f32.
 // One invocation reads 8 elements of one row of K and the same of V. No loops.
 {% include "shared/cache_params.wgsl" %}
@@ -7,32 +7,32 @@
 {{ declare(k_side, 0, "read", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
 {{ declare(v_side, k_side.segments, "read", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
 {% set after = k_side.segments + v_side.segments %}
-@group(0) @binding({{ after }}) var<storage, read> step: array<u32>;  // block table, at params.list_offset
+@group(0) @binding({{ after }}) var<storage, read> step_lists: array<u32>;  // block table, at params.list_offset
 @group(0) @binding({{ after + 1 }}) var<storage, read_write> k_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> v_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
 @group(0) @binding({{ after + 3 }}) var<uniform> params: CacheParams;
 
 struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 
+{{ cache_row_function() }}
 {{ load_functions([k_format, v_format]) }}
 {{ load(k_side) }}
 {{ load(v_side) }}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-  let chunk = idx % CHUNKS;
-  let row = idx / CHUNKS;
-  let kv_head = row % NUM_KV_HEADS;
-  let token = row / NUM_KV_HEADS;
-  if (token >= params.num_tokens) {
-    return;
-  }
-  let block = min(step[params.list_offset + token / BLOCK_SIZE], params.num_blocks - 1u);
-  let cache_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE;
-  let k = load_k(cache_row, chunk);
-  k_out[2u * idx] = k.lo;
-  k_out[2u * idx + 1u] = k.hi;
-  let v = load_v(cache_row, chunk);
-  v_out[2u * idx] = v.lo;
-  v_out[2u * idx + 1u] = v.hi;
+    let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
+    let chunk = idx % CHUNKS;
+    let row = idx / CHUNKS;
+    let kv_head = row % NUM_KV_HEADS;
+    let token = row / NUM_KV_HEADS;
+    if (token >= params.num_tokens) {
+        return;
+    }
+    let in_cache = cache_row(step_lists[params.list_offset + token / BLOCK_SIZE], kv_head, token);
+    let k = load_k(in_cache, chunk);
+    k_out[2u * idx] = k.lo;
+    k_out[2u * idx + 1u] = k.hi;
+    let v = load_v(in_cache, chunk);
+    v_out[2u * idx] = v.lo;
+    v_out[2u * idx + 1u] = v.hi;
 }

@@ -214,13 +214,13 @@ impl Attention {
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, a plan of another attention, or if
     /// [`AttentionConfig::lse`] is set; [`Error::Stale`] if the plan's step is over; [`Error::Wgpu`].
-    pub fn attend<'p, 'e: 'p, 'q, 'o>(
+    pub fn attend<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         plan: &AttentionPlan,
         layer: u32,
-        q: impl Into<BufferRef<'q>>,
-        out: impl Into<BufferRef<'o>>,
+        q: impl Into<BufferRef<'a>>,
+        out: impl Into<BufferRef<'a>>,
     ) -> Result<()> {
         if self.config.lse {
             return Err(Error::argument("lse", "attend", "attend_with_lse, because the config asks for lse"));
@@ -233,14 +233,14 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Attention::attend`], and [`Error::Argument`] if [`AttentionConfig::lse`] is not set.
-    pub fn attend_with_lse<'p, 'e: 'p, 'q, 'o, 'l>(
+    pub fn attend_with_lse<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         plan: &AttentionPlan,
         layer: u32,
-        q: impl Into<BufferRef<'q>>,
-        out: impl Into<BufferRef<'o>>,
-        lse: impl Into<BufferRef<'l>>,
+        q: impl Into<BufferRef<'a>>,
+        out: impl Into<BufferRef<'a>>,
+        lse: impl Into<BufferRef<'a>>,
     ) -> Result<()> {
         if !self.config.lse {
             return Err(Error::argument("lse", false, "AttentionConfig::lse set, to write lse"));
@@ -250,7 +250,7 @@ impl Attention {
 
     fn attend_any(
         &self,
-        recorder: Recorder<'_, '_>,
+        recorder: Recorder<'_>,
         plan: &AttentionPlan,
         layer: u32,
         q: BufferRef<'_>,

@@ -9,7 +9,7 @@
 #[cfg(feature = "wgpu")]
 mod attention;
 #[cfg(feature = "wgpu")]
-pub mod cache;
+mod cache;
 mod error;
 #[cfg(any(feature = "model", feature = "save"))]
 mod files;

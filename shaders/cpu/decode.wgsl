@@ -2,75 +2,68 @@
 Attention with the lanes over head_dim and all query rows of the tile in registers. For decode the rows are the query heads of one KV
 head, so that each K and V element is read once.
 
-Per iteration every lane loads its own part of `step` K rows, once for all query rows, and gets a partial sum for each score
+Per iteration every lane loads its own part of `iter_keys` K rows, once for all query rows, and gets a partial sum for each score
 (row, key). Summing these across lanes also transposes them, so that lane i ends up with score i, and masks, bias and softmax
 are done for all scores at once. The weights then go back to all lanes, which add up their part of the V rows.
 
-Formats with scales never have their elements computed. With x = least + scale * code per row, a score is
-scale * (q . code) + least * sum(q), and an output sum(p * scale * code) + sum(p * least): the lane of a score applies both scales, and sums
-the last term up. Per channel, q takes the scales, and q . least is the same for all keys.
+Formats with scales never have their elements computed. With x = minimum + scale * code per row, a score is
+scale * (q . code) + minimum * sum(q), and an output sum(p * scale * code) + sum(p * minimum): the lane of a score applies both scales, and sums
+the last term up. Per channel, q takes the scales, and q . minimum is the same for all keys.
 
 tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES; 0 = this file's choice. It is 1 without
 subgroups.
 Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
 Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 #}
-{% set lanes = workgroup_size %}
-{% set rows = tile_q %}
-{% set step = (tile_kv or (4 if rows <= 4 else 2)) if subgroups else 1 %}
-{% set load_keys = 1 %}
-{% set load_lanes = lanes %}
+{% set g = geometry %}
 {% import "shared/cpu_kv.wgsl" as kv %}
-{% set k_vecs = kv.k_dims // 4 %}
-{% set v_vecs = kv.v_dims // 4 %}
-{% set k_loads = head_dim // kv.k_dims %}
-{% set v_loads = head_dim // kv.v_dims %}
-{% set k_rounds = (k_loads + lanes - 1) // lanes %}
-{% set v_rounds = (v_loads + lanes - 1) // lanes %}
-{% set scores = rows * step %}
-{% set vectors = (scores + lanes - 1) // lanes %}
-{% set lookups = 1 if block_size % step == 0 else step %}
-{% set row_scales = kv.k_row_scales or kv.v_row_scales %}
-{% set offsets = kv.k_row_scales or kv.k_channel_scales %}
+{% set row_scales = k_side.row_scales or v_side.row_scales %}
+{% set offsets = k_side.row_scales or k_side.channel_scales %}
 {# The weights that V's elements or codes are multiplied by. #}
-{% set weight = "pv" if kv.v_row_scales else "p" %}
+{% set weight = "pv" if v_side.row_scales else "p" %}
+{# Rows of V that the mask hides may hold NaN: 0 stands for their elements. Codes always are numbers. #}
+{% set screens = mask and not v_side.row_scales %}
 {% include "shared/cpu_bindings.wgsl" %}
 {% if not subgroups %}
 
-var<workgroup> partial_scores: array<vec4<f32>, {{ scores * lanes // 4 }}>;  // [score, lane/4]
-var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the least values, factor of the row
+var<workgroup> partial_scores: array<vec4<f32>, {{ g.partial_scores_len }}>;  // [score, lane/4]
+var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the minima, factor of the row
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
 {# A lane's part of a cache row: declares the variables `x`, one vec4<f32> per i. #}
-{% macro load_part(x, name, row, format, j, loads, vecs) %}
-{% if (j + 1) * lanes > loads %}
-            var {{ x }} = {{ kv.k_type if name == "k" else kv.v_type }}();
-            if lane < {{ loads - j * lanes }}u {
-                {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
+{% macro load_part(x, name, row, format, j, loads, vecs, seen="") %}
+{% if (j + 1) * g.lanes > loads %}
+            var {{ x }} = {{ g.k_type if name == "k" else g.v_type }}();
+            if (lane < {{ loads - j * g.lanes }}u) {
+                {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * g.lanes) }}lane);
             }
 {% else %}
-            let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * lanes) }}lane);
+            let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * g.lanes) }}lane);
 {% endif %}
 {% for i in range(vecs) %}
-            let {{ x }}_{{ i }} = {{ kv.widen(format, kv.k_type if name == "k" else kv.v_type, x, i) }};
+{% if seen %}
+            let {{ x }}_{{ i }} = select(vec4<f32>(), {{ kv.widen(format, g.k_type if name == "k" else g.v_type, x, i) }}, {{ seen }});
+{% else %}
+            let {{ x }}_{{ i }} = {{ kv.widen(format, g.k_type if name == "k" else g.v_type, x, i) }};
+{% endif %}
 {% endfor %}
 {% endmacro %}
 {# The value that the lane of score n holds in the per-score variable `name`, for all lanes. #}
 {% macro from_score(name, n) -%}
-    subgroupBroadcast({{ name }}{{ n // lanes }}, {{ n % lanes }}u)
+    subgroupBroadcast({{ name }}{{ n // g.lanes }}, {{ n % g.lanes }}u)
 {%- endmacro %}
 {# Index of the vec4 of q or out that belongs to a lane's part j, i. #}
 {% macro vec_idx(j, i, loads, vecs) -%}
-    {% if (j + 1) * lanes > loads %}min({{ plus(j * lanes) }}lane, {{ loads - 1 }}u){% elif j %}({{ j * lanes }}u + lane){% else %}lane{% endif %} * {{ vecs }}u{% if i %} + {{ i }}u{% endif %}
+    {% if (j + 1) * g.lanes > loads %}min({{ plus(j * g.lanes) }}lane, {{ loads - 1 }}u){% elif j %}({{ j * g.lanes }}u + lane){% else %}lane{% endif %} * {{ vecs }}u{% if i %} + {{ i }}u{% endif %}
 {%- endmacro %}
 {# Sums the partial scores z0, z1, ... of all lanes: lane i gets score v * LANES + i in the variable `result`{v}. #}
 {% macro sum_scores(result) %}
-{% for v in range(vectors) %}
+{% for v in range(g.vectors) %}
 {% if subgroups %}
         // Sum and transpose: each exchange halves the number of partial sums and doubles the lanes that they cover.
-{% set n = namespace(count=[scores - v * lanes, lanes] | min, at="z", first=v * lanes) %}
-{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
+{% set n = namespace(count=[g.scores - v * g.lanes, g.lanes] | min, at="z", first=v * g.lanes) %}
+{% for w in [1, 2, 4, 8, 16, 32, 64] if w < g.lanes %}
 {% set n.to = "z" ~ v ~ "_over" ~ 2 * w ~ "_" %}
 {% for i in range((n.count + 1) // 2) %}
 {% set a = n.at ~ (n.first + 2 * i) %}
@@ -83,18 +76,18 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 {% endfor %}
         {{ result }}{{ v }} = {{ n.at }}0;
 {% else %}
-{% for n in range(v * lanes, [scores, v * lanes + lanes] | min) %}
-        partial_scores[{{ plus(n * lanes // 4) }}lane / 4u][lane % 4u] = z{{ n }};
+{% for n in range(v * g.lanes, [g.scores, v * g.lanes + g.lanes] | min) %}
+        partial_scores[{{ plus(n * g.lanes // 4) }}lane / 4u][lane % 4u] = z{{ n }};
 {% endfor %}
 {% endif %}
 {% endfor %}
 {% if not subgroups %}
         workgroupBarrier();
-{% for v in range(vectors) %}
+{% for v in range(g.vectors) %}
         var parts{{ v }} = vec4<f32>();
-        if {{ plus(v * lanes) }}lane < {{ scores }}u {
-{% for i in range(lanes // 4) %}
-            parts{{ v }} += partial_scores[({{ plus(v * lanes) }}lane) * {{ lanes // 4 }}u + {{ i }}u];
+        if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
+{% for i in range(g.lanes // 4) %}
+            parts{{ v }} += partial_scores[({{ plus(v * g.lanes) }}lane) * {{ g.lanes // 4 }}u + {{ i }}u];
 {% endfor %}
         }
         {{ result }}{{ v }} = (parts{{ v }}.x + parts{{ v }}.y) + (parts{{ v }}.z + parts{{ v }}.w);
@@ -102,84 +95,81 @@ var<workgroup> weights: array<vec2<f32>, {{ scores }}>;  // [score]: weight of t
 {% endif %}
 {% endmacro %}
 
-@compute @workgroup_size({{ lanes }})
+@compute @workgroup_size({{ g.lanes }})
 fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% include "shared/cpu_item.wgsl" %}
 
     // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
-{% for r in range(rows) %}
-    let row{{ r }} = min({{ plus(r) }}row_start, last_row);
-    let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
-{% for j in range(k_rounds) %}{% for i in range(k_vecs) %}
-    {{ "var" if kv.k_channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, k_loads, k_vecs) }}] * params.qk_scale;
+{% for r in range(g.rows) %}
+    let row{{ r }} = min({{ plus(r) }}item.row_start, last_row);
+    let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+{% for j in range(g.k_rounds) %}{% for i in range(g.k_vecs) %}
+    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.k_loads, g.k_vecs) }}] * params.qk_scale;
 {% endfor %}{% endfor %}
-{% for j in range(v_rounds) %}{% for i in range(v_vecs) %}
+{% for j in range(g.v_rounds) %}{% for i in range(g.v_vecs) %}
     var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
 {% endfor %}{% endfor %}
 {% endfor %}
 
-    // What a lane needs to know about its scores: lane i of vector v has score v * LANES + i = row * STEP + key.
-{% if step > 1 %}
-    let score_key = lane % STEP;
+    // What a lane needs to know about its scores: lane i of vector v has score v * LANES + i = row * ITER_KEYS + key.
+{% if g.iter_keys > 1 %}
+    let score_key = lane % ITER_KEYS;
 {% else %}
     let score_key = 0u;
 {% endif %}
-{% for v in range(vectors) %}
-    let score_row{{ v }} = min(row_start + ({{ plus(v * lanes) }}lane) / STEP, last_row);
-    let score_pos{{ v }} = context_len + score_row{{ v }} / GROUP_SIZE;
+{% for v in range(g.vectors) %}
+    let score_row{{ v }} = min(item.row_start + ({{ plus(v * g.lanes) }}lane) / ITER_KEYS, last_row);
+    let score_pos{{ v }} = item.context_len + score_row{{ v }} / GROUP_SIZE;
 {% if alibi or sinks %}
-    let score_head{{ v }} = params.head_offset + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE;
+    let score_head{{ v }} = kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE;
 {% endif %}
 {% if alibi %}
-    let slope{{ v }} = bitcast<f32>(plan[score_head{{ v }}]);
+    let slope{{ v }} = head_slope(score_head{{ v }});
 {% endif %}
-{% if mask %}
-    let mask_row{{ v }} = plan[item + 8u] + score_row{{ v }} / GROUP_SIZE * plan[item + 9u];
-{% endif %}
-    var row_max{{ v }} = MAX_FLOOR;
+    var row_max{{ v }} = LOGIT_FLOOR;
     var row_sum{{ v }} = 0.0;
-{% if kv.v_row_scales %}
-    var row_least{{ v }} = 0.0;
+{% if v_side.row_scales %}
+    var row_minimum{{ v }} = 0.0;
 {% endif %}
 {% endfor %}
 
 {% if subgroups %}
-{% for w in [1, 2, 4, 8, 16, 32, 64] if w < lanes %}
+{% for w in [1, 2, 4, 8, 16, 32, 64] if w < g.lanes %}
     let swap{{ w }} = (lane & {{ w }}u) != 0u;
 {% endfor %}
 
 {% endif %}
 {% if offsets %}
-    // What the least values add to the scores of a row: {{ "sum(q), times that of the key's row" if kv.k_row_scales else "q . least, of the channels" }}.
-{% for v in range(vectors) %}
+    // What the minima add to the scores of a row: {{ "sum(q), times that of the key's row" if k_side.row_scales else "q . minimum, of the channels" }}.
+{% for v in range(g.vectors) %}
     var offset{{ v }} = 0.0;
 {% endfor %}
     {
-{% for r in range(rows) %}
-        var z{{ r * step }} = 0.0;
+{% for r in range(g.rows) %}
+        var z{{ r * g.iter_keys }} = 0.0;
 {% endfor %}
-{% for j in range(k_rounds) %}
-{% if (j + 1) * lanes > k_loads %}
-        if lane < {{ k_loads - j * lanes }}u {
+{% for j in range(g.k_rounds) %}
+{% if (j + 1) * g.lanes > g.k_loads %}
+        if (lane < {{ g.k_loads - j * g.lanes }}u) {
 {% else %}
         {
 {% endif %}
-{% for i in range(k_vecs) %}
-{% if kv.k_channel_scales %}
-            let least{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, k_loads, k_vecs) }}));
-            let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx(j, i, k_loads, k_vecs) }}));
+{% for i in range(g.k_vecs) %}
+{% if k_side.channel_scales %}
+            let minimum{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
+            let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
 {% endif %}
-{% for r in range(rows) %}
-            z{{ r * step }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "least" ~ i if kv.k_channel_scales else "vec4<f32>(1.0)" }});
-{% if kv.k_channel_scales %}
+{% for r in range(g.rows) %}
+            z{{ r * g.iter_keys }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "minimum" ~ i if k_side.channel_scales else "vec4<f32>(1.0)" }});
+{% if k_side.channel_scales %}
             q{{ r }}_{{ j }}_{{ i }} *= scale{{ i }};
 {% endif %}
 {% endfor %}
 {% endfor %}
         }
 {% endfor %}
-{% for r in range(rows) %}{% for t in range(1, step) %}
-        let z{{ r * step + t }} = z{{ r * step }};
+{% for r in range(g.rows) %}{% for t in range(1, g.iter_keys) %}
+        let z{{ r * g.iter_keys + t }} = z{{ r * g.iter_keys }};
 {% endfor %}{% endfor %}
 {{ sum_scores("offset") }}
 {%- if not subgroups %}
@@ -188,36 +178,36 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     }
 
 {% endif %}
-    for (var base = kv_begin{% if step > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
+    for (var base = item.kv_begin{% if g.iter_keys > 1 %} - item.kv_begin % ITER_KEYS{% endif %}; base < item.kv_end; base += ITER_KEYS) {
         // Cache rows of the keys. Keys outside the range are read as their nearest neighbour inside and get weight zero.
 {% if not subgroups %}
-        let cache_row0 = cache_row(table_offset, kv_head, base);
+        let cache_row0 = key_row(item, kv_head, base);
 {% else %}
         var looked_up = 0u;
-        if lane < {{ lookups }}u {
-            looked_up = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
+        if (lane < {{ g.lookups }}u) {
+            looked_up = key_row(item, kv_head, clamp(base + lane, item.kv_begin, item.kv_end - 1u));
         }
-{% for t in range(step) %}
-{% if lookups == step %}
+{% for t in range(g.iter_keys) %}
+{% if g.lookups == g.iter_keys %}
         let cache_row{{ t }} = subgroupBroadcast(looked_up, {{ t }}u);
 {% elif t == 0 %}
         let cache_row0 = subgroupBroadcast(looked_up, 0u);
-        let key0 = clamp(base, kv_begin, kv_end - 1u);
+        let key0 = clamp(base, item.kv_begin, item.kv_end - 1u);
 {% else %}
-        let cache_row{{ t }} = cache_row0 + clamp(base + {{ t }}u, kv_begin, kv_end - 1u) - key0;
+        let cache_row{{ t }} = cache_row0 + clamp(base + {{ t }}u, item.kv_begin, item.kv_end - 1u) - key0;
 {% endif %}
 {% endfor %}
 {% endif %}
 
-{% for t in range(step) %}
-{% for r in range(rows) %}
-        var z{{ r * step + t }} = 0.0;
+{% for t in range(g.iter_keys) %}
+{% for r in range(g.rows) %}
+        var z{{ r * g.iter_keys + t }} = 0.0;
 {% endfor %}
-{% for j in range(k_rounds) %}
+{% for j in range(g.k_rounds) %}
         {
-{{ load_part("k", "k", "cache_row" ~ t, k_format, j, k_loads, k_vecs) }}
-{%- for i in range(k_vecs) %}{% for r in range(rows) %}
-            z{{ r * step + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
+{{ load_part("k", "k", "cache_row" ~ t, k_format, j, g.k_loads, g.k_vecs) }}
+{%- for i in range(g.k_vecs) %}{% for r in range(g.rows) %}
+            z{{ r * g.iter_keys + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
 {% endfor %}{% endfor %}
         }
 {% endfor %}
@@ -225,12 +215,12 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 
         let key = base + score_key;
 {% if row_scales %}
-        // Scale and least value of the rows of this lane's key.
-{% for x, scaled in [("k", kv.k_row_scales), ("v", kv.v_row_scales)] if scaled %}
+        // Scale and minimum of the rows of this lane's key.
+{% for x, scaled in [("k", k_side.row_scales), ("v", v_side.row_scales)] if scaled %}
 {% if subgroups %}
         var loaded_{{ x }}_scale = vec2<f32>();
-        if lane < STEP {
-            loaded_{{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if lookups == step else "cache_row0 + clamp(base + lane, kv_begin, kv_end - 1u) - key0" }});
+        if (lane < ITER_KEYS) {
+            loaded_{{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if g.lookups == g.iter_keys else "cache_row0 + clamp(base + lane, item.kv_begin, item.kv_end - 1u) - key0" }});
         }
         let {{ x }}_scale = subgroupShuffle(loaded_{{ x }}_scale, score_key);
 {% else %}
@@ -239,85 +229,93 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% endif %}
 {{ sum_scores("var s") }}
-{%- for v in range(vectors) %}
-{% if kv.k_row_scales %}
+{%- for v in range(g.vectors) %}
+{% if k_side.row_scales %}
         s{{ v }} = s{{ v }} * k_scale.x + k_scale.y * offset{{ v }};
-{% elif kv.k_channel_scales %}
+{% elif k_side.channel_scales %}
         s{{ v }} += offset{{ v }};
 {% endif %}
 {% endfor %}
-{% for v in range(vectors) %}
-        let visible{{ v }} = key - kv_begin < kv_end - kv_begin
-            {%- if causal %} && key <= score_pos{{ v }}{% endif %}
-            {%- if window %} && key + params.window > score_pos{{ v }}{% endif %}
-            {%- if mask %} && (plan[mask_row{{ v }} + min(key, kv_end - 1u) / 32u] >> (key % 32u) & 1u) != 0u{% endif %};
+{% for v in range(g.vectors) %}
+        let visible{{ v }} = is_visible(item, key, score_pos{{ v }});
 {% if softcap %}
         s{{ v }} = params.softcap_log2e * tanh(clamp(s{{ v }}, -10.0, 10.0));
 {% endif %}
 {% if alibi %}
         s{{ v }} += slope{{ v }} * (f32(key) - f32(score_pos{{ v }}));
 {% endif %}
-        s{{ v }} = select(MAX_FLOOR, s{{ v }}, visible{{ v }});
+        s{{ v }} = select(LOGIT_FLOOR, s{{ v }}, visible{{ v }});
         var max{{ v }} = max(row_max{{ v }}, s{{ v }});
-{% for w in [1, 2, 4, 8, 16, 32] if w < step %}
+{% for w in [1, 2, 4, 8, 16, 32] if w < g.iter_keys %}
         max{{ v }} = max(max{{ v }}, subgroupShuffleXor(max{{ v }}, {{ w }}u));
 {% endfor %}
         let scale{{ v }} = exp2(row_max{{ v }} - max{{ v }});
         let p{{ v }} = select(0.0, exp2(s{{ v }} - max{{ v }}), visible{{ v }});
         row_max{{ v }} = max{{ v }};
         row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + p{{ v }};
-{% if kv.v_row_scales %}
+{% if v_side.row_scales %}
         // (What lies in a slot that is not visible may be NaN.)
         let pv{{ v }} = select(0.0, p{{ v }} * v_scale.x, visible{{ v }});
-        row_least{{ v }} = row_least{{ v }} * scale{{ v }} + select(0.0, p{{ v }} * v_scale.y, visible{{ v }});
+        row_minimum{{ v }} = row_minimum{{ v }} * scale{{ v }} + select(0.0, p{{ v }} * v_scale.y, visible{{ v }});
 {% endif %}
 {% endfor %}
 {% if subgroups %}
-{% for r in range(rows) %}
-        let scale_row{{ r }} = {{ from_score("scale", r * step) }};
-{% for t in range(step) %}
-        let p{{ r }}_{{ t }} = {{ from_score(weight, r * step + t) }};
+{% for r in range(g.rows) %}
+        let scale_row{{ r }} = {{ from_score("scale", r * g.iter_keys) }};
+{% for t in range(g.iter_keys) %}
+        let p{{ r }}_{{ t }} = {{ from_score(weight, r * g.iter_keys + t) }};
 {% endfor %}
 {% endfor %}
 {% else %}
-{% for v in range(vectors) %}
-        if {{ plus(v * lanes) }}lane < {{ scores }}u {
-            weights[{{ plus(v * lanes) }}lane] = vec2<f32>({{ weight }}{{ v }}, scale{{ v }});
+{% for v in range(g.vectors) %}
+        if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
+            weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ weight }}{{ v }}, scale{{ v }});
         }
 {% endfor %}
         workgroupBarrier();
-{% for r in range(rows) %}
+{% for r in range(g.rows) %}
         let weight{{ r }} = weights[{{ r }}u];
         let p{{ r }}_0 = weight{{ r }}.x;
         let scale_row{{ r }} = weight{{ r }}.y;
 {% endfor %}
 {% endif %}
 
-{% for j in range(v_rounds) %}
+{% if screens %}
+        // All rows are of one token and see the same keys.
+{% if subgroups %}
+        let seen0 = select(0u, 1u, visible0);
+{% for t in range(g.iter_keys) %}
+        let is_seen{{ t }} = {{ from_score("seen", t) }} == 1u;
+{% endfor %}
+{% else %}
+        let is_seen0 = visible0;
+{% endif %}
+{% endif %}
+{% for j in range(g.v_rounds) %}
         {
-{% for t in range(step) %}
-{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, v_loads, v_vecs) }}
+{% for t in range(g.iter_keys) %}
+{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, g.v_loads, g.v_vecs, "is_seen" ~ t if screens else "") }}
 {%- endfor %}
-{% for i in range(v_vecs) %}{% for r in range(rows) %}
-            sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(step) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};
+{% for i in range(g.v_vecs) %}{% for r in range(g.rows) %}
+            sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(g.iter_keys) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};
 {% endfor %}{% endfor %}
         }
 {% endfor %}
     }
 
     // Finish the rows: partial states go out as they are, whole rows are divided by their sums.
-{% for v in range(vectors) %}
-{% for w in [1, 2, 4, 8, 16, 32] if w < step %}
+{% for v in range(g.vectors) %}
+{% for w in [1, 2, 4, 8, 16, 32] if w < g.iter_keys %}
     row_sum{{ v }} += subgroupShuffleXor(row_sum{{ v }}, {{ w }}u);
-{% if kv.v_row_scales %}
-    row_least{{ v }} += subgroupShuffleXor(row_least{{ v }}, {{ w }}u);
+{% if v_side.row_scales %}
+    row_minimum{{ v }} += subgroupShuffleXor(row_minimum{{ v }}, {{ w }}u);
 {% endif %}
 {% endfor %}
-    let owner{{ v }} = score_key == 0u && row_start + ({{ plus(v * lanes) }}lane) / STEP <= last_row{% if scores % lanes and loop.last %} && {{ plus(v * lanes) }}lane < {{ scores }}u{% endif %};
+    let owner{{ v }} = score_key == 0u && item.row_start + ({{ plus(v * g.lanes) }}lane) / ITER_KEYS <= last_row{% if g.scores % g.lanes and loop.last %} && {{ plus(v * g.lanes) }}lane < {{ g.scores }}u{% endif %};
     var scale{{ v }} = 1.0;
-    if part_row == DIRECT {
+    if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
-        let sink = bitcast<f32>(plan[score_head{{ v }} + NUM_Q_HEADS]);
+        let sink = head_sink(score_head{{ v }});
         let max_with_sink = max(row_max{{ v }}, sink);
         scale{{ v }} = exp2(row_max{{ v }} - max_with_sink);
         row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + exp2(sink - max_with_sink);
@@ -325,45 +323,41 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
         scale{{ v }} = select(scale{{ v }} / row_sum{{ v }}, 0.0, row_sum{{ v }} == 0.0);
 {% if lse %}
-        if owner{{ v }} {
-            var lse_bits = 0xff800000u;  // -infinity
-            if row_sum{{ v }} != 0.0 {
-                lse_bits = bitcast<u32>((row_max{{ v }} + log2(row_sum{{ v }})) * LN_2);
-            }
-            lse[(query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = bitcast<f32>(lse_bits);
+        if (owner{{ v }}) {
+            lse[(item.query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = natural_lse(row_max{{ v }}, row_sum{{ v }});
         }
 {% endif %}
-    } else if owner{{ v }} {
-        partials[(part_row + kv_head * num_rows + score_row{{ v }}) * (ROW_VECS + 1u) + ROW_VECS] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
+    } else if (owner{{ v }}) {
+        partials[(item.part_row + kv_head * num_rows + score_row{{ v }}) * (HEAD_VEC4S + 1u) + HEAD_VEC4S] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
     }
 {% endfor %}
 {% if not subgroups %}
     workgroupBarrier();
-{% for v in range(vectors) %}
-    if {{ plus(v * lanes) }}lane < {{ scores }}u {
-        weights[{{ plus(v * lanes) }}lane] = vec2<f32>({{ "row_least%d"|format(v) if kv.v_row_scales else "0.0" }}, scale{{ v }});
+{% for v in range(g.vectors) %}
+    if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
+        weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ "row_minimum%d"|format(v) if v_side.row_scales else "0.0" }}, scale{{ v }});
     }
 {% endfor %}
     workgroupBarrier();
 {% endif %}
-{% for r in range(rows) %}
+{% for r in range(g.rows) %}
     {
-        let scale_row = {% if subgroups %}{{ from_score("scale", r * step) }}{% else %}weights[{{ r }}u].y{% endif %};
-{% if kv.v_row_scales %}
-        let least_row = {% if subgroups %}{{ from_score("row_least", r * step) }}{% else %}weights[{{ r }}u].x{% endif %};
+        let scale_row = {% if subgroups %}{{ from_score("scale", r * g.iter_keys) }}{% else %}weights[{{ r }}u].y{% endif %};
+{% if v_side.row_scales %}
+        let minimum_row = {% if subgroups %}{{ from_score("row_minimum", r * g.iter_keys) }}{% else %}weights[{{ r }}u].x{% endif %};
 {% endif %}
-{% for j in range(v_rounds) %}
-        if {% if (j + 1) * lanes > v_loads %}lane < {{ v_loads - j * lanes }}u && {% endif %}{{ plus(r) }}row_start <= last_row {
-{% for i in range(v_vecs) %}
-            let result{{ i }} = {{ "(sum%d_%d_%d + least_row)"|format(r, j, i) if kv.v_row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
+{% for j in range(g.v_rounds) %}
+        if ({% if (j + 1) * g.lanes > g.v_loads %}lane < {{ g.v_loads - j * g.lanes }}u && {% endif %}{{ plus(r) }}item.row_start <= last_row) {
+{% for i in range(g.v_vecs) %}
+            let result{{ i }} = {{ "(sum%d_%d_%d + minimum_row)"|format(r, j, i) if v_side.row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
 {% endfor %}
-            if part_row == DIRECT {
-{% for i in range(v_vecs) %}
-                out[q_row{{ r }} * ROW_VECS + {{ vec_idx(j, i, v_loads, v_vecs) }}] = result{{ i }};
+            if (item.part_row == NO_PARTIAL) {
+{% for i in range(g.v_vecs) %}
+                out[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
 {% endfor %}
             } else {
-{% for i in range(v_vecs) %}
-                partials[(part_row + kv_head * num_rows + row{{ r }}) * (ROW_VECS + 1u) + {{ vec_idx(j, i, v_loads, v_vecs) }}] = result{{ i }};
+{% for i in range(g.v_vecs) %}
+                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u) + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
 {% endfor %}
             }
         }

@@ -1,7 +1,7 @@
 {#
 Attention of many query rows, one row per lane and register set: lane i of the workgroup's one subgroup has rows i, i + LANES, ... of
-the tile. A load costs per lane and component (see shared/cpu_kv.wgsl), so the lanes load different parts of the K and V rows of a
-step, and each part reaches the other lanes by subgroupBroadcast.
+the tile. A load costs per lane and component (see shared/cpu_kv.wgsl), so the lanes load different parts of the K and V rows of an
+iteration, and each part reaches the other lanes by subgroupBroadcast.
 
 A larger tile shares each load among more rows; more keys per iteration save rescaling of the sums and llvmpipe's masking of all
 loop-carried variables. The price is JIT time, as all is unrolled: tile_q * head_dim = 4096 with two keys takes some 1.5 s, and twice
@@ -9,52 +9,62 @@ that tile is up to 1.4 times as fast and takes 3 s.
 
 Scales are applied as in cpu/decode.wgsl: to scores and weights, or to q.
 
+A row of V may hold NaN or infinity and be hidden from some rows of the tile only, for whom its weight 0 would make NaN of it. So such
+elements count as 0; if there were any, a second pass over the keys adds something huge in their place to the rows that see them, with
+zero queries, so that all weights are 1 or 0. (On adapters whose branches don't skip anything, this costs minimum: a few instructions per
+element that a lane loads.)
+
 Without subgroups every lane loads the whole K and V rows itself: for few lanes that is cheaper than barriers and workgroup memory.
 
 tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 0 = this file's choice.
 It is 1 without subgroups.
-Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1 + head_dim / 2.
+Iterations per invocation: 2 * (ceil((kv_end - kv_begin) / tile_kv) + 2 + head_dim / 4) + head_dim / 4.
 Workgroup memory: none.
 #}
-{% set lanes = workgroup_size %}
-{% set rows = tile_q // lanes %}
-{% set step = (tile_kv or 2) if subgroups else 1 %}
-{% set load_keys = step %}
-{% set load_lanes = lanes if subgroups else 1 %}
+{% set g = geometry %}
+{% set vecs = g.vecs %}
 {% import "shared/cpu_kv.wgsl" as kv %}
-{% set vecs = head_dim // 4 %}
-{% set k_vecs = kv.k_dims // 4 %}
-{% set v_vecs = kv.v_dims // 4 %}
-{% set k_loads = head_dim // kv.k_dims %}
-{% set v_loads = head_dim // kv.v_dims %}
-{% set lookups = 1 if block_size % step == 0 else step %}
-{% set row_scales = kv.k_row_scales or kv.v_row_scales %}
-{% set offsets = kv.k_row_scales or kv.k_channel_scales %}
+{% set row_scales = k_side.row_scales or v_side.row_scales %}
+{% set offsets = k_side.row_scales or k_side.channel_scales %}
 {# The weights that V's elements or codes are multiplied by. #}
-{% set weight = "pv" if kv.v_row_scales else "p" %}
-{# Rows whose scores are summed together: some 8 sums fit the registers beside their operands. #}
-{% set row_block = [8 // step, 1] | max if subgroups else rows %}
+{% set weight = "pv" if v_side.row_scales else "p" %}
 {% include "shared/cpu_bindings.wgsl" %}
+{% if g.screens %}
+
+const EXPONENT: vec4<u32> = vec4<u32>(0x7f800000u);  // all of it is set in infinities and NaN
+
+// Four elements of V, and `instead` in place of those that are no numbers. `keep`: bits of the others.
+fn screen(v: vec4<f32>, keep: u32, instead: f32) -> vec4<f32> {
+    let bits = bitcast<vec4<u32>>(v);
+    return select(bitcast<vec4<f32>>(bits & vec4<u32>(keep)), vec4<f32>(instead), (bits & EXPONENT) == EXPONENT);
+}
+{% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
-{# Loads the rows of all keys of a step, spread over lanes and rounds: declares x{round}_{i}. #}
+{# Loads the rows of all keys of an iteration, spread over lanes and rounds: declares x{round}_{i}. #}
 {% macro load_rows(x, type, format, loads, vecs) %}
-{% for j in range((step * loads + lanes - 1) // lanes) %}
-{% if lookups == step %}
+{% for j in range(g.k_rounds if x == "k" else g.v_rounds) %}
+{% if g.lookups == g.iter_keys %}
         let {{ x }}_row{{ j }} = subgroupShuffle(looked_up, {{ x }}_key{{ j }});
 {% else %}
-        let {{ x }}_row{{ j }} = block_row + clamp(base + {{ x }}_key{{ j }}, kv_begin, kv_end - 1u) - first_key;
+        let {{ x }}_row{{ j }} = block_row + clamp(base + {{ x }}_key{{ j }}, item.kv_begin, item.kv_end - 1u) - first_key;
 {% endif %}
-{% if (j + 1) * lanes > step * loads %}
+{% if (j + 1) * g.lanes > g.iter_keys * loads %}
         var {{ x }}{{ j }} = {{ type }}();
-        if lane < {{ step * loads - j * lanes }}u {
+        if (lane < {{ g.iter_keys * loads - j * g.lanes }}u) {
             {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
         }
 {% else %}
         let {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
 {% endif %}
 {% for i in range(vecs) %}
+{% if g.screens and x == "v" %}
+        let raw_{{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
+        let {{ x }}{{ j }}_{{ i }} = screen(raw_{{ x }}{{ j }}_{{ i }}, keep, instead);
+        exponents = max(exponents, bitcast<vec4<u32>>(raw_{{ x }}{{ j }}_{{ i }}) & EXPONENT);
+{% else %}
         let {{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
+{% endif %}
 {% endfor %}
 {% endfor %}
 {% endmacro %}
@@ -62,37 +72,34 @@ Workgroup memory: none.
 {% macro all_lanes(x, t, e, format, loads, vecs) -%}
     {%- if subgroups -%}
     {%- set part = t * loads + e // vecs -%}
-    subgroupBroadcast({{ x }}{{ part // lanes }}_{{ e % vecs }}, {{ part % lanes }}u)
+    subgroupBroadcast({{ x }}{{ part // g.lanes }}_{{ e % vecs }}, {{ part % g.lanes }}u)
     {%- else -%}
-    {{ kv.widen(format, kv.k_type if x == "k" else kv.v_type, x ~ "_element(block_row, " ~ e // vecs ~ "u)", e % vecs) }}
+    {{ kv.widen(format, g.k_type if x == "k" else g.v_type, x ~ "_element(block_row, " ~ e // vecs ~ "u)", e % vecs) }}
     {%- endif -%}
 {%- endmacro %}
 
-@compute @workgroup_size({{ lanes }})
+@compute @workgroup_size({{ g.lanes }})
 fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% include "shared/cpu_item.wgsl" %}
 
     // This lane's rows; those beyond the tile repeat its last one and are not stored.
-{% for r in range(rows) %}
-    let row{{ r }} = min(row_start + {{ plus(r * lanes) }}lane, last_row);
-    let pos{{ r }} = context_len + row{{ r }} / GROUP_SIZE;
-    let q_row{{ r }} = (query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+{% for r in range(g.rows) %}
+    let row{{ r }} = min(item.row_start + {{ plus(r * g.lanes) }}lane, last_row);
+    let pos{{ r }} = item.context_len + row{{ r }} / GROUP_SIZE;
+    let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% if alibi or sinks %}
-    let head_param{{ r }} = params.head_offset + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+    let q_head{{ r }} = kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% endif %}
 {% if alibi %}
-    let slope{{ r }} = bitcast<f32>(plan[head_param{{ r }}]);
+    {{ "var" if g.screens else "let" }} slope{{ r }} = head_slope(q_head{{ r }});
 {% endif %}
-{% if mask %}
-    let mask_row{{ r }} = plan[item + 8u] + row{{ r }} / GROUP_SIZE * plan[item + 9u];
-{% endif %}
-    var max{{ r }} = MAX_FLOOR;
+    var max{{ r }} = LOGIT_FLOOR;
     var sum{{ r }} = 0.0;
 {% if offsets %}
-    var offset{{ r }} = 0.0;  // what the least values add to scores: {{ "sum(q), times that of the key's row" if kv.k_row_scales else "q . least, of the channels" }}
+    var offset{{ r }} = 0.0;  // what the minima add to scores: {{ "sum(q), times that of the key's row" if k_side.row_scales else "q . minimum, of the channels" }}
 {% endif %}
-{% if kv.v_row_scales %}
-    var least{{ r }} = 0.0;
+{% if v_side.row_scales %}
+    var minimum{{ r }} = 0.0;
 {% endif %}
 {% for e in range(vecs) %}
     var q{{ r }}_{{ e }} = vec4<f32>();
@@ -102,58 +109,69 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
     // A load or store compiles to much code, and registers can't be indexed: so one load per row in a loop that shifts the registers.
     // (The bound hides its value, or the compiler would unroll the loop.)
-    let row_vecs = select(ROW_VECS, 0u, query_len == 0u);
-    for (var e = 0u; e < row_vecs; e++) {
-{% if kv.k_channel_scales %}
-        let channel_scale = k_channels(0u, kv_head, 4u * e);
-        let channel_least = k_channels(1u, kv_head, 4u * e);
+    let row_vecs = select(HEAD_VEC4S, 0u, item.query_len == 0u);
+{% if g.screens %}
+    var qk_scale = params.qk_scale;
+    var keep = 0xffffffffu;
+    var instead = 0.0;
+    var exponents = vec4<u32>();  // the largest in V
+{% for r in range(g.rows) %}
+    var row_max{{ r }} = LOGIT_FLOOR;
+    var row_sum{{ r }} = 0.0;
+{% endfor %}
+    loop {
 {% endif %}
-{% for r in range(rows) %}
+    for (var e = 0u; e < row_vecs; e++) {
+{% if k_side.channel_scales %}
+        let channel_scale = k_channels(0u, kv_head, 4u * e);
+        let channel_minimum = k_channels(1u, kv_head, 4u * e);
+{% endif %}
+{% for r in range(g.rows) %}
 {% for e in range(vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
-        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * ROW_VECS + e] * params.qk_scale;
-{% if kv.k_channel_scales %}
-        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, channel_least);
+        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * HEAD_VEC4S + e] * {{ "qk_scale" if g.screens else "params.qk_scale" }};
+{% if k_side.channel_scales %}
+        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, channel_minimum);
         q{{ r }}_{{ vecs - 1 }} *= channel_scale;
-{% elif kv.k_row_scales %}
+{% elif k_side.row_scales %}
         offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, vec4<f32>(1.0));
 {% endif %}
 {% endfor %}
     }
 
 {% if subgroups %}
-    // What this lane loads of the K and V rows of a step: which key, and which part of its row, in each round of loads.
-{% for x, loads in [("k", k_loads), ("v", v_loads)] %}
-{% for j in range((step * loads + lanes - 1) // lanes) %}
-    let {{ x }}_key{{ j }} = min(({{ plus(j * lanes) }}lane) / {{ loads }}u, STEP - 1u);
-    let {{ x }}_part{{ j }} = ({{ plus(j * lanes) }}lane) % {{ loads }}u;
+    // What this lane loads of the K and V rows of an iteration: which key, and which part of its row, in each round of loads.
+{% for x, loads in [("k", g.k_loads), ("v", g.v_loads)] %}
+{% for j in range(g.k_rounds if x == "k" else g.v_rounds) %}
+    let {{ x }}_key{{ j }} = min(({{ plus(j * g.lanes) }}lane) / {{ loads }}u, ITER_KEYS - 1u);
+    let {{ x }}_part{{ j }} = ({{ plus(j * g.lanes) }}lane) % {{ loads }}u;
 {% endfor %}
 {% endfor %}
 
 {% endif %}
-    for (var base = kv_begin{% if step > 1 %} - kv_begin % STEP{% endif %}; base < kv_end; base += STEP) {
+    for (var base = item.kv_begin{% if g.iter_keys > 1 %} - item.kv_begin % ITER_KEYS{% endif %}; base < item.kv_end; base += ITER_KEYS) {
         // Cache rows of the keys. Keys outside the range are read as their nearest neighbour inside and get weight zero.
 {% if not subgroups %}
-        let block_row = cache_row(table_offset, kv_head, base);
+        let block_row = key_row(item, kv_head, base);
 {% else %}
         var looked_up = 0u;
-        if lane < {{ lookups }}u {
-            looked_up = cache_row(table_offset, kv_head, clamp(base + lane, kv_begin, kv_end - 1u));
+        if (lane < {{ g.lookups }}u) {
+            looked_up = key_row(item, kv_head, clamp(base + lane, item.kv_begin, item.kv_end - 1u));
         }
-{% if lookups < step %}
+{% if g.lookups < g.iter_keys %}
         let block_row = subgroupBroadcast(looked_up, 0u);
-        let first_key = clamp(base, kv_begin, kv_end - 1u);
+        let first_key = clamp(base, item.kv_begin, item.kv_end - 1u);
 {% endif %}
 {% endif %}
-{% for x, scaled in [("k", kv.k_row_scales), ("v", kv.v_row_scales)] if scaled %}
-        // Scale and least value of {{ x|upper }}'s row of each key.
+{% for x, scaled in [("k", k_side.row_scales), ("v", v_side.row_scales)] if scaled %}
+        // Scale and minimum of {{ x|upper }}'s row of each key.
 {% if subgroups %}
         var {{ x }}_scale = vec2<f32>();
-        if lane < STEP {
-            {{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if lookups == step else "block_row + clamp(base + lane, kv_begin, kv_end - 1u) - first_key" }});
+        if (lane < ITER_KEYS) {
+            {{ x }}_scale = {{ x }}_row_scale({{ "looked_up" if g.lookups == g.iter_keys else "block_row + clamp(base + lane, item.kv_begin, item.kv_end - 1u) - first_key" }});
         }
-{% for t in range(step) %}
+{% for t in range(g.iter_keys) %}
         let {{ x }}_scale{{ t }} = subgroupBroadcast({{ x }}_scale, {{ t }}u);
 {% endfor %}
 {% else %}
@@ -163,17 +181,17 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 
         // Scores.
 {% if subgroups %}
-{{ load_rows("k", kv.k_type, k_format, k_loads, k_vecs) }}
+{{ load_rows("k", g.k_type, k_format, g.k_loads, g.k_vecs) }}
 {%- endif %}
-{% for r in range(rows) %}{% for t in range(step) %}
+{% for r in range(g.rows) %}{% for t in range(g.iter_keys) %}
         var s{{ r }}_{{ t }} = 0.0;
 {% endfor %}{% endfor %}
-{% for first in range(0, rows, row_block) %}
+{% for first in range(0, g.rows, g.row_block) %}
 {% for e in range(vecs) %}
         {
-{% for t in range(step) %}
-            let k_{{ t }} = {{ all_lanes("k", t, e, k_format, k_loads, k_vecs) }};
-{% for r in range(first, [first + row_block, rows] | min) %}
+{% for t in range(g.iter_keys) %}
+            let k_{{ t }} = {{ all_lanes("k", t, e, k_format, g.k_loads, g.k_vecs) }};
+{% for r in range(first, [first + g.row_block, g.rows] | min) %}
             s{{ r }}_{{ t }} += dot(q{{ r }}_{{ e }}, k_{{ t }});
 {% endfor %}
 {% endfor %}
@@ -181,21 +199,17 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endfor %}
 {% endfor %}
 
-        // Weights: one running max and one rescaling per row and step.
-{% for t in range(step) %}
+        // Weights: one running max and one rescaling per row and iteration.
+{% for t in range(g.iter_keys) %}
         let key{{ t }} = {{ plus(t) }}base;
-        let in_range{{ t }} = key{{ t }} - kv_begin < kv_end - kv_begin;
 {% endfor %}
-{% for r in range(rows) %}
+{% for r in range(g.rows) %}
         var new_max{{ r }} = max{{ r }};
-{% for t in range(step) %}
-        let visible{{ r }}_{{ t }} = in_range{{ t }}
-            {%- if causal %} && key{{ t }} <= pos{{ r }}{% endif %}
-            {%- if window %} && key{{ t }} + params.window > pos{{ r }}{% endif %}
-            {%- if mask %} && (plan[mask_row{{ r }} + min(key{{ t }}, kv_end - 1u) / 32u] >> (key{{ t }} % 32u) & 1u) != 0u{% endif %};
-{% if kv.k_row_scales %}
+{% for t in range(g.iter_keys) %}
+        let visible{{ r }}_{{ t }} = is_visible(item, key{{ t }}, pos{{ r }});
+{% if k_side.row_scales %}
         s{{ r }}_{{ t }} = s{{ r }}_{{ t }} * k_scale{{ t }}.x + k_scale{{ t }}.y * offset{{ r }};
-{% elif kv.k_channel_scales %}
+{% elif k_side.channel_scales %}
         s{{ r }}_{{ t }} += offset{{ r }};
 {% endif %}
 {% if softcap %}
@@ -204,52 +218,91 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% if alibi %}
         s{{ r }}_{{ t }} += slope{{ r }} * (f32(key{{ t }}) - f32(pos{{ r }}));
 {% endif %}
-        s{{ r }}_{{ t }} = select(MAX_FLOOR, s{{ r }}_{{ t }}, visible{{ r }}_{{ t }});
+        s{{ r }}_{{ t }} = select(LOGIT_FLOOR, s{{ r }}_{{ t }}, visible{{ r }}_{{ t }});
         new_max{{ r }} = max(new_max{{ r }}, s{{ r }}_{{ t }});
 {% endfor %}
         let scale{{ r }} = exp2(max{{ r }} - new_max{{ r }});
         max{{ r }} = new_max{{ r }};
         sum{{ r }} *= scale{{ r }};
-{% if kv.v_row_scales %}
-        least{{ r }} *= scale{{ r }};
+{% if v_side.row_scales %}
+        minimum{{ r }} *= scale{{ r }};
 {% endif %}
-{% for t in range(step) %}
+{% for t in range(g.iter_keys) %}
         let p{{ r }}_{{ t }} = select(0.0, exp2(s{{ r }}_{{ t }} - new_max{{ r }}), visible{{ r }}_{{ t }});
         sum{{ r }} += p{{ r }}_{{ t }};
-{% if kv.v_row_scales %}
+{% if v_side.row_scales %}
         // (What lies in a slot that is not visible may be NaN.)
         let pv{{ r }}_{{ t }} = select(0.0, p{{ r }}_{{ t }} * v_scale{{ t }}.x, visible{{ r }}_{{ t }});
-        least{{ r }} += select(0.0, p{{ r }}_{{ t }} * v_scale{{ t }}.y, visible{{ r }}_{{ t }});
+        minimum{{ r }} += select(0.0, p{{ r }}_{{ t }} * v_scale{{ t }}.y, visible{{ r }}_{{ t }});
 {% endif %}
 {% endfor %}
 {% endfor %}
 
         // Weighted sum of values.
 {% if subgroups %}
-{{ load_rows("v", kv.v_type, v_format, v_loads, v_vecs) }}
+{{ load_rows("v", g.v_type, v_format, g.v_loads, g.v_vecs) }}
 {%- endif %}
-{% for first in range(0, rows, row_block) %}
+{% for first in range(0, g.rows, g.row_block) %}
 {% for e in range(vecs) %}
         {
-{% for t in range(step) %}
-            let v_{{ t }} = {{ all_lanes("v", t, e, v_format, v_loads, v_vecs) }};
+{% for t in range(g.iter_keys) %}
+{% if g.screens and not subgroups %}
+            let raw_v_{{ t }} = {{ all_lanes("v", t, e, v_format, g.v_loads, g.v_vecs) }};
+            let v_{{ t }} = screen(raw_v_{{ t }}, keep, instead);
+            exponents = max(exponents, bitcast<vec4<u32>>(raw_v_{{ t }}) & EXPONENT);
+{% else %}
+            let v_{{ t }} = {{ all_lanes("v", t, e, v_format, g.v_loads, g.v_vecs) }};
+{% endif %}
 {% endfor %}
-{% for r in range(first, [first + row_block, rows] | min) %}
-            o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(step) %} + {{ weight }}{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
+{% for r in range(first, [first + g.row_block, g.rows] | min) %}
+            o{{ r }}_{{ e }} = o{{ r }}_{{ e }} * scale{{ r }}{% for t in range(g.iter_keys) %} + {{ weight }}{{ r }}_{{ t }} * v_{{ t }}{% endfor %};
 {% endfor %}
         }
 {% endfor %}
 {% endfor %}
     }
 
+{% if g.screens %}
+        let is_last = instead > 0.0 || !{{ "subgroupAny" if subgroups else "" }}(any(exponents == EXPONENT));
+        if (instead == 0.0) {
+{% for r in range(g.rows) %}
+            row_max{{ r }} = max{{ r }};
+            row_sum{{ r }} = sum{{ r }};
+{% endfor %}
+        }
+        if (is_last) {
+            break;
+        }
+        // The first visible key of a row, whose logit is 0, divides its sums by 4: times 4 at the end, they are what they were, or overflow.
+        qk_scale = 0.0;
+        keep = 0u;
+        instead = 3.4e38;
+{% for r in range(g.rows) %}
+        max{{ r }} = -2.0;
+{% if alibi %}
+        slope{{ r }} = 0.0;
+{% endif %}
+{% if offsets %}
+        offset{{ r }} = 0.0;
+{% endif %}
+{% endfor %}
+    }
+{% for r in range(g.rows) %}
+    max{{ r }} = row_max{{ r }};
+    sum{{ r }} = row_sum{{ r }};
+{% endfor %}
+    let restore = select(1.0, 4.0, instead > 0.0);
+    let nan_bit = select(0u, 0x00400000u, instead > 0.0);
+
+{% endif %}
     // Partial states go out as they are, whole rows are divided by their sums.
-{% for r in range(rows) %}
-    let live{{ r }} = row_start + {{ plus(r * lanes) }}lane <= last_row;
-    let part{{ r }} = (part_row + kv_head * num_rows + row{{ r }}) * (ROW_VECS + 1u);
+{% for r in range(g.rows) %}
+    let live{{ r }} = item.row_start + {{ plus(r * g.lanes) }}lane <= last_row;
+    let part{{ r }} = (item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u);
     var scale{{ r }} = 1.0;
-    if part_row == DIRECT {
+    if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
-        let sink = bitcast<f32>(plan[head_param{{ r }} + NUM_Q_HEADS]);
+        let sink = head_sink(q_head{{ r }});
         let max_with_sink = max(max{{ r }}, sink);
         scale{{ r }} = exp2(max{{ r }} - max_with_sink);
         sum{{ r }} = sum{{ r }} * scale{{ r }} + exp2(sink - max_with_sink);
@@ -257,24 +310,26 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endif %}
         scale{{ r }} = select(scale{{ r }} / sum{{ r }}, 0.0, sum{{ r }} == 0.0);
 {% if lse %}
-        if live{{ r }} {
-            var lse_bits = 0xff800000u;  // -infinity
-            if sum{{ r }} != 0.0 {
-                lse_bits = bitcast<u32>((max{{ r }} + log2(sum{{ r }})) * LN_2);
-            }
-            lse[q_row{{ r }}] = bitcast<f32>(lse_bits);
+        if (live{{ r }}) {
+            lse[q_row{{ r }}] = natural_lse(max{{ r }}, sum{{ r }});
         }
 {% endif %}
-    } else if live{{ r }} {
-        partials[part{{ r }} + ROW_VECS] = vec4<f32>(max{{ r }}, sum{{ r }}, 0.0, 0.0);
+    } else if (live{{ r }}) {
+        partials[part{{ r }} + HEAD_VEC4S] = vec4<f32>(max{{ r }}, sum{{ r }}, 0.0, 0.0);
     }
 {% endfor %}
     for (var e = 0u; e < row_vecs; e++) {
-{% for r in range(rows) %}
-        if live{{ r }} {
-            let result = {{ "(o%d_0 + least%d)"|format(r, r) if kv.v_row_scales else "o%d_0"|format(r) }} * scale{{ r }};
-            if part_row == DIRECT {
-                out[q_row{{ r }} * ROW_VECS + e] = result;
+{% for r in range(g.rows) %}
+        if (live{{ r }}) {
+{% if g.screens %}
+            // Where something huge was added stands NaN.
+            let bits = bitcast<vec4<u32>>(o{{ r }}_0 * restore * scale{{ r }});
+            let result = bitcast<vec4<f32>>(bits | select(vec4<u32>(), vec4<u32>(nan_bit), (bits & EXPONENT) == EXPONENT));
+{% else %}
+            let result = {{ "(o%d_0 + minimum%d)"|format(r, r) if v_side.row_scales else "o%d_0"|format(r) }} * scale{{ r }};
+{% endif %}
+            if (item.part_row == NO_PARTIAL) {
+                out[q_row{{ r }} * HEAD_VEC4S + e] = result;
             } else {
                 partials[part{{ r }} + e] = result;
             }

@@ -1,51 +1,22 @@
-{% from "shared/gpu_kv.wgsl" import kv_element, place_functions %}
+{% from "shared/gpu_kv.wgsl" import kv_element %}
 {% import "shared/kv_side.wgsl" as sides %}
-{# ---- How the work is cut; Rust chooses workgroup_size and tile_kv (multiple of 4). ---- #}
-{# K in the widest elements that a row has two or more of, up to 16 bytes. #}
-{% set k_bits = 8 * k_side.row_bytes // head_dim %}
-{% set k_dims = 32 if k_bits == 4 and head_dim % 32 == 0 and head_dim > 32 else 16 if k_bits <= 8 and head_dim % 16 == 0 and head_dim > 16 else 8 if k_bits <= 16 else 4 %}
-{# 8 dims per invocation double its sums: with many heads, V is read in narrower elements. #}
-{% set v_dims = 8 if v_format != "f32" and group_size <= 2 else 4 %}
-{# 4 dims of int4 are half a word: two invocations read the same one. #}
-{% set v_halves = v_format == "int4" and v_dims == 4 %}
+{% set g = geometry %}
+{# Rows of V that the mask hides may hold NaN: 0 stands for their elements, or for their scale. #}
+{% set screens = g.seen_len > 0 %}
 {# Scales per row: of K they are applied to sums, of V to weights. Scales per channel: the query takes them. #}
 {% set k_row_scales = k_side.row_scales %}
 {% set v_row_scales = v_side.row_scales %}
 {% set k_channel_scales = k_side.channel_scales %}
 {% set k_affine = k_row_scales or k_channel_scales %}
 {% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
-{% set k_row = head_dim // k_dims %}
-{% set v_row = head_dim // v_dims %}
-{% set quads = tile_kv // 4 %}
-{# Scores: `lanes` invocations per key, as few as keep all of them busy, but at least 64 bytes wide. #}
-{% set lanes = 1 if k_row < 2 else 2 if k_row < 3 else 4 if k_row < 8 or workgroup_size < 8 * tile_kv else 8 %}
-{% set key_slots = workgroup_size // lanes %}
-{% set keys_per_lane = [1, tile_kv // key_slots]|max %}
-{% set chunks = (k_row + lanes - 1) // lanes %}
-{# Neighbours that add their parts of a score by shuffles: any subgroup has at least 4 invocations. #}
-{% set known_lanes = subgroup_size if subgroup_size > 0 else 4 %}
-{% set butterfly = ([lanes, known_lanes]|min) if subgroups else 1 %}
-{% set writers = [butterfly, 4]|min %}
-{% set parts = lanes // butterfly %}
-{# Values: `streams` sets of invocations, each over its own quads of keys. #}
-{% set fit = [workgroup_size // v_row, workgroup_size // group_size, quads]|min %}
-{% set streams = 32 if fit >= 32 else 16 if fit >= 16 else 8 if fit >= 8 else 4 if fit >= 4 else 2 if fit >= 2 else 1 %}
-{% set stream_quads = quads // streams %}
-{% set value_lanes = streams * v_row %}
-{# Merge: heads whose sums go through workgroup memory at once. #}
-{% set head_sums = streams * head_dim // 4 %}
-{% set q_len = group_size * chunks * lanes * k_dims // 4 %}
-{% set merge_heads = [group_size, [1, q_len // head_sums]|max]|min %}
-{# Lanes that read vec4s of the query 16 words or more apart would share their banks; up to 8 apart, 4 lanes have banks of their own. #}
-{% set q_turned = k_dims > 8 and lanes > 1 %}
-{% set k_parts = range(0, k_dims, 4) %}
-{% set v_parts = range(0, v_dims, 4) %}
+{% set k_parts = range(0, g.k_dims, 4) %}
+{% set v_parts = range(0, g.v_dims, 4) %}
 // Decode attention for GPUs: one query token per sequence, over a paged KV cache.
 //
 // A workgroup serves one work item (a range of keys) for one KV head and all the query heads that
 // share it, so each element of K and V is read once. Keys pass in tiles of TILE_KV. In a tile
 //   - scores: LANES neighbouring invocations read one key side by side and multiply it with all heads;
-//   - softmax: one invocation per head and stream turns logits to weights. A stream is every
+//   - softmax: one invocation per head and stream makes weights of logits. A stream is every
 //     STREAMS-th quad (4 keys), and has its own running maximum until the end;
 //   - values: V_ROW neighbouring invocations per stream read its values side by side.
 // K of the next tile is on its way during softmax and values, V of this tile during scores, and the
@@ -56,43 +27,47 @@
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV), and at most 300 to begin and end.
 
-{{ kv_element(k_side, k_dims, head_dim) }}
-{{ kv_element(v_side, v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
-{{ place_functions(sides, v_side, [v_side.row_bytes * v_dims // head_dim, 4]|max) }}
+{{ sides.place_functions(v_side, [v_side.row_bytes * g.v_dims // head_dim, 4]|max) }}
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const TILE_KV: u32 = {{ tile_kv }}u;
-const QUADS: u32 = {{ quads }}u;
+const QUADS: u32 = {{ g.quads }}u;
 // Invocations per key, and keys that all of them take at a time.
-const LANES: u32 = {{ lanes }}u;
-const KEY_SLOTS: u32 = {{ key_slots }}u;
+const LANES: u32 = {{ g.lanes }}u;
+const KEY_SLOTS: u32 = {{ g.key_slots }}u;
 // vec4s of a query row, padded so that every lane has the same number of elements.
-const Q_ROW: u32 = {{ chunks * lanes * k_dims // 4 }}u;
+const Q_ROW: u32 = {{ g.q_row }}u;
 // Neighbouring lanes that add up their parts of a score by shuffles, and the parts left then.
-const BUTTERFLY: u32 = {{ butterfly }}u;
+const BUTTERFLY: u32 = {{ g.butterfly }}u;
 // Row of logits of a head, padded against bank conflicts between heads.
-const LOGITS_ROW: u32 = {{ tile_kv + 8 }}u;
-const STREAMS: u32 = {{ streams }}u;
-const MERGE_HEADS: u32 = {{ merge_heads }}u;
+const LOGITS_ROW: u32 = {{ g.logits_row }}u;
+const STREAMS: u32 = {{ g.streams }}u;
+const MERGE_HEADS: u32 = {{ g.merge_heads }}u;
 
 // [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
-var<workgroup> tile: array<vec4<f32>, {{ [q_len, merge_heads * head_sums]|max }}>;
-// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for least values of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
-var<workgroup> logits: array<f32, {{ parts * group_size * (tile_kv + 8) }}>;
+var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
+// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
+var<workgroup> logits: array<f32, {{ g.logits_len }}>;
 // [GROUP_SIZE, QUADS]
-var<workgroup> weights: array<vec4<f32>, {{ group_size * quads }}>;
+var<workgroup> weights: array<vec4<f32>, {{ g.weights_len }}>;
 // [STREAMS, GROUP_SIZE] what the sums so far are multiplied with
-var<workgroup> rescale: array<f32, {{ streams * group_size }}>;
+var<workgroup> rescale: array<f32, {{ g.rescale_len }}>;
 // [TILE_KV] cache rows, as v_place has them
-var<workgroup> rows: array<u32, {{ tile_kv }}>;
+var<workgroup> rows: array<u32, {{ g.rows_len }}>;
+{% if screens %}
+// [TILE_KV] all bits if the key is visible, else none
+var<workgroup> seen: array<u32, {{ g.seen_len }}>;
+{% endif %}
 {% for s, has in scaled if has %}
-// [TILE_KV] scale and least value of each row of {{ s.name|upper }}
+// [TILE_KV] scale and minimum of each row of {{ s.name|upper }}
 var<workgroup> {{ s.name }}_scales: array<u32, {{ tile_kv }}>;
 {% endfor %}
 {% for s, has in scaled if has %}
 
-// Scales, or as they stand in the upper halves least values, of a quad of the tile's rows of {{ s.name|upper }}.
+// Scales, or as they stand in the upper halves minima, of a quad of the tile's rows of {{ s.name|upper }}.
 fn {{ s.name }}_quad_words(quad: u32) -> vec4<u32> {
     let at = 4u * quad;
     return vec4<u32>({{ s.name }}_scales[at], {{ s.name }}_scales[at + 1u], {{ s.name }}_scales[at + 2u], {{ s.name }}_scales[at + 3u]);
@@ -104,27 +79,27 @@ fn scales_of(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words << vec4<u32>(16u));
 }
 
-fn least_of(words: vec4<u32>) -> vec4<f32> {
+fn minima_of(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
 }
 {% endif %}
 
 // Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
 {% if k_row_scales %}
-// A key is least + scale * codes: its product with the query is least * q_offset + scale * (query . codes), where
+// A key is minimum + scale * codes: its product with the query is minimum * q_offset + scale * (query . codes), where
 // q_offset is the sum of the query.
 {% elif k_channel_scales %}
-// The query in workgroup memory has the scales in it; q_offset is its product with the least values.
+// The query in workgroup memory has the scales in it; q_offset is its product with the minima.
 {% endif %}
-fn tile_logits(item: Item, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
+fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
     var products = vec4<f32>(0.0);
-{% for part in range(parts) %}
+{% for part in range(g.parts) %}
     let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
     products += vec4<f32>(logits[at_{{ part }}], logits[at_{{ part }} + 1u], logits[at_{{ part }} + 2u], logits[at_{{ part }} + 3u]);
 {% endfor %}
 {% if k_row_scales %}
     let words = k_quad_words(quad);
-    products = fma(products, scales_of(words), q_offset * least_of(words));
+    products = fma(products, scales_of(words), q_offset * minima_of(words));
 {% elif k_channel_scales %}
     products += vec4<f32>(q_offset);
 {% endif %}
@@ -147,7 +122,7 @@ fn decode(
     if (item_idx >= params.num_items) {
         return;
     }
-    let item = read_item(item_idx);
+    let item = read_item(item_idx, GROUP_SIZE);
     let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
 
@@ -161,25 +136,25 @@ fn decode(
     let v_idx = local_idx % V_ROW;
 
     for (var i = local_idx; i < GROUP_SIZE * Q_ROW; i += WORKGROUP_SIZE) {
-{% if q_turned %}
+{% if g.q_interleaved %}
         // In the order in which the lanes of a key read them: side by side, on different banks.
         let place = i % Q_ROW;
-        let d = place / {{ lanes * k_dims // 4 }}u * {{ lanes * k_dims // 4 }}u + place % LANES * {{ k_dims // 4 }}u + place / LANES % {{ k_dims // 4 }}u;
+        let d = place / {{ g.lanes * g.k_dims // 4 }}u * {{ g.lanes * g.k_dims // 4 }}u + place % LANES * {{ g.k_dims // 4 }}u + place / LANES % {{ g.k_dims // 4 }}u;
 {% else %}
         let d = i % Q_ROW;
 {% endif %}
         let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW) * HEAD_VEC4S;
         let at = min(d, HEAD_VEC4S - 1u);
-        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channel_vec4(0u, kv_head, at)" if k_channel_scales }}, d < HEAD_VEC4S);
+        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channels(0u, kv_head, 4u * at)" if k_channel_scales }}, d < HEAD_VEC4S);
     }
 {% if k_affine %}
-    // What the least values are multiplied by, per head in QUADS parts.
+    // What the minima are multiplied by, per head in QUADS parts.
     if (local_idx < GROUP_SIZE * QUADS) {
         let head = (item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS) * HEAD_VEC4S;
         var part = vec4<f32>(0.0);
         for (var d = local_idx % QUADS; d < HEAD_VEC4S; d += QUADS) {
 {% if k_channel_scales %}
-            part = fma(q[head + d], k_channel_vec4(1u, kv_head, d), part);
+            part = fma(q[head + d], k_channels(1u, kv_head, 4u * d), part);
 {% else %}
             part += q[head + d];
 {% endif %}
@@ -188,18 +163,18 @@ fn decode(
     }
 {% endif %}
 
-{% for i in range(keys_per_lane) %}
+{% for i in range(g.keys_per_lane) %}
     var next_entry_{{ i }} = 0u;
 {% for s, has in scaled if has %}
     var {{ s.name }}_scale_{{ i }} = 0u;
 {% endfor %}
-{% for c in range(chunks) %}
+{% for c in range(g.chunks) %}
     var k_load_{{ i }}_{{ c }}: KElement;
 {% endfor %}
 {% endfor %}
 {# Reads this invocation's elements of K from the tile at `begin`, whose table entries are there. #}
 {% macro load_keys(begin) %}
-{% for i in range(keys_per_lane) %}
+{% for i in range(g.keys_per_lane) %}
         {
             let key = min({{ begin }} + key_slot + {{ i }}u * KEY_SLOTS, last_key);
             let row = cache_row(next_entry_{{ i }}, kv_head, key);
@@ -207,16 +182,25 @@ fn decode(
 {% for s, has in scaled if has %}
             {{ s.name }}_scale_{{ i }} = {{ s.name }}_scale_word(row);
 {% endfor %}
-{% for c in range(chunks) %}
-{% if (c + 1) * lanes > k_row %}
+{% if mask %}
+            let is_seen = is_visible(item, {{ begin }} + key_slot + {{ i }}u * KEY_SLOTS, item.context_len);
+{% if v_row_scales %}
+            v_scale_{{ i }} = select(0u, v_scale_{{ i }}, is_seen);
+{% endif %}
+{% endif %}
+{% for c in range(g.chunks) %}
+{% if (c + 1) * g.lanes > g.k_row %}
             // Past the end of the row the query is zero: any element of the same key will do.
-            k_load_{{ i }}_{{ c }} = k_element(row, min(lane + {{ c * lanes }}u, K_ROW - 1u));
+            k_load_{{ i }}_{{ c }} = k_element(row, min(lane + {{ c * g.lanes }}u, K_ROW - 1u));
 {% else %}
-            k_load_{{ i }}_{{ c }} = k_element(row, lane + {{ c * lanes }}u);
+            k_load_{{ i }}_{{ c }} = k_element(row, lane + {{ c * g.lanes }}u);
 {% endif %}
 {% endfor %}
-            if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
+            if (lane == 0u{{ " && key_slot < TILE_KV" if g.key_slots > tile_kv }}) {
                 rows[key_slot + {{ i }}u * KEY_SLOTS] = v_place(row);
+{% if screens %}
+                seen[key_slot + {{ i }}u * KEY_SLOTS] = select(0u, 0xffffffffu, is_seen);
+{% endif %}
             }
         }
 {% endfor %}
@@ -224,7 +208,7 @@ fn decode(
     // Keys past the range are read as its last key, and get no weight.
     let last_key = item.kv_end - 1u;
     if (item.kv_begin < item.kv_end) {
-{% for i in range(keys_per_lane) %}
+{% for i in range(g.keys_per_lane) %}
         next_entry_{{ i }} = table_entry(item, min(item.kv_begin + key_slot + {{ i }}u * KEY_SLOTS, last_key));
 {% endfor %}
 {{ load_keys("item.kv_begin")|trim("\n") }}
@@ -242,8 +226,8 @@ fn decode(
 {% endfor %}
 {% endfor %}
 {% if v_row_scales %}
-    // Sum of weight * least value, which every dim of the result gets.
-    var least_sum = 0.0;
+    // Sum of weight * minimum, which every dim of the result gets.
+    var minimum_sum = 0.0;
 {% endif %}
     workgroupBarrier();
 {% if k_affine %}
@@ -258,56 +242,59 @@ fn decode(
 
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Values of this tile: on their way while the scores are computed.
-{% for j in range(stream_quads) %}
+{% for j in range(g.stream_quads) %}
 {% for e in range(4) %}
         var v_load_{{ j }}_{{ e }}: VElement;
+{% if screens %}
+        let is_seen_{{ j }}_{{ e }} = seen[(4u * stream + {{ 4 * j * g.streams + e }}u) % TILE_KV] != 0u;
+{% endif %}
 {% endfor %}
 {% endfor %}
-        {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
-{% for j in range(stream_quads) %}
+        {{ "if (stream < STREAMS) " if g.value_lanes < workgroup_size }}{
+{% for j in range(g.stream_quads) %}
 {% for e in range(4) %}
-            v_load_{{ j }}_{{ e }} = v_at(rows[4u * stream + {{ 4 * j * streams + e }}u], v_idx{{ " / 2u" if v_halves }});
+            v_load_{{ j }}_{{ e }} = v_at(rows[4u * stream + {{ 4 * j * g.streams + e }}u], v_idx{{ " / 2u" if g.v_halves }});
 {% endfor %}
 {% endfor %}
         }
 
         // Scores.
-{% for i in range(keys_per_lane) %}
+{% for i in range(g.keys_per_lane) %}
         {
 {% for h in range(group_size) %}
             var score_{{ h }} = 0.0;
 {% endfor %}
-{% for c in range(chunks) %}
+{% for c in range(g.chunks) %}
 {% for d in k_parts %}
             let k_{{ c }}_{{ d }} = k_dims_{{ d }}(k_load_{{ i }}_{{ c }});
 {% for h in range(group_size) %}
-            score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + {% if q_turned %}lane + {{ lanes * (c * k_dims + d) // 4 }}u{% else %}lane * {{ k_dims // 4 }}u + {{ (c * lanes * k_dims + d) // 4 }}u{% endif %}], k_{{ c }}_{{ d }}, score_{{ h }});
+            score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + {% if g.q_interleaved %}lane + {{ g.lanes * (c * g.k_dims + d) // 4 }}u{% else %}lane * {{ g.k_dims // 4 }}u + {{ (c * g.lanes * g.k_dims + d) // 4 }}u{% endif %}], k_{{ c }}_{{ d }}, score_{{ h }});
 {% endfor %}
 {% endfor %}
 {% endfor %}
-{% for step in [1, 2, 4] if step < butterfly %}
+{% for distance in [1, 2, 4] if distance < g.butterfly %}
 {% for h in range(group_size) %}
-            score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ step }}u);
+            score_{{ h }} += subgroupShuffleXor(score_{{ h }}, {{ distance }}u);
 {% endfor %}
 {% endfor %}
             let logit = lane / BUTTERFLY * GROUP_SIZE * LOGITS_ROW + key_slot + {{ i }}u * KEY_SLOTS;
-            {{ "if (key_slot < TILE_KV) " if key_slots > tile_kv }}{
-{% if butterfly == 1 %}
+            {{ "if (key_slot < TILE_KV) " if g.key_slots > tile_kv }}{
+{% if g.butterfly == 1 %}
 {% for h in range(group_size) %}
                 logits[logit + {{ h }}u * LOGITS_ROW] = score_{{ h }};
 {% endfor %}
 {% else %}
                 // Each lane holds all the sums: every one writes another head's.
                 let writer = lane % BUTTERFLY;
-{% for base in range(0, group_size, writers) %}
-                if (writer < {{ [writers, group_size - base]|min }}u) {
-                    logits[logit + (writer + {{ base }}u) * LOGITS_ROW] = vec4<f32>({% for w in range(4) %}score_{{ [base + [w, writers - 1]|min, group_size - 1]|min }}{{ ", " if not loop.last }}{% endfor %})[writer];
+{% for base in range(0, group_size, g.writers) %}
+                if (writer < {{ [g.writers, group_size - base]|min }}u) {
+                    logits[logit + (writer + {{ base }}u) * LOGITS_ROW] = vec4<f32>({% for w in range(4) %}score_{{ [base + [w, g.writers - 1]|min, group_size - 1]|min }}{{ ", " if not loop.last }}{% endfor %})[writer];
                 }
 {% endfor %}
 {% endif %}
             }
 {% if k_row_scales or v_row_scales %}
-            if (lane == 0u{{ " && key_slot < TILE_KV" if key_slots > tile_kv }}) {
+            if (lane == 0u{{ " && key_slot < TILE_KV" if g.key_slots > tile_kv }}) {
 {% for s, has in scaled if has %}
                 {{ s.name }}_scales[key_slot + {{ i }}u * KEY_SLOTS] = {{ s.name }}_scale_{{ i }};
 {% endfor %}
@@ -325,8 +312,8 @@ fn decode(
         // Softmax.
         if (softmax_head < GROUP_SIZE) {
             var new_max = logit_max;
-{% for j in range(stream_quads) %}
-            let quad_{{ j }} = softmax_stream + {{ j * streams }}u;
+{% for j in range(g.stream_quads) %}
+            let quad_{{ j }} = softmax_stream + {{ j * g.streams }}u;
             let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if k_affine }});
             new_max = max(new_max, max(max(logits_{{ j }}.x, logits_{{ j }}.y), max(logits_{{ j }}.z, logits_{{ j }}.w)));
 {% endfor %}
@@ -334,15 +321,15 @@ fn decode(
             logit_max = new_max;
             p_sum *= factor;
 {% if v_row_scales %}
-            least_sum *= factor;
+            minimum_sum *= factor;
 {% endif %}
             rescale[softmax_stream * GROUP_SIZE + softmax_head] = factor;
-{% for j in range(stream_quads) %}
+{% for j in range(g.stream_quads) %}
             let p_{{ j }} = weights_of(logits_{{ j }}, vec4<f32>(new_max));
             p_sum += (p_{{ j }}.x + p_{{ j }}.y) + (p_{{ j }}.z + p_{{ j }}.w);
 {% if v_row_scales %}
             let v_words_{{ j }} = v_quad_words(quad_{{ j }});
-            least_sum = fma_dot(p_{{ j }}, least_of(v_words_{{ j }}), least_sum);
+            minimum_sum = fma_dot(p_{{ j }}, minima_of(v_words_{{ j }}), minimum_sum);
             weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }} * scales_of(v_words_{{ j }});
 {% else %}
             weights[softmax_head * QUADS + quad_{{ j }}] = p_{{ j }};
@@ -352,22 +339,25 @@ fn decode(
         workgroupBarrier();
 
         // Values.
-        {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
+        {{ "if (stream < STREAMS) " if g.value_lanes < workgroup_size }}{
 {% for h in range(group_size) %}
             let factor_{{ h }} = rescale[stream * GROUP_SIZE + {{ h }}u];
 {% for d in v_parts %}
             sum_{{ h }}_{{ d }} *= factor_{{ h }};
 {% endfor %}
 {% endfor %}
-{% for j in range(stream_quads) %}
+{% for j in range(g.stream_quads) %}
             {
 {% for e in range(4) %}
+{% if screens %}
+                let v_{{ e }} = select(VElement(), v_load_{{ j }}_{{ e }}, is_seen_{{ j }}_{{ e }});
+{% endif %}
 {% for d in v_parts %}
-                let v_{{ e }}_{{ d }} = v_dims_{{ d }}(v_load_{{ j }}_{{ e }}{{ " >> (v_idx % 2u * 4u)" if v_halves }});
+                let v_{{ e }}_{{ d }} = v_dims_{{ d }}({{ "v_%d"|format(e) if screens else "v_load_%d_%d"|format(j, e) }}{{ " >> (v_idx % 2u * 4u)" if g.v_halves }});
 {% endfor %}
 {% endfor %}
 {% for h in range(group_size) %}
-                let p_{{ h }} = weights[{{ h * quads + j * streams }}u + stream];
+                let p_{{ h }} = weights[{{ h * g.quads + j * g.streams }}u + stream];
 {% for e in range(4) %}
 {% for d in v_parts %}
                 sum_{{ h }}_{{ d }} = fma(vec4<f32>(p_{{ h }}.{{ "xyzw"[e] }}), v_{{ e }}_{{ d }}, sum_{{ h }}_{{ d }});
@@ -384,11 +374,11 @@ fn decode(
         logits[local_idx] = logit_max;
         logits[GROUP_SIZE * STREAMS + local_idx] = p_sum;
 {% if v_row_scales %}
-        logits[2u * GROUP_SIZE * STREAMS + local_idx] = least_sum;
+        logits[2u * GROUP_SIZE * STREAMS + local_idx] = minimum_sum;
 {% endif %}
     }
     workgroupBarrier();
-    let is_split = item.part_row != NOT_SPLIT;
+    let is_split = item.part_row != NO_PARTIAL;
     if (local_idx < GROUP_SIZE) {
         let q_head = first_head + local_idx;
         var item_max = LOGIT_FLOOR;
@@ -419,20 +409,20 @@ fn decode(
 {% endif %}
         }
 {% if v_row_scales %}
-        var item_least = 0.0;
+        var item_minimum = 0.0;
         for (var s = 0u; s < STREAMS; s++) {
-            item_least = fma(logits[(2u * GROUP_SIZE + local_idx) * STREAMS + s], rescale[s * GROUP_SIZE + local_idx], item_least);
+            item_minimum = fma(logits[(2u * GROUP_SIZE + local_idx) * STREAMS + s], rescale[s * GROUP_SIZE + local_idx], item_minimum);
         }
-        logits[3u * GROUP_SIZE * STREAMS + local_idx] = item_least;
+        logits[3u * GROUP_SIZE * STREAMS + local_idx] = item_minimum;
 {% endif %}
     }
     workgroupBarrier();
-{% for base in range(0, group_size, merge_heads) %}
-{% set heads = [merge_heads, group_size - base]|min %}
-    {{ "if (stream < STREAMS) " if value_lanes < workgroup_size }}{
+{% for base in range(0, group_size, g.merge_heads) %}
+{% set heads = [g.merge_heads, group_size - base]|min %}
+    {{ "if (stream < STREAMS) " if g.value_lanes < workgroup_size }}{
 {% for h in range(base, base + heads) %}
 {% for d in v_parts %}
-        tile[({{ h - base }}u * STREAMS + stream) * HEAD_VEC4S + v_idx * {{ v_dims // 4 }}u + {{ d // 4 }}u] = sum_{{ h }}_{{ d }} * rescale[stream * GROUP_SIZE + {{ h }}u];
+        tile[({{ h - base }}u * STREAMS + stream) * HEAD_VEC4S + v_idx * {{ g.v_dims // 4 }}u + {{ d // 4 }}u] = sum_{{ h }}_{{ d }} * rescale[stream * GROUP_SIZE + {{ h }}u];
 {% endfor %}
 {% endfor %}
     }

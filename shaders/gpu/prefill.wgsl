@@ -1,43 +1,9 @@
 {% from "shared/gpu_kv.wgsl" import kv_element %}
-{# ---- How the work is cut; Rust chooses workgroup_size, tile_q and tile_kv. ---- #}
-{# 8 dims whatever they take: wider elements would leave most invocations without any to widen. #}
-{% set k_dims = 4 if k_format == "f32" else 8 %}
-{% set v_dims = 4 if v_format == "f32" else 8 %}
+{% set g = geometry %}
 {% set k_row_scales = k_side.row_scales %}
 {% set v_row_scales = v_side.row_scales %}
 {% set k_channel_scales = k_side.channel_scales %}
 {% set head_vec4s = head_dim // 4 %}
-{# An invocation has 4 rows, and every `lanes`th key of the tile and vec4 of the head. #}
-{% set row_sets = tile_q // 4 %}
-{% set lanes = workgroup_size // row_sets %}
-{% set keys_per_lane = tile_kv // lanes %}
-{% set cols = (head_vec4s + lanes - 1) // lanes %}
-{# Dims pass in chunks of 4 vec4s, values in chunks of keys of about that size. #}
-{% set chunk = 4 %}
-{% set num_chunks = (head_vec4s + chunk - 1) // chunk %}
-{% set is_padded = num_chunks * chunk > head_vec4s %}
-{% set v_keys = 8 if head_vec4s <= 16 else 4 %}
-{% set num_v_chunks = tile_kv // v_keys %}
-{# Elements that an invocation moves to workgroup memory per chunk. #}
-{% set k_row = head_dim // k_dims %}
-{% set v_row = head_dim // v_dims %}
-{% set k_cols = chunk * 4 // k_dims %}
-{% set q_count = tile_q * chunk %}
-{% set k_count = tile_kv * k_cols %}
-{% set v_count = v_keys * v_row %}
-{% set q_loads = (q_count + workgroup_size - 1) // workgroup_size %}
-{% set k_loads = (k_count + workgroup_size - 1) // workgroup_size %}
-{% set v_loads = (v_count + workgroup_size - 1) // workgroup_size %}
-{# Lanes that combine their rows by shuffles: any subgroup has at least 4 invocations. #}
-{% set known_lanes = subgroup_size if subgroup_size > 0 else 4 %}
-{% set butterfly = ([lanes, known_lanes]|min) if subgroups else 1 %}
-{% set parts = lanes // butterfly %}
-{# Workgroup memory, in vec4s: two buffers of Q and K share it with weights and two buffers of V. #}
-{% set score_len = (tile_q + tile_kv) * (chunk + 1) %}
-{% set weights_len = tile_kv * (row_sets + 1) %}
-{% set value_len = v_keys * head_vec4s %}
-{% set lane_parts = weights_len + value_len %}
-{% set tile_len = [2 * score_len, weights_len + 2 * value_len, lane_parts + parts * row_sets]|max %}
 // Prefill attention for GPUs: tiles of query rows over a paged KV cache.
 //
 // A workgroup serves one work item: TILE_Q rows (row = token * GROUP_SIZE + head in the group) of one
@@ -48,70 +14,94 @@
 //   - scores: Q and K pass through workgroup memory CHUNK vec4s of the head at a time;
 //   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
 //   - values: V passes through workgroup memory V_KEYS keys at a time.
+{% if g.screens %}
+// A key may be hidden from some rows of the tile only, and have NaN or infinity in V, of which its weight 0 would make NaN.
+// In tiles with hidden keys such elements count as 0, and are added afterwards where they are seen.
+{% endif %}
 {% if subgroups %}
 // Lanes of a row are neighbours by local_invocation_index, and so in their subgroup.
 {% endif %}
 {% if k_row_scales or v_row_scales %}
-// Rows with scales are put together (least + scale * code) on their way to workgroup memory.
+// Rows with scales are put together (minimum + scale * code) on their way to workgroup memory.
 {% endif %}
 {% if k_channel_scales %}
-// Keys are least + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
-// products with the least values are what a score starts from.
+// Keys are minimum + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
+// products with the minima are what a score starts from.
 {% endif %}
 // While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS){{ ", and 4 to begin" if k_channel_scales }}
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
-{{ kv_element(k_side, k_dims, head_dim) }}
-{{ kv_element(v_side, v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
 const TILE_Q: u32 = {{ tile_q }}u;
 const TILE_KV: u32 = {{ tile_kv }}u;
-const LANES: u32 = {{ lanes }}u;
+const LANES: u32 = {{ g.lanes }}u;
 const ROWS: u32 = 4u;
-const ROW_SETS: u32 = {{ row_sets }}u;
+const ROW_SETS: u32 = {{ g.row_sets }}u;
 // vec4s of the head that are multiplied at a time. Rows in workgroup memory have one more: an odd
 // number keeps lanes that read different rows on different banks.
-const CHUNK: u32 = {{ chunk }}u;
-const CHUNK_ROW: u32 = {{ chunk + 1 }}u;
-const NUM_CHUNKS: u32 = {{ num_chunks }}u;
+const CHUNK: u32 = {{ g.chunk }}u;
+const CHUNK_ROW: u32 = {{ g.chunk_row }}u;
+const NUM_CHUNKS: u32 = {{ g.num_chunks }}u;
 // Keys whose values are multiplied at a time.
-const V_KEYS: u32 = {{ v_keys }}u;
-const NUM_V_CHUNKS: u32 = {{ num_v_chunks }}u;
-const WEIGHTS_ROW: u32 = {{ row_sets + 1 }}u;
-{% if butterfly > 1 %}
+const V_KEYS: u32 = {{ g.v_keys }}u;
+const NUM_V_CHUNKS: u32 = {{ g.num_v_chunks }}u;
+const WEIGHTS_ROW: u32 = {{ g.weights_row }}u;
+{% if g.butterfly > 1 %}
 // Neighbouring lanes that combine by shuffles.
-const BUTTERFLY: u32 = {{ butterfly }}u;
+const BUTTERFLY: u32 = {{ g.butterfly }}u;
 {% endif %}
 
 // During scores [2, TILE_Q + TILE_KV, CHUNK_ROW]: rows of queries, then of keys, in two buffers.
 // Then [TILE_KV, WEIGHTS_ROW] weights of 4 rows, [2, V_KEYS, HEAD_VEC4S] values in two buffers, and
 // in place of the second [LANES / BUTTERFLY, ROW_SETS] what the lanes of 4 rows combine.
-const SCORE_LEN: u32 = {{ score_len }}u;
-const K_TILE: u32 = {{ tile_q * (chunk + 1) }}u;
-const V_TILE: u32 = {{ weights_len }}u;
-const VALUE_LEN: u32 = {{ value_len }}u;
-{% if parts > 1 %}
-const LANE_PARTS: u32 = {{ lane_parts }}u;
+const SCORE_LEN: u32 = {{ g.score_len }}u;
+const K_TILE: u32 = {{ g.k_tile }}u;
+const V_TILE: u32 = {{ g.weights_len }}u;
+const VALUE_LEN: u32 = {{ g.value_len }}u;
+{% if g.parts > 1 %}
+const LANE_PARTS: u32 = {{ g.lane_parts }}u;
 {% endif %}
-var<workgroup> tile: array<vec4<f32>, {{ tile_len }}>;
+var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
 // [2, TILE_KV] cache rows of this tile and the next
-var<workgroup> rows: array<u32, {{ 2 * tile_kv }}>;
+var<workgroup> rows: array<u32, {{ g.rows_len }}>;
 {% if k_channel_scales %}
-// [ROW_SETS] products of 4 queries with the least values of the channels: in registers they would cost a wave.
-var<workgroup> least_products: array<vec4<f32>, {{ row_sets }}>;
+// [ROW_SETS] products of 4 queries with the minima of the channels: in registers they would cost a wave.
+var<workgroup> minimum_products: array<vec4<f32>, {{ g.minimum_products_len }}>;
 {% endif %}
 
+{% if g.screens %}
+// End of the last tile of keys that had an element of V which is no number, among those with hidden keys.
+var<workgroup> screened_end: atomic<u32>;
+
+const EXPONENT: vec4<u32> = vec4<u32>(0x7f800000u);
+
+// Which elements are no numbers: infinities and NaN. (Told by their bits: compilers take it that there are none.)
+fn is_no_number(v: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(v) & EXPONENT) == EXPONENT;
+}
+
+fn screened(v: vec4<f32>, tile_end: u32) -> vec4<f32> {
+    let is_bad = is_no_number(v);
+    if (any(is_bad)) {
+        atomicMax(&screened_end, tile_end);
+    }
+    return select(v, vec4<f32>(0.0), is_bad);
+}
+
+{% endif %}
 // Row of q, and of out, that a row of the sequence is.
-fn q_row_of(item: Item, first_head: u32, row: u32) -> u32 {
+fn q_row_of(item: WorkItem, first_head: u32, row: u32) -> u32 {
     let last_row = item.query_len * GROUP_SIZE - 1u;
     let r = min(row, last_row);
     return (item.query_start + r / GROUP_SIZE) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
 }
 
 {% if k_row_scales or v_row_scales %}
-// A row's elements from their codes and the word of its scale and least value.
+// A row's elements from their codes and the word of its scale and minimum.
 fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
     return fma(codes, vec4<f32>(bitcast<f32>(word << 16u)), vec4<f32>(bitcast<f32>(word & 0xffff0000u)));
 }
@@ -119,15 +109,15 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endif %}
 {# Combines `value` (a vec4 variable, of 4 rows) over their lanes. #}
 {% macro combine_lanes(value, op) %}
-{% for step in [1, 2, 4, 8, 16, 32] if step < butterfly %}
+{% for distance in [1, 2, 4, 8, 16, 32] if distance < g.butterfly %}
 {% if op == "max" %}
-        {{ value }} = max({{ value }}, subgroupShuffleXor({{ value }}, {{ step }}u));
+        {{ value }} = max({{ value }}, subgroupShuffleXor({{ value }}, {{ distance }}u));
 {% else %}
-        {{ value }} += subgroupShuffleXor({{ value }}, {{ step }}u);
+        {{ value }} += subgroupShuffleXor({{ value }}, {{ distance }}u);
 {% endif %}
 {% endfor %}
-{% if parts > 1 %}
-{% if butterfly > 1 %}
+{% if g.parts > 1 %}
+{% if g.butterfly > 1 %}
         if (lane % BUTTERFLY == 0u) {
             tile[LANE_PARTS + lane / BUTTERFLY * ROW_SETS + row_set] = {{ value }};
         }
@@ -135,8 +125,8 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
         tile[LANE_PARTS + lane * ROW_SETS + row_set] = {{ value }};
 {% endif %}
         workgroupBarrier();
-{% for part in range(parts) %}
-{% set at = "tile[LANE_PARTS + %du + row_set]"|format(part * row_sets) %}
+{% for part in range(g.parts) %}
+{% set at = "tile[LANE_PARTS + %du + row_set]"|format(part * g.row_sets) %}
 {% if loop.first %}
         {{ value }} = {{ at }};
 {% elif op == "max" %}
@@ -149,19 +139,19 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endmacro %}
 {# Reads a chunk of Q and K, from vec4 `d` of the head on, to registers. #}
 {% macro load_chunk(d) %}
-{% for n in range(q_loads) %}
-{% if is_padded %}
+{% for n in range(g.q_loads) %}
+{% if g.is_padded %}
             q_load_{{ n }} = select(vec4<f32>(0.0), q[q_at_{{ n }} + min({{ d }} + q_col, HEAD_VEC4S - 1u)], {{ d }} + q_col < HEAD_VEC4S);
 {% else %}
             q_load_{{ n }} = q[q_at_{{ n }} + {{ d }} + q_col];
 {% endif %}
 {% endfor %}
 {% if k_channel_scales %}
-            q_scale = k_channel_vec4(0u, kv_head, {{ "min(%s + q_col, HEAD_VEC4S - 1u)"|format(d) if is_padded else d ~ " + q_col" }});
+            q_scale = k_channels(0u, kv_head, 4u * {{ "min(%s + q_col, HEAD_VEC4S - 1u)"|format(d) if g.is_padded else "(%s + q_col)"|format(d) }});
 {% endif %}
-{% set k_first = "(%s) / 2u"|format(d) if k_dims == 8 else d %}
-{% for n in range(k_loads) %}
-{% if is_padded %}
+{% set k_first = "(%s) / 2u"|format(d) if g.k_dims == 8 else d %}
+{% for n in range(g.k_loads) %}
+{% if g.is_padded %}
             // Past the end of the head the query is zero: any element of the same key will do.
             k_load_{{ n }} = k_element(k_cache_row_{{ n }}, min({{ k_first }} + k_col, K_ROW - 1u));
 {% else %}
@@ -171,22 +161,22 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endmacro %}
 {# Moves it on to the buffer at `buffer` of the tile. #}
 {% macro store_chunk(buffer) %}
-{% for n in range(q_loads) %}
-            {{ "if (local_idx + %du < TILE_Q * CHUNK) "|format(n * workgroup_size) if (n + 1) * workgroup_size > q_count }}{
-                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // chunk * (chunk + 1) }}u] = q_load_{{ n }}{{ " * q_scale" if k_channel_scales }};
+{% for n in range(g.q_loads) %}
+            {{ "if (local_idx + %du < TILE_Q * CHUNK) "|format(n * workgroup_size) if (n + 1) * workgroup_size > g.q_count }}{
+                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // g.chunk * g.chunk_row }}u] = q_load_{{ n }}{{ " * q_scale" if k_channel_scales }};
             }
 {% endfor %}
-{% for n in range(k_loads) %}
-            {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, k_count) if (n + 1) * workgroup_size > k_count }}{
-{% for d in range(0, k_dims, 4) %}
-                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // k_cols * (chunk + 1) + d // 4 }}u] = {% if k_row_scales %}scaled(k_dims_{{ d }}(k_load_{{ n }}), k_scale_{{ n }}){% else %}k_dims_{{ d }}(k_load_{{ n }}){% endif %};
+{% for n in range(g.k_loads) %}
+            {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, g.k_count) if (n + 1) * workgroup_size > g.k_count }}{
+{% for d in range(0, g.k_dims, 4) %}
+                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // g.k_cols * g.chunk_row + d // 4 }}u] = {% if k_row_scales %}scaled(k_dims_{{ d }}(k_load_{{ n }}), k_scale_{{ n }}){% else %}k_dims_{{ d }}(k_load_{{ n }}){% endif %};
 {% endfor %}
             }
 {% endfor %}
 {% endmacro %}
 {# The same for a chunk of V, from key `first_key` of the tile on. #}
 {% macro load_values(first_key) %}
-{% for n in range(v_loads) %}
+{% for n in range(g.v_loads) %}
             v_load_{{ n }} = v_element(rows[tile_rows + {{ first_key }} + v_key_{{ n }}], v_col_{{ n }});
 {% if v_row_scales %}
             v_scale_{{ n }} = v_scale_word(rows[tile_rows + {{ first_key }} + v_key_{{ n }}]);
@@ -194,10 +184,20 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endfor %}
 {% endmacro %}
 {% macro store_values(buffer) %}
-{% for n in range(v_loads) %}
-            {{ "if (local_idx + %du < V_KEYS * V_ROW) "|format(n * workgroup_size) if (n + 1) * workgroup_size > v_count }}{
-{% for d in range(0, v_dims, 4) %}
-                tile[{{ buffer }} + local_idx * {{ v_dims // 4 }}u + {{ n * workgroup_size * v_dims // 4 + d // 4 }}u] = {% if v_row_scales %}scaled(v_dims_{{ d }}(v_load_{{ n }}), v_scale_{{ n }}){% else %}v_dims_{{ d }}(v_load_{{ n }}){% endif %};
+{% for n in range(g.v_loads) %}
+            {{ "if (local_idx + %du < V_KEYS * V_ROW) "|format(n * workgroup_size) if (n + 1) * workgroup_size > g.v_count }}{
+{% for d in range(0, g.v_dims, 4) %}
+{% set value = "scaled(v_dims_%d(v_load_%d), v_scale_%d)"|format(d, n, n) if v_row_scales else "v_dims_%d(v_load_%d)"|format(d, n) %}
+{% set at = buffer ~ " + local_idx * %du + %du"|format(g.v_dims // 4, n * workgroup_size * g.v_dims // 4 + d // 4) %}
+{% if g.screens %}
+                var value_{{ d }} = {{ value }};
+                if (is_masked) {
+                    value_{{ d }} = screened(value_{{ d }}, tile_begin + TILE_KV);
+                }
+                tile[{{ at }}] = value_{{ d }};
+{% else %}
+                tile[{{ at }}] = {{ value }};
+{% endif %}
 {% endfor %}
             }
 {% endfor %}
@@ -211,7 +211,7 @@ fn prefill(
     if (item_idx >= params.num_items) {
         return;
     }
-    let item = read_item(item_idx);
+    let item = read_item(item_idx, TILE_Q);
     let kv_head = workgroup_id.y;
     let first_head = kv_head * GROUP_SIZE;
     let num_rows = item.query_len * GROUP_SIZE;
@@ -221,21 +221,21 @@ fn prefill(
     // What this invocation moves to workgroup memory; rows past the end are read as the last row.
     let q_col = local_idx % CHUNK;
     let q_slot = local_idx / CHUNK * CHUNK_ROW + q_col;
-{% for n in range(q_loads) %}
-    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / CHUNK + {{ n * workgroup_size // chunk }}u) * HEAD_VEC4S;
+{% for n in range(g.q_loads) %}
+    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / CHUNK + {{ n * workgroup_size // g.chunk }}u) * HEAD_VEC4S;
     var q_load_{{ n }}: vec4<f32>;
 {% endfor %}
 {% if k_channel_scales %}
     var q_scale: vec4<f32>;
 {% endif %}
-    let k_col = local_idx % {{ k_cols }}u;
-    let k_slot = K_TILE + local_idx / {{ k_cols }}u * CHUNK_ROW + k_col * {{ k_dims // 4 }}u;
-{% for n in range(k_loads) %}
-    let k_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > k_count }}local_idx / {{ k_cols }}u + {{ n * workgroup_size // k_cols }}u{{ ", TILE_KV - 1u)" if (n + 1) * workgroup_size > k_count }};
+    let k_col = local_idx % {{ g.k_cols }}u;
+    let k_slot = K_TILE + local_idx / {{ g.k_cols }}u * CHUNK_ROW + k_col * {{ g.k_dims // 4 }}u;
+{% for n in range(g.k_loads) %}
+    let k_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > g.k_count }}local_idx / {{ g.k_cols }}u + {{ n * workgroup_size // g.k_cols }}u{{ ", TILE_KV - 1u)" if (n + 1) * workgroup_size > g.k_count }};
     var k_load_{{ n }}: KElement;
 {% endfor %}
-{% for n in range(v_loads) %}
-    let v_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > v_count }}(local_idx + {{ n * workgroup_size }}u) / V_ROW{{ ", V_KEYS - 1u)" if (n + 1) * workgroup_size > v_count }};
+{% for n in range(g.v_loads) %}
+    let v_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > g.v_count }}(local_idx + {{ n * workgroup_size }}u) / V_ROW{{ ", V_KEYS - 1u)" if (n + 1) * workgroup_size > g.v_count }};
     let v_col_{{ n }} = (local_idx + {{ n * workgroup_size }}u) % V_ROW;
     var v_load_{{ n }}: VElement;
 {% if v_row_scales %}
@@ -252,23 +252,23 @@ fn prefill(
     var logit_max = vec4<f32>(LOGIT_FLOOR);
     // Of this invocation's keys only, until the end.
     var p_sum = vec4<f32>(0.0);
-{% for c in range(cols) %}
+{% for c in range(g.cols) %}
 {% for r in range(4) %}
     var sum_{{ r }}_{{ c }} = vec4<f32>(0.0);
 {% endfor %}
 {% endfor %}
 {% if k_channel_scales %}
-    // Products of the queries with the least values: vec4s of the head over lanes, then summed.
-    var least_product = vec4<f32>(0.0);
+    // Products of the queries with the minima: vec4s of the head over lanes, then summed.
+    var minimum_product = vec4<f32>(0.0);
     for (var d = lane; d < HEAD_VEC4S; d += LANES) {
-        let least = k_channel_vec4(1u, kv_head, d);
+        let minimum = k_channels(1u, kv_head, 4u * d);
 {% for r in range(4) %}
-        least_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], least, least_product.{{ "xyzw"[r] }});
+        minimum_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], minimum, minimum_product.{{ "xyzw"[r] }});
 {% endfor %}
     }
-{{ combine_lanes("least_product", "sum")|trim("\n")|replace("        ", "    ") }}
+{{ combine_lanes("minimum_product", "sum")|trim("\n")|replace("        ", "    ") }}
     if (lane == 0u) {
-        least_products[row_set] = least_product;
+        minimum_products[row_set] = minimum_product;
     }
 {% endif %}
     // Positions of the first and last row: tiles of keys that all rows see need no mask.
@@ -280,6 +280,11 @@ fn prefill(
     let last_key = item.kv_end - 1u;
     var tile_rows = 0u;
     var next_entry = 0u;
+{% if g.screens %}
+    if (local_idx == 0u) {
+        atomicStore(&screened_end, 0u);
+    }
+{% endif %}
     if (item.kv_begin < item.kv_end) {
         if (local_idx < TILE_KV) {
             let key = min(item.kv_begin + local_idx, last_key);
@@ -291,10 +296,10 @@ fn prefill(
 
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Scores.
-{% for j in range(keys_per_lane) %}
-        var score_{{ j }} = {{ "least_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
+{% for j in range(g.keys_per_lane) %}
+        var score_{{ j }} = {{ "minimum_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
 {% endfor %}
-{% for n in range(k_loads) %}
+{% for n in range(g.k_loads) %}
         let k_cache_row_{{ n }} = rows[tile_rows + k_key_{{ n }}];
 {% if k_row_scales %}
         let k_scale_{{ n }} = k_scale_word(k_cache_row_{{ n }});
@@ -311,13 +316,13 @@ fn prefill(
             if (has_next) {
 {{ load_chunk("d + CHUNK")|trim("\n")|indent(4, true) }}
             }
-{% for i in range(chunk) %}
+{% for i in range(g.chunk) %}
             {
 {% for r in range(4) %}
                 let q_{{ r }} = tile[buffer + (row_set * ROWS + {{ r }}u) * CHUNK_ROW + {{ i }}u];
 {% endfor %}
-{% for j in range(keys_per_lane) %}
-                let k_{{ j }} = tile[buffer + K_TILE + (lane + {{ j * lanes }}u) * CHUNK_ROW + {{ i }}u];
+{% for j in range(g.keys_per_lane) %}
+                let k_{{ j }} = tile[buffer + K_TILE + (lane + {{ j * g.lanes }}u) * CHUNK_ROW + {{ i }}u];
 {% for r in range(4) %}
                 score_{{ j }}.{{ "xyzw"[r] }} = fma_dot(q_{{ r }}, k_{{ j }}, score_{{ j }}.{{ "xyzw"[r] }});
 {% endfor %}
@@ -337,8 +342,8 @@ fn prefill(
         }
         // Computed here rather than once: it would hold registers during the products.
         let query = item.context_len + vec4<u32>(first_row, first_row + 1u, first_row + 2u, first_row + 3u) / GROUP_SIZE;
-{% for j in range(keys_per_lane) %}
-        let key_{{ j }} = tile_begin + lane + {{ j * lanes }}u;
+{% for j in range(g.keys_per_lane) %}
+        let key_{{ j }} = tile_begin + lane + {{ j * g.lanes }}u;
         var logits_{{ j }} = logits_of(score_{{ j }} * params.qk_scale, f32(key_{{ j }}) - vec4<f32>(query), slope);
 {% endfor %}
         var is_masked = MASK || tile_begin + TILE_KV > item.kv_end;
@@ -349,7 +354,7 @@ fn prefill(
             is_masked = is_masked || tile_begin + params.window <= last_query;
         }
         if (is_masked) {
-{% for j in range(keys_per_lane) %}
+{% for j in range(g.keys_per_lane) %}
             logits_{{ j }} = select(vec4<f32>(LOGIT_FLOOR), logits_{{ j }}, vec4<bool>(
                 is_visible(item, key_{{ j }}, query.x), is_visible(item, key_{{ j }}, query.y),
                 is_visible(item, key_{{ j }}, query.z), is_visible(item, key_{{ j }}, query.w),
@@ -357,7 +362,7 @@ fn prefill(
 {% endfor %}
         }
         var tile_max = logits_0;
-{% for j in range(1, keys_per_lane) %}
+{% for j in range(1, g.keys_per_lane) %}
         tile_max = max(tile_max, logits_{{ j }});
 {% endfor %}
 {{ combine_lanes("tile_max", "max")|trim("\n") }}
@@ -365,12 +370,12 @@ fn prefill(
         let factor = exp2(logit_max - new_max);
         logit_max = new_max;
         p_sum *= factor;
-{% for j in range(keys_per_lane) %}
+{% for j in range(g.keys_per_lane) %}
         let p_{{ j }} = weights_of(logits_{{ j }}, new_max);
         p_sum += p_{{ j }};
-        tile[(lane + {{ j * lanes }}u) * WEIGHTS_ROW + row_set] = p_{{ j }};
+        tile[(lane + {{ j * g.lanes }}u) * WEIGHTS_ROW + row_set] = p_{{ j }};
 {% endfor %}
-{% for c in range(cols) %}
+{% for c in range(g.cols) %}
 {% for r in range(4) %}
         sum_{{ r }}_{{ c }} *= factor.{{ "xyzw"[r] }};
 {% endfor %}
@@ -393,15 +398,15 @@ fn prefill(
             if (has_next) {
 {{ load_values("first_key + V_KEYS")|trim("\n")|indent(4, true) }}
             }
-{% for e in range(v_keys) %}
+{% for e in range(g.v_keys) %}
             {
                 let p = tile[(first_key + {{ e }}u) * WEIGHTS_ROW + row_set];
-{% for c in range(cols) %}
-{% if (c + 1) * lanes > head_vec4s %}
+{% for c in range(g.cols) %}
+{% if (c + 1) * g.lanes > head_vec4s %}
                 // Lanes past the end of the head compute what nobody stores.
-                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + min(lane + {{ c * lanes }}u, HEAD_VEC4S - 1u)];
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + min(lane + {{ c * g.lanes }}u, HEAD_VEC4S - 1u)];
 {% else %}
-                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + lane + {{ c * lanes }}u];
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + lane + {{ c * g.lanes }}u];
 {% endif %}
 {% for r in range(4) %}
                 sum_{{ r }}_{{ c }} = fma(vec4<f32>(p.{{ "xyzw"[r] }}), v_{{ c }}, sum_{{ r }}_{{ c }});
@@ -415,6 +420,32 @@ fn prefill(
             }
             workgroupBarrier();
         }
+{% if g.screens %}
+        // Elements that are no numbers, from the cache, for the rows that see them.
+        if (atomicLoad(&screened_end) > tile_begin) {
+            for (var i = 0u; i < TILE_KV; i++) {
+                let key = tile_begin + i;
+                let row = rows[tile_rows + i];
+{% for c in range(g.cols) %}
+                {
+                    let d = {{ "min(lane + %du, HEAD_VEC4S - 1u)"|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s else "lane + %du"|format(c * g.lanes) }};
+{% if g.v_dims == 4 %}
+                    let element = v_element(row, d);
+                    let dims = v_dims_0(element);
+{% else %}
+                    let element = v_element(row, d / 2u);
+                    let dims = select(v_dims_0(element), v_dims_4(element), d % 2u == 1u);
+{% endif %}
+                    let v = {{ "scaled(dims, v_scale_word(row))" if v_row_scales else "dims" }};
+                    let is_bad = is_no_number(v);
+{% for r in range(4) %}
+                    sum_{{ r }}_{{ c }} += select(vec4<f32>(0.0), v, is_bad & vec4<bool>(is_visible(item, key, query.{{ "xyzw"[r] }})));
+{% endfor %}
+                }
+{% endfor %}
+            }
+        }
+{% endif %}
         tile_rows = next_rows;
     }
 
@@ -427,10 +458,10 @@ fn prefill(
         let partial_row = (item.part_row + kv_head * num_rows + row) * (HEAD_VEC4S + 1u);
         var row_max = logit_max.{{ "xyzw"[r] }};
         var row_sum = p_sum.{{ "xyzw"[r] }};
-        if (item.part_row != NOT_SPLIT) {
-{% for c in range(cols) %}
-            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * lanes) if (c + 1) * lanes > head_vec4s }}{
-                partials[partial_row + lane + {{ c * lanes }}u] = sum_{{ r }}_{{ c }};
+        if (item.part_row != NO_PARTIAL) {
+{% for c in range(g.cols) %}
+            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s }}{
+                partials[partial_row + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }};
             }
 {% endfor %}
             if (lane == 0u) {
@@ -446,9 +477,9 @@ fn prefill(
             }
             // A row that sees nothing has all sums zero.
             factor /= select(1.0, row_sum, row_sum > 0.0);
-{% for c in range(cols) %}
-            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * lanes) if (c + 1) * lanes > head_vec4s }}{
-                out[out_row * HEAD_VEC4S + lane + {{ c * lanes }}u] = sum_{{ r }}_{{ c }} * factor;
+{% for c in range(g.cols) %}
+            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s }}{
+                out[out_row * HEAD_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }} * factor;
             }
 {% endfor %}
 {% if lse %}

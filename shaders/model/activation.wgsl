@@ -28,22 +28,22 @@ const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn activation(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
-  if (idx >= arrayLength(&out)) {
-    return;
-  }
+    let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
+    if (idx >= arrayLength(&out)) {
+        return;
+    }
 {% if gated %}
-  let gate = idx + idx / VECS * VECS;
-  let g = x[gate];
-  let up = x[gate + VECS];
+    let gate = idx + idx / VECS * VECS;
+    let g = x[gate];
+    let up = x[gate + VECS];
 {% if wide %}
-  out[idx] = join(activate(low(g)) * low(up), activate(high(g)) * high(up));
+    out[idx] = join(activate(low(g)) * low(up), activate(high(g)) * high(up));
 {% else %}
-  out[idx] = activate(g) * up;
+    out[idx] = activate(g) * up;
 {% endif %}
 {% elif wide %}
-  out[idx] = join(activate(low(x[idx])), activate(high(x[idx])));
+    out[idx] = join(activate(low(x[idx])), activate(high(x[idx])));
 {% else %}
-  out[idx] = activate(x[idx]);
+    out[idx] = activate(x[idx]);
 {% endif %}
 }

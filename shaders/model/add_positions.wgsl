@@ -12,10 +12,10 @@ const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn add_positions(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
-  if (idx >= arrayLength(&x)) {
-    return;
-  }
-  let position = min(positions[idx / VECS], NUM_POSITIONS - 1u);
-  x[idx] += table[position * VECS + idx % VECS];
+    let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
+    if (idx >= arrayLength(&x)) {
+        return;
+    }
+    let position = min(positions[idx / VECS], NUM_POSITIONS - 1u);
+    x[idx] += table[position * VECS + idx % VECS];
 }

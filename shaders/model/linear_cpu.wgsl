@@ -24,13 +24,13 @@ Workgroup memory: none.
 {% set xyzw = ["x", "y", "z", "w"] %}
 {% include "linear_params.wgsl" %}
 
-const LANES = {{ lanes }}u;
-const ROWS = {{ rows }}u;
-const COLS = {{ cols }}u;
-const STEP = {{ step }}u;
+const LANES: u32 = {{ lanes }}u;
+const ROWS: u32 = {{ rows }}u;
+const COLS: u32 = {{ cols }}u;
+const STEP: u32 = {{ step }}u;
 // Texels of a row of the textures: 2048.
-const TEXTURE_SHIFT = 11u;
-const TEXTURE_MASK = 2047u;
+const TEXTURE_SHIFT: u32 = 11u;
+const TEXTURE_MASK: u32 = 2047u;
 
 // [blocks of LANES rows of W, row_chunks, LANES] chunks of packed weights
 @group(0) @binding(0) var w: texture_2d<u32>;
@@ -152,7 +152,7 @@ fn linear(
 {% for j in range(loads) %}
         // Beyond the row's end are other rows, or nothing.
         var x{{ j }} = {{ x_type }}();
-        if k + x_k{{ j }} < params.in_features {
+        if (k + x_k{{ j }} < params.in_features) {
             x{{ j }} = x[(x_row{{ j }} + k + x_k{{ j }}){% if unit > 1 %} / {{ unit }}u{% endif %}];
         }
 {% for e in range(unit) %}
@@ -232,12 +232,12 @@ fn linear(
 {% for c in range(cols) %}
         {
             let col = params.first_row + (first_block + {{ c }}u) * LANES + lane;
-            if col <= params.last_row {
+            if (col <= params.last_row) {
                 var value = acc{{ c }}_0{% if bias %} + bias[col]{% endif %};
 {% if activation != "none" %}
                 value = activate(value);
 {% endif %}
-                if params.accumulate != 0u {
+                if (params.accumulate != 0u) {
                     value += y[row + col];
                 }
                 y[row + col] = value;

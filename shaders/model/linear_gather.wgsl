@@ -10,9 +10,9 @@ Workgroup memory: none.
 {% set quantised = format in ["int8", "int4"] %}
 {% include "linear_params.wgsl" %}
 
-const SIZE = {{ workgroup_size }}u;
+const SIZE: u32 = {{ workgroup_size }}u;
 // Rows of W that are interleaved.
-const LANES = {{ lanes }}u;
+const LANES: u32 = {{ lanes }}u;
 
 {% if textures %}
 // [blocks of LANES rows of W, row_chunks, LANES] chunks of packed weights
@@ -42,7 +42,7 @@ fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
     let chunk = workgroup.x * SIZE + lane;
     let k = chunk * {{ per_chunk }}u;
     let id = min(ids[i], params.out_features - 1u);
-    if k >= params.in_features || id < params.first_row || id > params.last_row {
+    if (k >= params.in_features || id < params.first_row || id > params.last_row) {
         return;
     }
     let row = id - params.first_row;
@@ -69,7 +69,7 @@ fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
 {% endif %}
     let out_row = i * params.in_features;
 {% for e in range(per_chunk) %}
-    if k + {{ e }}u < params.in_features {
+    if (k + {{ e }}u < params.in_features) {
         out[out_row + k + {{ e }}u] = {{ parts.widen("words", e) }}
             {%- if quantised %} * {{ parts.scale_of("scale_word") }}{% endif %}{% if quantised %} + {{ parts.min_of("scale_word") }}{% endif %};
     }

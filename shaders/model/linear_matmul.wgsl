@@ -11,10 +11,10 @@ Workgroup memory: two slices of [16, 64 + 4] f32 (the 4 spread the columns over 
 {% set xyzw = ["x", "y", "z", "w"] %}
 {% include "linear_params.wgsl" %}
 
-const TILE = 64u;
-const SLICE = 16u;
+const TILE: u32 = 64u;
+const SLICE: u32 = 16u;
 // vec4 of a slice's line.
-const LINE = 17u;
+const LINE: u32 = 17u;
 
 // [rows of W, row_chunks] chunks of packed weights; 8 weights at a time
 @group(0) @binding(0) var<storage, read> w: array<{{ w_type }}>;
@@ -126,21 +126,21 @@ fn linear(
     let offset = vec4<f32>(bias[min(bias_at, last)], bias[min(bias_at + 1u, last)], bias[min(bias_at + 2u, last)], bias[min(bias_at + 3u, last)]);
 {% endif %}
 {% for r in range(8) %}
-    if row0 + {{ r }}u < num_rows && col <= last_col {
+    if (row0 + {{ r }}u < num_rows && col <= last_col) {
         var value = acc{{ r }}{% if bias %} + offset{% endif %};
 {% if activation != "none" %}
         value = vec4<f32>(activate(value.x), activate(value.y), activate(value.z), activate(value.w));
 {% endif %}
         let at = (row0 + {{ r }}u) * params.out_features + params.first_row + col;
 {% if out_aligned %}
-        if params.accumulate != 0u {
+        if (params.accumulate != 0u) {
             value += y[at / 4u];
         }
         y[at / 4u] = value;
 {% else %}
 {% for i in range(4) %}
-        if col + {{ i }}u <= last_col {
-            if params.accumulate != 0u {
+        if (col + {{ i }}u <= last_col) {
+            if (params.accumulate != 0u) {
                 value.{{ xyzw[i] }} += y[at + {{ i }}u];
             }
             y[at + {{ i }}u] = value.{{ xyzw[i] }};

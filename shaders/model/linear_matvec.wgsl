@@ -12,10 +12,10 @@ Workgroup memory: `partial`.
 {% set xyzw = ["x", "y", "z", "w"] %}
 {% include "linear_params.wgsl" %}
 
-const SIZE = {{ workgroup_size }}u;
-const ROWS = {{ rows }}u;
-const COLS = {{ cols }}u;
-const OUTPUTS = {{ outputs }}u;
+const SIZE: u32 = {{ workgroup_size }}u;
+const ROWS: u32 = {{ rows }}u;
+const COLS: u32 = {{ cols }}u;
+const OUTPUTS: u32 = {{ outputs }}u;
 
 // [rows of W, row_chunks] chunks of packed weights
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -109,7 +109,7 @@ fn linear(
     let sum{{ c }}_{{ r }} = subgroupAdd(acc{{ c }}_{{ r }});
 {% endfor %}
 {% endfor %}
-    if subgroup_lane == 0u {
+    if (subgroup_lane == 0u) {
 {% for c in range(cols) %}
 {% for r in range(rows) %}
         partial[{{ r * cols + c }}u * (SIZE / 4u) + subgroup] = sum{{ c }}_{{ r }};
@@ -138,7 +138,7 @@ fn linear(
 {% endif %}
     let row = first_row + lane / COLS;
     let col = first_col + lane % COLS;
-    if lane < OUTPUTS && row < num_rows && col <= last_col {
+    if (lane < OUTPUTS && row < num_rows && col <= last_col) {
         var value = 0.0;
         for (var i = 0u; i < count; i++) {
             value += {{ "partial" if subgroups else "partial2" }}[first + i];
@@ -150,7 +150,7 @@ fn linear(
         value = activate(value);
 {% endif %}
         let at = row * params.out_features + params.first_row + col;
-        if params.accumulate != 0u {
+        if (params.accumulate != 0u) {
             value += y[at];
         }
         y[at] = value;

@@ -7,7 +7,7 @@ Workgroup memory: none.
 #}
 {% include "linear_params.wgsl" %}
 
-const LANES = {{ lanes }}u;
+const LANES: u32 = {{ lanes }}u;
 
 // [rows, in_features padded to 32] as texels of 4
 @group(0) @binding(0) var staged: texture_storage_2d<rgba32uint, write>;
@@ -28,7 +28,7 @@ fn linear_stage(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
         let texel = first_texel + k / 4u;
 {% if unit == 8 %}
         var value = vec4<u64>();
-        if k < params.in_features {
+        if (k < params.in_features) {
             value = x[(row + k) / 8u];
         }
         let high = value >> vec4<u32>(32u);
@@ -36,14 +36,14 @@ fn linear_stage(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invo
         store(texel + 1u, vec4<u32>(u32(value.z), u32(high.z), u32(value.w), u32(high.w)));
 {% elif unit == 4 %}
         var value = vec4<f32>();
-        if k < params.in_features {
+        if (k < params.in_features) {
             value = x[(row + k) / 4u];
         }
         store(texel, bitcast<vec4<u32>>(value));
 {% else %}
         var value = vec4<f32>();
 {% for i in range(4) %}
-        if k + {{ i }}u < params.in_features {
+        if (k + {{ i }}u < params.in_features) {
             value.{{ ["x", "y", "z", "w"][i] }} = x[row + k + {{ i }}u];
         }
 {% endfor %}

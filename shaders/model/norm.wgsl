@@ -41,34 +41,34 @@ var<workgroup> partial16: array<{{ sums }}, {{ lanes * rows }}>;
 
 // The sum over the lanes of a row, in all of them.
 fn row_sum(value: {{ sums }}, lane: u32) -> {{ sums }} {
-  let first = lane - lane % LANES;
-  workgroupBarrier();
-  partial[lane] = value;
-  workgroupBarrier();
+    let first = lane - lane % LANES;
+    workgroupBarrier();
+    partial[lane] = value;
+    workgroupBarrier();
 {% if lanes <= 16 %}
-  var sum = partial[first];
+    var sum = partial[first];
 {% for i in range(1, lanes) %}
-  sum += partial[first + {{ i }}u];
+    sum += partial[first + {{ i }}u];
 {% endfor %}
 {% else %}
-  let group = lane - lane % 16u;
-  var sum16 = partial[group];
+    let group = lane - lane % 16u;
+    var sum16 = partial[group];
 {% for i in range(1, 16) %}
-  sum16 += partial[group + {{ i }}u];
+    sum16 += partial[group + {{ i }}u];
 {% endfor %}
-  partial16[lane] = sum16;
-  workgroupBarrier();
-  var sum = partial16[first];
+    partial16[lane] = sum16;
+    workgroupBarrier();
+    var sum = partial16[first];
 {% for i in range(1, lanes // 16) %}
-  sum += partial16[first + {{ i * 16 }}u];
+    sum += partial16[first + {{ i * 16 }}u];
 {% endfor %}
 {% endif %}
-  return sum;
+    return sum;
 }
 {% else %}
 
 fn row_sum(value: {{ sums }}, lane: u32) -> {{ sums }} {
-  return value;
+    return value;
 }
 {% endif %}
 
@@ -77,7 +77,7 @@ fn row_sum(value: {{ sums }}, lane: u32) -> {{ sums }} {
 
 {% endif %}
 fn across(v: vec4<f32>) -> f32 {
-  return (v.x + v.y) + (v.z + v.w);
+    return (v.x + v.y) + (v.z + v.w);
 }
 
 {# The body for each of the lane's elements of the row, which it sees as `e`; `c` is its place. #}
@@ -85,20 +85,20 @@ fn across(v: vec4<f32>) -> f32 {
 {% if held %}
 {% for j in range(parts) %}
 {% if (j + 1) * lanes > vecs %}
-  if (i < {{ vecs - j * lanes }}u) {
+    if (i < {{ vecs - j * lanes }}u) {
 {% else %}
-  {
+    {
 {% endif %}
-    let c = i + {{ j * lanes }}u;
-    let e = e{{ j }};
+        let c = i + {{ j * lanes }}u;
+        let e = e{{ j }};
 {{ caller() }}
-  }
+    }
 {% endfor %}
 {% else %}
-  for (var c = i; c < VECS; c += LANES) {
-    let e = {{ source }}[base + c];
+    for (var c = i; c < VECS; c += LANES) {
+        let e = {{ source }}[base + c];
 {{ caller() }}
-  }
+    }
 {% endif %}
 {% endmacro %}
 {# A vec4 of the result, from those of the row, the weight and the bias. #}
@@ -107,65 +107,65 @@ fn across(v: vec4<f32>) -> f32 {
 {%- endmacro %}
 @compute @workgroup_size({{ lanes * rows }})
 fn norm(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let row = (workgroup.y * GRID_X + workgroup.x) * ROWS + lane / LANES;
-  let num_rows = arrayLength(&out) / VECS;
-  // Surplus lanes take part in the barriers with the last row, and write nothing.
-  let base = min(row, num_rows - 1u) * VECS;
-  let i = lane % LANES;
+    let row = (workgroup.y * GRID_X + workgroup.x) * ROWS + lane / LANES;
+    let num_rows = arrayLength(&out) / VECS;
+    // Surplus lanes take part in the barriers with the last row, and write nothing.
+    let base = min(row, num_rows - 1u) * VECS;
+    let i = lane % LANES;
 {% if held %}
 {% for j in range(parts) %}
 {% if (j + 1) * lanes > vecs %}
-  let e{{ j }} = {{ source }}[base + min(i + {{ j * lanes }}u, VECS - 1u)];
+    let e{{ j }} = {{ source }}[base + min(i + {{ j * lanes }}u, VECS - 1u)];
 {% else %}
-  let e{{ j }} = {{ source }}[base + i + {{ j * lanes }}u];
+    let e{{ j }} = {{ source }}[base + i + {{ j * lanes }}u];
 {% endif %}
 {% endfor %}
 {% endif %}
 
-  var sum = vec4<f32>(0.0);
+    var sum = vec4<f32>(0.0);
 {% if layer %}
 {% call each_element() %}
 {% for v in halves %}
-    sum += {{ v }};
+        sum += {{ v }};
 {%- endfor %}
 
 {%- endcall %}
-  let first_mean = row_sum(vec2<f32>(across(sum), 0.0), lane).x / WIDTH;
-  var squares = vec4<f32>(0.0);
-  sum = vec4<f32>(0.0);
+    let first_mean = row_sum(vec2<f32>(across(sum), 0.0), lane).x / WIDTH;
+    var squares = vec4<f32>(0.0);
+    sum = vec4<f32>(0.0);
 {% call each_element() %}
 {% for v in halves %}
-    let d{{ loop.index }} = {{ v }} - first_mean;
-    sum += d{{ loop.index }};
-    squares += d{{ loop.index }} * d{{ loop.index }};
+        let d{{ loop.index }} = {{ v }} - first_mean;
+        sum += d{{ loop.index }};
+        squares += d{{ loop.index }} * d{{ loop.index }};
 {%- endfor %}
 
 {%- endcall %}
-  let moments = row_sum(vec2<f32>(across(sum), across(squares)), lane) / WIDTH;
-  let mean = moments.x;  // of what is left after the first mean
-  let scale = 1.0 / sqrt(max(moments.y - mean * mean, 0.0) + EPS);
+    let moments = row_sum(vec2<f32>(across(sum), across(squares)), lane) / WIDTH;
+    let mean = moments.x;  // of what is left after the first mean
+    let scale = 1.0 / sqrt(max(moments.y - mean * mean, 0.0) + EPS);
 {% else %}
 {% call each_element() %}
 {% for v in halves %}
-    let v{{ loop.index }} = {{ v }};
-    sum += v{{ loop.index }} * v{{ loop.index }};
+        let v{{ loop.index }} = {{ v }};
+        sum += v{{ loop.index }} * v{{ loop.index }};
 {%- endfor %}
 
 {%- endcall %}
-  let scale = 1.0 / sqrt(row_sum(across(sum), lane) / WIDTH + EPS);
+    let scale = 1.0 / sqrt(row_sum(across(sum), lane) / WIDTH + EPS);
 {% endif %}
 
-  if (row < num_rows) {
+    if (row < num_rows) {
 {% call each_element() %}
-    let w = weight[c];
+        let w = weight[c];
 {% if bias %}
-    let b = bias[c];
+        let b = bias[c];
 {% endif %}
 {% if wide %}
-    out[base + c] = join({{ normed("low(e)", "low(w)", "low(b)") }}, {{ normed("high(e)", "high(w)", "high(b)") }});
+        out[base + c] = join({{ normed("low(e)", "low(w)", "low(b)") }}, {{ normed("high(e)", "high(w)", "high(b)") }});
 {% else %}
-    out[base + c] = {{ normed("e", "w", "b") }};
+        out[base + c] = {{ normed("e", "w", "b") }};
 {% endif %}
 {%- endcall %}
-  }
+    }
 }

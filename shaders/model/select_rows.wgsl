@@ -11,10 +11,10 @@ const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn select_rows(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
-  if (idx >= arrayLength(&out)) {
-    return;
-  }
-  let row = min(indices[idx / VECS], arrayLength(&x) / VECS - 1u);
-  out[idx] = x[row * VECS + idx % VECS];
+    let idx = (workgroup.y * GRID_X + workgroup.x) * WORKGROUP_SIZE + lane;
+    if (idx >= arrayLength(&out)) {
+        return;
+    }
+    let row = min(indices[idx / VECS], arrayLength(&x) / VECS - 1u);
+    out[idx] = x[row * VECS + idx % VECS];
 }

@@ -1,13 +1,13 @@
 {# Parameters of append, copy_blocks, gather and rope, and the linear index that they share. #}
 struct CacheParams {
-  num_tokens: u32,
-  num_copies: u32,
-  list_offset: u32,    // words
-  copies_offset: u32,  // words
-  num_blocks: u32,
-  grid_x: u32,         // workgroups along x; the linear index goes on along y
-  positions_offset: u32,  // words
-  reserved0: u32,
+    num_tokens: u32,
+    num_copies: u32,
+    list_offset: u32,    // words
+    copies_offset: u32,  // words
+    num_blocks: u32,
+    grid_x: u32,         // workgroups along x; the linear index goes on along y
+    positions_offset: u32,  // words
+    reserved0: u32,
 }
 
 const HEAD_DIM: u32 = {{ head_dim }}u;

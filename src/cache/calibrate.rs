@@ -8,8 +8,8 @@ use crate::layout::KvCacheConfig;
 
 /// Largest magnitude that formats with scales keep: bits 0x7f7b of a bfloat16. The widest row then has finite values, whatever is rounded.
 const LARGEST: f64 = 1.960_937_5 * 170_141_183_460_469_231_731_687_303_715_884_105_728.0;
-/// Least scale that isn't 0, 2^-118: half a scale, and half a step, stay clear of the subnormal numbers, which adapters may flush.
-const LEAST_SCALE: f64 = 1.0 / 332_306_998_946_228_968_225_951_765_070_086_144.0;
+/// Smallest scale that isn't 0, 2^-118: half of it stays clear of the subnormal numbers, which adapters may flush.
+const MIN_SCALE: f64 = 1.0 / 332_306_998_946_228_968_225_951_765_070_086_144.0;
 
 /// The tables of all layers, as they are on the GPU.
 #[derive(Debug)]
@@ -26,18 +26,17 @@ impl KeyScales {
     }
 }
 
-/// Scales, then least values, `[2, num_kv_heads, head_dim]`, such that the codes 0 to `levels` cover what each channel has in `keys`.
+/// Scales, then zero points, `[2, num_kv_heads, head_dim]`, such that the codes 0 to `levels` cover what each channel has in `keys`.
 fn table_of(keys: &[f32], channels: usize, levels: f64) -> Vec<f32> {
     let mut ranges = vec![(f64::INFINITY, f64::NEG_INFINITY); channels];
     for token in keys.chunks_exact(channels) {
-        for ((least, most), &key) in ranges.iter_mut().zip(token) {
+        for ((min, max), &key) in ranges.iter_mut().zip(token) {
             let key = f64::from(key).clamp(-LARGEST, LARGEST);
-            (*least, *most) = (least.min(key), most.max(key));
+            (*min, *max) = (min.min(key), max.max(key));
         }
     }
     // A channel that never changes has scale 0, and always its one value.
-    let scale =
-        |&(least, most): &(f64, f64)| if most > least { ((most - least) / levels).max(LEAST_SCALE) } else { 0.0 };
+    let scale = |&(min, max): &(f64, f64)| if max > min { ((max - min) / levels).max(MIN_SCALE) } else { 0.0 };
     ranges.iter().map(|range| scale(range) as f32).chain(ranges.iter().map(|range| range.0 as f32)).collect()
 }
 
@@ -68,7 +67,7 @@ impl KvCache {
         self.write_key_scales(layer, table_of(keys, channels, levels).into())
     }
 
-    /// The scales of a layer's keys, f32 `[2, num_kv_heads, head_dim]`: scales, then least values. `None` before they are fixed, in
+    /// The scales of a layer's keys, f32 `[2, num_kv_heads, head_dim]`: scales, then zero points. `None` before they are fixed, in
     /// formats without scales per channel, and for a layer that isn't there.
     #[must_use]
     pub fn key_scales(&self, layer: u32) -> Option<Arc<[f32]>> {
@@ -84,7 +83,7 @@ impl KvCache {
         let channels = channels(self.config());
         if table.len() != 2 * channels {
             let got = format!("{} elements", table.len());
-            return Err(Error::argument("table", got, format!("a scale and a least value of {channels} channels")));
+            return Err(Error::argument("table", got, format!("a scale and a zero point of {channels} channels")));
         }
         check_finite("table", table)?;
         if let Some(scale) = table[..channels].iter().find(|&&scale| scale < 0.0) {

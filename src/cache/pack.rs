@@ -1,6 +1,6 @@
 //! Blocks of a sequence into staging buffers and back: what snapshots and swaps record.
 //!
-//! The stream is the sequence's blocks in the order of its tokens, of K, then of V, layer after layer. Blocks of a chunk of the stream are packed
+//! The stream is the sequence's blocks in the order of its tokens, of K, then of V, layer after layer. Blocks of a portion of the stream are packed
 //! into one scratch buffer, and one copy moves them on to a buffer that the host can map; unpacking is the way back. A kernel packs scattered
 //! blocks, because a copy command for each would keep the host busy (131 000 of them for 32 768 tokens and 32 layers); long runs of
 //! neighbours are copied by commands.
@@ -15,9 +15,9 @@ use crate::kernel::Profile;
 use crate::layout::KvCacheConfig;
 use crate::plan::{MAX_GRID, PARAM_BLOCK_WORDS, PackParams, linear_grid, push_params};
 
-/// Bytes of a chunk: of the scratch buffer on the device, and of each staging buffer. Far below WebGPU's guaranteed buffer of 256 MiB; 4 GB of
-/// blocks take 256 chunks. A staging buffer is freed when its bytes have been read, so smaller chunks also save host memory.
-const CHUNK_BYTES: u64 = 16 << 20;
+/// Bytes of a portion: of the scratch buffer on the device, and of each staging buffer. Far below WebGPU's guaranteed buffer of 256 MiB; 4 GB of
+/// blocks take 256 portions. A staging buffer is freed when its bytes have been read, so smaller portions also save host memory.
+const PORTION_BYTES: u64 = 16 << 20;
 
 /// The shortest run of bytes, on average, that is copied by commands and not by the kernel.
 ///
@@ -33,7 +33,7 @@ fn min_run_bytes(profile: Profile) -> u64 {
 /// What ends the stream: a staging buffer that no submitted command has written holds zeros.
 const MARKER: [u8; 4] = *b"done";
 
-/// Consecutive blocks of one side of a layer, in a chunk.
+/// Consecutive blocks of one side of a layer, in a portion.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Piece {
     layer: u32,
@@ -41,40 +41,40 @@ struct Piece {
     side: usize,
     /// Which of the sequence's blocks.
     blocks: Range<usize>,
-    /// Bytes of the chunk before them.
+    /// Bytes of the portion before them.
     offset: u64,
 }
 
 /// The part of the stream that one staging buffer holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Chunk {
+struct Portion {
     bytes: u64,
     pieces: Vec<Piece>,
 }
 
-/// Cuts the stream of `num_blocks` blocks into chunks of up to `chunk_bytes`, each of at least one block.
-fn chunks(config: &KvCacheConfig, num_blocks: usize, chunk_bytes: u64) -> Vec<Chunk> {
-    let mut chunks: Vec<Chunk> = Vec::new();
-    let mut chunk = Chunk::default();
+/// Cuts the stream of `num_blocks` blocks into portions of up to `portion_bytes`, each of at least one block.
+fn portions(config: &KvCacheConfig, num_blocks: usize, portion_bytes: u64) -> Vec<Portion> {
+    let mut portions: Vec<Portion> = Vec::new();
+    let mut portion = Portion::default();
     for layer in 0..config.num_layers {
         for (side, layout) in [config.k_layout(), config.v_layout()].into_iter().enumerate() {
             let mut start = 0;
             while start < num_blocks {
-                let fit = (chunk_bytes.saturating_sub(chunk.bytes) / layout.block_bytes()) as usize;
-                if fit == 0 && chunk.bytes > 0 {
-                    chunks.push(std::mem::take(&mut chunk));
+                let fit = (portion_bytes.saturating_sub(portion.bytes) / layout.block_bytes()) as usize;
+                if fit == 0 && portion.bytes > 0 {
+                    portions.push(std::mem::take(&mut portion));
                     continue;
                 }
                 // The listed blocks are one dimension of a grid.
                 let len = fit.clamp(1, MAX_GRID as usize).min(num_blocks - start);
-                chunk.pieces.push(Piece { layer, side, blocks: start..start + len, offset: chunk.bytes });
-                chunk.bytes += len as u64 * layout.block_bytes();
+                portion.pieces.push(Piece { layer, side, blocks: start..start + len, offset: portion.bytes });
+                portion.bytes += len as u64 * layout.block_bytes();
                 start += len;
             }
         }
     }
-    chunks.extend((chunk.bytes > 0).then_some(chunk));
-    chunks
+    portions.extend((portion.bytes > 0).then_some(portion));
+    portions
 }
 
 /// Consecutive blocks at consecutive positions.
@@ -105,9 +105,9 @@ struct SideCopy<'p> {
     bytes: u64,
 }
 
-/// How a chunk gets into the scratch buffer, or out of it.
+/// How a portion gets into the scratch buffer, or out of it.
 #[derive(Default)]
-struct PackChunk<'p> {
+struct PackPortion<'p> {
     bytes: u64,
     copies: Vec<SideCopy<'p>>,
     dispatches: Vec<Prepared>,
@@ -116,7 +116,7 @@ struct PackChunk<'p> {
 /// Everything that packs or unpacks, ready to be recorded.
 struct Packing<'p> {
     scratch: wgpu::Buffer,
-    chunks: Vec<PackChunk<'p>>,
+    portions: Vec<PackPortion<'p>>,
     /// Of the lists that the dispatches read.
     lease: Option<Lease>,
 }
@@ -150,18 +150,19 @@ impl KvCache {
         let block_bytes = [config.k_layout().block_bytes(), config.v_layout().block_bytes()];
         let min_run = min_run_bytes(gpu.profile());
         // A block is never larger than a binding, because a side of one block isn't.
-        let plan = chunks(config, blocks.len(), CHUNK_BYTES.min(gpu.max_storage_bytes()));
-        let mut chunks: Vec<_> = plan.iter().map(|c| PackChunk { bytes: c.bytes, ..PackChunk::default() }).collect();
-        // Of each dispatch: chunk, buffer, parameters and grid.
+        let plan = portions(config, blocks.len(), PORTION_BYTES.min(gpu.max_storage_bytes()));
+        let mut portions: Vec<_> =
+            plan.iter().map(|c| PackPortion { bytes: c.bytes, ..PackPortion::default() }).collect();
+        // Of each dispatch: portion, buffer, parameters and grid.
         let mut jobs = Vec::new();
         let mut list: Vec<u32> = Vec::new();
-        for (chunk, piece) in plan.iter().enumerate().flat_map(|(i, c)| c.pieces.iter().map(move |p| (i, p))) {
+        for (portion, piece) in plan.iter().enumerate().flat_map(|(i, c)| c.pieces.iter().map(move |p| (i, p))) {
             let block_bytes = block_bytes[piece.side];
             for (side, held) in self.layer(piece.layer)?.sides()[piece.side].parts(config.num_blocks) {
                 let runs = runs(&blocks[piece.blocks.clone()], &held);
                 let count: u32 = runs.iter().map(|run| run.len).sum();
                 if u64::from(count) * block_bytes >= min_run * runs.len() as u64 {
-                    chunks[chunk].copies.extend(runs.iter().map(|run| SideCopy {
+                    portions[portion].copies.extend(runs.iter().map(|run| SideCopy {
                         side,
                         side_offset: u64::from(run.block) * block_bytes,
                         scratch_offset: piece.offset + u64::from(run.position) * block_bytes,
@@ -183,15 +184,15 @@ impl KvCache {
                     unpack: unpack.into(),
                     ..PackParams::default()
                 };
-                jobs.push((chunk, side, params, [x, count, z]));
+                jobs.push((portion, side, params, [x, count, z]));
                 list.extend(runs.iter().flat_map(|r| (0..r.len).flat_map(|i| [r.block + i, r.position + i])));
             }
         }
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let largest = chunks.iter().map(|chunk| chunk.bytes).max().unwrap_or(0);
+        let largest = portions.iter().map(|portion| portion.bytes).max().unwrap_or(0);
         let scratch = gpu.create_buffer("creating a scratch buffer", "folio pack", largest, usage)?;
         if jobs.is_empty() {
-            return Ok(Packing { scratch, chunks, lease: None });
+            return Ok(Packing { scratch, portions, lease: None });
         }
         let lists_start = jobs.len() as u32 * PARAM_BLOCK_WORDS;
         let mut words = Vec::with_capacity(lists_start as usize + list.len());
@@ -213,10 +214,10 @@ impl KvCache {
                 grid,
             })
             .collect();
-        for (&(chunk, ..), dispatch) in jobs.iter().zip(gpu.prepare(&dispatches)?) {
-            chunks[chunk].dispatches.push(dispatch);
+        for (&(portion, ..), dispatch) in jobs.iter().zip(gpu.prepare(&dispatches)?) {
+            portions[portion].dispatches.push(dispatch);
         }
-        Ok(Packing { scratch, chunks, lease: Some(lease) })
+        Ok(Packing { scratch, portions, lease: Some(lease) })
     }
 
     /// Records the copy of these blocks into staging buffers: the stream and [`MARKER`], one part in each. Nothing for no blocks.
@@ -224,25 +225,25 @@ impl KvCache {
         if blocks.is_empty() {
             return Ok(Vec::new());
         }
-        let Packing { scratch, chunks, lease } = self.packing(blocks, false)?;
+        let Packing { scratch, portions, lease } = self.packing(blocks, false)?;
         let marker = self.staging(&MARKER)?;
-        let last = chunks.len() - 1;
+        let last = portions.len() - 1;
         let staging = (0..)
-            .zip(&chunks)
-            .map(|(i, chunk)| Readback::new(&self.gpu, chunk.bytes + if i == last { marker.size() } else { 0 }))
+            .zip(&portions)
+            .map(|(i, portion)| Readback::new(&self.gpu, portion.bytes + if i == last { marker.size() } else { 0 }))
             .collect::<Result<Vec<_>>>()?;
         // Nothing but the loss of the device fails from here on.
-        for (chunk, staging) in chunks.iter().zip(&staging) {
-            for c in &chunk.copies {
+        for (portion, staging) in portions.iter().zip(&staging) {
+            for c in &portion.copies {
                 encoder.copy_buffer_to_buffer(c.side, c.side_offset, &scratch, c.scratch_offset, c.bytes);
             }
-            if !chunk.dispatches.is_empty() {
+            if !portion.dispatches.is_empty() {
                 let recorder = Recorder::from(&mut *encoder);
-                recorder.record_prepared(&self.gpu, "folio pack", &chunk.dispatches, lease.as_slice())?;
+                recorder.record_prepared(&self.gpu, "folio pack", &portion.dispatches, lease.as_slice())?;
             }
-            encoder.copy_buffer_to_buffer(&scratch, 0, staging.buffer(), 0, chunk.bytes);
+            encoder.copy_buffer_to_buffer(&scratch, 0, staging.buffer(), 0, portion.bytes);
         }
-        encoder.copy_buffer_to_buffer(&marker, 0, staging[last].buffer(), chunks[last].bytes, marker.size());
+        encoder.copy_buffer_to_buffer(&marker, 0, staging[last].buffer(), portions[last].bytes, marker.size());
         Ok(staging)
     }
 
@@ -256,22 +257,22 @@ impl KvCache {
         if blocks.is_empty() {
             return Ok(());
         }
-        let Packing { scratch, chunks, lease } = self.packing(blocks, true)?;
-        let mut staging = Vec::with_capacity(chunks.len());
-        for chunk in &chunks {
-            let (part, rest) = stream.split_at(chunk.bytes as usize);
+        let Packing { scratch, portions, lease } = self.packing(blocks, true)?;
+        let mut staging = Vec::with_capacity(portions.len());
+        for portion in &portions {
+            let (part, rest) = stream.split_at(portion.bytes as usize);
             staging.push(self.staging(part)?);
             stream = rest;
         }
         // Nothing but the loss of the device fails from here on.
-        for (chunk, staging) in chunks.iter().zip(&staging) {
-            encoder.copy_buffer_to_buffer(staging, 0, &scratch, 0, chunk.bytes);
-            for c in &chunk.copies {
+        for (portion, staging) in portions.iter().zip(&staging) {
+            encoder.copy_buffer_to_buffer(staging, 0, &scratch, 0, portion.bytes);
+            for c in &portion.copies {
                 encoder.copy_buffer_to_buffer(&scratch, c.scratch_offset, c.side, c.side_offset, c.bytes);
             }
-            if !chunk.dispatches.is_empty() {
+            if !portion.dispatches.is_empty() {
                 let recorder = Recorder::from(&mut *encoder);
-                recorder.record_prepared(&self.gpu, "folio unpack", &chunk.dispatches, lease.as_slice())?;
+                recorder.record_prepared(&self.gpu, "folio unpack", &portion.dispatches, lease.as_slice())?;
             }
         }
         Ok(())
@@ -288,29 +289,29 @@ mod tests {
         KvCacheConfig::new(3, 2, 8).with_blocks(100, 4).with_formats(KvFormat::F32, KvFormat::F16);
 
     #[test]
-    fn chunks_are_the_stream_in_order() {
-        for chunk_bytes in [1, 128, 255, 256, 300, 1000, 1 << 20] {
+    fn portions_are_the_stream_in_order() {
+        for portion_bytes in [1, 128, 255, 256, 300, 1000, 1 << 20] {
             for num_blocks in [0, 1, 2, 7, 70_000] {
-                let chunks = chunks(&CONFIG, num_blocks, chunk_bytes);
+                let portions = portions(&CONFIG, num_blocks, portion_bytes);
                 let mut at = Vec::new();
-                for chunk in &chunks {
+                for portion in &portions {
                     let mut bytes = 0;
-                    for piece in &chunk.pieces {
+                    for piece in &portion.pieces {
                         assert_eq!(piece.offset, bytes);
                         assert!((1..=65_535).contains(&piece.blocks.len()));
                         bytes += piece.blocks.len() as u64 * [256, 128][piece.side];
                         at.extend(piece.blocks.clone().map(|block| (piece.layer, piece.side, block)));
                     }
-                    assert_eq!(chunk.bytes, bytes);
-                    let one = chunk.pieces.len() == 1 && chunk.pieces[0].blocks.len() == 1;
-                    assert!(bytes <= chunk_bytes || one, "{bytes} of {chunk_bytes}");
+                    assert_eq!(portion.bytes, bytes);
+                    let one = portion.pieces.len() == 1 && portion.pieces[0].blocks.len() == 1;
+                    assert!(bytes <= portion_bytes || one, "{bytes} of {portion_bytes}");
                 }
                 let want: Vec<_> = (0..3)
                     .flat_map(|layer| [0, 1].map(|side| (layer, side)))
                     .flat_map(|(layer, side)| (0..num_blocks).map(move |block| (layer, side, block)))
                     .collect();
-                assert!(at == want, "{num_blocks} blocks in chunks of {chunk_bytes}");
-                let total: u64 = chunks.iter().map(|chunk| chunk.bytes).sum();
+                assert!(at == want, "{num_blocks} blocks in portions of {portion_bytes}");
+                let total: u64 = portions.iter().map(|portion| portion.bytes).sum();
                 assert_eq!(Some(total), stream_bytes(&CONFIG, num_blocks as u32));
             }
         }

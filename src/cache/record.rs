@@ -49,12 +49,12 @@ fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> u64 {
 }
 
 /// Invocations that handle rows of `num_tokens` tokens, 8 elements each.
-fn row_chunks(config: &KvCacheConfig, num_tokens: u32) -> u64 {
+fn row_invocations(config: &KvCacheConfig, num_tokens: u32) -> u64 {
     row_elements(config, num_tokens) / 8
 }
 
 /// Invocations that copy `count` blocks, 16 bytes of K and V each.
-fn copy_chunks(config: &KvCacheConfig, count: u32) -> u64 {
+fn copy_invocations(config: &KvCacheConfig, count: u32) -> u64 {
     u64::from(count) * config.k_layout().block_bytes().max(config.v_layout().block_bytes()) / 16
 }
 
@@ -81,7 +81,7 @@ impl CacheKernels {
     ) -> Result<Upload> {
         let grids = AppendGrids {
             append: append_grid(&self.append, "batch", config, slots.len() as u32)?,
-            copy_blocks: self.copy_blocks.grid("batch", copy_chunks(config, copies.len() as u32))?,
+            copy_blocks: self.copy_blocks.grid("batch", copy_invocations(config, copies.len() as u32))?,
         };
         Upload::new(gpu, "batch", append_words(config.num_blocks, slots, positions, copies, grids))
     }
@@ -104,13 +104,13 @@ impl KvCache {
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, or a rope that was made for a cache of another shape or
     /// on another device; [`Error::Stale`]; [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu
     /// itself gives buffers of other instances no meaning); [`Error::DeviceLost`]. Nothing has been recorded then.
-    pub fn append<'p, 'e: 'p, 'k, 'v>(
+    pub fn append<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         step: &Step,
         layer: u32,
-        k: impl Into<BufferRef<'k>>,
-        v: impl Into<BufferRef<'v>>,
+        k: impl Into<BufferRef<'a>>,
+        v: impl Into<BufferRef<'a>>,
         rope: Option<&Rope>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
@@ -148,7 +148,7 @@ impl KvCache {
         upload: &'a wgpu::Buffer,
         count: u32,
     ) -> Result<Dispatch<'a>> {
-        let (x, y) = self.kernels.copy_blocks.grid("batch", copy_chunks(&self.config, count))?;
+        let (x, y) = self.kernels.copy_blocks.grid("batch", copy_invocations(&self.config, count))?;
         let mut resources: Vec<_> = storage.bindings().collect();
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, COPY_PARAMS_OFFSET)]);
         Ok(self.kernels.copy_blocks.dispatch(resources, [x, y, 1]))
@@ -161,13 +161,13 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::Wgpu`].
-    pub fn record_gather<'p, 'e: 'p, 'k, 'v>(
+    pub fn record_gather<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         sequence: SequenceId,
         layer: u32,
-        k_out: impl Into<BufferRef<'k>>,
-        v_out: impl Into<BufferRef<'v>>,
+        k_out: impl Into<BufferRef<'a>>,
+        v_out: impl Into<BufferRef<'a>>,
     ) -> Result<u32> {
         let storage = self.layer(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
@@ -187,7 +187,7 @@ impl KvCache {
         if num_tokens == 0 {
             return Ok(0);
         }
-        let (x, y) = self.kernels.gather.grid("sequence", row_chunks(config, num_tokens))?;
+        let (x, y) = self.kernels.gather.grid("sequence", row_invocations(config, num_tokens))?;
         let mut words = Vec::with_capacity(PARAM_BLOCK_WORDS as usize + table.len());
         let params = CacheParams {
             num_tokens,

@@ -78,11 +78,11 @@ impl Rope {
     /// # Errors
     /// [`Error::Argument`] for a step of a cache with another shape, `num_heads` of 0 or above 65 535, a range that doesn't fit,
     /// or the cache's own buffer; [`Error::Stale`]; [`Error::Wgpu`] for a buffer or a step of another device.
-    pub fn rotate<'p, 'e: 'p, 'x>(
+    pub fn rotate<'a>(
         &self,
-        recorder: impl Into<Recorder<'p, 'e>>,
+        recorder: impl Into<Recorder<'a>>,
         step: &Step,
-        x: impl Into<BufferRef<'x>>,
+        x: impl Into<BufferRef<'a>>,
         num_heads: u32,
     ) -> Result<()> {
         step.ticket().check()?;

@@ -112,11 +112,11 @@ impl Program {
     pub(crate) fn record(
         self: &Arc<Self>,
         gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: super::Recorder<'_>,
         resources: Vec<wgpu::BindingResource<'_>>,
         grid: [u32; 3],
     ) -> Result<()> {
-        super::Recorder::from(pass).record(gpu, "folio", &[Dispatch { program: self, resources, grid }], &[])
+        recorder.record(gpu, "folio model", &[Dispatch { program: self, resources, grid }], &[])
     }
 
     /// Whether it has not been warmed up yet. The caller is the one who does it.

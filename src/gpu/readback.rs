@@ -72,7 +72,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Argument`] if the buffer lacks usage `COPY_SRC`, or offset or size is not a multiple of 4 or outside the buffer;
     /// [`Error::Wgpu`], for example for a buffer of another device; [`Error::DeviceLost`].
-    pub async fn read<'b>(&self, range: impl Into<BufferRef<'b>>) -> Result<Vec<f32>> {
+    pub async fn read<'a>(&self, range: impl Into<BufferRef<'a>>) -> Result<Vec<f32>> {
         let range = range.into().check_copy("buffer")?;
         if range.size() == 0 {
             return Ok(Vec::new());
@@ -89,7 +89,7 @@ impl Gpu {
     /// # Errors
     /// Those of [`Gpu::read`].
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn read_blocking<'b>(&self, range: impl Into<BufferRef<'b>>) -> Result<Vec<f32>> {
+    pub fn read_blocking<'a>(&self, range: impl Into<BufferRef<'a>>) -> Result<Vec<f32>> {
         self.block_on(self.read(range))
     }
 

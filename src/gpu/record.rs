@@ -1,5 +1,6 @@
 //! What recording calls take: a place to record into, and ranges of the host's buffers.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::upload::Lease;
@@ -8,24 +9,53 @@ use crate::error::{Error, Result};
 
 /// Where commands go: a compute pass of the host's, or its encoder, in which folio then opens a pass of its own.
 ///
-/// Recording calls take `impl Into<Recorder>`: hand over `&mut pass` or `&mut encoder`. They never submit.
-#[derive(Debug)]
-pub enum Recorder<'a, 'encoder> {
-    /// A pass that is open already. Its pipeline and bind group 0 are changed.
-    Pass(&'a mut wgpu::ComputePass<'encoder>),
-    /// An encoder without an open pass.
+/// Calls that record take `impl Into<Recorder>`: hand over `&mut pass` or `&mut encoder`. They never submit. In a pass its pipeline and bind
+/// group 0 are changed.
+pub struct Recorder<'a>(Target<'a>);
+
+enum Target<'a> {
+    Pass(&'a mut dyn Pass),
+    /// Without an open pass.
     Encoder(&'a mut wgpu::CommandEncoder),
 }
 
-impl<'a, 'encoder> From<&'a mut wgpu::ComputePass<'encoder>> for Recorder<'a, 'encoder> {
-    fn from(pass: &'a mut wgpu::ComputePass<'encoder>) -> Self {
-        Self::Pass(pass)
+/// A compute pass, whatever its lifetime.
+trait Pass {
+    fn dispatch(&mut self, dispatch: &Prepared);
+    fn hold(&mut self, lease: Lease);
+}
+
+impl Pass for wgpu::ComputePass<'_> {
+    fn dispatch(&mut self, dispatch: &Prepared) {
+        self.set_pipeline(dispatch.program.pipeline());
+        self.set_bind_group(0, &dispatch.bind_group, &[]);
+        let [x, y, z] = dispatch.grid;
+        self.dispatch_workgroups(x, y, z);
+    }
+
+    fn hold(&mut self, lease: Lease) {
+        self.on_submitted_work_done(move || drop(lease));
     }
 }
 
-impl<'a> From<&'a mut wgpu::CommandEncoder> for Recorder<'a, 'static> {
+impl fmt::Debug for Recorder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.0 {
+            Target::Pass(_) => "Recorder(pass)",
+            Target::Encoder(_) => "Recorder(encoder)",
+        })
+    }
+}
+
+impl<'a> From<&'a mut wgpu::ComputePass<'_>> for Recorder<'a> {
+    fn from(pass: &'a mut wgpu::ComputePass<'_>) -> Self {
+        Self(Target::Pass(pass))
+    }
+}
+
+impl<'a> From<&'a mut wgpu::CommandEncoder> for Recorder<'a> {
     fn from(encoder: &'a mut wgpu::CommandEncoder) -> Self {
-        Self::Encoder(encoder)
+        Self(Target::Encoder(encoder))
     }
 }
 
@@ -61,7 +91,15 @@ impl Gpu {
     }
 }
 
-impl Recorder<'_, '_> {
+impl Recorder<'_> {
+    /// The same place, for one more call.
+    pub(crate) fn reborrow(&mut self) -> Recorder<'_> {
+        Recorder(match &mut self.0 {
+            Target::Pass(pass) => Target::Pass(&mut **pass),
+            Target::Encoder(encoder) => Target::Encoder(encoder),
+        })
+    }
+
     /// Records dispatches one after another, or none of them. wgpu orders those that write what a later one reads.
     ///
     /// The leases are those of the uploads that the dispatches read. They are held until the commands have finished, or their
@@ -87,24 +125,16 @@ impl Recorder<'_, '_> {
         dispatches: &[Prepared],
         leases: &[Lease],
     ) -> Result<()> {
-        let into_pass = |pass: &mut wgpu::ComputePass<'_>| {
-            for dispatch in dispatches {
-                pass.set_pipeline(dispatch.program.pipeline());
-                pass.set_bind_group(0, &dispatch.bind_group, &[]);
-                let [x, y, z] = dispatch.grid;
-                pass.dispatch_workgroups(x, y, z);
-            }
-            for lease in leases {
-                let lease = lease.clone();
-                pass.on_submitted_work_done(move || drop(lease));
-            }
+        let into_pass = |pass: &mut dyn Pass| {
+            dispatches.iter().for_each(|dispatch| pass.dispatch(dispatch));
+            leases.iter().for_each(|lease| pass.hold(lease.clone()));
         };
-        match self {
-            Self::Pass(pass) => {
+        match self.0 {
+            Target::Pass(pass) => {
                 into_pass(pass);
                 Ok(())
             }
-            Self::Encoder(encoder) => gpu.scoped_recording("recording a pass", || {
+            Target::Encoder(encoder) => gpu.scoped_recording("recording a pass", || {
                 let descriptor = wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
                 into_pass(&mut encoder.begin_compute_pass(&descriptor));
             }),

@@ -68,14 +68,16 @@ pub(crate) fn attention_storage_buffers(k: Segments, v: Segments) -> u32 {
 pub fn bindings(variant: &Variant) -> Vec<Binding> {
     // What stands before the cache's sides, how those are bound, and what follows them.
     let (first, access, rest) = match variant.kernel {
-        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step"), PARAMS]),
-        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step"), PARAMS]),
-        Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step"), PARAMS], None, vec![]),
-        Kernel::Gather => (vec![], Some(Access::Read), vec![read("step"), write("k_out"), write("v_out"), PARAMS]),
+        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step_lists"), PARAMS], None, vec![]),
+        Kernel::Gather => {
+            (vec![], Some(Access::Read), vec![read("step_lists"), write("k_out"), write("v_out"), PARAMS])
+        }
         Kernel::Decode | Kernel::Prefill => {
             (vec![read("q")], Some(Access::Read), vec![read("plan"), write("out"), write("partials"), PARAMS])
         }
-        Kernel::Rope => (vec![write("x"), read("step"), read("rope_table"), PARAMS], None, vec![]),
+        Kernel::Rope => (vec![write("x"), read("step_lists"), read("rope_table"), PARAMS], None, vec![]),
         Kernel::Merge => (vec![read("partials"), read("plan"), write("out"), PARAMS], None, vec![]),
     };
     let mut bindings = first;

@@ -1,7 +1,11 @@
 //! How the GPU does it: variants, composed text, binding tables. Pure data: what a program needs to compile and dispatch the kernels
 //! by whatever GPU library it has.
+//!
+//! **Less stable** than the rest of the crate, as [`plan`](crate::plan) and [`sequence`](crate::sequence) are: kernels change with what is
+//! measured. Programs that use folio with wgpu need none of the three.
 
 mod bindings;
+mod geometry;
 mod rope;
 mod source;
 mod target;

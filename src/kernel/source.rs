@@ -4,11 +4,13 @@
 
 use minijinja::context;
 
+use super::geometry::Geometry;
 use super::target::Profile;
 use super::template;
 use super::variant::{Kernel, Variant};
 use crate::error::Result;
 use crate::layout::{KvLayout, Segments};
+use crate::plan::{LOGIT_FLOOR, MERGE_ITEM_WORDS, NO_PARTIAL, WORK_ITEM_WORDS};
 
 fn template_name(variant: &Variant) -> &'static str {
     match (variant.kernel, variant.target.profile) {
@@ -72,9 +74,15 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 subgroups => v.target.subgroups,
                 subgroup_size => v.target.subgroup_size,
                 int64 => v.target.int64,
+                profile => if v.target.profile == Profile::Cpu { "cpu" } else { "gpu" },
+                item_words => WORK_ITEM_WORDS,
+                merge_item_words => MERGE_ITEM_WORDS,
+                no_partial => NO_PARTIAL,
+                logit_floor => format!("{LOGIT_FLOOR:e}f"),
                 workgroup_size => v.workgroup_size,
                 tile_q => v.tile_q,
                 tile_kv => v.tile_kv,
+            geometry => Geometry::of(v).context(),
         },
     )?;
     let enable = variant.target.enable_directives && variant.features().subgroups;

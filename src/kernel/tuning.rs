@@ -1,5 +1,6 @@
-//! The one table of tile sizes per profile, kernel and shape, and what they cost in workgroup memory.
+//! The one table of tile sizes per profile, kernel and shape.
 
+use super::geometry::decode_k_dims;
 use super::target::{AdapterClass, Profile};
 use super::variant::{Kernel, Variant};
 use crate::format::KvFormat;
@@ -54,84 +55,6 @@ fn cpu_tile_q(variant: &Variant) -> u32 {
         (false, _) => 4,
     };
     lanes * (512 / variant.head_dim).clamp(1, most)
-}
-
-/// Bytes of workgroup memory that the kernel's text declares, each variable in whole 16 bytes as WebGPU counts. A test compares it with
-/// naga's layout of every variant.
-pub(crate) fn workgroup_bytes(variant: &Variant) -> u32 {
-    match (variant.target.profile, variant.kernel) {
-        (Profile::Gpu, Kernel::Decode) => gpu_decode_bytes(variant),
-        (Profile::Gpu, Kernel::Prefill) => gpu_prefill_bytes(variant),
-        (Profile::Cpu, Kernel::Decode) if !variant.target.subgroups => {
-            // One partial score per lane and row, and a weight and a scale per row.
-            let partial_scores = variant.tile_q * variant.workgroup_size * 4;
-            partial_scores.next_multiple_of(16) + (variant.tile_q * 8).next_multiple_of(16)
-        }
-        // Least and largest elements of K and V.
-        (_, Kernel::Append) if variant.has_row_scales() => variant.workgroup_size * 16,
-        _ => 0,
-    }
-}
-
-/// Elements of a row of K that an invocation of the GPU decode kernel reads at a time: the most that a row has two or more of, up to 16 bytes.
-fn decode_k_dims(head_dim: u32, format: KvFormat) -> u32 {
-    let fits = |dims: &u32| dims * format.element_bits() <= 128 && head_dim.is_multiple_of(*dims) && head_dim > *dims;
-    [32, 16].into_iter().find(fits).unwrap_or(if format == KvFormat::F32 { 4 } else { 8 })
-}
-
-/// Neighbouring lanes that share by shuffles: any subgroup has at least 4 invocations.
-fn butterfly(variant: &Variant, lanes: u32) -> u32 {
-    match (variant.target.subgroups, variant.target.subgroup_size) {
-        (false, _) => 1,
-        (true, 0) => lanes.min(4),
-        (true, size) => lanes.min(size),
-    }
-}
-
-/// The arrays of gpu/decode.wgsl, whose head derives these sizes in the same way.
-fn gpu_decode_bytes(variant: &Variant) -> u32 {
-    let (head_dim, group_size, tile_kv) = (variant.head_dim, variant.group_size, variant.tile_kv);
-    let workgroup_size = variant.workgroup_size;
-    let k_dims = decode_k_dims(head_dim, variant.k_format);
-    let v_dims = if group_size <= 2 && variant.v_format != KvFormat::F32 { 8 } else { 4 };
-    let (k_row, v_row) = (head_dim / k_dims, head_dim / v_dims);
-    let lanes = match k_row {
-        0..2 => 1,
-        2 => 2,
-        _ if k_row < 8 || workgroup_size < 8 * tile_kv => 4,
-        _ => 8,
-    };
-    let parts = lanes / butterfly(variant, lanes);
-    let fit = (workgroup_size / v_row).min(workgroup_size / group_size).min(tile_kv / 4).clamp(1, 32);
-    let streams = 1 << fit.ilog2();
-    let head_sums = streams * head_dim / 4;
-    let q_len = group_size * k_row.div_ceil(lanes) * lanes * k_dims / 4;
-    let merge_heads = group_size.min((q_len / head_sums).max(1));
-    let tile = 16 * q_len.max(merge_heads * head_sums);
-    let logits = 4 * parts * group_size * (tile_kv + 8);
-    let weights = 4 * group_size * tile_kv;
-    let rescale = 4 * streams * group_size;
-    let row_scales = [variant.k_format, variant.v_format].map(|f| if f.has_row_scales() { 4 * tile_kv } else { 0 });
-    [tile, logits, weights, rescale, 4 * tile_kv, row_scales[0], row_scales[1]]
-        .iter()
-        .map(|bytes| bytes.next_multiple_of(16))
-        .sum()
-}
-
-/// The arrays of gpu/prefill.wgsl, whose head derives these sizes in the same way.
-fn gpu_prefill_bytes(variant: &Variant) -> u32 {
-    const CHUNK_ROW: u32 = 5;
-    let (tile_q, tile_kv) = (variant.tile_q, variant.tile_kv);
-    let row_sets = tile_q / 4;
-    let lanes = variant.workgroup_size / row_sets;
-    let parts = lanes / butterfly(variant, lanes);
-    let v_keys = if variant.head_dim <= 64 { 8 } else { 4 };
-    let weights = tile_kv * (row_sets + 1);
-    let values = v_keys * variant.head_dim / 4;
-    let scores = 2 * CHUNK_ROW * (tile_q + tile_kv);
-    let combined = if parts > 1 { weights + values + parts * row_sets } else { 0 };
-    let least_products = if variant.k_format.has_channel_scales() { row_sets } else { 0 };
-    16 * (scores.max(weights + 2 * values).max(combined) + least_products) + (8 * tile_kv).next_multiple_of(16)
 }
 
 /// When a sequence's keys are split. `max_workspace_bytes` is at most a storage binding of the device.

@@ -1,5 +1,6 @@
 //! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
 
+use super::geometry::Geometry;
 use super::rope::RopeLayout;
 use super::target::{Profile, ShaderFeatures, Source, Target};
 use crate::error::Result;
@@ -24,7 +25,7 @@ pub enum Kernel {
     Prefill,
     /// Joins the partial states of split key ranges.
     Merge,
-    /// Turns rows by their positions, in place.
+    /// Rotates rows by their positions, in place.
     Rope,
 }
 
@@ -95,9 +96,9 @@ impl AttendFlags {
 /// What of a [`RopeConfig`](crate::RopeConfig) is compiled in; frequencies are data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RopeShape {
-    /// Which elements of a row turn together.
+    /// Which elements of a row are rotated together.
     pub layout: RopeLayout,
-    /// Elements of a row that turn: the first ones, an even number.
+    /// Elements of a row that are rotated: the first ones, an even number.
     pub rotary_dim: u32,
 }
 
@@ -220,7 +221,7 @@ impl Variant {
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.
     #[must_use]
     pub fn workgroup_bytes(&self) -> u32 {
-        super::tuning::workgroup_bytes(self)
+        Geometry::of(self).workgroup_bytes()
     }
 
     /// Features that the text needs.

@@ -10,7 +10,7 @@ use super::ops::ActivationKind;
 use super::quantise::{Packed, Packer, WeightFormat};
 use super::rows::Rows;
 use crate::kernel::Profile;
-use crate::{BufferRef, Error, Gpu, Result};
+use crate::{BufferRef, Error, Gpu, Recorder, Result};
 
 /// Shape and options of a [`Linear`] layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,6 +44,7 @@ impl LinearConfig {
 /// beyond what one binding holds is split by rows.
 #[derive(Debug)]
 pub struct Linear {
+    gpu: Gpu,
     config: LinearConfig,
     parts: Vec<Part>,
     bias: Option<wgpu::Buffer>,
@@ -147,7 +148,7 @@ impl Linear {
                 gpu.create_buffer_with("creating a bias", "folio bias", contents, wgpu::BufferUsages::STORAGE)
             })
             .transpose()?;
-        Ok(Self { config, parts, bias, compiled, kernels: kernels.clone() })
+        Ok(Self { gpu: gpu.clone(), config, parts, bias, compiled, kernels: kernels.clone() })
     }
 
     /// Shape and options.
@@ -171,14 +172,15 @@ impl Linear {
     /// # Errors
     /// [`Error::Argument`] if x is not `[rows, in_features]`, y not `[rows, out_features]`, there is no row, or both are in the same buffer;
     /// [`Error::Unsupported`] if there are too many rows.
-    pub fn record(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>, y: Rows<'_>) -> Result<()> {
+    pub fn record<'a>(&self, recorder: impl Into<Recorder<'a>>, x: Rows<'_>, y: Rows<'_>) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.config.in_features)?;
         y.check(gpu, "y", x.rows, self.config.out_features)?;
         if x.buffer == y.buffer {
             return Err(Error::argument("y", "the buffer of x", "another buffer"));
         }
         let compiled = self.compiled(LinearKernel::for_rows(gpu.profile(), x.rows))?;
-        self.multiply(gpu, pass, compiled, x, y, None)
+        self.multiply(recorder.into(), compiled, x, y, None)
     }
 
     /// Records one workgroup of each kernel that [`Linear::record`] and [`Linear::gather_rows`] may take and that no layer with the same `kernels` has
@@ -186,7 +188,8 @@ impl Linear {
     ///
     /// # Errors
     /// [`Error::Wgpu`] if there is no memory for a few rows of x and y.
-    pub fn warm_up(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>) -> Result<()> {
+    pub fn warm_up<'a>(&self, recorder: impl Into<Recorder<'a>>) -> Result<()> {
+        let (gpu, mut recorder) = (&self.gpu, recorder.into());
         let cold: Vec<_> = self.compiled.iter().filter(|c| c.program.take_cold()).collect();
         if cold.is_empty() {
             return Ok(());
@@ -199,11 +202,11 @@ impl Linear {
         for compiled in cold {
             let x = Rows::new(&x, 1, self.config.in_features);
             match compiled.variant.kernel {
-                LinearKernel::Gather => self.gather(gpu, pass, scratch(1)?.as_entire_binding(), x)?,
-                LinearKernel::Stage => drop(self.stage(gpu, pass, x)?),
+                LinearKernel::Gather => self.gather(recorder.reborrow(), scratch(1)?.as_entire_binding(), x)?,
+                LinearKernel::Stage => drop(self.stage(recorder.reborrow(), x)?),
                 LinearKernel::Rows(_) | LinearKernel::Matmul => {
                     let y = Rows::new(&y, 1, self.config.out_features);
-                    self.multiply(gpu, pass, compiled, x, y, Some([1, 1, 1]))?;
+                    self.multiply(recorder.reborrow(), compiled, x, y, Some([1, 1, 1]))?;
                 }
             }
         }
@@ -218,26 +221,21 @@ impl Linear {
     /// [`Error::Unsupported`] if there are more than 65 535 rows.
     pub fn gather_rows<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         ids: impl Into<BufferRef<'a>>,
         out: Rows<'_>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         out.check(gpu, "out", out.rows, self.config.in_features)?;
         let ids = ids.into().check(gpu, "ids", out.rows.into(), false)?;
         if ids.buffer() == out.buffer {
             return Err(Error::argument("out", "the buffer of ids", "another buffer"));
         }
-        self.gather(gpu, pass, ids.binding(), out)
+        self.gather(recorder.into(), ids.binding(), out)
     }
 
-    fn gather(
-        &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
-        ids: wgpu::BindingResource<'_>,
-        out: Rows<'_>,
-    ) -> Result<()> {
+    fn gather(&self, mut recorder: Recorder<'_>, ids: wgpu::BindingResource<'_>, out: Rows<'_>) -> Result<()> {
+        let gpu = &self.gpu;
         let max = gpu.limits().max_compute_workgroups_per_dimension;
         if out.rows > max {
             return Err(Error::unsupported("rows of an embedding", out.rows, max));
@@ -249,13 +247,14 @@ impl Linear {
             let mut resources =
                 vec![part.weights.binding(), ids.clone(), out.binding(), part.params.as_entire_binding()];
             resources.extend(part.scales.as_ref().map(Weights::binding));
-            gather.program.record(gpu, pass, resources, grid)?;
+            gather.program.record(gpu, recorder.reborrow(), resources, grid)?;
         }
         Ok(())
     }
 
     /// Moves x to a texture.
-    fn stage(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>) -> Result<wgpu::TextureView> {
+    fn stage(&self, recorder: Recorder<'_>, x: Rows<'_>) -> Result<wgpu::TextureView> {
+        let gpu = &self.gpu;
         let max = gpu.limits().max_compute_workgroups_per_dimension;
         if x.rows > max {
             return Err(Error::unsupported("rows of a linear layer", x.rows, max));
@@ -266,32 +265,32 @@ impl Linear {
         if let Some(part) = self.parts.first() {
             let resources =
                 vec![wgpu::BindingResource::TextureView(&view), x.binding(), part.params.as_entire_binding()];
-            self.compiled(LinearKernel::Stage)?.program.record(gpu, pass, resources, [1, x.rows, 1])?;
+            self.compiled(LinearKernel::Stage)?.program.record(gpu, recorder, resources, [1, x.rows, 1])?;
         }
         Ok(view)
     }
 
     fn compiled(&self, kernel: LinearKernel) -> Result<&Compiled> {
         let found = self.compiled.iter().find(|compiled| compiled.variant.kernel == kernel);
-        found.map(Arc::as_ref).ok_or_else(|| Error::argument("gpu", "another profile", "the device of Linear::new"))
+        found.map(Arc::as_ref).ok_or_else(|| Error::argument("kernel", format!("{kernel:?}"), "one of the layer's"))
     }
 
     fn multiply(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        mut recorder: Recorder<'_>,
         compiled: &Compiled,
         x: Rows<'_>,
         y: Rows<'_>,
         grid: Option<[u32; 3]>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         let max = gpu.limits().max_compute_workgroups_per_dimension;
         let (rows, cols) = compiled.variant.tile();
         let row_tiles = x.rows.div_ceil(rows);
         if row_tiles > max {
             return Err(Error::unsupported("rows of a linear layer", x.rows, u64::from(max) * u64::from(rows)));
         }
-        let staged = if compiled.variant.staged() { Some(self.stage(gpu, pass, x)?) } else { None };
+        let staged = if compiled.variant.staged() { Some(self.stage(recorder.reborrow(), x)?) } else { None };
         let x = staged.as_ref().map_or(x.binding(), wgpu::BindingResource::TextureView);
         for part in &self.parts {
             let mut resources = vec![part.weights.binding(), x.clone(), y.binding(), part.params.as_entire_binding()];
@@ -299,7 +298,7 @@ impl Linear {
             resources.extend(self.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
             let tiles = (part.last_row - part.first_row + 1).div_ceil(cols);
             let grid = grid.unwrap_or([tiles.min(max), row_tiles, tiles.div_ceil(max)]);
-            compiled.program.record(gpu, pass, resources, grid)?;
+            compiled.program.record(gpu, recorder.reborrow(), resources, grid)?;
         }
         Ok(())
     }

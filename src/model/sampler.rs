@@ -132,6 +132,7 @@ const REQUEST_WORDS: usize = 12;
 /// The kernels of a vocabulary's size.
 #[derive(Debug)]
 pub struct Sampler {
+    gpu: Gpu,
     vocab: u32,
     /// By `greedy + 2 * penalty`: simple requests run, and on some drivers compile, less.
     programs: [Arc<Program>; 4],
@@ -157,7 +158,7 @@ impl Sampler {
             compile(false, true).await?,
             compile(true, true).await?,
         ];
-        Ok(Self { vocab, programs })
+        Ok(Self { gpu: gpu.clone(), vocab, programs })
     }
 
     /// The text of a kernel, for reading and for tests: the one for batches whose requests are all greedy or not, and where some have a
@@ -212,18 +213,18 @@ impl Sampler {
     /// # Errors
     /// [`Error::Argument`] for requests that break a rule, a token of a history outside the vocabulary, or ranges that don't fit;
     /// [`Error::Wgpu`].
-    pub fn record<'b>(
+    pub fn record<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         logits: Rows<'_>,
         requests: &[SamplingRequest<'_>],
-        output: impl Into<BufferRef<'b>>,
+        output: impl Into<BufferRef<'a>>,
     ) -> Result<()> {
         let rows = u32::try_from(requests.len()).unwrap_or(u32::MAX);
         if rows == 0 || rows > MAX_GRID {
             return Err(Error::argument("requests", rows, format!("1 to {MAX_GRID}")));
         }
+        let gpu = &self.gpu;
         logits.check(gpu, "logits", rows, self.vocab)?;
         let elements = u64::from(rows) * u64::from(Self::OUTPUT_WORDS);
         let output = output.into().check(gpu, "output", elements, false)?;
@@ -236,7 +237,7 @@ impl Sampler {
         let program = &self.programs[usize::from(greedy) + 2 * usize::from(penalty)];
         let resources = vec![logits.binding(), words.as_entire_binding(), output.binding()];
         let dispatch = Dispatch { program, resources, grid: [rows, 1, 1] };
-        Recorder::from(pass).record(gpu, "folio sample", &[dispatch], &[lease])
+        recorder.into().record(gpu, "folio sample", &[dispatch], &[lease])
     }
 
     /// What the output of [`Sampler::record`] says, row by row.

@@ -287,9 +287,9 @@ impl Model {
         context: &StepContext<'_>,
     ) -> Result<()> {
         let hidden = Rows::new(&scratch.hidden, context.rows, self.config.hidden_size);
-        self.embedding.gather_rows(&self.gpu, pass, context.ids, hidden)?;
+        self.embedding.gather_rows(&mut *pass, context.ids, hidden)?;
         if let Some(positions) = &self.position_embedding {
-            positions.record(&self.gpu, pass, hidden, context.positions)?;
+            positions.record(&mut *pass, hidden, context.positions)?;
         }
         for (index, layer) in (0..).zip(&self.layers) {
             self.record_layer(pass, scratch, context, index, layer)?;
@@ -305,7 +305,7 @@ impl Model {
         index: u32,
         layer: &Layer,
     ) -> Result<()> {
-        let (gpu, config, rows) = (&self.gpu, &self.config, context.rows);
+        let (config, rows) = (&self.config, context.rows);
         let (q_heads, kv_heads, head_dim) = (config.num_q_heads, config.num_kv_heads, config.head_dim);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
         let normed = Rows::new(&scratch.normed, rows, config.hidden_size);
@@ -314,13 +314,13 @@ impl Model {
         let v = Rows::new(&scratch.v, rows, kv_heads * head_dim);
         let attended = Rows::new(&scratch.attended, rows, q_heads * head_dim);
 
-        self.norm.record(gpu, pass, &layer.attention_norm, hidden, normed)?;
-        layer.q.record(gpu, pass, normed, q)?;
-        layer.k.record(gpu, pass, normed, k)?;
-        layer.v.record(gpu, pass, normed, v)?;
+        self.norm.record(&mut *pass, &layer.attention_norm, hidden, normed)?;
+        layer.q.record(&mut *pass, normed, q)?;
+        layer.k.record(&mut *pass, normed, k)?;
+        layer.v.record(&mut *pass, normed, v)?;
         for (weights, x, heads) in [(&layer.q_norm, q, q_heads), (&layer.k_norm, k, kv_heads)] {
             if let (Some(norm), Some(weights)) = (&self.head_norm, weights) {
-                norm.record_in_place(gpu, pass, weights, Rows { rows: rows * heads, width: head_dim, ..x })?;
+                norm.record_in_place(&mut *pass, weights, Rows { rows: rows * heads, width: head_dim, ..x })?;
             }
         }
         if let Some(rope) = context.rope {
@@ -331,24 +331,24 @@ impl Model {
 
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
         if config.parallel_residual {
-            self.norm.record(gpu, pass, &layer.mlp_norm, hidden, normed)?;
-            layer.o.record(gpu, pass, attended, hidden)?;
+            self.norm.record(&mut *pass, &layer.mlp_norm, hidden, normed)?;
+            layer.o.record(&mut *pass, attended, hidden)?;
         } else {
-            layer.o.record(gpu, pass, attended, hidden)?;
-            self.norm.record(gpu, pass, &layer.mlp_norm, hidden, normed)?;
+            layer.o.record(&mut *pass, attended, hidden)?;
+            self.norm.record(&mut *pass, &layer.mlp_norm, hidden, normed)?;
         }
         let width = config.intermediate_size;
         match &self.gate {
             Some(gate) => {
                 let (up, gated) = (Rows::new(&scratch.up, rows, 2 * width), Rows::new(&scratch.gated, rows, width));
-                layer.up.record(gpu, pass, normed, up)?;
-                gate.record(gpu, pass, up, gated)?;
-                layer.down.record(gpu, pass, gated, hidden)
+                layer.up.record(&mut *pass, normed, up)?;
+                gate.record(&mut *pass, up, gated)?;
+                layer.down.record(&mut *pass, gated, hidden)
             }
             None => {
                 let up = Rows::new(&scratch.up, rows, width);
-                layer.up.record(gpu, pass, normed, up)?;
-                layer.down.record(gpu, pass, up, hidden)
+                layer.up.record(&mut *pass, normed, up)?;
+                layer.down.record(&mut *pass, up, hidden)
             }
         }
     }
@@ -362,12 +362,12 @@ impl Model {
         head_rows: BufferRef<'_>,
         logits: Rows<'_>,
     ) -> Result<()> {
-        let (gpu, width) = (&self.gpu, self.config.hidden_size);
+        let width = self.config.hidden_size;
         let hidden = Rows::new(&scratch.hidden, rows, width);
         let chosen = Rows::new(&scratch.normed, logits.rows, width);
-        self.select.record(gpu, pass, hidden, head_rows, chosen)?;
-        self.norm.record_in_place(gpu, pass, &self.final_norm, chosen)?;
-        self.head.as_ref().unwrap_or(&self.embedding).record(gpu, pass, chosen, logits)
+        self.select.record(&mut *pass, hidden, head_rows, chosen)?;
+        self.norm.record_in_place(&mut *pass, &self.final_norm, chosen)?;
+        self.head.as_ref().unwrap_or(&self.embedding).record(&mut *pass, chosen, logits)
     }
 }
 
@@ -438,7 +438,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     async fn norm(&mut self, weights: &NormWeights, norm: &Norm) -> ModelResult<NormParameters> {
         let weight = self.values(&weights.weight)?;
         let bias = weights.bias.as_ref().map(|tensor| self.values(tensor)).transpose()?;
-        Ok(norm.weights(self.gpu, &weight, bias.as_deref()).await?)
+        Ok(norm.weights(&weight, bias.as_deref())?)
     }
 
     async fn layer(&mut self, weights: &LayerWeights, norm: &Norm, head_norm: Option<&Norm>) -> ModelResult<Layer> {

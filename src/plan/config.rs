@@ -1,6 +1,7 @@
 //! [`AttentionConfig`]: what attention computes.
 
 use super::MAX_GRID;
+use super::items::LOGIT_FLOOR;
 use super::params::AttendParams;
 use crate::error::{Error, Result};
 use crate::layout::KvCacheConfig;
@@ -89,13 +90,25 @@ impl AttentionConfig {
                 let got = format!("{} values", values.len());
                 return Err(Error::argument(argument, got, format!("one per query head, {heads}")));
             }
-            // The kernels take them in units of log2.
-            values.iter().try_for_each(|&value| finite(argument, value * std::f32::consts::LOG2_E))?;
+            values.iter().try_for_each(|&value| finite(argument, value))?;
         }
-        // So do they the scale, which a soft cap divides.
+        // The kernels take the scale in units of log2, or of the soft cap.
         let params = self.params(cache);
         finite("softmax_scale", params.qk_scale)?;
-        finite("softcap", params.softcap_log2e)
+        // The floor of the running maximum must stay below what the options alone can make of a logit.
+        let log2_units = |value: f32| f64::from(value.abs()) * std::f64::consts::LOG2_E;
+        let small = |argument, value: f32, logit: f64| {
+            let rule = "small enough that no logit reaches 2^126 in units of log2, 5.9e37";
+            if logit < -f64::from(LOGIT_FLOOR) / 2.0 { Ok(()) } else { Err(Error::argument(argument, value, rule)) }
+        };
+        let cap = self.softcap.unwrap_or(0.0);
+        small("softcap", cap, log2_units(cap))?;
+        self.sinks.iter().flatten().try_for_each(|&sink| small("sinks", sink, log2_units(sink)))?;
+        let longest = f64::from(cache.num_blocks) * f64::from(cache.block_size);
+        let slopes = self.alibi_slopes.iter().flatten();
+        slopes
+            .copied()
+            .try_for_each(|slope| small("alibi_slopes", slope, log2_units(slope) * longest + log2_units(cap)))
     }
 
     /// The parameters that all dispatches of a plan share, for [`StepPlan::new`](super::StepPlan::new).
@@ -110,7 +123,8 @@ impl AttentionConfig {
         AttendParams {
             qk_scale: qk_scale as f32,
             softcap_log2e: softcap_log2e as f32,
-            window: self.window.unwrap_or(0),
+            // Longer than any sequence, and with room for a key's position beside it.
+            window: self.window.unwrap_or(0).min(1 << 31),
             num_blocks: cache.num_blocks,
             ..AttendParams::default()
         }

@@ -2,6 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
+/// Where the running maximum of logits (in units of log2) starts. Logits and sinks stay within half of it, so that no difference of two of them
+/// and the floor overflows.
+pub const LOGIT_FLOOR: f32 = -1.701_411_8e38;
+
 /// Marks a work item that is alone: it writes its result, not a partial state.
 pub const NO_PARTIAL: u32 = u32::MAX;
 

@@ -1,4 +1,6 @@
 //! Who does what in one step: work lists and the final words that are uploaded, as plain data. No device.
+//!
+//! **Less stable** than the rest of the crate; see [`kernel`](crate::kernel).
 
 mod append;
 mod config;
@@ -12,7 +14,7 @@ mod step;
 pub use append::{AppendGrids, append_words};
 pub use config::AttentionConfig;
 pub use grid::{MAX_GRID, linear_grid};
-pub use items::{MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
+pub use items::{LOGIT_FLOOR, MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
 pub use lists::{PlanShape, Round, WorkLists, partial_row_bytes};
 #[cfg(feature = "wgpu")]
 pub(crate) use params::push_params;

@@ -16,11 +16,11 @@ pub(crate) fn push_params<P: Pod>(words: &mut Vec<u32>, params: &P) {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct CacheParams {
-    /// Tokens: new ones to append or to turn, or the sequence's to gather.
+    /// Tokens: new ones to append or to rotate, or the sequence's to gather.
     pub num_tokens: u32,
     /// Blocks to copy.
     pub num_copies: u32,
-    /// Where in the step buffer the slots (append) or block table (gather) start, in words.
+    /// Where in `step_lists` the slots (append) or block table (gather) start, in words.
     pub list_offset: u32,
     /// Where the (source, destination) pairs start, in words.
     pub copies_offset: u32,
@@ -38,7 +38,7 @@ pub struct CacheParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct PackParams {
-    /// Where in the step buffer the (block, position) pairs start, in words.
+    /// Where in `step_lists` the (block, position) pairs start, in words.
     pub list_offset: u32,
     /// Blocks that the bound side holds; ids are clamped below it.
     pub num_blocks: u32,
@@ -70,7 +70,7 @@ pub struct AttendParams {
     pub qk_scale: f32,
     /// softcap * log2 e.
     pub softcap_log2e: f32,
-    /// Newest keys that are visible.
+    /// Newest keys that are visible; at most 2^31, which is longer than any sequence.
     pub window: u32,
     /// Blocks of the pool; ids are clamped below it.
     pub num_blocks: u32,

@@ -1,4 +1,6 @@
 //! Who holds which block: the pool, the block tables, sequences and their transactions, the prefix index, and reports. No device.
+//!
+//! **Less stable** than the rest of the crate; see [`kernel`](crate::kernel).
 
 mod batch;
 mod manager;

@@ -3,7 +3,7 @@
 use fastrand::Rng;
 use folio::reference::compare::{self, Comparison};
 use folio::reference::quantise::stored;
-use folio::reference::{ErrorModel, Options, Problem, attention_with_bound};
+use folio::reference::{BoundedOutput, ErrorModel, Options, Problem, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
 use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step};
 
@@ -164,17 +164,22 @@ impl Case {
         }
     }
 
-    /// Compares with attention over the rows as the formats keep them.
-    #[track_caller]
-    pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
-        let (mut at, mut lse_at) = (0, 0);
+    /// What the oracle says of each sequence, over the rows as the formats keep them.
+    pub(crate) fn expected(&self, rows: &[Rows]) -> Vec<BoundedOutput> {
         let channels = self.channels(rows);
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
         if let Some(channels) = &channels {
             model = model.with_key_scales(channels);
         }
-        for (i, rows) in rows.iter().enumerate() {
-            let expected = attention_with_bound(&self.problem(rows), &model).expect("a valid problem");
+        rows.iter().map(|rows| attention_with_bound(&self.problem(rows), &model).expect("a valid problem")).collect()
+    }
+
+    /// Compares with [`expected`](Self::expected).
+    #[track_caller]
+    pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
+        let (mut at, mut lse_at) = (0, 0);
+        for (i, expected) in self.expected(rows).into_iter().enumerate() {
+            let rows = &rows[i];
             let got = &out[at..at + rows.q.len()];
             self.assert_within(gpu, i, &compare::out(&expected, got));
             at += rows.q.len();

@@ -17,6 +17,7 @@ mod case;
 mod contiguous;
 mod encoded;
 mod formats;
+mod hidden;
 mod isolation;
 mod lost;
 mod model_based;

@@ -9,7 +9,7 @@ use folio::kernel::{Access, Kernel, ShaderFeatures, Variant, bindings, compose};
 use folio::plan::{AttendParams, CacheParams, PackParams};
 use folio::{KvFormat, Profile};
 use naga::valid::{Capabilities, ModuleInfo, ValidationError, ValidationFlags, Validator};
-use naga::{AddressSpace, Module, Scalar, StorageAccess, TypeInner, WithSpan};
+use naga::{AddressSpace, Literal, Module, Scalar, StorageAccess, TypeInner, WithSpan};
 
 use crate::translate::translate;
 use crate::variants;
@@ -161,6 +161,7 @@ fn check_text(text: &str, problems: &mut Problems) {
     if ["{{", "}}", "{%", "%}", "{#", "#}"].iter().any(|mark| text.contains(mark)) {
         problems.add("rendered", "template marks in the text");
     }
+    check_style(text, problems);
 }
 
 fn check_entry_point(variant: &Variant, module: &Module, problems: &mut Problems) {
@@ -323,48 +324,179 @@ fn directives_are_added_for_browsers_and_nothing_else() {
     }
 }
 
+/// Each choice alone changes the text of the kernels that read it, and of no other: those could share a pipeline.
 #[test]
-fn equal_variants_compose_equal_texts() {
+fn choices_change_the_texts_of_the_kernels_that_read_them() {
     for kernel in Kernel::ALL {
-        for variant in variants::of_kernel(kernel).iter().step_by(31) {
-            assert_eq!(compose(variant).ok(), compose(variant).ok(), "{variant:?}");
+        for variant in variants::of_kernel(kernel).iter().step_by(19) {
+            let text = compose(variant).expect("text");
+            for (choice, is_read, change) in CHOICES {
+                let mut other = *variant;
+                change(&mut other);
+                let other_text = compose(&other).expect("text");
+                assert_eq!(text != other_text, is_read(kernel), "{choice}: {variant:?}");
+            }
         }
     }
 }
 
-#[test]
-fn work_lists_have_the_word_counts_that_the_kernels_step_by() {
-    assert_eq!(folio::plan::WORK_ITEM_WORDS, 12);
-    assert_eq!(folio::plan::MERGE_ITEM_WORDS, 8);
-    assert_eq!(size_of::<folio::plan::WorkItem>(), 48);
-    assert_eq!(size_of::<folio::plan::MergeItem>(), 32);
+type Choice = (&'static str, fn(Kernel) -> bool, fn(&mut Variant));
+
+/// A choice, the kernels that read it, and a change of it.
+const CHOICES: [Choice; 11] = [
+    ("causal", attends, |v| v.flags.causal ^= true),
+    ("window", attends, |v| v.flags.window ^= true),
+    ("softcap", attends, |v| v.flags.softcap ^= true),
+    ("alibi", attends, |v| v.flags.alibi ^= true),
+    ("sinks", |kernel| attends(kernel) || kernel == Kernel::Merge, |v| v.flags.sinks ^= true),
+    ("mask", attends, |v| v.flags.mask ^= true),
+    ("lse", |kernel| attends(kernel) || kernel == Kernel::Merge, |v| v.flags.lse ^= true),
+    ("block_size", |kernel| !matches!(kernel, Kernel::Merge | Kernel::PackBlocks), |v| v.block_size *= 2),
+    ("num_kv_heads", |kernel| kernel != Kernel::PackBlocks, |v| v.num_kv_heads *= 2),
+    ("k_format", reads_elements, |v| v.k_format = another(v.k_format)),
+    ("v_format", reads_elements, |v| v.v_format = another(v.v_format)),
+];
+
+fn attends(kernel: Kernel) -> bool {
+    matches!(kernel, Kernel::Decode | Kernel::Prefill)
 }
 
+/// Those that copy blocks see their bytes only, which a format of twice the width has twice as many of.
+fn reads_elements(kernel: Kernel) -> bool {
+    !matches!(kernel, Kernel::Merge | Kernel::PackBlocks | Kernel::Rope)
+}
+
+/// A format whose blocks have another size, whatever the shape.
+fn another(format: KvFormat) -> KvFormat {
+    if format == KvFormat::F32 { KvFormat::F16 } else { KvFormat::F32 }
+}
+
+/// The value of a constant of the module.
+fn constant(module: &Module, name: &str) -> Option<Literal> {
+    let (_, constant) = module.constants.iter().find(|(_, constant)| constant.name.as_deref() == Some(name))?;
+    match module.global_expressions[constant.init] {
+        naga::Expression::Literal(literal) => Some(literal),
+        _ => None,
+    }
+}
+
+/// Names and words of a struct of the module.
+fn struct_words(module: &Module, name: &str) -> Vec<(String, usize)> {
+    let ty = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name));
+    let Some(TypeInner::Struct { members, .. }) = ty.map(|(_, ty)| &ty.inner) else { return Vec::new() };
+    members.iter().map(|member| (member.name.clone().unwrap_or_default(), member.offset as usize / 4)).collect()
+}
+
+macro_rules! words {
+    ($struct:ty { $($field:ident),* $(,)? }) => {{
+        let words: Vec<(String, usize)> = vec![$((stringify!($field).to_owned(), offset_of!($struct, $field) / 4)),*];
+        assert_eq!(words.len() * 4, offset_of!($struct, reserved), "a field is missing from the test's list");
+        words
+    }};
+}
+
+/// Sizes, markers and the order of fields of the work lists: the shader's own constants and structs against Rust's.
 #[test]
-fn work_lists_have_their_words_in_the_documented_order() {
-    use folio::plan::{MergeItem, WorkItem};
-    let words = |offsets: &[usize]| offsets.iter().map(|offset| offset / 4).collect::<Vec<_>>();
-    let item = [
-        offset_of!(WorkItem, query_start),
-        offset_of!(WorkItem, query_len),
-        offset_of!(WorkItem, context_len),
-        offset_of!(WorkItem, row_start),
-        offset_of!(WorkItem, kv_begin),
-        offset_of!(WorkItem, kv_end),
-        offset_of!(WorkItem, table_offset),
-        offset_of!(WorkItem, part_row),
-        offset_of!(WorkItem, mask_offset),
-        offset_of!(WorkItem, mask_stride),
-        offset_of!(WorkItem, reserved),
-    ];
-    assert_eq!(words(&item), (0..11).collect::<Vec<_>>());
-    let item = [
-        offset_of!(MergeItem, token),
-        offset_of!(MergeItem, part_row),
-        offset_of!(MergeItem, num_splits),
-        offset_of!(MergeItem, split_stride),
-        offset_of!(MergeItem, head_stride),
-        offset_of!(MergeItem, reserved),
-    ];
-    assert_eq!(words(&item), (0..6).collect::<Vec<_>>());
+fn work_lists_are_read_as_they_are_written() {
+    use folio::plan::{MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
+    assert_eq!(size_of::<WorkItem>(), 4 * WORK_ITEM_WORDS as usize);
+    assert_eq!(size_of::<MergeItem>(), 4 * MERGE_ITEM_WORDS as usize);
+    let item = words!(WorkItem {
+        query_start,
+        query_len,
+        context_len,
+        row_start,
+        kv_begin,
+        kv_end,
+        table_offset,
+        part_row,
+        mask_offset,
+        mask_stride,
+    });
+    let merge = words!(MergeItem { token, part_row, num_splits, split_stride, head_stride });
+    for kernel in [Kernel::Decode, Kernel::Prefill, Kernel::Merge] {
+        for variant in variants::of_kernel(kernel).iter().step_by(7) {
+            let text = compose(variant).expect("text");
+            let module = naga::front::wgsl::parse_str(&text).expect("parses");
+            let is = |name, value| assert_eq!(constant(&module, name), Some(value), "{name} of {variant:?}");
+            is("LOGIT_FLOOR", Literal::F32(folio::plan::LOGIT_FLOOR));
+            if kernel == Kernel::Merge {
+                is("ITEM_WORDS", Literal::U32(MERGE_ITEM_WORDS));
+                assert_eq!(struct_words(&module, "MergeItem"), merge);
+            } else {
+                is("ITEM_WORDS", Literal::U32(WORK_ITEM_WORDS));
+                is("NO_PARTIAL", Literal::U32(NO_PARTIAL));
+                assert_eq!(struct_words(&module, "WorkItem"), item);
+            }
+            // The reader takes the words in the same order.
+            for i in 1..if kernel == Kernel::Merge { merge.len() } else { item.len() } {
+                assert!(text.contains(&format!("plan[word + {i}u]")), "word {i}: {variant:?}");
+            }
+        }
+    }
+}
+
+/// The style of every file under `shaders/`, those of the model among them; rendered text is held to it in `check_text`.
+#[test]
+fn all_files_have_one_style() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    let mut folders = vec![root];
+    let mut report = String::new();
+    let mut num_files = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder of shaders") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "wgsl") {
+                num_files += 1;
+                let text = std::fs::read_to_string(&path).expect("text");
+                let mut problems = Problems::default();
+                check_style(&without_template_comments(&text), &mut problems);
+                for (_, problem) in problems.0 {
+                    let _ = writeln!(report, "{}: {problem}", path.display());
+                }
+            }
+        }
+    }
+    assert!(num_files > 30, "{num_files} files");
+    assert!(report.is_empty(), "{report}");
+}
+
+fn without_template_comments(text: &str) -> String {
+    let mut parts = text.split("{#");
+    let mut rest = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        rest.push_str(part.split_once("#}").map_or("", |(_, after)| after));
+    }
+    rest
+}
+
+/// 4 spaces, parentheses around conditions, types of constants, no tabs, no spaces at the end.
+fn check_style(text: &str, problems: &mut Problems) {
+    for line in text.lines() {
+        let code = line.trim_start();
+        let indent = line.len() - code.len();
+        let is_tag = code.starts_with("{%") || code.starts_with("{{-");
+        if !is_tag && !code.is_empty() && indent % 4 != 0 {
+            problems.add("style", format!("{indent} spaces: {line}"));
+        }
+        if line.contains('\t') || (line.ends_with(' ') && !code.is_empty()) {
+            problems.add("style", format!("tabs, or spaces at the end: {line:?}"));
+        }
+        let code = code.trim_start_matches("} else ");
+        for word in ["if", "while", "switch", "for"] {
+            if code
+                .strip_prefix(word)
+                .is_some_and(|rest| rest.starts_with(|c: char| c == ' ') && !rest.starts_with(" ("))
+            {
+                problems.add("style", format!("no parentheses: {line}"));
+            }
+        }
+        if let Some(constant) = code.strip_prefix("const ")
+            && !constant.split('=').next().unwrap_or_default().contains(':')
+        {
+            problems.add("style", format!("a constant without a type: {line}"));
+        }
+    }
 }

@@ -53,12 +53,12 @@ fn flags() -> Vec<AttendFlags> {
 /// No rope, and each layout with the whole head, about a quarter of it (also such as are no multiple of 8) and one pair.
 fn ropes(kernel: Kernel, head_dim: u32) -> Vec<Option<RopeShape>> {
     let shape = |layout, rotary_dim| Some(RopeShape { layout, rotary_dim });
-    let turning = [RopeLayout::HalfSplit, RopeLayout::Interleaved]
+    let rotating = [RopeLayout::HalfSplit, RopeLayout::Interleaved]
         .into_iter()
         .flat_map(|layout| [head_dim, head_dim / 8 * 2, 2].map(|rotary_dim| shape(layout, rotary_dim)));
     match kernel {
-        Kernel::Append => std::iter::once(None).chain(turning).collect(),
-        Kernel::Rope => turning.collect(),
+        Kernel::Append => std::iter::once(None).chain(rotating).collect(),
+        Kernel::Rope => rotating.collect(),
         _ => vec![None],
     }
 }
@@ -120,7 +120,7 @@ fn all_pairs(axes: &[usize]) -> Vec<Vec<usize>> {
             if row[axis].is_some() {
                 continue;
             }
-            // How many missing pairs each value would complete; among equals, the one that comes next in turn.
+            // How many missing pairs each value would complete; among equals, the one whose number is next.
             let mut gain = vec![0; num_values];
             for &[a, b] in &missing {
                 if a.0 == axis && row[b.0] == Some(b.1) {
@@ -130,7 +130,7 @@ fn all_pairs(axes: &[usize]) -> Vec<Vec<usize>> {
                     gain[b.1] += 1;
                 }
             }
-            row[axis] = (0..num_values).map(|turn| (rows.len() + turn) % num_values).rev().max_by_key(|&v| gain[v]);
+            row[axis] = (0..num_values).map(|i| (rows.len() + i) % num_values).rev().max_by_key(|&v| gain[v]);
         }
         missing.retain(|&[a, b]| row[a.0] != Some(a.1) || row[b.0] != Some(b.1));
         rows.push(row.into_iter().flatten().collect());

@@ -91,7 +91,9 @@ impl Layer {
         let x = buffer(gpu, &x[..(rows * in_features) as usize]);
         let y = buffer(gpu, &y[..(rows * out_features) as usize]);
         run(gpu, |pass| {
-            self.linear.record(gpu, pass, Rows::new(&x, rows, in_features), Rows::new(&y, rows, out_features)).unwrap();
+            self.linear
+                .record(&mut *pass, Rows::new(&x, rows, in_features), Rows::new(&y, rows, out_features))
+                .unwrap();
         });
         let got = gpu.read_blocking(&y).unwrap();
         compare(&got, expected, out_features, &format!("{what}, {rows} rows"));
@@ -303,7 +305,7 @@ fn rows_beyond_the_range_may_hold_anything() {
                 let expected = layer.expected(&x, &y);
                 let x = buffer(&gpu, &x);
                 let y = buffer(&gpu, &y);
-                run(&gpu, |pass| layer.linear.record(&gpu, pass, Rows::new(&x, 3, n), Rows::new(&y, 3, 3)).unwrap());
+                run(&gpu, |pass| layer.linear.record(&mut *pass, Rows::new(&x, 3, n), Rows::new(&y, 3, 3)).unwrap());
                 let got = gpu.read_blocking(&y).unwrap();
                 let what = format!("{how:?} {format:?} {n}");
                 compare(&got[..3], &expected[..3], 3, &what);
@@ -325,7 +327,7 @@ fn nan_and_infinite_weights_reach_the_output() {
                 weights[64 * 4 + 3] = bad;
                 let linear = new_linear(&gpu, &kernels, LinearConfig::new(64, 9, format), &weights, None).unwrap();
                 let (x, y) = (buffer(&gpu, &[1.0; 64]), buffer(&gpu, &[0.0; 9]));
-                run(&gpu, |pass| linear.record(&gpu, pass, Rows::new(&x, 1, 64), Rows::new(&y, 1, 9)).unwrap());
+                run(&gpu, |pass| linear.record(&mut *pass, Rows::new(&x, 1, 64), Rows::new(&y, 1, 9)).unwrap());
                 let got = gpu.read_blocking(&y).unwrap();
                 for (i, y) in got.iter().enumerate() {
                     assert_eq!(y.is_finite(), i != 4, "{how:?} {format:?} {bad}: y[{i}] is {y}");
@@ -351,7 +353,7 @@ fn gathered_rows_are_the_stored_weights() {
                 let rows = ids.map(|id| id.min(out - 1));
                 let (ids, y) =
                     (raw_buffer(&gpu, bytemuck::cast_slice(&ids)), buffer(&gpu, &vec![f32::NAN; 8 * n as usize]));
-                run(&gpu, |pass| layer.linear.gather_rows(&gpu, pass, &ids, Rows::new(&y, 8, n)).unwrap());
+                run(&gpu, |pass| layer.linear.gather_rows(&mut *pass, &ids, Rows::new(&y, 8, n)).unwrap());
                 let got = gpu.read_blocking(&y).unwrap();
                 for (got, row) in got.chunks(n as usize).zip(rows) {
                     let start = (row * n) as usize;
@@ -393,7 +395,7 @@ fn large_matrices_are_split_by_rows() {
             }
             let ids = raw_buffer(&gpu, bytemuck::cast_slice(&[0u32, 5002, 2500]));
             let y = buffer(&gpu, &[f32::NAN; 900]);
-            run(&gpu, |pass| layer.linear.gather_rows(&gpu, pass, &ids, Rows::new(&y, 3, n)).unwrap());
+            run(&gpu, |pass| layer.linear.gather_rows(&mut *pass, &ids, Rows::new(&y, 3, n)).unwrap());
             let got = gpu.read_blocking(&y).unwrap();
             for (got, row) in got.chunks(300).zip([0, 5002, 2500]) {
                 let error = got.iter().zip(&layer.weights[row * 300..]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -411,11 +413,11 @@ fn a_warm_up_covers_every_kernel_and_changes_nothing() {
         let weights = vec![0.25; 64 * 64];
         let config = LinearConfig { accumulate: true, ..LinearConfig::new(64, 64, WeightFormat::F16) };
         let linear = new_linear(&gpu, &kernels, config, &weights, None).unwrap();
-        run(&gpu, |pass| linear.warm_up(&gpu, pass).unwrap());
+        run(&gpu, |pass| linear.warm_up(&mut *pass).unwrap());
         let (x, y) = (buffer(&gpu, &[1.0; 64]), buffer(&gpu, &[3.0; 64]));
         run(&gpu, |pass| {
-            linear.warm_up(&gpu, pass).unwrap();
-            linear.record(&gpu, pass, Rows::new(&x, 1, 64), Rows::new(&y, 1, 64)).unwrap();
+            linear.warm_up(&mut *pass).unwrap();
+            linear.record(&mut *pass, Rows::new(&x, 1, 64), Rows::new(&y, 1, 64)).unwrap();
         });
         assert!(gpu.read_blocking(&y).unwrap().iter().all(|y| *y == 19.0), "{how:?}");
     }
@@ -448,7 +450,7 @@ fn bad_input_is_refused() {
     let linear = new_linear(&gpu, &kernels, config, &weights, None).unwrap();
     let (x, y) = (buffer(&gpu, &[0.0; 640]), buffer(&gpu, &[0.0; 640]));
     run(&gpu, |pass| {
-        let mut record = |x, y| match linear.record(&gpu, pass, x, y) {
+        let mut record = |x, y| match linear.record(&mut *pass, x, y) {
             Err(Error::Argument { argument, .. }) => argument,
             other => panic!("{other:?}"),
         };
@@ -460,9 +462,9 @@ fn bad_input_is_refused() {
         assert_eq!(record(Rows { offset: 4, ..Rows::new(&x, 2, 64) }, Rows::new(&y, 2, 8)), "x");
         assert_eq!(record(Rows::new(&x, 2, 64), Rows::new(&x, 2, 8)), "y");
         let ids = &x;
-        assert!(linear.gather_rows(&gpu, pass, ids.slice(..4), Rows::new(&y, 2, 64)).is_err());
-        assert!(linear.gather_rows(&gpu, pass, ids, Rows::new(&y, 2, 63)).is_err());
-        assert!(linear.gather_rows(&gpu, pass, ids, Rows::new(ids, 2, 64)).is_err());
+        assert!(linear.gather_rows(&mut *pass, ids.slice(..4), Rows::new(&y, 2, 64)).is_err());
+        assert!(linear.gather_rows(&mut *pass, ids, Rows::new(&y, 2, 63)).is_err());
+        assert!(linear.gather_rows(&mut *pass, ids, Rows::new(ids, 2, 64)).is_err());
     });
 }
 

@@ -92,15 +92,15 @@ fn norms_match_f64() {
             let weight: Vec<f32> = (0..n).map(|_| rng.f32() * 4.0 - 2.0).collect();
             let bias: Option<Vec<f32>> = bias.then(|| (0..n).map(|_| rng.f32() - 0.5).collect());
             let norm = block_on(Norm::new(gpu, config)).unwrap();
-            let weights = block_on(norm.weights(gpu, &weight, bias.as_deref())).unwrap();
+            let weights = norm.weights(&weight, bias.as_deref()).unwrap();
             // Rows behind others in both buffers.
             let pad = 256 / 4;
             let input = floats(gpu, &[vec![f32::NAN; pad], x.clone()].concat());
             let out = empty(gpu, pad + x.len() + 64);
             let at = |buffer| Rows { offset: pad as u64 * 4, ..Rows::new(buffer, rows, width) };
             run(gpu, |pass| {
-                norm.record(gpu, pass, &weights, at(&input), at(&out)).unwrap();
-                norm.record_in_place(gpu, pass, &weights, at(&input)).unwrap();
+                norm.record(&mut *pass, &weights, at(&input), at(&out)).unwrap();
+                norm.record_in_place(&mut *pass, &weights, at(&input)).unwrap();
             });
             let want: Vec<f64> = x.chunks(n).flat_map(|x| norm_f64(&config, x, &weight, bias.as_deref())).collect();
             let got = read(gpu, &out);
@@ -125,11 +125,11 @@ fn norms_keep_rows_apart() {
             for width in [64, 1024] {
                 let n = width as usize;
                 let norm = block_on(Norm::new(gpu, NormConfig::new(kind, width, 1e-6))).unwrap();
-                let weights = block_on(norm.weights(gpu, &vec![1.0; n], None)).unwrap();
+                let weights = norm.weights(&vec![1.0; n], None).unwrap();
                 let mut x: Vec<f32> = (0..5 * n).map(|i| (i % 13) as f32).collect();
                 x[2 * n] = f32::NAN;
                 let input = floats(gpu, &x);
-                run(gpu, |pass| norm.record_in_place(gpu, pass, &weights, Rows::new(&input, 5, width)).unwrap());
+                run(gpu, |pass| norm.record_in_place(&mut *pass, &weights, Rows::new(&input, 5, width)).unwrap());
                 let got = read(gpu, &input);
                 for (row, values) in got.chunks(n).enumerate() {
                     assert_eq!(values.iter().all(|v| v.is_finite()), row != 2, "{kind:?} {width} row {row} {family}");
@@ -195,7 +195,7 @@ fn activations_match_f64() {
             let (in_width, rows) = (x.len() / rows, rows as u32);
             run(gpu, |pass| {
                 let (x, out) = (Rows::new(&input, rows, in_width as u32), Rows::new(&out, rows, width as u32));
-                activation.record(gpu, pass, x, out).unwrap();
+                activation.record(&mut *pass, x, out).unwrap();
             });
             let want: Vec<f64> = (0..n)
                 .map(|i| act_f64(kind, f64::from(gate[i])) * if gated { f64::from(up[i]) } else { 1.0 })
@@ -237,8 +237,8 @@ fn positions_and_chosen_rows_are_exact() {
             let (position_buffer, chosen_buffer) = (words_buffer(gpu, &positions), words_buffer(gpu, &chosen));
             run(gpu, |pass| {
                 let x = Rows::new(&input, rows as u32, width);
-                embedding.record(gpu, pass, x, &position_buffer).unwrap();
-                select.record(gpu, pass, x, &chosen_buffer, Rows::new(&out, 7, width)).unwrap();
+                embedding.record(&mut *pass, x, &position_buffer).unwrap();
+                select.record(&mut *pass, x, &chosen_buffer, Rows::new(&out, 7, width)).unwrap();
             });
             let want: Vec<f32> = (0..rows * n)
                 .map(|i| x[i] + table[(positions[i / n] as usize).min(num_positions - 1) * n + i % n])
@@ -265,7 +265,7 @@ fn grids_of_two_dimensions() {
     let activation = block_on(Activation::new(gpu, ActivationKind::Relu, false, width)).unwrap();
     let (input, out) = (floats(gpu, &x), empty(gpu, x.len()));
     run(gpu, |pass| {
-        activation.record(gpu, pass, Rows::new(&input, rows, width), Rows::new(&out, rows, width)).unwrap();
+        activation.record(&mut *pass, Rows::new(&input, rows, width), Rows::new(&out, rows, width)).unwrap();
     });
     let got = read(gpu, &out);
     assert!(got.iter().zip(&x).all(|(got, x)| *got == x.max(0.0)));
@@ -291,11 +291,11 @@ fn bad_arguments_are_named() {
         named(block_on(Norm::new(gpu, config)).map(drop), field);
     }
     let norm = block_on(Norm::new(gpu, good)).unwrap();
-    named(block_on(norm.weights(gpu, &[1.0; 7], None)).map(drop), "weight");
-    named(block_on(norm.weights(gpu, &[1.0; 8], Some(&[1.0; 8]))).map(drop), "bias");
-    let weights = block_on(norm.weights(gpu, &[1.0; 8], None)).unwrap();
+    named(norm.weights(&[1.0; 7], None).map(drop), "weight");
+    named(norm.weights(&[1.0; 8], Some(&[1.0; 8])).map(drop), "bias");
+    let weights = norm.weights(&[1.0; 8], None).unwrap();
     let wide = block_on(Norm::new(gpu, NormConfig { width: 16, ..good })).unwrap();
-    let wide_weights = block_on(wide.weights(gpu, &[1.0; 16], None)).unwrap();
+    let wide_weights = wide.weights(&[1.0; 16], None).unwrap();
     named(block_on(PositionEmbedding::new(gpu, &[0.0; 9], 4)).map(drop), "table");
     named(block_on(PositionEmbedding::new(gpu, &[], 4)).map(drop), "table");
     named(block_on(SelectRows::new(gpu, 3)).map(drop), "width");
@@ -305,18 +305,18 @@ fn bad_arguments_are_named() {
     let activation = block_on(Activation::new(gpu, ActivationKind::Silu, true, 4)).unwrap();
     let (a, b) = (empty(gpu, 256), empty(gpu, 256));
     run(gpu, |pass| {
-        named(norm.record(gpu, pass, &weights, Rows::new(&a, 2, 4), Rows::new(&b, 2, 8)), "x");
-        named(norm.record(gpu, pass, &weights, Rows::new(&a, 0, 8), Rows::new(&b, 0, 8)), "x");
-        named(norm.record(gpu, pass, &weights, Rows::new(&a, 33, 8), Rows::new(&b, 33, 8)), "x");
-        named(norm.record(gpu, pass, &weights, Rows::new(&a, 2, 8), Rows::new(&b, 3, 8)), "out");
-        named(norm.record(gpu, pass, &weights, Rows::new(&a, 2, 8), Rows::new(&a, 2, 8)), "out");
-        named(norm.record(gpu, pass, &wide_weights, Rows::new(&a, 2, 8), Rows::new(&b, 2, 8)), "weights");
-        named(activation.record(gpu, pass, Rows::new(&a, 2, 4), Rows::new(&b, 2, 4)), "x");
-        named(activation.record(gpu, pass, Rows::new(&a, 2, 8), Rows::new(&b, 2, 8)), "out");
-        named(activation.record(gpu, pass, Rows::new(&a, 2, 8), Rows::new(&a, 2, 4)), "out");
-        named(embedding.record(gpu, pass, Rows::new(&a, 2, 4), BufferRef::new(&b, 0, 4)), "positions");
-        named(embedding.record(gpu, pass, Rows::new(&a, 2, 4), &a), "x");
-        named(select.record(gpu, pass, Rows::new(&a, 2, 4), &b, Rows::new(&b, 2, 4)), "out");
-        named(select.record(gpu, pass, Rows::new(&a, 2, 4), BufferRef::new(&b, 4, 8), Rows::new(&a, 2, 4)), "indices");
+        named(norm.record(&mut *pass, &weights, Rows::new(&a, 2, 4), Rows::new(&b, 2, 8)), "x");
+        named(norm.record(&mut *pass, &weights, Rows::new(&a, 0, 8), Rows::new(&b, 0, 8)), "x");
+        named(norm.record(&mut *pass, &weights, Rows::new(&a, 33, 8), Rows::new(&b, 33, 8)), "x");
+        named(norm.record(&mut *pass, &weights, Rows::new(&a, 2, 8), Rows::new(&b, 3, 8)), "out");
+        named(norm.record(&mut *pass, &weights, Rows::new(&a, 2, 8), Rows::new(&a, 2, 8)), "out");
+        named(norm.record(&mut *pass, &wide_weights, Rows::new(&a, 2, 8), Rows::new(&b, 2, 8)), "weights");
+        named(activation.record(&mut *pass, Rows::new(&a, 2, 4), Rows::new(&b, 2, 4)), "x");
+        named(activation.record(&mut *pass, Rows::new(&a, 2, 8), Rows::new(&b, 2, 8)), "out");
+        named(activation.record(&mut *pass, Rows::new(&a, 2, 8), Rows::new(&a, 2, 4)), "out");
+        named(embedding.record(&mut *pass, Rows::new(&a, 2, 4), BufferRef::new(&b, 0, 4)), "positions");
+        named(embedding.record(&mut *pass, Rows::new(&a, 2, 4), &a), "x");
+        named(select.record(&mut *pass, Rows::new(&a, 2, 4), &b, Rows::new(&b, 2, 4)), "out");
+        named(select.record(&mut *pass, Rows::new(&a, 2, 4), BufferRef::new(&b, 4, 8), Rows::new(&a, 2, 4)), "indices");
     });
 }

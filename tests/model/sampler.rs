@@ -34,7 +34,7 @@ fn sample(gpu: &Gpu, sampler: &Sampler, cases: &[Case]) -> Vec<Sampled> {
     let out = empty(gpu, cases.len() * 4);
     run(gpu, |pass| {
         let rows = Rows::new(&logits, cases.len() as u32, sampler.vocab());
-        sampler.record(gpu, pass, rows, &requests, &out).unwrap();
+        sampler.record(&mut *pass, rows, &requests, &out).unwrap();
     });
     let words: Vec<u32> = read(gpu, &out).into_iter().map(f32::to_bits).collect();
     Sampler::read_output(&words)
@@ -427,7 +427,7 @@ fn calls_before_one_submit_do_not_share_requests() {
                     history: &[],
                     logprob: false,
                 };
-                sampler.record(&gpu, pass, Rows::new(&buffer, 1, vocab), &[request], out).unwrap();
+                sampler.record(&mut *pass, Rows::new(&buffer, 1, vocab), &[request], out).unwrap();
             };
             (0..).zip(&outs).for_each(record);
         });
@@ -533,7 +533,7 @@ fn bad_arguments_are_named() {
         let mut named = |rows: Rows<'_>,
                          requests: &[SamplingRequest<'_>],
                          out: folio::BufferRef<'_>,
-                         argument: &str| match sampler.record(gpu, pass, rows, requests, out) {
+                         argument: &str| match sampler.record(&mut *pass, rows, requests, out) {
             Err(Error::Argument { argument: name, .. }) => assert_eq!(name, argument),
             other => panic!("{argument}: {other:?}"),
         };
@@ -546,7 +546,7 @@ fn bad_arguments_are_named() {
         named(Rows::new(&logits, 1, 8), &[penalty], whole, "history");
         named(Rows::new(&logits, 1, 8), &[cold], whole, "temperature");
         // Without a penalty nobody looks at the history.
-        sampler.record(gpu, pass, Rows::new(&logits, 1, 8), &[request], &out).unwrap();
+        sampler.record(&mut *pass, Rows::new(&logits, 1, 8), &[request], &out).unwrap();
     });
     assert!(block_on(Sampler::new(gpu, 0)).is_err());
 }

@@ -7,7 +7,7 @@ use minijinja::context;
 use super::{ELEMENTWISE_SIZE, check_distinct, check_width, element_features, element_len, elementwise_grid};
 use crate::Gpu;
 use crate::Result;
-use crate::gpu::Program;
+use crate::gpu::{Program, Recorder};
 use crate::kernel::Target;
 use crate::kernel::{Access, Binding, Source, render};
 use crate::model::Rows;
@@ -46,6 +46,7 @@ impl ActivationKind {
 /// An activation of `[rows, width]`, alone or gated.
 #[derive(Debug)]
 pub struct Activation {
+    gpu: Gpu,
     width: u32,
     gated: bool,
     element_len: u32,
@@ -60,7 +61,7 @@ impl Activation {
     pub async fn new(gpu: &Gpu, kind: ActivationKind, gated: bool, width: u32) -> Result<Self> {
         let target = gpu.target();
         let program = Program::get(gpu, Self::source(target, kind, gated, width)?).await?;
-        Ok(Self { width, gated, element_len: element_len(target, width), program })
+        Ok(Self { gpu: gpu.clone(), width, gated, element_len: element_len(target, width), program })
     }
 
     /// The kernel's text, for reading and for tests.
@@ -93,11 +94,12 @@ impl Activation {
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for rows that don't fit; [`Error::Wgpu`](crate::Error::Wgpu).
-    pub fn record(&self, gpu: &Gpu, pass: &mut wgpu::ComputePass<'_>, x: Rows<'_>, out: Rows<'_>) -> Result<()> {
+    pub fn record<'a>(&self, recorder: impl Into<Recorder<'a>>, x: Rows<'_>, out: Rows<'_>) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, if self.gated { 2 * self.width } else { self.width })?;
         out.check(gpu, "out", x.rows, self.width)?;
         check_distinct("out", out.buffer, &[x.buffer])?;
         let resources = vec![x.binding(), out.binding()];
-        self.program.record(gpu, pass, resources, elementwise_grid("out", &out, self.element_len)?)
+        self.program.record(gpu, recorder.into(), resources, elementwise_grid("out", &out, self.element_len)?)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use minijinja::context;
 
 use super::{check_distinct, check_width, element_features, element_len, grid, upload};
-use crate::gpu::Program;
+use crate::gpu::{Program, Recorder};
 use crate::kernel::Target;
 use crate::kernel::{Access, Binding, Source, render};
 use crate::model::Rows;
@@ -131,6 +131,7 @@ impl NormConfig {
 /// RMSNorm or LayerNorm of rows: the compiled kernels, which all norms of a model with the same [`NormConfig`] share.
 #[derive(Debug)]
 pub struct Norm {
+    gpu: Gpu,
     config: NormConfig,
     rows_per_workgroup: u32,
     program: Arc<Program>,
@@ -152,6 +153,7 @@ impl Norm {
     pub async fn new(gpu: &Gpu, config: NormConfig) -> Result<Self> {
         let target = gpu.target();
         Ok(Self {
+            gpu: gpu.clone(),
             config,
             rows_per_workgroup: config.shape(gpu.profile()).1,
             program: Program::get(gpu, config.source(target, false)?).await?,
@@ -163,7 +165,8 @@ impl Norm {
     ///
     /// # Errors
     /// [`Error::Argument`] for another shape; [`Error::Wgpu`].
-    pub async fn weights(&self, gpu: &Gpu, weight: &[f32], bias: Option<&[f32]>) -> Result<NormParameters> {
+    pub fn weights(&self, weight: &[f32], bias: Option<&[f32]>) -> Result<NormParameters> {
+        let gpu = &self.gpu;
         let width = self.config.width as usize;
         if weight.len() != width {
             return Err(Error::argument("weight", format!("{} values", weight.len()), format!("width, {width}")));
@@ -192,39 +195,38 @@ impl Norm {
     ///
     /// # Errors
     /// [`Error::Argument`] for rows that don't fit, or weights of another configuration; [`Error::Wgpu`].
-    pub fn record(
+    pub fn record<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         weights: &NormParameters,
         x: Rows<'_>,
         out: Rows<'_>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.config.width)?;
         out.check(gpu, "out", x.rows, self.config.width)?;
         check_distinct("out", out.buffer, &[x.buffer])?;
-        self.dispatch(gpu, pass, &self.program, weights, &[x.binding(), out.binding()], x.rows)
+        self.dispatch(recorder.into(), &self.program, weights, &[x.binding(), out.binding()], x.rows)
     }
 
     /// Records `x = norm(x)`; `x` is `[rows, width]`.
     ///
     /// # Errors
     /// Those of [`Norm::record`].
-    pub fn record_in_place(
+    pub fn record_in_place<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         weights: &NormParameters,
         x: Rows<'_>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.config.width)?;
-        self.dispatch(gpu, pass, &self.program_in_place, weights, &[x.binding()], x.rows)
+        self.dispatch(recorder.into(), &self.program_in_place, weights, &[x.binding()], x.rows)
     }
 
     fn dispatch(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: Recorder<'_>,
         program: &Arc<Program>,
         weights: &NormParameters,
         rows: &[wgpu::BindingResource<'_>],
@@ -237,6 +239,6 @@ impl Norm {
         let mut resources = rows.to_vec();
         resources.push(weights.weight.as_entire_binding());
         resources.extend(weights.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
-        program.record(gpu, pass, resources, grid("x", num_rows.div_ceil(self.rows_per_workgroup).into())?)
+        program.record(&self.gpu, recorder, resources, grid("x", num_rows.div_ceil(self.rows_per_workgroup).into())?)
     }
 }

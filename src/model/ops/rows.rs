@@ -7,7 +7,7 @@ use minijinja::context;
 use super::{ELEMENTWISE_SIZE, check_distinct, check_width, elementwise_grid, upload};
 use crate::BufferRef;
 use crate::Gpu;
-use crate::gpu::Program;
+use crate::gpu::{Program, Recorder};
 use crate::kernel::{Access, Binding, ShaderFeatures, Source, render};
 use crate::model::Rows;
 use crate::plan::MAX_GRID;
@@ -19,6 +19,7 @@ const MAX_WIDTH: u32 = 1 << 20;
 /// Learned position embeddings, as GPT-2 has them.
 #[derive(Debug)]
 pub struct PositionEmbedding {
+    gpu: Gpu,
     width: u32,
     num_positions: u32,
     table: wgpu::Buffer,
@@ -38,6 +39,7 @@ impl PositionEmbedding {
             return Err(Error::argument("table", format!("{} values", table.len()), need));
         }
         Ok(Self {
+            gpu: gpu.clone(),
             width,
             num_positions,
             table: upload(gpu, "table", table)?,
@@ -85,24 +87,25 @@ impl PositionEmbedding {
     ///
     /// # Errors
     /// [`Error::Argument`] for ranges that don't fit; [`Error::Wgpu`].
-    pub fn record<'b>(
+    pub fn record<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         x: Rows<'_>,
-        positions: impl Into<BufferRef<'b>>,
+        positions: impl Into<BufferRef<'a>>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.width)?;
         let positions = positions.into().check(gpu, "positions", x.rows.into(), false)?;
         check_distinct("x", x.buffer, &[positions.buffer()])?;
         let resources = vec![x.binding(), positions.binding(), self.table.as_entire_binding()];
-        self.program.record(gpu, pass, resources, elementwise_grid("x", &x, 4)?)
+        self.program.record(gpu, recorder.into(), resources, elementwise_grid("x", &x, 4)?)
     }
 }
 
 /// Copies chosen rows: the last token of each sequence, before the head.
 #[derive(Debug)]
 pub struct SelectRows {
+    gpu: Gpu,
     width: u32,
     program: Arc<Program>,
 }
@@ -113,7 +116,7 @@ impl SelectRows {
     /// # Errors
     /// [`Error::Argument`] for a width that breaks the rule; [`Error::Wgpu`].
     pub async fn new(gpu: &Gpu, width: u32) -> Result<Self> {
-        Ok(Self { width, program: Program::get(gpu, Self::source(width)?).await? })
+        Ok(Self { gpu: gpu.clone(), width, program: Program::get(gpu, Self::source(width)?).await? })
     }
 
     /// The kernel's text, for reading and for tests.
@@ -146,19 +149,19 @@ impl SelectRows {
     ///
     /// # Errors
     /// [`Error::Argument`] for ranges that don't fit; [`Error::Wgpu`].
-    pub fn record<'b>(
+    pub fn record<'a>(
         &self,
-        gpu: &Gpu,
-        pass: &mut wgpu::ComputePass<'_>,
+        recorder: impl Into<Recorder<'a>>,
         x: Rows<'_>,
-        indices: impl Into<BufferRef<'b>>,
+        indices: impl Into<BufferRef<'a>>,
         out: Rows<'_>,
     ) -> Result<()> {
+        let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.width)?;
         out.check(gpu, "out", out.rows, self.width)?;
         let indices = indices.into().check(gpu, "indices", out.rows.into(), false)?;
         check_distinct("out", out.buffer, &[x.buffer, indices.buffer()])?;
         let resources = vec![x.binding(), indices.binding(), out.binding()];
-        self.program.record(gpu, pass, resources, elementwise_grid("out", &out, 4)?)
+        self.program.record(gpu, recorder.into(), resources, elementwise_grid("out", &out, 4)?)
     }
 }

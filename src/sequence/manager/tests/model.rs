@@ -292,21 +292,21 @@ impl World {
         assert!((0..self.m.pool.num_blocks()).all(|b| (self.m.pool.ref_count(BlockId(b)) > 0) == (b < used)));
     }
 
-    /// A call that takes between `least` and some more blocks from the pool, or none and fails. Checks what was evicted.
-    fn take<T: std::fmt::Debug>(&mut self, least: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
+    /// A call that takes between `min_blocks` and some more blocks from the pool, or none and fails. Checks what was evicted.
+    fn take<T: std::fmt::Debug>(&mut self, min_blocks: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
         let before = State::of(&self.m);
         let usage = self.m.usage();
         let room = usage.free + usage.reclaimable;
         match call(&mut self.m) {
             Ok(taken) => {
-                assert!(room >= least);
+                assert!(room >= min_blocks);
                 let count = usage.free + self.count_evicted() - self.m.usage().free;
                 self.evict(count, &usage);
                 Some(taken)
             }
             Err(Error::OutOfBlocks { need, free, total }) => {
                 assert_eq!((free, total), (room, usage.total));
-                assert!(need >= least && need > free, "need {need} of {free}, at least {least}");
+                assert!(need >= min_blocks && need > free, "need {need} of {free}, at min_blocks {min_blocks}");
                 assert_eq!(State::of(&self.m), before);
                 self.seen[3] += 1;
                 None
@@ -352,7 +352,7 @@ impl World {
 
     fn step(&mut self, batch: Vec<(usize, u32, u32)>, fate: Fate) {
         let mut new: Vec<(SequenceId, Tokens)> = Vec::new();
-        let mut least = 0;
+        let mut min_blocks = 0;
         for (i, count, bits) in batch {
             let (id, tokens) = &self.sequences[i];
             if new.iter().any(|(s, _)| s == id) || self.is_open(*id) {
@@ -364,19 +364,19 @@ impl World {
                 all.push((token, value(all.last(), token)));
             }
             let blocks = |len: usize| (len as u32).div_ceil(self.block_size);
-            least += blocks(all.len()) - blocks(tokens.len());
+            min_blocks += blocks(all.len()) - blocks(tokens.len());
             new.push((*id, all.split_off(tokens.len())));
         }
         let lens: Vec<_> = new.iter().map(|(s, tokens)| (*s, tokens.len() as u32)).collect();
         if lens.is_empty() {
             return;
         }
-        let Some(reservation) = self.take(least, |m| m.reserve(&lens)) else { return };
+        let Some(reservation) = self.take(min_blocks, |m| m.reserve(&lens)) else { return };
         let Reservation { batch, pending, slots, copies } = reservation;
         assert!(copies.len() <= new.len());
         let blocks: Vec<_> =
             pending.changes.iter().flat_map(|p| p.replacement.iter().chain(&p.new_blocks)).copied().collect();
-        assert_eq!(blocks.len(), least as usize + copies.len());
+        assert_eq!(blocks.len(), min_blocks as usize + copies.len());
         if !matches!(fate, Fate::DropUnsubmitted) {
             for &[from, to] in &copies {
                 for offset in 0..self.block_size {

@@ -1,0 +1,35 @@
+{# What decode, prefill and merge share: parameters, and what is said of a head and of a row. The includer declares `plan` and `params`. #}
+struct AttendParams {
+    items_offset: u32,   // first item, in words of plan
+    num_items: u32,
+    grid_x: u32,         // item_idx = workgroup_id.x + workgroup_id.z * grid_x
+    head_offset: u32,    // num_q_heads ALiBi slopes, then num_q_heads sinks, all times log2(e), in words of plan
+    qk_scale: f32,       // takes q . k to log2 units; with a soft cap to units of the cap
+    softcap_log2e: f32,
+    window: u32,         // newest visible keys, the query's own position included; at most 2^31
+    num_blocks: u32,     // of the pool
+    reserved: vec4<u32>,
+}
+
+const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
+const NUM_Q_HEADS: u32 = {{ num_q_heads }}u;
+const GROUP_SIZE: u32 = {{ group_size }}u;
+// Where the running maximum starts: finite, and below any logit.
+const LOGIT_FLOOR: f32 = {{ logit_floor }};
+
+fn head_slope(q_head: u32) -> f32 {
+    return bitcast<f32>(plan[params.head_offset + q_head]);
+}
+
+fn head_sink(q_head: u32) -> f32 {
+    return bitcast<f32>(plan[params.head_offset + NUM_Q_HEADS + q_head]);
+}
+{% if lse %}
+
+// ln of the sum of exp(logit), from a maximum and sum in log2 units.
+fn natural_lse(logit_max: f32, p_sum: f32) -> f32 {
+    // WGSL has no infinity literal, and its bits must not be a constant expression either.
+    var minus_infinity = 0xff800000u;
+    return select(bitcast<f32>(minus_infinity), (logit_max + log2(max(p_sum, 1e-30))) * 0.6931471805599453, p_sum > 0.0);
+}
+{% endif %}

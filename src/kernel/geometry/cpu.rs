@@ -1,0 +1,196 @@
+//! Geometry of cpu/decode.wgsl and cpu/prefill.wgsl.
+
+use super::{array_bytes, geometry};
+use crate::format::KvFormat;
+use crate::kernel::variant::Variant;
+
+/// A type that elements are loaded as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::kernel) struct Load {
+    /// The WGSL type.
+    pub(in crate::kernel) name: &'static str,
+    /// Elements in it.
+    pub(in crate::kernel) dims: u32,
+    /// Components: what llvmpipe loads one by one.
+    components: u32,
+}
+
+const fn load(name: &'static str, dims: u32, components: u32) -> Load {
+    Load { name, dims, components }
+}
+
+/// How a format can be loaded, the widest first. Elements of formats with padded blocks have at most 16 bytes, which divide a block.
+const fn loads_of(format: KvFormat, int64: bool) -> &'static [Load] {
+    use KvFormat::{E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
+    match (format, int64) {
+        (F32, true) => const { &[load("vec4<u64>", 8, 4)] },
+        (F32, false) => const { &[load("vec4<f32>", 4, 4)] },
+        (F16, true) => const { &[load("vec4<u64>", 16, 4), load("vec2<u64>", 8, 2)] },
+        (F16, false) => const { &[load("vec4<u32>", 8, 4)] },
+        (E4M3 | Int8 | Int8PerChannel, true) => const { &[load("vec2<u64>", 16, 2), load("u64", 8, 1)] },
+        (E4M3 | Int8 | Int8PerChannel, false) => const { &[load("vec4<u32>", 16, 4), load("vec2<u32>", 8, 2)] },
+        (Int4 | Int4PerChannel, true) => const { &[load("vec2<u64>", 32, 2), load("u64", 16, 1), load("u32", 8, 1)] },
+        (Int4 | Int4PerChannel, false) => {
+            const { &[load("vec4<u32>", 32, 4), load("vec2<u32>", 16, 2), load("u32", 8, 1)] }
+        }
+    }
+}
+
+/// The type for `rows` rows that are shared by `lanes` lanes. A load costs llvmpipe one serial insert (some 17 cycles) per lane and component,
+/// whatever the component's width: hence the widest components that the device has (64 bits), and of the types whose elements divide a
+/// row, the one with the fewest components per lane, and the widest of these.
+fn best_load(format: KvFormat, int64: bool, head_dim: u32, rows: u32, lanes: u32) -> Load {
+    let loads = loads_of(format, int64);
+    let cost = |load: &&Load| (rows * head_dim / load.dims).div_ceil(lanes) * load.components;
+    let fits = loads.iter().filter(|load| head_dim.is_multiple_of(load.dims));
+    fits.min_by_key(cost).copied().unwrap_or(loads[loads.len() - 1])
+}
+
+geometry! {
+    /// Lanes over head_dim, all query rows of the tile in registers.
+    CpuDecodeGeometry {
+        /// Invocations: one subgroup, the whole workgroup.
+        lanes: u32,
+        /// Query rows.
+        rows: u32,
+        /// Keys per iteration.
+        iter_keys: u32,
+        /// Type, dims, and `vec4`s of a load; loads of a row, and how many of them a lane has, the last one perhaps beyond the row.
+        k_type: &'static str,
+        k_dims: u32,
+        k_vecs: u32,
+        k_loads: u32,
+        k_rounds: u32,
+        v_type: &'static str,
+        v_dims: u32,
+        v_vecs: u32,
+        v_loads: u32,
+        v_rounds: u32,
+        /// Scores of an iteration, and how many of them a lane has.
+        scores: u32,
+        vectors: u32,
+        /// Lookups of the block table per iteration.
+        lookups: u32,
+        /// `vec4`s of partial scores and `vec2`s of weights in workgroup memory; 0 with subgroups.
+        partial_scores_len: u32,
+        weights_len: u32,
+    }
+}
+
+impl CpuDecodeGeometry {
+    pub(super) fn of(variant: &Variant) -> Self {
+        let (lanes, rows, head_dim) = (variant.workgroup_size, variant.tile_q, variant.head_dim);
+        let iter_keys = match (variant.target.subgroups, variant.tile_kv) {
+            (false, _) => 1,
+            (true, 0) => {
+                if rows <= 4 {
+                    4
+                } else {
+                    2
+                }
+            }
+            (true, keys) => keys,
+        };
+        let [k, v] = [variant.k_format, variant.v_format]
+            .map(|format| best_load(format, variant.target.int64, head_dim, 1, lanes));
+        let scores = rows * iter_keys;
+        let shared = |len: u32| if variant.target.subgroups { 0 } else { len };
+        Self {
+            lanes,
+            rows,
+            iter_keys,
+            k_type: k.name,
+            k_dims: k.dims,
+            k_vecs: k.dims / 4,
+            k_loads: head_dim / k.dims,
+            k_rounds: (head_dim / k.dims).div_ceil(lanes),
+            v_type: v.name,
+            v_dims: v.dims,
+            v_vecs: v.dims / 4,
+            v_loads: head_dim / v.dims,
+            v_rounds: (head_dim / v.dims).div_ceil(lanes),
+            scores,
+            vectors: scores.div_ceil(lanes),
+            lookups: lookups(variant, iter_keys),
+            partial_scores_len: shared(scores * lanes / 4),
+            weights_len: shared(scores),
+        }
+    }
+
+    pub(super) fn workgroup_bytes(&self) -> u32 {
+        array_bytes(&[(self.partial_scores_len, 16), (self.weights_len, 8)])
+    }
+}
+
+geometry! {
+    /// A query row per lane and register set.
+    CpuPrefillGeometry {
+        /// Invocations: one subgroup, the whole workgroup.
+        lanes: u32,
+        /// Query rows of a lane.
+        rows: u32,
+        /// Keys per iteration.
+        iter_keys: u32,
+        /// `vec4`s of a row of q.
+        vecs: u32,
+        /// Type, dims, and `vec4`s of a load; loads of a row, and rounds of them in which the lanes load the rows of an iteration.
+        k_type: &'static str,
+        k_dims: u32,
+        k_vecs: u32,
+        k_loads: u32,
+        k_rounds: u32,
+        v_type: &'static str,
+        v_dims: u32,
+        v_vecs: u32,
+        v_loads: u32,
+        v_rounds: u32,
+        /// Lookups of the block table per iteration.
+        lookups: u32,
+        /// Rows whose scores are summed together: some 8 sums fit the registers beside their operands.
+        row_block: u32,
+        /// Whether elements of V that are no numbers are kept from rows that don't see them. Codes always are numbers.
+        screens: bool,
+    }
+}
+
+impl CpuPrefillGeometry {
+    pub(super) fn of(variant: &Variant) -> Self {
+        let (lanes, head_dim, flags) = (variant.workgroup_size, variant.head_dim, variant.flags);
+        let rows = variant.tile_q / lanes;
+        let subgroups = variant.target.subgroups;
+        let iter_keys = match (subgroups, variant.tile_kv) {
+            (false, _) => 1,
+            (true, 0) => 2,
+            (true, keys) => keys,
+        };
+        // Without subgroups every lane loads all.
+        let load_lanes = if subgroups { lanes } else { 1 };
+        let [k, v] = [variant.k_format, variant.v_format]
+            .map(|format| best_load(format, variant.target.int64, head_dim, iter_keys, load_lanes));
+        let (k_loads, v_loads) = (head_dim / k.dims, head_dim / v.dims);
+        Self {
+            lanes,
+            rows,
+            iter_keys,
+            vecs: head_dim / 4,
+            k_type: k.name,
+            k_dims: k.dims,
+            k_vecs: k.dims / 4,
+            k_loads,
+            k_rounds: (iter_keys * k_loads).div_ceil(lanes),
+            v_type: v.name,
+            v_dims: v.dims,
+            v_vecs: v.dims / 4,
+            v_loads,
+            v_rounds: (iter_keys * v_loads).div_ceil(lanes),
+            lookups: lookups(variant, iter_keys),
+            row_block: if subgroups { (8 / iter_keys).max(1) } else { rows },
+            screens: !variant.v_format.has_row_scales() && (flags.causal || flags.window || flags.mask),
+        }
+    }
+}
+
+/// The keys of an iteration are of one block where blocks have whole iterations.
+const fn lookups(variant: &Variant, iter_keys: u32) -> u32 {
+    if variant.block_size.is_multiple_of(iter_keys) { 1 } else { iter_keys }
+}

@@ -1,0 +1,84 @@
+use super::*;
+use crate::kernel::{AttendFlags, Target};
+use crate::{KvCacheConfig, KvFormat};
+
+fn variant(profile: Profile, kernel: Kernel, head_dim: u32, group_size: u32, formats: [KvFormat; 2]) -> Variant {
+    let target = Target { profile, subgroups: true, subgroup_size: 8, int64: true, enable_directives: false };
+    let [k_format, v_format] = formats;
+    let config = KvCacheConfig::new(1, 2, head_dim).with_blocks(4, 16).with_formats(k_format, v_format);
+    Variant::new(kernel, target, &config, group_size, AttendFlags { causal: true, ..AttendFlags::default() })
+}
+
+const HEAD_DIMS: [u32; 8] = [8, 24, 40, 64, 72, 128, 192, 256];
+
+/// Every key, dim and row of a tile has an invocation, and no two have the same.
+#[test]
+fn gpu_decode_covers_a_tile() {
+    for head_dim in HEAD_DIMS {
+        for group_size in 1..=8 {
+            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8, KvFormat::Int4] {
+                let variant = variant(Profile::Gpu, Kernel::Decode, head_dim, group_size, [format; 2]);
+                let g = DecodeGeometry::of(&variant);
+                let about = format!("{variant:?}: {g:?}");
+                assert!(g.key_slots * g.keys_per_lane >= variant.tile_kv, "{about}");
+                assert!(g.chunks * g.lanes >= g.k_row && (g.chunks - 1) * g.lanes < g.k_row, "{about}");
+                assert_eq!(g.streams * g.stream_quads * 4, variant.tile_kv, "{about}");
+                assert!(g.value_lanes <= variant.workgroup_size, "{about}");
+                assert!(g.streams * group_size <= variant.workgroup_size, "{about}");
+                assert_eq!(g.butterfly * g.parts, g.lanes, "{about}");
+                // The queries, then the sums of a round of heads, both fit.
+                assert!(g.tile_len >= group_size * g.q_row, "{about}");
+                assert!(g.tile_len >= g.merge_heads * g.streams * head_dim / 4, "{about}");
+                assert!(g.logits_len >= 4 * group_size * g.streams, "{about}: merging needs this much");
+            }
+        }
+    }
+}
+
+#[test]
+fn gpu_prefill_covers_a_tile() {
+    for head_dim in HEAD_DIMS {
+        for format in [KvFormat::F32, KvFormat::F16] {
+            let variant = variant(Profile::Gpu, Kernel::Prefill, head_dim, 4, [format; 2]);
+            let g = PrefillGeometry::of(&variant);
+            let about = format!("{variant:?}: {g:?}");
+            assert_eq!(g.row_sets * g.lanes, variant.workgroup_size, "{about}");
+            assert_eq!(g.keys_per_lane * g.lanes, variant.tile_kv, "{about}");
+            assert!(g.cols * g.lanes >= head_dim / 4, "{about}");
+            assert_eq!(g.num_v_chunks * g.v_keys, variant.tile_kv, "{about}");
+            assert!(g.v_loads * variant.workgroup_size >= g.v_keys * g.v_row, "{about}");
+            assert!(g.q_loads * variant.workgroup_size >= variant.tile_q * g.chunk, "{about}");
+            assert!(g.tile_len >= 2 * g.score_len && g.tile_len >= g.weights_len + 2 * g.value_len, "{about}");
+            assert!(g.workgroup_bytes() <= 16_384, "{about}");
+        }
+    }
+}
+
+/// Hand-checked: llama's shape in F16 on lavapipe, and a row that the widest load doesn't divide.
+#[test]
+fn cpu_kernels_take_the_cheapest_load() {
+    let decode = CpuDecodeGeometry::of(&variant(Profile::Cpu, Kernel::Decode, 128, 4, [KvFormat::F16; 2]));
+    assert_eq!((decode.k_type, decode.k_dims, decode.k_loads, decode.k_rounds), ("vec4<u64>", 16, 8, 1));
+    assert_eq!((decode.iter_keys, decode.scores, decode.vectors, decode.lookups), (4, 16, 2, 1));
+    // A load per lane either way: the one with fewer components.
+    let decode = CpuDecodeGeometry::of(&variant(Profile::Cpu, Kernel::Decode, 64, 8, [KvFormat::F16; 2]));
+    assert_eq!((decode.k_type, decode.k_loads, decode.iter_keys), ("vec2<u64>", 8, 2));
+    let decode = CpuDecodeGeometry::of(&variant(Profile::Cpu, Kernel::Decode, 24, 1, [KvFormat::Int4; 2]));
+    assert_eq!((decode.k_type, decode.k_loads, decode.workgroup_bytes()), ("u32", 3, 0));
+    let prefill = CpuPrefillGeometry::of(&variant(Profile::Cpu, Kernel::Prefill, 64, 4, [KvFormat::F32; 2]));
+    assert_eq!((prefill.rows, prefill.row_block, prefill.k_rounds, prefill.screens), (8, 4, 2, true));
+    let prefill = CpuPrefillGeometry::of(&variant(Profile::Cpu, Kernel::Prefill, 64, 4, [KvFormat::Int8; 2]));
+    assert!(!prefill.screens);
+}
+
+#[test]
+fn append_shares_ranges_in_whole_rows() {
+    let geometry = |head_dim, format| {
+        let variant = variant(Profile::Cpu, Kernel::Append, head_dim, 1, [format; 2]);
+        let geometry = AppendGeometry::of(&variant);
+        (geometry.chunks, geometry.rows * geometry.chunks <= variant.workgroup_size, geometry.workgroup_bytes())
+    };
+    assert_eq!(geometry(64, KvFormat::F16), (8, true, 0));
+    assert_eq!(geometry(64, KvFormat::Int8), (8, true, 128));
+    assert_eq!(geometry(72, KvFormat::Int4), (9, true, 256));
+}
