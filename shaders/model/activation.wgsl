@@ -19,12 +19,12 @@ const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 @group(0) @binding(1) var<storage, read_write> out: array<{{ element }}>;  // [rows, VECS]
 
 {% if wide %}
-{% include "wide.wgsl" %}
+{% include "model/wide.wgsl" %}
 
 {% endif %}
 {% set activation = kind %}
 {% set float = "vec4<f32>" %}
-{% include "activate.wgsl" %}
+{% include "model/activate.wgsl" %}
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn activation(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

@@ -1,2 +1,2 @@
 {% set float = "f32" %}
-{% include "activate.wgsl" %}
+{% include "model/activate.wgsl" %}

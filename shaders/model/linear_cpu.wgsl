@@ -12,7 +12,7 @@ registers and the others spilled.
 Iterations per invocation: ceil(in_features / step) + rows, and with scales up to ceil(in_features / 32) + ceil(in_features / 128) more.
 Workgroup memory: none.
 #}
-{% import "linear_parts.wgsl" as parts %}
+{% import "model/linear_parts.wgsl" as parts %}
 {% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set chunks = step // per_chunk %}
 {% set quantised = format in ["int8", "int4"] %}
@@ -22,7 +22,7 @@ Workgroup memory: none.
 {% set loads = (rows * row_units + lanes - 1) // lanes %}
 {% set x_type = {1: "f32", 4: "vec2<u64>" if int64 else "vec4<f32>", 8: "vec4<u64>"}[unit] %}
 {% set xyzw = ["x", "y", "z", "w"] %}
-{% include "linear_params.wgsl" %}
+{% include "model/linear_params.wgsl" %}
 
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
@@ -54,7 +54,7 @@ const TEXTURE_MASK: u32 = 2047u;
 {% endif %}
 
 {% if activation != "none" %}
-{% include "linear_activation.wgsl" %}
+{% include "model/linear_activation.wgsl" %}
 {% endif %}
 
 @compute @workgroup_size({{ lanes }})

@@ -5,10 +5,10 @@ binding of it doesn't hold are left to another dispatch.
 Iterations per invocation: none.
 Workgroup memory: none.
 #}
-{% import "linear_parts.wgsl" as parts %}
+{% import "model/linear_parts.wgsl" as parts %}
 {% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set quantised = format in ["int8", "int4"] %}
-{% include "linear_params.wgsl" %}
+{% include "model/linear_params.wgsl" %}
 
 const SIZE: u32 = {{ workgroup_size }}u;
 // Rows of W that are interleaved.

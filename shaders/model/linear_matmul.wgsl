@@ -5,11 +5,11 @@ y = activate(x W^T + bias) for many rows of x, on GPUs: a workgroup computes a t
 Iterations per invocation: 2 * ceil(in_features / 16) + 8.
 Workgroup memory: two slices of [16, 64 + 4] f32 (the 4 spread the columns over the banks).
 #}
-{% import "linear_parts.wgsl" as parts %}
+{% import "model/linear_parts.wgsl" as parts %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set w_type = {"f32": "vec4<u32>", "f16": "vec4<u32>", "int8": "vec2<u32>", "int4": "u32"}[format] %}
 {% set xyzw = ["x", "y", "z", "w"] %}
-{% include "linear_params.wgsl" %}
+{% include "model/linear_params.wgsl" %}
 
 const TILE: u32 = 64u;
 const SLICE: u32 = 16u;
@@ -36,10 +36,10 @@ var<workgroup> x_slice: array<vec4<f32>, 272>;
 var<workgroup> w_slice: array<vec4<f32>, 272>;
 
 {% if activation != "none" %}
-{% include "linear_activation.wgsl" %}
+{% include "model/linear_activation.wgsl" %}
 {% endif %}
 
-{% include "linear_x.wgsl" %}
+{% include "model/linear_x.wgsl" %}
 
 @compute @workgroup_size(128)
 fn linear(

@@ -5,12 +5,12 @@ y = activate(x W^T + bias) for a few rows of x, on GPUs: the invocations of a wo
 Iterations per invocation: ceil(row_chunks / SIZE) + SIZE / (ROWS * COLS) + ROWS * COLS.
 Workgroup memory: `partial`.
 #}
-{% import "linear_parts.wgsl" as parts %}
+{% import "model/linear_parts.wgsl" as parts %}
 {% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set outputs = rows * cols %}
 {% set xyzw = ["x", "y", "z", "w"] %}
-{% include "linear_params.wgsl" %}
+{% include "model/linear_params.wgsl" %}
 
 const SIZE: u32 = {{ workgroup_size }}u;
 const ROWS: u32 = {{ rows }}u;
@@ -44,10 +44,10 @@ var<workgroup> partial2: array<f32, {{ workgroup_size }}>;
 {% endif %}
 
 {% if activation != "none" %}
-{% include "linear_activation.wgsl" %}
+{% include "model/linear_activation.wgsl" %}
 {% endif %}
 
-{% include "linear_x.wgsl" %}
+{% include "model/linear_x.wgsl" %}
 
 @compute @workgroup_size({{ workgroup_size }})
 fn linear(

@@ -5,7 +5,7 @@ unit: f32 of x per load: 8, 4 or 1.
 Iterations per invocation: ceil(in_features / (unit * LANES)), in_features padded to 32.
 Workgroup memory: none.
 #}
-{% include "linear_params.wgsl" %}
+{% include "model/linear_params.wgsl" %}
 
 const LANES: u32 = {{ lanes }}u;
 

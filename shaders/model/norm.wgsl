@@ -73,7 +73,7 @@ fn row_sum(value: {{ sums }}, lane: u32) -> {{ sums }} {
 {% endif %}
 
 {% if wide %}
-{% include "wide.wgsl" %}
+{% include "model/wide.wgsl" %}
 
 {% endif %}
 fn across(v: vec4<f32>) -> f32 {

@@ -352,7 +352,7 @@ impl Decoder {
                 let logits = Rows::new(&self.logits, num_head_rows, vocab);
                 model.record_head(&mut pass, &self.scratch, rows, head_rows, logits)?;
                 if !requests.is_empty() {
-                    self.sampler.record(&gpu, &mut pass, logits, &requests, &self.output)?;
+                    self.sampler.record(&mut pass, logits, &requests, &self.output)?;
                 }
             }
         }
