@@ -206,11 +206,13 @@ fn what_is_refused_changes_nothing() {
     }));
     poll_once(decoder.swap_out(a));
     poll_once(decoder.save(a, &path));
-    poll_once(decoder.warm_up());
     assert_eq!(state(&decoder, &[a, b]), before);
 
     // Swapped out, it is on the host until there is room.
     gpu.block_on(decoder.swap_out(a)).unwrap();
+    let usage = decoder.usage();
+    poll_once(decoder.warm_up());
+    assert_eq!(decoder.usage(), usage, "nor does a warm-up leave anything");
     let error = gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[], sampling: None }])).unwrap_err();
     assert!(matches!(error, ModelError::Folio(Error::UnknownSequence(id)) if id == a), "{error}");
     assert_eq!(kind(gpu.block_on(decoder.swap_out(a))), ErrorKind::Caller);
@@ -287,7 +289,7 @@ fn files_that_do_not_fit_are_refused() {
     let snapshot = gpu.block_on(copies.read()).unwrap();
     let usage = plain.usage();
     for (tokens, need) in
-        [(vec![], "need those of its 4 keys"), (vec![1, 2, 3, 4, 97], "id 97, need ids below vocab_size, 97")]
+        [(vec![], "need those of its 4 keys"), (vec![1, 2, 3, 4, 101], "id 101, need ids below vocab_size, 101")]
     {
         snapshot.save(&path, &tokens).unwrap();
         let error = gpu.block_on(plain.load(&path)).unwrap_err();
@@ -302,6 +304,7 @@ fn files_that_do_not_fit_are_refused() {
 fn known_beginnings_are_found() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let prompt = tokens(40, 1);
+    let vocab = 101;
     let longer = [&prompt[..], &tokens(9, 5)].concat();
     for format in [KvFormat::F16, KvFormat::Int8] {
         let mut plain = decoder_with(&gpu, options(format));
@@ -338,10 +341,10 @@ fn known_beginnings_are_found() {
         assert_eq!((state(&decoder, &[sequence]).1, decoder.prefix_len(sequence).unwrap()), (before, 0));
         let fed = [(sequence, whole_blocks)];
         let logits = gpu.block_on(decoder.logits(&fed, LogitRows::Last)).unwrap();
-        assert_eq!((decoder.prefix_len(sequence).unwrap(), logits[0].len()), (32, 97));
+        assert_eq!((decoder.prefix_len(sequence).unwrap(), logits[0].len()), (32, vocab));
         // Rows of all tokens have to be computed.
         decoder.truncate(sequence, 0).unwrap();
-        assert_eq!(gpu.block_on(decoder.logits(&fed, LogitRows::All)).unwrap()[0].len(), 48 * 97);
+        assert_eq!(gpu.block_on(decoder.logits(&fed, LogitRows::All)).unwrap()[0].len(), 48 * vocab);
         assert_eq!(decoder.prefix_len(sequence).unwrap(), 0);
         decoder.free(sequence).unwrap();
         // The index gives way where the room is needed.
