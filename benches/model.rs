@@ -217,7 +217,8 @@ impl Bench<'_> {
             options
         };
         let mut decoder = Decoder::new_blocking(Arc::clone(&model), options)?;
-        decoder.warm_up_blocking()?;
+        let gpu = decoder.gpu().clone();
+        gpu.block_on(decoder.warm_up())?;
         let tokens: Vec<u32> = (0..PROMPT).map(|i| i * 7919 % model.config().vocab_size).collect();
         let mut rows = Vec::new();
         for job in [Job::Prefill].into_iter().chain(BATCHES.map(Job::Decode)) {
@@ -237,7 +238,7 @@ impl Bench<'_> {
             };
             let base = decoder.create_sequence();
             if matches!(job, Job::Decode(_)) {
-                decoder.step_blocking(&[Input { sequence: base, tokens: &tokens, sampling: None }])?;
+                gpu.block_on(decoder.step(&[Input { sequence: base, tokens: &tokens, sampling: None }]))?;
             }
             let batch = if let Job::Decode(batch) = job { batch } else { 0 };
             let branches: Vec<_> = (0..batch).map(|_| decoder.fork(base)).collect::<Result<_, _>>()?;
@@ -268,8 +269,9 @@ impl Bench<'_> {
 fn prefill(decoder: &mut Decoder, tokens: &[u32]) -> Result<f64> {
     let sequence = decoder.create_sequence();
     let greedy = Sampling::greedy();
+    let gpu = decoder.gpu().clone();
     let start = Instant::now();
-    decoder.step_blocking(&[Input { sequence, tokens, sampling: Some(&greedy) }])?;
+    gpu.block_on(decoder.step(&[Input { sequence, tokens, sampling: Some(&greedy) }]))?;
     let time = start.elapsed();
     decoder.free(sequence)?;
     Ok(time.as_secs_f64())
@@ -279,10 +281,15 @@ fn decode(decoder: &mut Decoder, sequences: &[SequenceId]) -> Result<f64> {
     let greedy = Sampling::greedy();
     let inputs: Vec<_> =
         sequences.iter().map(|&sequence| Input { sequence, tokens: &[1], sampling: Some(&greedy) }).collect();
+    let gpu = decoder.gpu().clone();
     let start = Instant::now();
-    let tokens = decoder.step_blocking(&inputs)?;
+    let tokens = gpu.block_on(decoder.step(&inputs))?;
     let time = start.elapsed();
     ensure!(tokens.iter().all(Option::is_some), "a sequence got no token");
+    // The next step feeds the same single token.
+    for &sequence in sequences {
+        decoder.discard_pending(sequence)?;
+    }
     Ok(time.as_secs_f64())
 }
 

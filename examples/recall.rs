@@ -194,7 +194,8 @@ fn ask_all(
     if formats.k.has_channel_scales() {
         calibrate(&mut decoder, tokenizer)?;
     }
-    decoder.warm_up_blocking()?;
+    let gpu = decoder.gpu().clone();
+    gpu.block_on(decoder.warm_up())?;
     let mut outcome = Outcome { bytes_per_token: decoder.bytes_per_token(), ..Outcome::default() };
     let newline = tokenizer.encode("\n", false)?;
     let stop = [model.config().eos_token_ids.as_slice(), &newline].concat();
@@ -203,7 +204,7 @@ fn ask_all(
         let sequence = decoder.create_sequence();
         let mut tokens: Vec<u32> = model.config().bos_token_id.into_iter().collect();
         tokens.extend(tokenizer.encode(&story.story, false)?);
-        decoder.step_blocking(&[Input { sequence, tokens: &tokens, sampling: None }])?;
+        gpu.block_on(decoder.step(&[Input { sequence, tokens: &tokens, sampling: None }]))?;
         let questions: Vec<_> =
             story.questions.iter().map(|q| tokenizer.encode(&prompt(&q.question), false)).collect::<Result<_, _>>()?;
         let mut forks = Vec::with_capacity(questions.len());
@@ -257,7 +258,8 @@ fn calibrate(decoder: &mut Decoder, tokenizer: &Tokenizer) -> Result<()> {
     let questions = tokenizer.encode(&questions, false)?;
     let mut openings = vec![&title[..]; STORIES];
     openings.push(&questions);
-    Ok(decoder.calibrate_keys_on_own_text_blocking(&openings, STORY_TOKENS)?)
+    let gpu = decoder.gpu().clone();
+    Ok(gpu.block_on(decoder.calibrate_keys_on_own_text(&openings, STORY_TOKENS))?)
 }
 
 fn print_table(outcomes: &[(KvFormats, Outcome)]) {

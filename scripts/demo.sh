@@ -12,4 +12,6 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 scripts/install_adapter.sh
+# On a terminal the demo asks for prompts; elsewhere it holds its own conversation, and doesn't wait for a pipe that nobody writes to.
+[ -t 0 ] || exec </dev/null
 cargo run --release --features model --example chat -- "$@"

@@ -22,6 +22,11 @@ impl SequenceId {
     pub(crate) const fn next(self) -> Self {
         Self { cache: self.cache, number: self.number + 1 }
     }
+
+    /// Whether the cache whose next id is `next` has given this one out.
+    pub(crate) const fn is_before(self, next: Self) -> bool {
+        self.cache == next.cache && self.number < next.number
+    }
 }
 
 impl fmt::Display for SequenceId {

@@ -181,6 +181,15 @@ impl KvCache {
         self.state().match_prefix(tokens, salt)
     }
 
+    /// [`KvCache::match_prefix`] for a sequence that is there and empty, so that its id stays. Returns how many tokens it has then: a multiple of
+    /// block_size, possibly 0.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the sequence has tokens; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn match_prefix_into(&self, sequence: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
+        self.state().match_prefix_into(sequence, tokens, salt)
+    }
+
     /// Drops all of the index's entries under a salt. Their blocks return to the pool, except those that others hold.
     /// Returns the number of entries.
     ///

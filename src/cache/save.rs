@@ -2,7 +2,7 @@
 //!
 //! A file is in the [safetensors](https://github.com/huggingface/safetensors) format, so that other tools can look into it: tensors
 //! `layers.{i}.k` and `layers.{i}.v`, U8 `[num_blocks, block_bytes]`; `layers.{i}.key_scales`, F32 `[2, num_kv_heads, head_dim]`, for formats
-//! with scales per channel of K; `tokens`, U32 `[len]`, if they are known. The metadata say what it is, and hold a CRC-32 of everything else.
+//! with scales per channel of K; `tokens`, U32 `[len]` or `[len + 1]`, if they are known. The metadata say what it is, and hold a CRC-32 of everything else.
 //!
 //! There is one right header for a snapshot: the loader reads the fields, builds that header, and compares. With the checksum over header and
 //! tensors, no byte of the file can change unnoticed.
@@ -37,7 +37,8 @@ struct Contents {
     config: KvCacheConfig,
     len: u32,
     has_key_scales: bool,
-    has_tokens: bool,
+    /// None, `len`, or `len + 1`.
+    num_tokens: u32,
 }
 
 impl Contents {
@@ -48,13 +49,13 @@ impl Contents {
 
     /// Tensors in the file.
     fn num_tensors(&self) -> u64 {
-        u64::from(self.config.num_layers) * (2 + u64::from(self.has_key_scales)) + u64::from(self.has_tokens)
+        u64::from(self.config.num_layers) * (2 + u64::from(self.has_key_scales)) + u64::from(self.num_tokens > 0)
     }
 
     /// Bytes of all tensors, or `None` on overflow.
     fn tensor_bytes(&self) -> Option<u64> {
         let scales = if self.has_key_scales { 4 * self.scales_len() as u64 } else { 0 };
-        let tokens = if self.has_tokens { 4 * u64::from(self.len) } else { 0 };
+        let tokens = 4 * u64::from(self.num_tokens);
         let scales = scales.checked_mul(self.config.num_layers.into())?;
         stream_bytes(&self.config, self.config.num_blocks)?.checked_add(scales)?.checked_add(tokens)
     }
@@ -93,8 +94,8 @@ impl Contents {
                 tensor(name, "F32", shape, 4 * self.scales_len() as u64);
             }
         }
-        if self.has_tokens {
-            tensor("tokens".to_owned(), "U32", self.len.to_string(), 4 * u64::from(self.len));
+        if self.num_tokens > 0 {
+            tensor("tokens".to_owned(), "U32", self.num_tokens.to_string(), 4 * u64::from(self.num_tokens));
         }
         text.push('}');
         let padded = text.len().next_multiple_of(LEN_BYTES);
@@ -133,6 +134,12 @@ impl Contents {
         }
         let crc = field(fields, "crc32")?;
         let crc = u32::from_str_radix(crc, 16).map_err(|_| format!("damaged: crc32 is {crc:?}"))?;
+        let shape = header.info("tokens").map(|tensor| &tensor.shape[..]);
+        let num_tokens = match shape {
+            None => 0,
+            Some(&[count]) if [len as usize, len as usize + 1].contains(&count) => count as u32,
+            Some(other) => return Err(format!("damaged: tokens {other:?} of a sequence of {len}")),
+        };
         let contents = Self {
             config: {
                 let mut config = config;
@@ -141,7 +148,7 @@ impl Contents {
             },
             len,
             has_key_scales: header.info("layers.0.key_scales").is_some(),
-            has_tokens: header.info("tokens").is_some(),
+            num_tokens,
         };
         // Both before a header of that many layers is built.
         let same_size = contents.tensor_bytes() == Some(header.data_len() as u64);
@@ -181,15 +188,16 @@ const IN_MEMORY: &str = "saved sequence";
 impl SequenceSnapshot {
     /// Header and small tensors at the end of the file; the blocks lie between them.
     fn file_parts(&self, tokens: &[u32]) -> Result<(Vec<u8>, Vec<u8>)> {
-        if !tokens.is_empty() && tokens.len() as u64 != u64::from(self.len) {
-            let need = format!("none, or one per token of the sequence, {}", self.len);
+        let len = self.len as usize;
+        if !tokens.is_empty() && tokens.len() != len && tokens.len() != len + 1 {
+            let need = format!("none, or one per token of the sequence, {len}, or one more");
             return Err(Error::argument("tokens", tokens.len(), need));
         }
         let contents = Contents {
             config: self.config,
             len: self.len,
             has_key_scales: self.key_scales.is_some(),
-            has_tokens: !tokens.is_empty(),
+            num_tokens: tokens.len() as u32,
         };
         let scales = self.key_scales.iter().flatten().flatten().map(|x| x.to_bits());
         let tail: Vec<u8> = scales.chain(tokens.iter().copied()).flat_map(u32::to_le_bytes).collect();
@@ -200,7 +208,7 @@ impl SequenceSnapshot {
     /// The contents of a file, as [`SequenceSnapshot::save`] writes it. Equal snapshots and tokens give equal bytes.
     ///
     /// # Errors
-    /// [`Error::Argument`] for tokens that are neither none nor one per token.
+    /// [`Error::Argument`] for another number of tokens than [`SequenceSnapshot::save`] takes.
     pub fn to_bytes(&self, tokens: &[u32]) -> Result<Vec<u8>> {
         let (header, tail) = self.file_parts(tokens)?;
         Ok([&header[..], &self.data, &tail].concat())
@@ -209,7 +217,7 @@ impl SequenceSnapshot {
     /// Writes the sequence into a file in the safetensors format, with version, geometry, formats and a checksum.
     ///
     /// `tokens` are the ids of the sequence's tokens, so that a later run can see which prompt this is: exactly [`len`](Self::len) of them,
-    /// or none if the caller keeps them elsewhere.
+    /// or one more if the next one is known already, or none if the caller keeps them elsewhere.
     ///
     /// The bytes go to a temporary file in the same folder, which then takes the path's name: a crash leaves the old file or the new one,
     /// never half of one, and an error leaves no temporary file. Blocks the thread.
@@ -218,7 +226,7 @@ impl SequenceSnapshot {
     /// and following it would write into a folder that the path doesn't name.
     ///
     /// # Errors
-    /// [`Error::Argument`] for tokens that are neither none nor one per token; [`Error::File`] if the path is a directory, a link, a pipe, a
+    /// [`Error::Argument`] for another number of tokens; [`Error::File`] if the path is a directory, a link, a pipe, a
     /// socket or a device, or if the file can't be written.
     pub fn save(&self, path: impl AsRef<Path>, tokens: &[u32]) -> Result<()> {
         let path = path.as_ref();
@@ -306,7 +314,7 @@ impl SequenceSnapshot {
         let tokens = tokens.to_vec();
         bytes.truncate(data_end);
         bytes.drain(..header.len());
-        Ok((Self { config: contents.config, len: contents.len, data: bytes, key_scales }, tokens))
+        Ok((Self { config: contents.config, len: contents.len, data: bytes, key_scales, origin: None }, tokens))
     }
 }
 
@@ -334,7 +342,8 @@ mod tests {
         let bytes = stream_bytes(&config, config.num_blocks).unwrap_or(0);
         let data = (0..bytes).map(|i| (i * 37 % 251) as u8).collect();
         let scales = |layer: u32| (0..32).map(|i| (i + 100 * layer) as f32 * 0.37).collect();
-        SequenceSnapshot { config, len, data, key_scales: key_scales.then(|| (0..2).map(scales).collect()) }
+        let key_scales = key_scales.then(|| (0..2).map(scales).collect());
+        SequenceSnapshot { config, len, data, key_scales, origin: None }
     }
 
     #[test]
@@ -342,7 +351,8 @@ mod tests {
         for len in [0, 1, 4, 9] {
             for key_scales in [false, true] {
                 let snapshot = snapshot(len, key_scales);
-                for tokens in [Vec::new(), (0..len).map(|i| i * 1000).collect()] {
+                for count in [0, len, len + 1] {
+                    let tokens: Vec<u32> = (0..count).map(|i| i * 1000).collect();
                     let bytes = snapshot.to_bytes(&tokens).expect("bytes");
                     assert_eq!(
                         SequenceSnapshot::from_bytes(&bytes).expect("sound"),

@@ -32,7 +32,9 @@ use crate::layout::{KvCacheConfig, KvLayout};
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, PartialEq)]
+///
+/// Two are equal if their shapes, lengths, bytes and scales are; which sequences they come from makes no difference.
+#[derive(Clone)]
 pub struct SequenceSnapshot {
     /// `num_blocks` is the sequence's.
     pub(super) config: KvCacheConfig,
@@ -41,6 +43,15 @@ pub struct SequenceSnapshot {
     pub(super) data: Vec<u8>,
     /// For formats with scales per channel of K: of each layer, `[2, num_kv_heads, head_dim]`.
     pub(super) key_scales: Option<Vec<Vec<f32>>>,
+    /// Which sequence it was, if it has been swapped out.
+    pub(super) origin: Option<SequenceId>,
+}
+
+impl PartialEq for SequenceSnapshot {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { config, len, data, key_scales, origin: _ } = self;
+        (config, len, data, key_scales) == (&other.config, &other.len, &other.data, &other.key_scales)
+    }
 }
 
 impl fmt::Debug for SequenceSnapshot {
@@ -198,7 +209,8 @@ impl PendingSnapshot {
             }
             strip_marker(&mut data)?;
         }
-        let mut snapshot = SequenceSnapshot { config: self.config, len: self.len, data, key_scales: self.key_scales };
+        let Self { config, len, key_scales, .. } = self;
+        let mut snapshot = SequenceSnapshot { config, len, data, key_scales, origin: None };
         snapshot.blank_unused();
         Ok(snapshot)
     }

@@ -39,7 +39,8 @@ impl SwapOut {
         let Some(pending) = self.pending.take() else {
             return Err(Error::Stale { what: "swap-out", reason: "it has no copies" });
         };
-        let snapshot = pending.read().await?;
+        let mut snapshot = pending.read().await?;
+        snapshot.origin = Some(self.sequence);
         lock(&self.state).finish_swap_out(self.epoch, self.sequence)?;
         Ok(snapshot)
     }
@@ -61,6 +62,8 @@ pub struct SwapIn {
     epoch: u64,
     blocks: Vec<BlockId>,
     len: u32,
+    /// Which sequence it was, if it was swapped out.
+    origin: Option<SequenceId>,
     is_open: bool,
 }
 
@@ -71,6 +74,17 @@ impl SwapIn {
     /// [`Error::Stale`] after [`KvCache::clear`].
     pub fn commit(mut self) -> Result<SequenceId> {
         let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len)?;
+        self.is_open = false;
+        Ok(id)
+    }
+
+    /// Makes it the sequence that was swapped out, under the id that it had then. Otherwise as [`SwapIn::commit`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the snapshot was taken or loaded and not swapped out, if another cache swapped it out, or if the sequence has come
+    /// back already (a snapshot can be swapped in several times); [`Error::Stale`] after [`KvCache::clear`]. The blocks return to the pool.
+    pub fn restore(mut self) -> Result<SequenceId> {
+        let id = lock(&self.state).restore_swap_in(self.epoch, &self.blocks, self.len, self.origin)?;
         self.is_open = false;
         Ok(id)
     }
@@ -105,7 +119,8 @@ impl KvCache {
         Ok(swap)
     }
 
-    /// Reserves blocks for a snapshot and records the copies into them. [`SwapIn::commit`] makes them a sequence. Which blocks they are has
+    /// Reserves blocks for a snapshot and records the copies into them. [`SwapIn::commit`] makes them a new sequence, [`SwapIn::restore`] the one
+    /// that was swapped out. Which blocks they are has
     /// nothing to do with where the sequence was before.
     ///
     /// Takes host-visible memory of the snapshot's size until the GPU is done with the commands, and up to 16 MiB on the device (or one
@@ -121,7 +136,8 @@ impl KvCache {
             (state.begin_swap_in(snapshot.config.num_blocks)?, state.epoch())
         };
         // From here on, dropping it gives the blocks back.
-        let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len: snapshot.len, is_open: true };
+        let (len, origin) = (snapshot.len, snapshot.origin);
+        let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len, origin, is_open: true };
         self.record_unpack(encoder, &swap.blocks, &snapshot.data)?;
         Ok(swap)
     }

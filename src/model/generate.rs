@@ -12,7 +12,7 @@ use crate::SequenceId;
 pub struct Prompt<'a> {
     /// The sequence; what it holds already stays cached.
     pub sequence: SequenceId,
-    /// New tokens, at least one. After an earlier generation the first is its last token, which was never fed.
+    /// New tokens. After an earlier generation there may be none: the text goes on from its [pending](Decoder::pending) token.
     pub tokens: &'a [u32],
     /// How tokens are chosen.
     pub sampling: Sampling,
@@ -21,7 +21,8 @@ pub struct Prompt<'a> {
 /// Why a sequence was not continued any further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// The model said so: a stop token, which is not part of the tokens.
+    /// The model said so: a stop token, which is not part of the tokens. It is pending, and so part of the text if the sequence goes on;
+    /// [`Decoder::discard_pending`] drops it.
     Stop,
     /// `max_new_tokens` are there.
     Length,
@@ -36,9 +37,8 @@ pub enum Finish {
 pub struct Generated {
     /// The new tokens, without the stop token.
     pub tokens: Vec<u32>,
-    /// The token that was sampled last: the stop token, or the last of `tokens`. It has not been fed, so it is not in the cache; a
-    /// continuation begins with it.
-    pub pending: u32,
+    /// Tokens of the prompt that were found in the prefix index, and so not computed.
+    pub cached_tokens: u32,
     /// Why it ended.
     pub finish: Finish,
 }
@@ -47,8 +47,12 @@ impl Decoder {
     /// Continues all prompts together, one token each per step, until each has met a stop token, has `max_new_tokens`, or has run out of
     /// positions. `on_token(prompt, token)` sees every token as it comes and may end its prompt.
     ///
+    /// The token that was sampled last is [pending](Self::pending): a next call goes on from it, with more tokens or none.
+    ///
     /// # Errors
-    /// Those of [`step`](Self::step). Tokens that earlier steps have fed stay in their sequences.
+    /// Those of [`step`](Self::step), and [`Error::Argument`](crate::Error::Argument) if `max_new_tokens` is 0. What earlier steps have sampled
+    /// stays in the sequences, and `on_token` has seen it: where the cache was full, a call without new tokens goes on once there is room. So
+    /// it is if the future is dropped.
     pub async fn generate(
         &mut self,
         prompts: &[Prompt<'_>],
@@ -60,28 +64,35 @@ impl Decoder {
             return Err(ModelError::argument("max_new_tokens", 0, "at least 1"));
         }
         let max_positions = self.model().config().max_positions as usize;
-        let blank = Generated { tokens: Vec::new(), pending: 0, finish: Finish::Length };
+        let blank = Generated { tokens: Vec::new(), cached_tokens: 0, finish: Finish::Length };
         let mut generated = vec![blank; prompts.len()];
+        let found = |decoder: &Self| -> ModelResult<Vec<u32>> {
+            prompts.iter().map(|prompt| decoder.prefix_len(prompt.sequence)).collect()
+        };
+        let found_before = found(self)?;
         let mut active: Vec<usize> = (0..prompts.len()).collect();
-        loop {
-            if active.is_empty() {
-                break;
-            }
+        let mut is_first = true;
+        while !active.is_empty() {
             let inputs: Vec<_> = active
                 .iter()
                 .map(|&i| Input {
                     sequence: prompts[i].sequence,
-                    tokens: generated[i].tokens.last().map_or(prompts[i].tokens, std::slice::from_ref),
+                    tokens: if is_first { prompts[i].tokens } else { &[] },
                     sampling: Some(&prompts[i].sampling),
                 })
                 .collect();
             let sampled = self.step(&inputs).await?;
+            if is_first {
+                for ((result, before), after) in generated.iter_mut().zip(&found_before).zip(found(self)?) {
+                    result.cached_tokens = after - before;
+                }
+            }
+            is_first = false;
             let mut still_active = Vec::with_capacity(active.len());
             for (&i, token) in active.iter().zip(sampled) {
                 // Every input asked for a token.
                 let Some(token) = token else { continue };
                 let result = &mut generated[i];
-                result.pending = token;
                 if stop.contains(&token) {
                     result.finish = Finish::Stop;
                     continue;
@@ -114,7 +125,7 @@ impl Decoder {
         stop: &[u32],
         on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
     ) -> ModelResult<Vec<Generated>> {
-        let gpu = self.model().gpu().clone();
+        let gpu = self.gpu().clone();
         gpu.block_on(self.generate(prompts, max_new_tokens, stop, on_token))
     }
 }

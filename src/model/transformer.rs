@@ -114,6 +114,13 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
+    /// f32 values per token of the widest buffer.
+    pub(crate) fn widest_row(config: &ModelConfig) -> u64 {
+        let q_width = u64::from(config.num_q_heads) * u64::from(config.head_dim);
+        let up_width = u64::from(config.intermediate_size) * if config.gated_mlp { 2 } else { 1 };
+        q_width.max(up_width).max(config.hidden_size.into())
+    }
+
     /// Room for `rows` tokens.
     pub(crate) fn new(gpu: &Gpu, config: &ModelConfig, rows: u32) -> Result<Self> {
         let buffer = |label, width: u32| {

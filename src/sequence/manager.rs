@@ -79,7 +79,7 @@ pub struct Manager {
     pub(super) pool: BlockPool,
     pub(super) prefixes: PrefixIndex,
     pub(super) sequences: HashMap<SequenceId, Sequence>,
-    next_id: SequenceId,
+    pub(super) next_id: SequenceId,
     /// Counts `clear`s: steps of an earlier epoch are void.
     epoch: u64,
     /// Open swap-ins and defragmentations: they hold blocks that no table has.
@@ -159,8 +159,13 @@ impl Manager {
     pub(super) fn insert(&mut self, table: BlockTable) -> SequenceId {
         let id = self.next_id;
         self.next_id = id.next();
-        self.sequences.insert(id, Sequence { table, held_by: None });
+        self.insert_as(id, table);
         id
+    }
+
+    /// Under an id that was given out before and that no sequence has.
+    pub(super) fn insert_as(&mut self, id: SequenceId, table: BlockTable) {
+        self.sequences.insert(id, Sequence { table, held_by: None });
     }
 
     /// The blocks of a sequence, and its length; open steps not counted.
@@ -257,6 +262,25 @@ impl Manager {
         let table = BlockTable::share(&blocks, len, &mut self.pool);
         self.settle();
         PrefixMatch { sequence: self.insert(table), len }
+    }
+
+    /// [`Manager::match_prefix`] for a sequence that is there and empty. Returns how many tokens it has then.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the sequence has tokens; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn match_prefix_into(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
+        let have = self.check_idle(id)?.table.len();
+        if have > 0 {
+            return Err(Error::argument("sequence", format!("{id} of {have} tokens"), "an empty one"));
+        }
+        let blocks = self.prefixes.find(tokens, salt, self.config.block_size);
+        let len = blocks.len() as u32 * self.config.block_size;
+        let table = BlockTable::share(&blocks, len, &mut self.pool);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.table = table;
+        }
+        self.settle();
+        Ok(len)
     }
 
     /// Drops all of the index's entries under a salt. Returns their number.

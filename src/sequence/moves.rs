@@ -40,9 +40,30 @@ impl Manager {
     pub(crate) fn commit_swap_in(&mut self, epoch: u64, blocks: &[BlockId], len: u32) -> Result<SequenceId> {
         self.check_epoch(epoch, "swap-in")?;
         self.open_moves -= 1;
-        let mut table = BlockTable::default();
-        table.grow(None, blocks, len);
-        Ok(self.insert(table))
+        Ok(self.insert(table_of(blocks, len)))
+    }
+
+    /// [`Manager::commit_swap_in`] under the id that the sequence had before it was swapped out.
+    pub(crate) fn restore_swap_in(
+        &mut self,
+        epoch: u64,
+        blocks: &[BlockId],
+        len: u32,
+        origin: Option<SequenceId>,
+    ) -> Result<SequenceId> {
+        self.check_epoch(epoch, "swap-in")?;
+        const NEED: &str = "one that this cache swapped out, and that is not in it";
+        let refused = |got: String| Error::argument("snapshot", got, NEED);
+        let id = origin.ok_or_else(|| refused("one that was not swapped out".to_owned()))?;
+        if !id.is_before(self.next_id) {
+            return Err(refused(format!("{id} of another cache")));
+        }
+        if self.sequences.contains_key(&id) {
+            return Err(refused(format!("{id}, which has come back already")));
+        }
+        self.open_moves -= 1;
+        self.insert_as(id, table_of(blocks, len));
+        Ok(id)
     }
 
     pub(crate) fn roll_back_swap_in(&mut self, epoch: u64, blocks: &[BlockId]) {
@@ -55,6 +76,12 @@ impl Manager {
             self.settle();
         }
     }
+}
+
+fn table_of(blocks: &[BlockId], len: u32) -> BlockTable {
+    let mut table = BlockTable::default();
+    table.grow(None, blocks, len);
+    table
 }
 
 /// What an open defragmentation has reserved.
@@ -152,6 +179,7 @@ mod tests {
     use super::*;
     use crate::format::KvFormat;
     use crate::layout::KvCacheConfig;
+    use crate::sequence::Reservation;
 
     const BLOCK_SIZE: u32 = 3;
     const NUM_BLOCKS: u32 = 18;
@@ -284,6 +312,45 @@ mod tests {
                 _ => {}
             }
         }
+    }
+
+    fn manager() -> Manager {
+        let config =
+            KvCacheConfig::new(1, 1, 8).with_blocks(NUM_BLOCKS, BLOCK_SIZE).with_formats(KvFormat::F32, KvFormat::F32);
+        Manager::new(config).expect("a valid configuration")
+    }
+
+    #[test]
+    fn a_swapped_sequence_comes_back_under_its_id_once() {
+        let mut m = manager();
+        let (id, other) = (m.create(), m.create());
+        let Reservation { pending, .. } = m.reserve(&[(id, 7)]).expect("room");
+        m.commit(pending);
+        let refused = |m: &mut Manager, origin: Option<SequenceId>, got: &str| {
+            let (before, blocks) = (m.usage(), m.begin_swap_in(3).expect("room"));
+            let error = m.restore_swap_in(m.epoch(), &blocks, 7, origin).expect_err(got).to_string();
+            assert!(error.contains(got), "{error}");
+            m.roll_back_swap_in(m.epoch(), &blocks);
+            assert_eq!(m.usage(), before);
+        };
+        refused(&mut m, Some(id), "which has come back already");
+        m.freeze(id, Holder::SwapOut).expect("idle");
+        m.finish_swap_out(0, id).expect("frozen");
+        refused(&mut m, None, "was not swapped out");
+        refused(&mut m, Some(manager().create()), "of another cache");
+        let unborn = m.next_id;
+        refused(&mut m, Some(unborn), "of another cache");
+        let blocks = m.begin_swap_in(3).expect("room");
+        assert_eq!(m.restore_swap_in(0, &blocks, 7, Some(id)).expect("gone"), id);
+        assert_eq!((m.table(id).expect("back").len(), m.usage().used), (7, 3));
+        refused(&mut m, Some(id), "which has come back already");
+        // Ids go on behind it, and nothing is open.
+        assert!(m.create() > other);
+        let moves = m.begin_defragment().expect("nothing is open");
+        m.roll_back_defragment(0, &moves);
+        let blocks = m.begin_swap_in(3).expect("room");
+        m.clear();
+        assert!(matches!(m.restore_swap_in(0, &blocks, 7, Some(id)), Err(Error::Stale { .. })));
     }
 
     #[test]

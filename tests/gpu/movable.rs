@@ -189,6 +189,29 @@ fn a_long_sequence_moves_in_several_chunks() {
 }
 
 #[test]
+fn a_sequence_comes_back_under_its_own_id() {
+    let Some(gpu) = adapter::open(DEFAULT) else { return };
+    let (cache, other) = (cache_of(&gpu, SHAPE, 3), cache_of(&gpu, SHAPE, 4));
+    let a = sequence(&cache, &[1, 2, 3, 4, 5, 6]);
+    let taken = snapshot(&cache, a);
+    let swapped = swap_out(&cache, a);
+    let restore = |cache: &KvCache, snapshot: &SequenceSnapshot| {
+        let before = cache.usage();
+        let mut commands = encoder(cache);
+        let swap = cache.swap_in(&mut commands, snapshot).expect("swap in");
+        submit(cache, commands);
+        swap.restore().inspect_err(|_| assert_eq!(cache.usage(), before))
+    };
+    refused(restore(&cache, &taken), ErrorKind::Caller, &["snapshot: got one that was not swapped out"]);
+    refused(restore(&other, &swapped), ErrorKind::Caller, &["of another cache"]);
+    assert_eq!(restore(&cache, &swapped).expect("gone"), a);
+    assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6]);
+    refused(restore(&cache, &swapped), ErrorKind::Caller, &["which has come back already"]);
+    grow(&cache, &[(a, &[7])]);
+    assert_holds(&cache, a, &[1, 2, 3, 4, 5, 6, 7]);
+}
+
+#[test]
 fn shared_blocks_stay_with_those_that_hold_them() {
     let Some(gpu) = adapter::open(DEFAULT) else { return };
     let cache = cache_of(&gpu, SHAPE, 3);
@@ -518,7 +541,7 @@ mod files {
         let third = cache_of(&gpu, with(SHAPE, |c| c.k_format = F16), 12);
         refused(third.swap_in(&mut encoder(&third), &loaded), ErrorKind::Caller, &["k_format F32", "F16"]);
 
-        for tokens in [&tokens[1..], &[1; 18]] {
+        for tokens in [&tokens[1..], &[1; 19]] {
             let got = format!("tokens: got {}", tokens.len());
             refused(kept.save(&path, tokens), ErrorKind::Caller, &[&got, "one per token of the sequence, 17"]);
         }

@@ -481,7 +481,7 @@ fn an_odd_width_without_a_gate_works() {
         });
         let mut decoder = Decoder::new_blocking(model.into(), options).unwrap();
         let sequence = decoder.create_sequence();
-        let logits = decoder.logits_blocking(&[(sequence, &[1, 2, 3])], LogitRows::Last).unwrap();
+        let logits = gpu.block_on(decoder.logits(&[(sequence, &[1, 2, 3])], LogitRows::Last)).unwrap();
         assert!(logits[0].iter().all(|logit| logit.is_finite()) && logits[0].iter().any(|logit| *logit != 0.0));
     }
 }

@@ -13,16 +13,16 @@ use folio::{Error, Gpu, KvFormat, KvFormats, SequenceId};
 
 use crate::adapter;
 
-fn fixture(name: &str) -> std::path::PathBuf {
+pub(crate) fn fixture(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
 }
 
-fn decoder_with(gpu: &Gpu, options: DecoderOptions) -> Decoder {
+pub(crate) fn decoder_with(gpu: &Gpu, options: DecoderOptions) -> Decoder {
     let model = Model::load_blocking(gpu, fixture("llama"), ModelOptions::new(WeightFormat::F32), |_| {}).unwrap();
     Decoder::new_blocking(Arc::new(model), options).unwrap()
 }
 
-fn small(num_blocks: u32) -> DecoderOptions {
+pub(crate) fn small(num_blocks: u32) -> DecoderOptions {
     with(DecoderOptions::default(), |c| {
         c.block_size = 16;
         c.num_blocks = num_blocks;
@@ -32,11 +32,11 @@ fn small(num_blocks: u32) -> DecoderOptions {
     })
 }
 
-fn tokens(n: u32, seed: u32) -> Vec<u32> {
+pub(crate) fn tokens(n: u32, seed: u32) -> Vec<u32> {
     (0..n).map(|i| (i * 31 + seed * 17 + i * i) % 90).collect()
 }
 
-fn generate(decoder: &mut Decoder, prompts: &[Prompt<'_>], n: usize) -> Vec<Vec<u32>> {
+pub(crate) fn generate(decoder: &mut Decoder, prompts: &[Prompt<'_>], n: usize) -> Vec<Vec<u32>> {
     let generated = decoder.generate_blocking(prompts, n, &[], |_, _| ControlFlow::Continue(())).unwrap();
     generated.into_iter().map(|g| g.tokens).collect()
 }
@@ -53,7 +53,7 @@ fn forks_and_rollbacks_continue_as_if_alone() {
     // A fork in the middle of a block, which both then write into.
     let (last, shared) = prompt.split_last().unwrap();
     let base = decoder.create_sequence();
-    decoder.step_blocking(&[Input { sequence: base, tokens: shared, sampling: None }]).unwrap();
+    gpu.block_on(decoder.step(&[Input { sequence: base, tokens: shared, sampling: None }])).unwrap();
     let fork = decoder.fork(base).unwrap();
     assert_eq!(decoder.tokens(fork).unwrap(), shared);
     assert!(decoder.usage().shared > 0);
@@ -93,15 +93,15 @@ fn every_cache_format_tells_about_the_same() {
         let sequence = decoder.create_sequence();
         if formats.k.has_channel_scales() {
             let input = Input { sequence, tokens: &prompt, sampling: None };
-            let error = decoder.step_blocking(&[input]).expect_err("not calibrated").to_string();
+            let error = gpu.block_on(decoder.step(&[input])).expect_err("not calibrated").to_string();
             assert!(error.contains("calibrate_keys"), "{error}");
             assert_eq!((decoder.tokens(sequence).unwrap().len(), decoder.usage().used), (0, 0));
-            decoder.calibrate_keys_on_own_text_blocking(&openings, 60).unwrap();
+            gpu.block_on(decoder.calibrate_keys_on_own_text(&openings, 60)).unwrap();
             // And again, with texts of the caller's.
-            decoder.calibrate_keys_blocking(&[&prompt, openings[0]]).unwrap();
+            gpu.block_on(decoder.calibrate_keys(&[&prompt, openings[0]])).unwrap();
         }
         let mut all =
-            |sequence, tokens| decoder.logits_blocking(&[(sequence, tokens)], LogitRows::All).unwrap().remove(0);
+            |sequence, tokens| gpu.block_on(decoder.logits(&[(sequence, tokens)], LogitRows::All)).unwrap().remove(0);
         let logits = all(sequence, &prompt);
         if exact.is_empty() {
             exact = logits;
@@ -122,15 +122,15 @@ fn every_cache_format_tells_about_the_same() {
 
         let fork = decoder.fork(sequence).unwrap();
         decoder.truncate(fork, 37).unwrap();
-        let again = decoder.logits_blocking(&[(fork, &prompt[37..])], LogitRows::Last).unwrap().remove(0);
+        let again = gpu.block_on(decoder.logits(&[(fork, &prompt[37..])], LogitRows::Last)).unwrap().remove(0);
         let last = &logits[logits.len() - again.len()..];
         let worst = again.iter().zip(last).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 2e-4 * spread, "{formats}: {worst:.1e} after a roll-back");
         if formats.k.has_channel_scales() {
-            let error = decoder.calibrate_keys_blocking(&[&prompt]).expect_err("sequences").to_string();
+            let error = gpu.block_on(decoder.calibrate_keys(&[&prompt])).expect_err("sequences").to_string();
             assert!(error.contains("an empty cache"), "{error}");
         } else {
-            let error = decoder.calibrate_keys_blocking(&[&prompt]).expect_err("no such scales").to_string();
+            let error = gpu.block_on(decoder.calibrate_keys(&[&prompt])).expect_err("no such scales").to_string();
             assert!(error.contains("a format with scales per channel"), "{error}");
         }
     }
@@ -178,13 +178,15 @@ fn generation_ends_where_it_should() {
     let text = generate(&mut decoder, &[greedy], 6).remove(0);
     // The last token was sampled and not fed.
     assert_eq!(decoder.tokens(sequence).unwrap(), [&prompt[..], &text[..5]].concat());
+    assert_eq!(decoder.pending(sequence).unwrap(), Some(text[5]));
 
     // The first token that hasn't come before, as the stop token.
     let at = (1..text.len()).find(|&i| !text[..i].contains(&text[i])).unwrap();
     decoder.truncate(sequence, 0).unwrap();
     let stopped =
         decoder.generate_blocking(&[greedy], 6, &[text[at]], |_, _| ControlFlow::Continue(())).unwrap().remove(0);
-    assert_eq!((stopped.finish, &stopped.tokens[..], stopped.pending), (Finish::Stop, &text[..at], text[at]));
+    assert_eq!((stopped.finish, &stopped.tokens[..]), (Finish::Stop, &text[..at]));
+    assert_eq!(decoder.pending(sequence).unwrap(), Some(text[at]));
 
     decoder.truncate(sequence, 0).unwrap();
     let broken = decoder.generate_blocking(&[greedy], 6, &[], |_, _| ControlFlow::Break(())).unwrap().remove(0);
@@ -207,7 +209,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     let vocab = decoder.model().config().vocab_size;
     let (a, b) = (decoder.create_sequence(), decoder.create_sequence());
     let prompt = tokens(20, 5);
-    decoder.step_blocking(&[Input { sequence: a, tokens: &prompt, sampling: None }]).unwrap();
+    gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &prompt, sampling: None }])).unwrap();
     let before = decoder.usage();
     let greedy = Sampling::greedy();
 
@@ -224,11 +226,11 @@ fn bad_input_is_refused_and_changes_nothing() {
     for (what, batch, argument) in cases {
         let inputs: Vec<_> =
             batch.iter().map(|&(sequence, tokens)| Input { sequence, tokens, sampling: Some(&greedy) }).collect();
-        match decoder.step_blocking(&inputs) {
+        match gpu.block_on(decoder.step(&inputs)) {
             Err(ModelError::Folio(Error::Argument { argument: got, .. })) => assert_eq!(got, argument, "{what}"),
             other => panic!("{what}: {other:?}"),
         }
-        assert!(decoder.logits_blocking(batch, LogitRows::Last).is_err(), "{what}");
+        assert!(gpu.block_on(decoder.logits(batch, LogitRows::Last)).is_err(), "{what}");
     }
     for (sampling, field) in [
         (with(greedy, |c| c.temperature = -1.0), "temperature"),
@@ -250,7 +252,7 @@ fn bad_input_is_refused_and_changes_nothing() {
         (with(greedy, |c| c.repetition_penalty = 0.0), "repetition_penalty"),
     ] {
         let error =
-            decoder.step_blocking(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }]).unwrap_err();
+            gpu.block_on(decoder.step(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }])).unwrap_err();
         assert!(error.to_string().starts_with(field), "{error}");
     }
 
@@ -258,13 +260,13 @@ fn bad_input_is_refused_and_changes_nothing() {
     for len in [40, 70] {
         let fits = tokens(len, 6);
         let error =
-            decoder.step_blocking(&[Input { sequence: b, tokens: &fits, sampling: Some(&greedy) }]).unwrap_err();
+            gpu.block_on(decoder.step(&[Input { sequence: b, tokens: &fits, sampling: Some(&greedy) }])).unwrap_err();
         assert!(matches!(error, ModelError::Folio(Error::OutOfBlocks { .. })), "{error}");
         assert!(decoder.tokens(b).unwrap().is_empty());
     }
     let c = decoder.create_sequence();
     decoder.free(c).unwrap();
-    let error = decoder.step_blocking(&[Input { sequence: c, tokens: &[1], sampling: None }]).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input { sequence: c, tokens: &[1], sampling: None }])).unwrap_err();
     assert!(matches!(error, ModelError::Folio(Error::UnknownSequence(id)) if id == c), "{error}");
 
     assert_eq!(decoder.tokens(a).unwrap(), prompt);
@@ -272,7 +274,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     assert_eq!((now.used, now.free), (before.used, before.free));
     // And everything still works.
     assert_eq!(
-        decoder.step_blocking(&[Input { sequence: a, tokens: &[1], sampling: Some(&greedy) }]).unwrap().len(),
+        gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[1], sampling: Some(&greedy) }])).unwrap().len(),
         1
     );
 }
@@ -305,7 +307,7 @@ fn a_future_that_is_dropped_half_way_changes_nothing() {
     let prompt = tokens(100, 8);
     let whole = decoder.create_sequence();
     let expected =
-        decoder.step_blocking(&[Input { sequence: whole, tokens: &prompt, sampling: Some(&greedy) }]).unwrap();
+        gpu.block_on(decoder.step(&[Input { sequence: whole, tokens: &prompt, sampling: Some(&greedy) }])).unwrap();
     decoder.free(whole).unwrap();
 
     let sequence = decoder.create_sequence();
@@ -317,7 +319,7 @@ fn a_future_that_is_dropped_half_way_changes_nothing() {
     }
     assert!(decoder.tokens(sequence).unwrap().is_empty());
     assert_eq!(decoder.usage().used, 0);
-    assert_eq!(decoder.step_blocking(&input).unwrap(), expected);
+    assert_eq!(gpu.block_on(decoder.step(&input)).unwrap(), expected);
 }
 
 const TINY: &str = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -336,11 +338,11 @@ fn nan_logits_name_their_sequence() {
     let greedy = Sampling::greedy();
     // Row 96 of the head is NaN as well: only a vocabulary of 97 rows has it, the head and the embedding. So every logit row has a NaN.
     let error =
-        decoder.step_blocking(&[Input { sequence: good, tokens: &[1, 2], sampling: Some(&greedy) }]).unwrap_err();
+        gpu.block_on(decoder.step(&[Input { sequence: good, tokens: &[1, 2], sampling: Some(&greedy) }])).unwrap_err();
     assert!(matches!(error, ModelError::BadLogits { sequence } if sequence == good), "{error}");
     assert!(decoder.tokens(good).unwrap().is_empty());
     assert_eq!(decoder.usage().used, 0);
-    let logits = decoder.logits_blocking(&[(good, &[1, 2]), (bad, &[96])], LogitRows::Last).unwrap();
+    let logits = gpu.block_on(decoder.logits(&[(good, &[1, 2]), (bad, &[96])], LogitRows::Last)).unwrap();
     assert!(logits[0][..96].iter().all(|x| x.is_finite()) && logits[0][96].is_nan());
     assert!(logits[1].iter().all(|x| x.is_nan()), "NaN comes out where it went in");
 }
@@ -379,7 +381,20 @@ fn weights_beyond_a_half_name_their_tensor() {
 fn a_decoder_must_be_able_to_step() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let model = Model::load_blocking(&gpu, fixture("llama"), ModelOptions::default(), |_| {}).unwrap();
-    let options = with(small(4), |c| c.max_step_tokens = 0);
-    let error = Decoder::new_blocking(Arc::new(model), options).unwrap_err();
-    assert!(matches!(error, ModelError::Folio(Error::Argument { argument: "max_step_tokens", .. })), "{error}");
+    let model = Arc::new(model);
+    // The widest activation: gate and up rows of the MLP, or a hidden state.
+    let config = model.config();
+    let width = u64::from(config.hidden_size.max(2 * config.intermediate_size));
+    let limits = gpu.limits();
+    let fits = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 16 * 16 / (4 * width);
+    for (got, need) in [
+        (0, "at least 1".to_owned()),
+        (u32::MAX, format!("at most {fits} on this device")),
+        (u32::try_from(fits + 1).unwrap(), format!("at most {fits} on this device")),
+    ] {
+        let options = with(small(4), |c| c.max_step_tokens = got);
+        let error = Decoder::new_blocking(Arc::clone(&model), options).unwrap_err();
+        assert!(matches!(error, ModelError::Folio(Error::Argument { argument: "max_step_tokens", .. })), "{error}");
+        assert!(error.to_string().contains(&format!("got {got}, need {need}")), "{error}");
+    }
 }

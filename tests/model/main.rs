@@ -22,6 +22,7 @@ mod buffers;
 mod checkpoint_files;
 mod decoder;
 mod forward;
+mod life_cycle;
 mod linear;
 mod linear_shaders;
 mod loading;

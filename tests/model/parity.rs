@@ -123,7 +123,8 @@ fn logits(decoder: &mut Decoder, sequences: &[Vec<u32>], chunk: usize) -> Vec<f3
         let live: Vec<_> = (0..sequences.len()).filter(|&i| start < sequences[i].len()).collect();
         let batch: Vec<_> =
             live.iter().map(|&i| (ids[i], &sequences[i][start..sequences[i].len().min(start + chunk)])).collect();
-        let results = decoder.logits_blocking(&batch, LogitRows::All).unwrap();
+        let gpu = decoder.gpu().clone();
+        let results = gpu.block_on(decoder.logits(&batch, LogitRows::All)).unwrap();
         for (&i, logits) in live.iter().zip(results) {
             rows[i].extend(logits);
         }

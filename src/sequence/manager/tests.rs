@@ -107,6 +107,13 @@ fn full_blocks_are_found_by_their_tokens() {
         assert!(m.extend(hit.sequence, 1).unwrap().is_empty());
         m.free(hit.sequence).unwrap();
     }
+    // A sequence that is there can take the match in, if it is empty.
+    let empty = m.create();
+    assert_eq!(m.match_prefix_into(empty, &tokens, 1).unwrap(), 8);
+    assert_eq!(m.blocks(empty), m.blocks(s)[..2]);
+    m.refused(|m| m.match_prefix_into(empty, &tokens, 1), ErrorKind::Caller, "8 tokens, need an empty one");
+    m.free(empty).unwrap();
+    m.refused(|m| m.match_prefix_into(empty, &tokens, 1), ErrorKind::Caller, "not in this cache");
     // Other tokens anywhere before, or another salt, are another prefix.
     assert_eq!(m.found(&[9, 1, 2, 3, 4, 5, 6, 7], 1), 0);
     assert_eq!(m.found(&[0, 1, 2, 3, 4, 5, 6, 9], 1), 4);

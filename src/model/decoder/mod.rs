@@ -1,0 +1,250 @@
+//! [`Decoder`]: sequences of tokens that a [`Model`] continues.
+
+mod calibrate;
+mod life_cycle;
+mod step;
+
+pub use step::{Input, LogitRows};
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::config::{ModelConfig, Position};
+use super::error::{ModelError, ModelResult};
+use super::sampler::Sampler;
+use super::transformer::{Model, Scratch};
+use crate::gpu::Readback;
+use crate::{
+    Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, PrefixStats, Result,
+    Rope, SequenceId, SequenceSnapshot,
+};
+
+/// The cache and the step size of a [`Decoder`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DecoderOptions {
+    /// Tokens per block of the cache.
+    pub block_size: u32,
+    /// Blocks of the cache, shared by all sequences.
+    pub num_blocks: u32,
+    /// How keys are stored. With scales per channel they must be calibrated before anything else: [`Decoder::calibrate_keys`].
+    pub k_format: KvFormat,
+    /// How values are stored.
+    pub v_format: KvFormat,
+    /// Tokens that go through the layers at once. Longer batches are cut into several steps (chunked prefill). The activations take some
+    /// `max_step_tokens * (5 * hidden_size + 3 * intermediate_size) * 4` bytes.
+    pub max_step_tokens: u32,
+    /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
+    /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
+    pub prefix_cache: bool,
+}
+
+impl Default for DecoderOptions {
+    fn default() -> Self {
+        Self {
+            block_size: 16,
+            num_blocks: 256,
+            k_format: KvFormat::F16,
+            v_format: KvFormat::F16,
+            max_step_tokens: 512,
+            prefix_cache: false,
+        }
+    }
+}
+
+impl DecoderOptions {
+    /// The cache that a decoder with these options makes for a model.
+    #[must_use]
+    pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
+        KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
+            .with_blocks(self.num_blocks, self.block_size)
+            .with_formats(self.k_format, self.v_format)
+    }
+}
+
+/// A model, a paged cache, and the sequences in it.
+///
+/// A sequence grows by [`step`](Self::step): its new tokens go through the layers once, their keys and values stay in the cache, and the
+/// token that follows is sampled on the GPU; what comes back is that token alone. A batch may mix prompts of any length with single tokens.
+///
+/// **The pending token.** The token that was sampled last belongs to the text, but its keys and values are computed only by the call that goes
+/// on from it. Until then the decoder keeps it as the sequence's [`pending`](Self::pending) token, and feeds it before the tokens of the next
+/// call. So a program feeds only what is its own: a prompt, then the next prompt, or nothing for more of the same text.
+/// [`discard_pending`](Self::discard_pending) drops it, for example a stop token that the conversation shall not contain.
+///
+/// A call that fails has changed nothing, whatever it had already computed; so has one whose future is dropped. ([`generate`](Self::generate)
+/// is many steps: those that have succeeded stay.)
+///
+/// Futures complete natively only while somebody polls the device: a program without an async runtime runs them by [`Gpu::block_on`].
+#[derive(Debug)]
+pub struct Decoder {
+    model: Arc<Model>,
+    options: DecoderOptions,
+    cache: Arc<KvCache>,
+    attention: Attention,
+    rope: Option<Rope>,
+    sampler: Sampler,
+    scratch: Scratch,
+    logits: wgpu::Buffer,
+    output: wgpu::Buffer,
+    /// Away while it is mapped; a dropped future takes it along.
+    staging: Option<Readback>,
+    texts: HashMap<SequenceId, Text>,
+    /// Sequences that are on the host. Their texts stay where all are.
+    swapped: HashMap<SequenceId, SequenceSnapshot>,
+}
+
+/// What the decoder knows of a sequence.
+#[derive(Clone, Debug, Default)]
+struct Text {
+    /// The tokens in the cache.
+    cached: Vec<u32>,
+    /// The token after them, if it was sampled.
+    pending: Option<u32>,
+    /// Tokens at the front that were found in the prefix index.
+    prefix_len: u32,
+    /// Full blocks that are in the prefix index, as far as is known.
+    published: u32,
+}
+
+impl Text {
+    /// Tokens of the text, the pending one included.
+    fn len(&self) -> usize {
+        self.cached.len() + usize::from(self.pending.is_some())
+    }
+
+    /// Forgets what comes after its first `len` tokens. The pending one is the last.
+    fn truncate(&mut self, len: u32, block_size: u32) {
+        if len as usize <= self.cached.len() {
+            self.cached.truncate(len as usize);
+            self.pending = None;
+            self.prefix_len = self.prefix_len.min(len);
+            self.published = self.published.min(len / block_size);
+        }
+    }
+}
+
+fn storage(gpu: &Gpu, label: &'static str, bytes: u64) -> Result<wgpu::Buffer> {
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+    gpu.create_buffer("creating the decoder's buffers", label, bytes.max(16), usage)
+}
+
+/// Fails unless the activations of as many tokens fit into buffers.
+fn check_step_tokens(gpu: &Gpu, config: &ModelConfig, max_step_tokens: u32) -> ModelResult<()> {
+    if max_step_tokens == 0 {
+        return Err(ModelError::argument("max_step_tokens", 0, "at least 1"));
+    }
+    let width = Scratch::widest_row(config);
+    let fits = gpu.max_storage_bytes() / (width * 4);
+    if u64::from(max_step_tokens) > fits {
+        let need = format!("at most {fits} on this device, for {width} activations per token in a buffer");
+        return Err(ModelError::argument("max_step_tokens", max_step_tokens, need));
+    }
+    Ok(())
+}
+
+impl Decoder {
+    /// Allocates the cache and the activations, and compiles what depends on them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for; those of
+    /// [`KvCache::new`] and [`Attention::new`].
+    pub async fn new(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
+        let (gpu, config) = (model.gpu().clone(), model.config().clone());
+        check_step_tokens(&gpu, &config, options.max_step_tokens)?;
+        let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
+        let attention_config =
+            AttentionConfig { window: config.sliding_window, ..AttentionConfig::new(config.num_q_heads) };
+        let attention = Attention::new(&cache, attention_config).await?;
+        let rope = match &config.position {
+            Position::Rope(rope) => Some(Rope::new(&cache, rope.clone()).await?),
+            Position::Learned => None,
+        };
+        let sampler = Sampler::new(&gpu, config.vocab_size).await?;
+        let scratch = Scratch::new(&gpu, &config, options.max_step_tokens)?;
+        Ok(Self {
+            logits: storage(&gpu, "folio logits", u64::from(config.vocab_size) * 4)?,
+            output: storage(&gpu, "folio sampled tokens", 256)?,
+            staging: None,
+            texts: HashMap::new(),
+            swapped: HashMap::new(),
+            cache: Arc::new(cache),
+            model,
+            options,
+            attention,
+            rope,
+            sampler,
+            scratch,
+        })
+    }
+
+    /// [`Decoder::new`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::new`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new_blocking(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
+        pollster::block_on(Self::new(model, options))
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        self.model.gpu()
+    }
+
+    /// The options it was made with.
+    #[must_use]
+    pub fn options(&self) -> &DecoderOptions {
+        &self.options
+    }
+
+    /// The cache, to look into: block tables, shapes, rows. Sequences grow, shrink and end by the decoder's own methods; it refuses to go on
+    /// with one that was changed here.
+    #[must_use]
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// How full the cache is.
+    #[must_use]
+    pub fn usage(&self) -> PoolUsage {
+        self.cache.usage()
+    }
+
+    /// Where the cache's bytes are, in all and for each sequence.
+    #[must_use]
+    pub fn memory(&self) -> MemoryReport {
+        self.cache.memory()
+    }
+
+    /// What the prefix index holds, and how many tokens it has saved.
+    #[must_use]
+    pub fn prefix_stats(&self) -> PrefixStats {
+        self.cache.prefix_stats()
+    }
+
+    /// Bytes of the host's memory that swapped-out sequences take.
+    #[must_use]
+    pub fn swapped_bytes(&self) -> u64 {
+        self.swapped.values().map(SequenceSnapshot::num_bytes).sum()
+    }
+
+    /// Bytes of the keys and values of one token, all layers.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> u64 {
+        self.cache.config().token_bytes()
+    }
+
+    /// Bytes of a block of the cache, all layers.
+    #[must_use]
+    pub fn bytes_per_block(&self) -> u64 {
+        self.cache.config().block_bytes()
+    }
+}
