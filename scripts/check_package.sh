@@ -13,5 +13,5 @@ rm -rf "target/package/$name"
 tar -xf "target/package/$name.crate" -C target/package
 cd "target/package/$name"
 cargo build --release --all-features --lib
-cargo check --release --all-features --all-targets
+cargo check --all-features --all-targets
 cargo doc --no-deps --all-features
