@@ -7,7 +7,7 @@ use crate::format::KvFormat;
 pub const MAX_HEAD_DIM: u32 = 256;
 /// Largest block_size of a paged cache, in tokens. What paging is good for shrinks as blocks grow: a sequence leaves half of its last block
 /// unused on average, a prefix is shared in whole blocks, and copy-on-write copies a whole block for one token. The kernels take any size:
-/// a [contiguous](KvCacheConfig::contiguous) cache has a block of `max_seq_len` tokens per row.
+/// a [contiguous](KvCacheConfig::contiguous) cache has a block of `max_seq_len` tokens per sequence.
 pub const MAX_BLOCK_SIZE: u32 = 256;
 /// Largest num_layers. Every layer has buffers and host state of its own, so a number that nobody meant would use up the process before any
 /// limit of the device is asked.
@@ -29,7 +29,7 @@ pub struct KvCacheConfig {
     pub num_kv_heads: u32,
     /// Elements of a head: a multiple of 8 from 8 to 256.
     pub head_dim: u32,
-    /// Tokens of a block, 1 to 256; in a contiguous cache the tokens that a row has room for.
+    /// Tokens of a block, 1 to 256; in a contiguous cache the tokens that a sequence has room for.
     pub block_size: u32,
     /// Blocks of the pool, shared by all sequences; every layer has room for each of them.
     pub num_blocks: u32,
@@ -37,7 +37,7 @@ pub struct KvCacheConfig {
     pub k_format: KvFormat,
     /// How V is stored.
     pub v_format: KvFormat,
-    /// A sequence has at most one block, its row, and can't outgrow it.
+    /// A sequence has at most one block, which it takes with its first tokens, and can't outgrow it.
     pub contiguous: bool,
 }
 
@@ -58,10 +58,10 @@ impl KvCacheConfig {
     }
 
     /// A cache without paging, K and V in F16: each layer's K and V are `[batch, num_kv_heads, max_seq_len, head_dim]`. It is a paged cache with
-    /// one block per sequence, allocated beforehand: the calls, the kernels and the results are the same, bit for bit.
+    /// one block per sequence: the calls, the kernels and the results are the same, bit for bit.
     ///
     /// It is the baseline that a paged cache is compared with, and enough for an app with one or a few sequences of bounded length. Up to
-    /// `batch` sequences never run out of blocks, and each takes a row's memory whatever its length.
+    /// `batch` sequences never run out of blocks, unless one is forked, and each takes the memory of `max_seq_len` tokens whatever its length.
     #[must_use]
     pub const fn contiguous(num_layers: u32, num_kv_heads: u32, head_dim: u32, batch: u32, max_seq_len: u32) -> Self {
         let paged = Self::new(num_layers, num_kv_heads, head_dim);

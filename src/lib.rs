@@ -1,7 +1,7 @@
 #![cfg_attr(all(feature = "open", feature = "model"), doc = include_str!("../README.md"))]
 #![cfg_attr(
     not(all(feature = "open", feature = "model")),
-    doc = "Tiled flash attention over a paged KV cache on every GPU, through WebGPU."
+    doc = "Tiled flash attention over a paged KV cache, in WGSL through wgpu."
 )]
 // What only the half with a device calls.
 #![cfg_attr(not(feature = "wgpu"), allow(dead_code, unused_imports, reason = "the half that needs a device calls it"))]

@@ -254,7 +254,7 @@ impl KvCache {
         self.state().memory()
     }
 
-    /// Reserves room for `query_len` new tokens of each sequence, and uploads what the append kernel needs to know.
+    /// Reserves room for `query_len` new tokens of each sequence. Host only: what the kernels need to know is uploaded when they are recorded.
     ///
     /// The tokens of the batch stand one after another, in this order, in the k, v, q and out buffers of the step.
     ///

@@ -21,7 +21,7 @@ use super::pack::stream_bytes;
 use crate::error::{Error, Result};
 use crate::files::{self, Fault};
 use crate::format::KvFormat;
-use crate::layout::{KvCacheConfig, MAX_BLOCK_SIZE};
+use crate::layout::KvCacheConfig;
 
 /// What every file starts with, behind the 8 bytes of the header's length. The version is next.
 const START: &str = r#"{"__metadata__":{"format":"folio.sequence","version":""#;
@@ -124,9 +124,10 @@ impl Contents {
         let mut config = KvCacheConfig::new(num_layers?, num_kv_heads?, head_dim?)
             .with_blocks(1, block_size?)
             .with_formats(format_of(fields, "k_format")?, format_of(fields, "v_format")?);
-        // A row of a contiguous cache.
-        config.contiguous = config.block_size > MAX_BLOCK_SIZE;
+        // Blocks of any size that a cache can have, paged or contiguous. A snapshot says nothing about which it was.
+        config.contiguous = true;
         config.validate().map_err(|e| format!("damaged: {e}"))?;
+        config.contiguous = false;
         let len = number(fields, "len")?;
         // As in a cache, lengths are below 2^31.
         if len > i32::MAX as u32 {

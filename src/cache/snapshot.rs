@@ -78,7 +78,7 @@ impl SequenceSnapshot {
     }
 
     /// Geometry and formats. `num_blocks` is the number of blocks of the sequence, 0 for an empty one, and not the size of the pool it
-    /// comes from.
+    /// comes from; `contiguous` is never set.
     #[must_use]
     pub fn config(&self) -> &KvCacheConfig {
         &self.config
@@ -232,7 +232,7 @@ impl KvCache {
             let table = state.table(sequence)?;
             (table.len(), table.blocks().to_vec())
         };
-        let config = KvCacheConfig { num_blocks: blocks.len() as u32, ..self.config };
+        let config = KvCacheConfig { num_blocks: blocks.len() as u32, contiguous: false, ..self.config };
         let staging = self.record_pack(encoder, &blocks)?;
         Ok(PendingSnapshot { config, len, gpu: self.gpu.clone(), staging, key_scales: self.all_key_scales() })
     }

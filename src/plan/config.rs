@@ -22,7 +22,7 @@ pub struct AttentionConfig {
     pub softmax_scale: Option<f32>,
     /// `c * tanh(x / c)` on scaled logits. `None`: no soft cap.
     pub softcap: Option<f32>,
-    /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. `None`: all.
+    /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. At least 1. `None`: all.
     pub window: Option<u32>,
     /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
     pub alibi_slopes: Option<Vec<f32>>,
