@@ -6,7 +6,7 @@ use super::params::AttendParams;
 use crate::error::{Error, Result};
 use crate::layout::KvCacheConfig;
 
-/// What attention computes. The same for every call of one [`Attention`].
+/// What attention computes. The same for every call of one `Attention`.
 ///
 /// For each query head: `logit = softmax_scale * q·k`, through the soft cap if there is one, plus the ALiBi bias, then masked
 /// (causal, window, custom mask); the softmax of the visible logits, with a sink's weight in the denominator if there is one, weighs the V rows.
