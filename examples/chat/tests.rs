@@ -162,8 +162,15 @@ fn what_was_said_stays_when_the_cache_is_full() {
         assert!(session.turn("Once upon a time").unwrap());
         let first = seen.take();
         assert!(first.len() > 60 && first.ends_with("\n[the cache is full: the answer ends here]\n"), "{first}");
-        assert!(session.turn("Once upon a time").unwrap());
-        let second = seen.take();
+        // Branches leave some room: all but one end.
+        let mut second = String::new();
+        for _ in 0..3 {
+            assert!(session.turn("Once upon a time").unwrap());
+            second = seen.take();
+            if second.contains("new conversation") {
+                break;
+            }
+        }
         assert!(second.starts_with("[the cache's 4 blocks are full: a new conversation begins]\n"), "{second}");
         assert!(second.ends_with(&first), "{second}");
         assert!(!session.turn(&"the silver key ".repeat(30)).unwrap());
@@ -297,12 +304,14 @@ fn control_c_ends_the_answer_and_twice_the_program() {
     let pid = child.id().to_string();
     let interrupt = || assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     writeln!(stdin, "Once upon a time").unwrap();
-    read_until(&mut out, "Once upon a time ");
+    read_until(&mut out, "Once upon a time");
+    out.read_exact(&mut [0; 12]).unwrap();
     interrupt();
     read_until(&mut err, "[stopped]");
     // It goes on: the next prompt is answered, and a press ends that answer, too.
     writeln!(stdin, "Later the clouds").unwrap();
-    read_until(&mut out, "Later the clouds ");
+    read_until(&mut out, "Later the clouds");
+    out.read_exact(&mut [0; 12]).unwrap();
     interrupt();
     read_until(&mut err, "[stopped]");
     interrupt();

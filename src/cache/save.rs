@@ -475,7 +475,7 @@ mod tests {
         for (path, what) in [(&*pipe, "a pipe"), (Path::new("/dev/zero"), "a device"), (folder.path(), "a directory")] {
             let (sender, receiver) = std::sync::mpsc::channel();
             let opened = path.to_owned();
-            std::thread::spawn(move || sender.send(SequenceSnapshot::load(opened)));
+            std::thread::spawn(move || drop(sender.send(SequenceSnapshot::load(opened))));
             let loaded = receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("an end");
             let error = loaded.expect_err(what).to_string();
             assert!(error.ends_with(&format!("got {what}, need a regular file")), "{error}");

@@ -29,8 +29,11 @@ fn go_on(decoder: &mut Decoder, sequence: SequenceId, tokens: &[u32], n: usize) 
     generate(decoder, &[Prompt { sequence, tokens, sampling: sampling() }], n).remove(0)
 }
 
+/// Tokens, and the pending one.
+type Texts = Vec<(Vec<u32>, Option<u32>)>;
+
 /// Everything that a refused or dropped call must leave alone.
-fn state(decoder: &Decoder, sequences: &[SequenceId]) -> (PoolUsage, Vec<(Vec<u32>, Option<u32>)>) {
+fn state(decoder: &Decoder, sequences: &[SequenceId]) -> (PoolUsage, Texts) {
     let of = |&s: &SequenceId| (decoder.tokens(s).unwrap().to_vec(), decoder.pending(s).unwrap());
     (decoder.usage(), sequences.iter().map(of).collect())
 }
