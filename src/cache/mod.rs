@@ -64,8 +64,9 @@ impl KvCache {
     /// bindings that a kernel may have, or the device has too little memory; [`Error::Wgpu`] if a kernel can't be built.
     pub async fn new(gpu: &Gpu, config: KvCacheConfig) -> Result<Self> {
         // First what is cheap to refuse.
-        let manager = Manager::new(config)?;
+        config.validate()?;
         let segments = storage::segments(gpu, &config)?;
+        let manager = Manager::new(config)?;
         let layers = Arc::new(storage::allocate(gpu, &config, segments).await?);
         let kernels = CacheKernels::new(gpu, &config, segments).await?;
         Ok(Self {
@@ -332,9 +333,9 @@ impl KvCache {
     pub fn commit(&self, mut step: Step) -> Result<()> {
         step.check_usable(&self.state)?;
         self.gpu.check_alive("committing a step")?;
-        if let Some(pending) = step.finish() {
-            self.state().commit(pending);
-        }
-        Ok(())
+        // Cleared by another thread since the check.
+        let stale = Error::Stale { what: "step", reason: "the cache has been cleared since it began" };
+        let is_valid = step.finish().is_some_and(|pending| self.state().commit(pending));
+        if is_valid { Ok(()) } else { Err(stale) }
     }
 }

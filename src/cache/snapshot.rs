@@ -113,6 +113,12 @@ impl SequenceSnapshot {
 
     /// Fails unless the sequence fits into a cache of this shape and with these channel scales.
     fn check_fits(&self, cache: &KvCacheConfig, key_scales: Option<&[Vec<f32>]>) -> Result<()> {
+        if let Some(max_seq_len) = cache.max_seq_len()
+            && self.len > max_seq_len
+        {
+            let need = format!("at most the cache's max_seq_len, {max_seq_len}");
+            return Err(Error::argument("snapshot", format!("{} tokens", self.len), need));
+        }
         let own = &self.config;
         for (what, own, cache) in [
             ("num_layers", own.num_layers.to_string(), cache.num_layers.to_string()),

@@ -19,6 +19,8 @@ pub struct SwapOut {
     sequence: SequenceId,
     /// Until it is being read.
     pending: Option<PendingSnapshot>,
+    /// Whether the sequence is still held.
+    is_open: bool,
 }
 
 impl SwapOut {
@@ -42,14 +44,17 @@ impl SwapOut {
         let mut snapshot = pending.read().await?;
         snapshot.origin = Some(self.sequence);
         lock(&self.state).finish_swap_out(self.epoch, self.sequence)?;
+        // From now on others may have it back under the same id.
+        self.is_open = false;
         Ok(snapshot)
     }
 }
 
 impl Drop for SwapOut {
     fn drop(&mut self) {
-        // After `finish`, or in a cleared cache, nobody has this id any more.
-        lock(&self.state).thaw(self.sequence);
+        if self.is_open {
+            lock(&self.state).thaw(self.epoch, self.sequence, Holder::SwapOut);
+        }
     }
 }
 
@@ -114,7 +119,7 @@ impl KvCache {
             state.epoch()
         };
         // From here on, dropping it lets the sequence go.
-        let mut swap = SwapOut { state: Arc::clone(&self.state), epoch, sequence, pending: None };
+        let mut swap = SwapOut { state: Arc::clone(&self.state), epoch, sequence, pending: None, is_open: true };
         swap.pending = Some(self.record_snapshot(encoder, sequence)?);
         Ok(swap)
     }

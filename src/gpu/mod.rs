@@ -91,7 +91,7 @@ impl fmt::Debug for Gpu {
 
 impl Gpu {
     /// Takes a host's own device and queue, with the kernel profile that suits the adapter and
-    /// [`ShaderChecks::default`]. wgpu handles are reference counted: pass clones.
+    /// [`ShaderChecks::default`]. wgpu handles are reference counted: pass clones. The queue must be the device's own; wgpu has no way to ask.
     ///
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported), with need and have, if the device was requested with limits below WebGPU's defaults;

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 /// Where commands go: a compute pass of the host's, or its encoder, in which folio then opens a pass of its own.
 ///
 /// Calls that record take `impl Into<Recorder>`: hand over `&mut pass` or `&mut encoder`. They never submit. In a pass its pipeline and bind
-/// group 0 are changed.
+/// group 0 are changed. It must be of the device that the call works with: wgpu reports one of another device when the encoder is finished, and gives one
+/// of another wgpu instance no meaning.
 pub struct Recorder<'a>(Target<'a>);
 
 enum Target<'a> {

@@ -24,6 +24,9 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Wgpu`]; [`Error::DeviceLost`].
+    ///
+    /// # Panics
+    /// If `f` leaves an error scope of its own open: wgpu wants scopes closed in the order in which they were opened.
     pub async fn scoped<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
         // Off the web the scopes' answers are there at once. Scopes belong to the thread, so all are closed before anything is awaited.
         let (value, pops) = {

@@ -3,6 +3,7 @@
 use std::f64::consts::TAU;
 
 use crate::error::{Error, Result};
+use crate::layout::MAX_HEAD_DIM;
 
 /// Which elements of a row form a pair that turns together. Pair `i` has the `i`th frequency.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -138,6 +139,9 @@ impl RopeConfig {
     /// [`Error::Argument`] that names the field.
     pub fn validate(&self, head_dim: u32) -> Result<()> {
         let d = self.rotary_dim;
+        if head_dim > MAX_HEAD_DIM {
+            return Err(Error::argument("head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));
+        }
         if d == 0 || d > head_dim || !d.is_multiple_of(2) {
             return Err(Error::argument("rotary_dim", d, format!("an even number from 2 to head_dim, {head_dim}")));
         }

@@ -5,7 +5,7 @@ use super::rope::RopeLayout;
 use super::target::{Profile, ShaderFeatures, Source, Target};
 use crate::error::Result;
 use crate::format::KvFormat;
-use crate::layout::{KvCacheConfig, KvLayout, Segments};
+use crate::layout::{KvCacheConfig, KvLayout, MAX_HEAD_DIM, Segments};
 use crate::plan::AttentionConfig;
 
 /// The kernels. Each is an entry point of the same name.
@@ -147,15 +147,17 @@ const CPU_SUBGROUP_SIZES: [u32; 3] = [4, 8, 16];
 
 impl Variant {
     /// A kernel for a cache, with the sizes that suit the target; see [`super::tuning`].
+    ///
+    /// The configuration must be [valid](KvCacheConfig::validate): a head_dim that no kernel has is taken for the next one below it.
     #[must_use]
     pub fn new(kernel: Kernel, target: Target, config: &KvCacheConfig, group_size: u32, flags: AttendFlags) -> Self {
         let mut variant = Self {
             kernel,
             target,
-            head_dim: config.head_dim,
-            num_kv_heads: config.num_kv_heads,
-            group_size,
-            block_size: config.block_size,
+            head_dim: config.head_dim.clamp(8, MAX_HEAD_DIM) / 8 * 8,
+            num_kv_heads: config.num_kv_heads.max(1),
+            group_size: group_size.max(1),
+            block_size: config.block_size.max(1),
             k_format: config.k_format,
             v_format: config.v_format,
             k_segments: Segments::ONE,

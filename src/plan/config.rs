@@ -141,7 +141,7 @@ impl AttentionConfig {
             let value = values.as_ref().and_then(|values| values.get(head)).copied().unwrap_or(0.0);
             value * std::f32::consts::LOG2_E
         };
-        let heads = 0..(self.num_q_heads as usize).next_multiple_of(2);
+        let heads = 0..(self.num_q_heads.min(MAX_GRID) as usize).next_multiple_of(2);
         Some(heads.map(|head| [value(&self.alibi_slopes, head), value(&self.sinks, head)]).collect())
     }
 }

@@ -60,6 +60,11 @@ pub fn partial_row_bytes(head_dim: u32) -> u64 {
     (u64::from(head_dim) + 4) * 4
 }
 
+/// An offset in an upload, in words.
+fn checked(offset: u64) -> Result<u32> {
+    u32::try_from(offset).map_err(|_| Error::argument("step", format!("offset {offset}"), "offsets below 2^32 words"))
+}
+
 /// A tile of query rows of one sequence and the keys that it sees.
 #[derive(Clone, Copy)]
 struct Tile {
@@ -74,7 +79,10 @@ fn key_range(keys: impl Iterator<Item = (u32, u32)>) -> (u32, u32) {
 
 impl PlanShape {
     /// Checks what the arithmetic of plans and kernels relies on.
-    fn check(&self, batch: &Batch) -> Result<()> {
+    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
+        if self.window == Some(0) {
+            return Err(Error::argument("window", 0, "at least 1, or None"));
+        }
         if self.num_kv_heads == 0 || self.group_size == 0 || self.tile_q == 0 {
             return Err(Error::argument("shape", format!("{self:?}"), "at least 1 head, and 1 row of a tile"));
         }
@@ -111,7 +119,8 @@ impl PlanShape {
         let (shape, entry) = (*self, entry.clone());
         let rows = entry.query_len * self.group_size;
         (0..rows.div_ceil(tile_rows)).rev().map(move |tile| {
-            let (row_start, row_end) = (tile * tile_rows, ((tile + 1) * tile_rows).min(rows));
+            let row_start = tile * tile_rows;
+            let row_end = row_start.saturating_add(tile_rows).min(rows);
             Tile { row_start, keys: shape.visible(&entry, row_start, row_end) }
         })
     }
@@ -154,7 +163,8 @@ impl WorkLists {
             shape.num_kv_heads,
         );
         let mut plan = Self { split_len, ..Self::default() };
-        let max_rows = (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).max(1);
+        // Rows of partial states are numbered with u32.
+        let max_rows = (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).clamp(1, u32::MAX.into());
         // Long prefill tiles first, over all sequences, for the same reason as within one.
         let mut order: Vec<usize> = (0..batch.entries.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse(batch.entries[i].seq_len()));
@@ -167,7 +177,7 @@ impl WorkLists {
                 query_start: starts[i],
                 query_len: entry.query_len,
                 context_len: entry.context_len,
-                table_offset: table_offset + entry.table.start as u32,
+                table_offset: checked(u64::from(table_offset) + entry.table.start as u64)?,
                 part_row: NO_PARTIAL,
                 mask_offset: mask_offsets.get(i).copied().unwrap_or(0),
                 mask_stride: if mask_offsets.is_empty() { 0 } else { entry.seq_len().div_ceil(32) },
@@ -217,13 +227,19 @@ impl WorkLists {
                     plan.rounds.push(done);
                     rows_used = 0;
                 }
+                if rows_used + need > u64::from(u32::MAX) {
+                    let need = format!("{} rows of partial states", rows_used + need);
+                    return Err(Error::unsupported("attention workspace", need, "fewer than 2^32"));
+                }
                 let part_row = rows_used as u32;
                 let split_stride = shape.num_kv_heads * rows;
                 let base = WorkItem {
                     query_start: base.query_start + chunk_start,
                     query_len: chunk.query_len,
                     context_len: chunk.context_len,
-                    mask_offset: base.mask_offset + chunk_start * base.mask_stride,
+                    mask_offset: checked(
+                        u64::from(base.mask_offset) + u64::from(chunk_start) * u64::from(base.mask_stride),
+                    )?,
                     ..base
                 };
                 let list = if decode { &mut plan.decode } else { &mut plan.prefill };

@@ -31,7 +31,7 @@ impl SplitPolicy {
     pub fn split_len(&self, tile_keys: impl Iterator<Item = u32> + Clone, num_kv_heads: u32) -> u32 {
         let max = (self.max_split_len / SPLIT_GRANULE * SPLIT_GRANULE).max(SPLIT_GRANULE);
         if let Some(fixed) = self.fixed_split_len {
-            return fixed.next_multiple_of(SPLIT_GRANULE).min(max);
+            return fixed.min(max).next_multiple_of(SPLIT_GRANULE);
         }
         let workgroups = tile_keys.clone().count() as u64 * u64::from(num_kv_heads);
         if workgroups >= u64::from(self.target_workgroups) {
@@ -40,6 +40,6 @@ impl SplitPolicy {
         let keys: u64 = tile_keys.map(u64::from).sum::<u64>() * u64::from(num_kv_heads);
         let even = keys.div_ceil(u64::from(self.target_workgroups.max(1)));
         let even = u32::try_from(even).unwrap_or(u32::MAX / 2);
-        even.max(self.min_split_len).next_multiple_of(SPLIT_GRANULE).min(max)
+        even.max(self.min_split_len).min(max).next_multiple_of(SPLIT_GRANULE)
     }
 }

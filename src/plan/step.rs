@@ -59,6 +59,7 @@ impl StepPlan {
         batch: &Batch,
         masks: &[&[u32]],
     ) -> Result<Self> {
+        shape.check(batch)?;
         check_masks(batch, masks)?;
         let mask_words = masks.iter().map(|mask| mask.len() as u64).sum::<u64>();
         check_offset(batch.tables.len() as u64 + mask_words)?;
@@ -247,5 +248,38 @@ mod tests {
             let text = error.expect_err("refused").to_string();
             assert!(text.starts_with("masks: got"), "{text}");
         }
+    }
+
+    /// Whatever a program with a library of its own passes in: an error or a plan, no panic.
+    #[test]
+    fn nonsense_is_refused() {
+        let entry = |query_len, context_len| BatchEntry { query_len, context_len, table: 0..1 };
+        let one = |entry| Batch { entries: vec![entry], tables: vec![0] };
+        let new = |shape: PlanShape, policy: SplitPolicy, batch: &Batch, masks: &[&[u32]]| {
+            StepPlan::new(&shape, &policy, &AttendParams::default(), batch, masks).map(drop)
+        };
+        assert!(new(SHAPE, POLICY, &one(entry(1, u32::MAX)), &[&[0]]).is_err());
+        assert!(new(PlanShape { window: Some(0), ..SHAPE }, POLICY, &one(entry(1, 63)), &[]).is_err());
+        for zero in [PlanShape { tile_q: 0, ..SHAPE }, PlanShape { group_size: 0, ..SHAPE }] {
+            assert!(new(zero, POLICY, &one(entry(1, 1)), &[]).is_err());
+        }
+        for policy in [
+            SplitPolicy { fixed_split_len: Some(u32::MAX), ..POLICY },
+            SplitPolicy { min_split_len: u32::MAX, target_workgroups: 9, ..POLICY },
+            SplitPolicy { min_split_len: 0, max_split_len: 0, target_workgroups: 0, ..POLICY },
+            SplitPolicy { max_workspace_bytes: u64::MAX, ..POLICY },
+        ] {
+            assert!(new(SHAPE, policy, &one(entry(3, 1000)), &[]).is_ok(), "{policy:?}");
+        }
+        let wide = PlanShape { tile_q: 1 << 31, group_size: u32::MAX, num_kv_heads: 1, has_decode: false, ..SHAPE };
+        assert!(new(wide, POLICY, &one(entry(1, 0)), &[]).is_ok());
+        // More rows of partial states than 2^32: 65535 heads, 2^26 keys in splits of 64.
+        let many = PlanShape { num_kv_heads: 1, group_size: 65_535, has_decode: false, ..SHAPE };
+        assert!(new(many, POLICY, &one(entry(1, 1 << 26)), &[]).is_err());
+        let empty: [u32; 0] = [];
+        assert!(WorkLists::new(&SHAPE, &POLICY, &one(entry(1, 1)), u32::MAX, &empty).is_ok());
+        let later = BatchEntry { table: 1..2, ..entry(1, 1) };
+        let batch = Batch { entries: vec![later], tables: vec![0; 2] };
+        assert!(WorkLists::new(&SHAPE, &POLICY, &batch, u32::MAX, &empty).is_err());
     }
 }

@@ -14,10 +14,10 @@ pub struct BatchEntry {
 }
 
 impl BatchEntry {
-    /// `context_len + query_len`.
+    /// `context_len + query_len`; saturates.
     #[must_use]
     pub fn seq_len(&self) -> u32 {
-        self.context_len + self.query_len
+        self.context_len.saturating_add(self.query_len)
     }
 }
 
@@ -31,10 +31,10 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// New tokens of all sequences.
+    /// New tokens of all sequences; saturates.
     #[must_use]
     pub fn num_tokens(&self) -> u32 {
-        self.entries.iter().map(|e| e.query_len).sum()
+        self.entries.iter().fold(0, |sum: u32, entry| sum.saturating_add(entry.query_len))
     }
 
     /// Exclusive prefix sum of the query lengths, `entries.len() + 1` values: sequence `i` owns the tokens
@@ -45,7 +45,7 @@ impl Batch {
         let mut starts = Vec::with_capacity(self.entries.len() + 1);
         for entry in &self.entries {
             starts.push(start);
-            start += entry.query_len;
+            start = u32::saturating_add(start, entry.query_len);
         }
         starts.push(start);
         starts

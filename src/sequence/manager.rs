@@ -90,12 +90,13 @@ impl Manager {
     /// A pool of free blocks, and no sequences.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a configuration that breaks a rule: [`KvCacheConfig::validate`].
+    /// [`Error::Argument`] for a configuration that breaks a rule: [`KvCacheConfig::validate`]; [`Error::Unsupported`] if the host has no memory
+    /// for the bookkeeping of that many blocks.
     pub fn new(config: KvCacheConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
             config,
-            pool: BlockPool::new(config.num_blocks),
+            pool: BlockPool::try_new(config.num_blocks)?,
             prefixes: PrefixIndex::default(),
             sequences: HashMap::new(),
             next_id: SequenceId::first(),
@@ -439,10 +440,12 @@ impl Manager {
         reservation
     }
 
-    /// Ends a reserved step: lengths advance, new blocks join their tables, replaced blocks lose a holder. Nothing happens if the cache has been
-    /// cleared since it was reserved, or the reservation is another manager's.
-    pub fn commit(&mut self, pending: Pending) {
-        for change in self.changes_of(pending) {
+    /// Ends a reserved step: lengths advance, new blocks join their tables, replaced blocks lose a holder. Nothing happens, and false is
+    /// returned, if the cache has been cleared since it was reserved, or the reservation is another manager's.
+    pub fn commit(&mut self, pending: Pending) -> bool {
+        let changes = self.changes_of(pending);
+        let is_valid = !changes.is_empty();
+        for change in changes {
             let Some(sequence) = self.sequences.get_mut(&change.sequence) else { continue };
             sequence.held_by = None;
             if let Some(replaced) = sequence.table.grow(change.replacement, &change.new_blocks, change.len) {
@@ -450,6 +453,7 @@ impl Manager {
             }
         }
         self.settle();
+        is_valid
     }
 
     /// Undoes a reserved step: gives its blocks back. Nothing happens if the cache has been cleared since: its pool is another one.

@@ -17,8 +17,12 @@ impl Manager {
         Ok(())
     }
 
-    pub(crate) fn thaw(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
+    /// Ends what [`Manager::freeze`] began in an epoch, unless somebody else holds the sequence by now.
+    pub(crate) fn thaw(&mut self, epoch: u64, id: SequenceId, holder: Holder) {
+        if epoch == self.epoch()
+            && let Some(sequence) = self.sequences.get_mut(&id)
+            && sequence.held_by == Some(holder)
+        {
             sequence.held_by = None;
         }
     }
@@ -26,7 +30,7 @@ impl Manager {
     /// Ends a sequence that is frozen for a swap-out.
     pub(crate) fn finish_swap_out(&mut self, epoch: u64, id: SequenceId) -> Result<()> {
         self.check_epoch(epoch, "swap-out")?;
-        self.thaw(id);
+        self.thaw(epoch, id, Holder::SwapOut);
         self.free(id)
     }
 
@@ -151,7 +155,7 @@ impl Manager {
     fn end_defragment(&mut self, moves: &Moves) {
         self.open_moves -= 1;
         for &id in &moves.sequences {
-            self.thaw(id);
+            self.thaw(self.epoch(), id, Holder::Defragmentation);
         }
     }
 
@@ -291,7 +295,7 @@ mod tests {
                         self.manager.finish_swap_out(epoch, id).expect("same epoch");
                         self.swapped.push(self.model.swap_remove(i).1);
                     } else {
-                        self.manager.thaw(id);
+                        self.manager.thaw(epoch, id, Holder::SwapOut);
                     }
                 }
                 (7, _) => self.swap_in(rng),
@@ -380,5 +384,26 @@ mod tests {
             let used = world.manager.usage().used;
             assert!((0..NUM_BLOCKS).all(|block| (world.manager.pool.ref_count(BlockId(block)) > 0) == (block < used)));
         }
+    }
+
+    /// A swap-out of an earlier epoch, or one that has ended, lets nobody go whom somebody else holds by now.
+    #[test]
+    fn a_stale_swap_out_lets_no_sequence_go() {
+        let mut manager = Manager::new(KvCacheConfig::new(1, 1, 8).with_blocks(NUM_BLOCKS, BLOCK_SIZE)).expect("valid");
+        let id = manager.create();
+        let old_epoch = manager.epoch();
+        manager.freeze(id, Holder::SwapOut).expect("idle");
+        manager.clear();
+        let blocks = manager.begin_swap_in(2).expect("room");
+        manager.restore_swap_in(manager.epoch(), &blocks, 5, Some(id)).expect("it left");
+        let step = manager.reserve(&[(id, 1)]).expect("room");
+        manager.thaw(old_epoch, id, Holder::SwapOut);
+        assert!(matches!(manager.reserve(&[(id, 1)]), Err(Error::SequenceBusy { holder: Holder::Step, .. })));
+        manager.thaw(manager.epoch(), id, Holder::SwapOut);
+        assert!(matches!(manager.free(id), Err(Error::SequenceBusy { holder: Holder::Step, .. })));
+        assert!(manager.commit(step.pending));
+        let void = manager.reserve(&[(id, 1)]).expect("room");
+        manager.clear();
+        assert!(!manager.commit(void.pending), "nothing was committed");
     }
 }

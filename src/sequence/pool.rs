@@ -1,5 +1,6 @@
 //! [`BlockPool`]: free list and reference counts. Host only.
 
+use crate::error::{Error, Result};
 use crate::ids::BlockId;
 
 /// Hands out blocks and counts who holds them. A block is free when nobody does.
@@ -34,6 +35,18 @@ impl BlockPool {
             num_shared: 0,
             changed: Vec::new(),
         }
+    }
+
+    /// [`BlockPool::new`], if the host has memory for the bookkeeping: 12 bytes per block.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub(super) fn try_new(num_blocks: u32) -> Result<Self> {
+        Vec::<[u32; 3]>::new().try_reserve_exact(num_blocks as usize).map_err(|_| {
+            let need = format!("{} bytes of bookkeeping", 12 * u64::from(num_blocks));
+            Error::unsupported("num_blocks", need, "less memory on the host")
+        })?;
+        Ok(Self::new(num_blocks))
     }
 
     /// Blocks in all.

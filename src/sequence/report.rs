@@ -88,8 +88,8 @@ impl MemoryReport {
                     len,
                     blocks: num_blocks,
                     shared_blocks: blocks.iter().filter(|&&block| pool.num_holders(block) > 1).count() as u32,
-                    bytes: u64::from(num_blocks) * block_bytes,
-                    wasted_bytes: unused * token_bytes,
+                    bytes: u64::from(num_blocks).saturating_mul(block_bytes),
+                    wasted_bytes: unused.saturating_mul(token_bytes),
                     next_token_bytes: if in_place { 0 } else { block_bytes },
                 }
             })
@@ -111,50 +111,51 @@ impl MemoryReport {
     /// Bytes of the whole pool, which are taken on the device from the beginning.
     #[must_use]
     pub fn allocated_bytes(&self) -> u64 {
-        u64::from(self.usage.total) * self.block_bytes
+        u64::from(self.usage.total).saturating_mul(self.block_bytes)
     }
 
     /// Bytes of the blocks that nobody holds.
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
-        u64::from(self.usage.free) * self.block_bytes
+        u64::from(self.usage.free).saturating_mul(self.block_bytes)
     }
 
     /// Bytes of the blocks that sequences, open steps and the prefix index hold.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
-        u64::from(self.usage.used) * self.block_bytes
+        u64::from(self.usage.used).saturating_mul(self.block_bytes)
     }
 
     /// Bytes of the used blocks that more than one sequence or open step holds.
     #[must_use]
     pub fn shared_bytes(&self) -> u64 {
-        u64::from(self.usage.shared) * self.block_bytes
+        u64::from(self.usage.shared).saturating_mul(self.block_bytes)
     }
 
     /// Bytes of the used blocks that only the prefix index holds, and gives up when somebody needs them.
     #[must_use]
     pub fn reclaimable_bytes(&self) -> u64 {
-        u64::from(self.usage.reclaimable) * self.block_bytes
+        u64::from(self.usage.reclaimable).saturating_mul(self.block_bytes)
     }
 
     /// Blocks that sequences hold, each counted once.
     #[must_use]
     pub fn sequence_blocks(&self) -> u32 {
-        self.usage.used - self.usage.reclaimable - self.reserved_blocks
+        self.usage.used.saturating_sub(self.usage.reclaimable).saturating_sub(self.reserved_blocks)
     }
 
     /// Bytes of slots in the sequences' blocks that hold no token of theirs: the rest of last blocks. Less than a block per
     /// sequence.
     #[must_use]
     pub fn wasted_bytes(&self) -> u64 {
-        (u64::from(self.sequence_blocks()) * u64::from(self.block_size) - self.cached_tokens) * self.token_bytes
+        let slots = u64::from(self.sequence_blocks()) * u64::from(self.block_size);
+        slots.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
     }
 
     /// Bytes that sharing saves: those of the tokens that are counted more than once in the sequences' lengths.
     #[must_use]
     pub fn saved_bytes(&self) -> u64 {
-        (self.sequence_tokens - self.cached_tokens) * self.token_bytes
+        self.sequence_tokens.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
     }
 
     /// The part of the used slots that hold a token, of a sequence or in a reclaimable block (which is full); 1 if nothing is
@@ -198,13 +199,13 @@ impl MemoryReport {
             let PrefixStats { queried_tokens, indexed_blocks, evicted_blocks, .. } = self.prefixes;
             let rate = 100.0 * self.prefixes.hit_rate();
             let hits = format!("{rate:.0} % of {queried_tokens} queried tokens were found");
-            let bytes = u64::from(indexed_blocks) * self.block_bytes;
+            let bytes = u64::from(indexed_blocks).saturating_mul(self.block_bytes);
             lines.push(("indexed", Some(indexed_blocks), bytes, hits));
             let evicted = format!("only indexed; {evicted_blocks} evicted so far");
             lines.push(("reclaimable", Some(reclaimable), self.reclaimable_bytes(), evicted));
         }
         if self.reserved_blocks > 0 {
-            let bytes = u64::from(self.reserved_blocks) * self.block_bytes;
+            let bytes = u64::from(self.reserved_blocks).saturating_mul(self.block_bytes);
             lines.push(("reserved", Some(self.reserved_blocks), bytes, "by open steps".to_owned()));
         }
         lines.push(("wasted", None, self.wasted_bytes(), "in last blocks".to_owned()));
@@ -240,7 +241,7 @@ impl fmt::Display for MemoryReport {
             let counts = [s.blocks, s.shared_blocks].map(u64::from);
             line(name, s.len.into(), counts, [s.bytes, s.wasted_bytes], s.next_token_bytes)?;
         }
-        let sum = |of: fn(&SequenceMemory) -> u64| self.sequences.iter().map(of).sum::<u64>();
+        let sum = |of: fn(&SequenceMemory) -> u64| self.sequences.iter().map(of).fold(0, u64::saturating_add);
         let next = sum(|s| s.next_token_bytes);
         let counts = [sum(|s| s.blocks.into()), sum(|s| s.shared_blocks.into())];
         line("sum", self.sequence_tokens, counts, [sum(|s| s.bytes), sum(|s| s.wasted_bytes)], next)?;

@@ -23,7 +23,7 @@ impl Growth {
     /// Blocks to take from the pool.
     #[must_use]
     pub fn blocks(self) -> u32 {
-        self.new_blocks + u32::from(self.copy_last)
+        self.new_blocks.saturating_add(self.copy_last.into())
     }
 }
 
@@ -57,9 +57,9 @@ impl BlockTable {
     pub fn growth(&self, count: u32, block_size: u32, shared: bool) -> Growth {
         let have = self.blocks.len() as u32;
         // In u64: a length near 2^32 is refused elsewhere, but must not wrap here. The block count fits, whatever the block size.
-        let need = (u64::from(self.len) + u64::from(count)).div_ceil(block_size.into()) as u32;
+        let need = (u64::from(self.len) + u64::from(count)).div_ceil(block_size.max(1).into()) as u32;
         let copy_last = shared && count > 0 && self.partial_block(block_size).is_some();
-        Growth { copy_last, new_blocks: need - have }
+        Growth { copy_last, new_blocks: need.saturating_sub(have) }
     }
 
     /// Replaces the last block (its copy), adds `new`, and grows to `len` tokens: with what [`BlockTable::growth`] asks
@@ -85,7 +85,12 @@ impl BlockTable {
     #[must_use]
     pub fn fork_at(&self, len: u32, block_size: u32, pool: &mut BlockPool) -> Self {
         let len = len.min(self.len);
-        Self::share(&self.blocks[..len.div_ceil(block_size) as usize], len, pool)
+        Self::share(&self.blocks[..self.num_blocks(len, block_size)], len, pool)
+    }
+
+    /// How many of the blocks hold the first `len` tokens.
+    fn num_blocks(&self, len: u32, block_size: u32) -> usize {
+        (len.div_ceil(block_size.max(1)) as usize).min(self.blocks.len())
     }
 
     /// A table of blocks that somebody else holds, too.
@@ -110,7 +115,7 @@ impl BlockTable {
             return;
         }
         self.len = len;
-        for block in self.blocks.drain(len.div_ceil(block_size) as usize..) {
+        for block in self.blocks.drain(self.num_blocks(len, block_size)..) {
             let held = pool.release(block);
             debug_assert!(held, "a table holds its blocks");
         }

@@ -439,3 +439,22 @@ fn rows_that_fit_into_no_binding_are_refused() {
     let cache = KvCache::new_blocking(&gpu, config.with_formats(F32, F32));
     refused(cache, Device, &["max_seq_len: need", "bytes for a block", "smaller blocks"]);
 }
+
+/// A snapshot of a paged sequence that is longer than a row.
+#[test]
+fn longer_snapshots_are_refused() {
+    let Some(gpu) = adapter::open(DEFAULT) else { return };
+    let config = KvCacheConfig::new(SMALL.num_layers, SMALL.num_kv_heads, SMALL.head_dim)
+        .with_blocks(4, 7)
+        .with_formats(SMALL.k_format, SMALL.v_format);
+    let paged = KvCache::new_blocking(&gpu, config).expect("cache");
+    let sequence = tokens::sequence(&paged, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    let mut commands = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    let pending = paged.record_snapshot(&mut commands, sequence).expect("snapshot");
+    gpu.queue().submit([commands.finish()]);
+    let snapshot = gpu.block_on(pending.read()).expect("snapshot");
+    let rows = KvCache::new_blocking(&gpu, SMALL).expect("cache");
+    let mut commands = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    refused(rows.swap_in(&mut commands, &snapshot), Caller, &["snapshot: got 8 tokens", "max_seq_len, 7"]);
+    assert_eq!(rows.usage().used, 0);
+}

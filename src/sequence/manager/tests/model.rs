@@ -217,7 +217,7 @@ impl World {
                     self.m.finish_swap_out(self.m.epoch(), id).unwrap();
                     self.swapped.push(self.sequences.swap_remove(i).1);
                 } else {
-                    self.m.thaw(id);
+                    self.m.thaw(self.m.epoch(), id, Holder::SwapOut);
                 }
             }
             Op::SwapIn(commit) => self.swap_in(*commit),
