@@ -600,7 +600,7 @@ fn a_swap_whose_submit_failed_changes_nothing() {
     commands.copy_buffer_to_buffer(&destroyed, 0, &target, 0, 16);
     destroyed.destroy();
     let commands = commands.finish();
-    let submit = || drop(gpu.queue().submit([commands]));
+    let submit = || gpu.queue().submit([commands]);
     pollster::block_on(gpu.scoped("submitting", submit)).expect_err("a destroyed buffer");
     refused(gpu.block_on(swap.finish()), ErrorKind::Caller, &["snapshot: got copies that were never submitted"]);
     grow(&cache, &[(a, &[6])]);
