@@ -24,10 +24,10 @@ const MAX_LINES: usize = 600;
 const LONG: [(&str, &str); 8] = [
     ("src/model/architecture.rs", "one table per architecture"),
     ("src/model/config.rs", "one reader per architecture's config.json"),
-    ("src/model/decoder.rs", "the decoder's calls and their documentation"),
     ("src/sequence/manager/tests/model.rs", "a model of the whole manager, and its comparison"),
     ("tests/gpu/bad_input.rs", "one case per call that can be misused"),
     ("tests/gpu/cache.rs", "one case per promise of the cache"),
+    ("tests/gpu/movable.rs", "one case per way to move a sequence, by one set of helpers"),
     ("tests/model/bad_files.rs", "one case per way to damage a checkpoint"),
     ("tests/model/loading.rs", "one case per way to load a checkpoint"),
 ];
@@ -322,12 +322,16 @@ fn files_can_be_read_in_one_sitting() {
             }
         }
     }
+    let mut problems = Vec::new();
     for (file, lines) in &long {
         let reason = LONG.iter().find(|(name, _)| name == file).map(|(_, reason)| *reason);
         println!("{lines} lines: {file}: {}", reason.unwrap_or("no reason"));
-        assert!(reason.is_some(), "{file} has {lines} lines: cut it, or give it a reason in LONG");
+        if reason.is_none() {
+            problems.push(format!("{file} has {lines} lines: cut it, or give it a reason in LONG"));
+        }
     }
-    for (file, _) in LONG {
-        assert!(long.contains_key(file), "{file} has at most {MAX_LINES} lines now: take it from LONG");
+    for (file, _) in LONG.iter().filter(|(file, _)| !long.contains_key(*file)) {
+        problems.push(format!("{file} has at most {MAX_LINES} lines now: take it from LONG"));
     }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
