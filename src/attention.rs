@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{KvCache, LayerStorage, Step, StepTicket, check_foreign, check_lse, layer_storage};
 use crate::error::{Error, Result};
-use crate::gpu::{BufferRef, Dispatch, Gpu, Recorder, Upload, VariantProgram, params_binding};
+use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant, tuning};
 use crate::layout::{KvCacheConfig, Segments};
 use crate::plan::{
@@ -312,15 +312,12 @@ impl Attention {
         let mut words = Vec::new();
         push_params(&mut words, &self.params);
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
-        let scratch =
-            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
-        let (reads, out, lse) = (scratch()?, scratch()?, scratch()?);
+        let (reads, out, lse) = (gpu.warm_up_buffer()?, gpu.warm_up_buffer()?, gpu.warm_up_buffer()?);
         let [read, list, out, lse] = [&reads, &lists, &out, &lse].map(wgpu::Buffer::as_entire_binding);
         let params = params_binding::<AttendParams>(&lists, 0);
         let workspace = self.workspace(0)?;
         let partials = workspace.as_entire_binding();
-        let mut dispatches: Vec<Dispatch<'_>> = Vec::new();
-        for program in self.programs().filter(|program| program.program.take_cold()) {
+        let dispatches = self.programs().map(|program| {
             let mut resources = match program.variant.kernel {
                 Kernel::Merge => vec![partials.clone(), list.clone(), out.clone(), params.clone()],
                 _ => {
@@ -332,14 +329,9 @@ impl Attention {
             };
             resources.extend(self.config.lse.then(|| lse.clone()));
             resources.extend(self.heads_binding(&program.variant));
-            dispatches.push(program.dispatch(resources, [1, 1, 1]));
-        }
-        if dispatches.is_empty() {
-            return Ok(());
-        }
-        let mut encoder = gpu.encoder()?;
-        Recorder::from(&mut encoder).record(gpu, "folio warm-up", &dispatches, &[lease])?;
-        gpu.submit_now("warming up", encoder)
+            program.dispatch(resources, [1, 1, 1])
+        });
+        gpu.warm_up(dispatches, lease)
     }
 }
 

@@ -241,9 +241,7 @@ impl KvCache {
         push_params(&mut words, &CacheParams { num_blocks: self.config.num_blocks, ..CacheParams::default() });
         push_params(&mut words, &PackParams { num_blocks: self.config.num_blocks, ..PackParams::default() });
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
-        let scratch =
-            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
-        let (a, b) = (scratch()?, scratch()?);
+        let (a, b) = (gpu.warm_up_buffer()?, gpu.warm_up_buffer()?);
         let params = params_binding::<CacheParams>(&lists, 0);
         let caches: Vec<_> = storage.bindings().collect();
         let (a, b) = (a.as_entire_binding(), b.as_entire_binding());
@@ -254,21 +252,13 @@ impl KvCache {
         let pack = vec![caches[0].clone(), a.clone(), list.clone(), pack_params];
         let gather = [&caches[..], &[list, a, b, params]].concat();
         let kernels = &self.kernels;
-        let dispatches: Vec<_> = [
+        let dispatches = [
             (&kernels.append, append),
             (&kernels.copy_blocks, copy),
             (&kernels.pack_blocks, pack),
             (&kernels.gather, gather),
         ]
-        .into_iter()
-        .filter(|(kernel, _)| kernel.program.take_cold())
-        .map(|(kernel, resources)| kernel.dispatch(resources, [1, 1, 1]))
-        .collect();
-        if dispatches.is_empty() {
-            return Ok(());
-        }
-        let mut encoder = gpu.encoder()?;
-        Recorder::from(&mut encoder).record(gpu, "folio warm-up", &dispatches, &[lease])?;
-        gpu.submit_now("warming up", encoder)
+        .map(|(kernel, resources)| kernel.dispatch(resources, [1, 1, 1]));
+        gpu.warm_up(dispatches, lease)
     }
 }

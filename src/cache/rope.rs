@@ -137,28 +137,19 @@ impl Rope {
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams::default());
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
-        let scratch =
-            || gpu.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE);
         let Variant { k_segments, v_segments, .. } = self.append.variant;
-        let new = scratch()?;
+        let new = gpu.warm_up_buffer()?;
         // What is written needs a buffer for each binding.
-        let sides = (0..k_segments.count + v_segments.count).map(|_| scratch()).collect::<Result<Vec<_>>>()?;
+        let sides =
+            (0..k_segments.count + v_segments.count).map(|_| gpu.warm_up_buffer()).collect::<Result<Vec<_>>>()?;
         let [new, list, table] = [&new, &lists, &self.table].map(wgpu::Buffer::as_entire_binding);
         let params = params_binding::<CacheParams>(&lists, 0);
         let mut append = vec![new.clone(), new];
         append.extend(sides.iter().map(wgpu::Buffer::as_entire_binding));
         append.extend([list.clone(), params.clone(), table.clone()]);
         let rotate = vec![sides[0].as_entire_binding(), list, table, params];
-        let dispatches: Vec<_> = [(&self.append, append), (&self.rotate, rotate)]
-            .into_iter()
-            .filter(|(kernel, _)| kernel.program.take_cold())
-            .map(|(kernel, resources)| kernel.dispatch(resources, [1, 1, 1]))
-            .collect();
-        if dispatches.is_empty() {
-            return Ok(());
-        }
-        let mut encoder = gpu.encoder()?;
-        Recorder::from(&mut encoder).record(gpu, "folio warm-up", &dispatches, &[lease])?;
-        gpu.submit_now("warming up", encoder)
+        let dispatches = [(&self.append, append), (&self.rotate, rotate)]
+            .map(|(kernel, resources)| kernel.dispatch(resources, [1, 1, 1]));
+        gpu.warm_up(dispatches, lease)
     }
 }

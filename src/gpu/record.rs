@@ -75,6 +75,26 @@ pub(crate) struct Prepared {
 }
 
 impl Gpu {
+    /// Runs those of these dispatches whose programs have not been warmed up yet. **Submits** a command buffer if there are any; doesn't
+    /// wait for it.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`].
+    pub(crate) fn warm_up<'a>(&self, dispatches: impl IntoIterator<Item = Dispatch<'a>>, lease: Lease) -> Result<()> {
+        let cold: Vec<_> = dispatches.into_iter().filter(|dispatch| dispatch.program.take_cold()).collect();
+        if cold.is_empty() {
+            return Ok(());
+        }
+        let mut encoder = self.encoder()?;
+        Recorder::from(&mut encoder).record(self, "folio warm-up", &cold, &[lease])?;
+        self.submit_now("warming up", encoder)
+    }
+
+    /// A buffer that a dispatch on no work binds where it needs some storage.
+    pub(crate) fn warm_up_buffer(&self) -> Result<wgpu::Buffer> {
+        self.create_buffer("creating warm-up buffers", "folio warm-up", 256, wgpu::BufferUsages::STORAGE)
+    }
+
     /// Binds the resources of dispatches, all of them or none.
     ///
     /// # Errors
