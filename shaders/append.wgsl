@@ -37,7 +37,7 @@ const ROWS: u32 = {{ geometry.rows }}u;
 var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: smallest and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
 
 {% endif %}
-struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {{ cache_row_function() }}
 {{ store_functions([k_format, v_format]) }}
 {{ store(k_side) }}
@@ -46,16 +46,16 @@ struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 {% include "shared/rope.wgsl" %}
 
 {% if rope == "interleaved" %}
-// Elements 8 * chunk .. 8 * chunk + 8 of a row of k_new: four pairs, rotated.
-fn rotated_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
-    let at = 2u * (row * CHUNKS + chunk);
+// Elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of k_new: four pairs, rotated.
+fn rotated_vec8(row: u32, vec8_idx: u32, position: u32) -> Vec8 {
+    let at = 2u * (row * HEAD_VEC8S + vec8_idx);
     let lo = k_new[at];
     let hi = k_new[at + 1u];
-    if (8u * chunk >= ROTARY_DIM) {
-        return Chunk(lo, hi);
+    if (8u * vec8_idx >= ROTARY_DIM) {
+        return Vec8(lo, hi);
     }
-    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * chunk + OFFSETS, position);
-    return Chunk(
+    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * vec8_idx + OFFSETS, position);
+    return Vec8(
         vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y),
         vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w));
 }
@@ -83,8 +83,8 @@ fn rotated_dims(row: u32, dim: u32, position: u32) -> vec4<f32> {
     return select(rotated.first, rotated.second, is_second);
 }
 
-fn rotated_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
-    return Chunk(rotated_dims(row, 8u * chunk, position), rotated_dims(row, 8u * chunk + 4u, position));
+fn rotated_vec8(row: u32, vec8_idx: u32, position: u32) -> Vec8 {
+    return Vec8(rotated_dims(row, 8u * vec8_idx, position), rotated_dims(row, 8u * vec8_idx + 4u, position));
 }
 {% endif %}
 
@@ -92,34 +92,34 @@ fn rotated_chunk(row: u32, chunk: u32, position: u32) -> Chunk {
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% if row_scales %}
-    let chunk = lane % CHUNKS;
-    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / CHUNKS;
+    let vec8_idx = lane % HEAD_VEC8S;
+    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / HEAD_VEC8S;
 {% else %}
     let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-    let chunk = idx % CHUNKS;
-    let row = idx / CHUNKS;
+    let vec8_idx = idx % HEAD_VEC8S;
+    let row = idx / HEAD_VEC8S;
 {% endif %}
     let kv_head = row % NUM_KV_HEADS;
     let token = row / NUM_KV_HEADS;
 {% if row_scales %}
-    let live = lane < ROWS * CHUNKS && token < params.num_tokens;
-    var k = Chunk();
-    var v = Chunk();
+    let live = lane < ROWS * HEAD_VEC8S && token < params.num_tokens;
+    var k = Vec8();
+    var v = Vec8();
     if (live) {
-        let at = 2u * (row * CHUNKS + chunk);
+        let at = 2u * (row * HEAD_VEC8S + vec8_idx);
 {% if rope %}
-        k = rotated_chunk(row, chunk, step_lists[params.positions_offset + token]);
+        k = rotated_vec8(row, vec8_idx, step_lists[params.positions_offset + token]);
 {% else %}
-        k = Chunk(k_new[at], k_new[at + 1u]);
+        k = Vec8(k_new[at], k_new[at + 1u]);
 {% endif %}
-        v = Chunk(v_new[at], v_new[at + 1u]);
+        v = Vec8(v_new[at], v_new[at + 1u]);
     }
-    ranges[lane] = vec4<u32>({{ "chunk_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "chunk_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
+    ranges[lane] = vec4<u32>({{ "vec8_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "vec8_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
     workgroupBarrier();
     // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
-    if (live && chunk == 0u) {
+    if (live && vec8_idx == 0u) {
         var range = ranges[lane];
-        for (var other = lane + 1u; other < lane + CHUNKS; other++) {
+        for (var other = lane + 1u; other < lane + HEAD_VEC8S; other++) {
             let next = ranges[other];
             range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
         }
@@ -129,20 +129,20 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     if (!live) {
         return;
     }
-    let pairs = ranges[lane - chunk].xy;
+    let pairs = ranges[lane - vec8_idx].xy;
 {% else %}
     if (token >= params.num_tokens) {
         return;
     }
 {% if rope %}
-    let k = rotated_chunk(row, chunk, step_lists[params.positions_offset + token]);
+    let k = rotated_vec8(row, vec8_idx, step_lists[params.positions_offset + token]);
 {% else %}
-    let k = Chunk(k_new[2u * idx], k_new[2u * idx + 1u]);
+    let k = Vec8(k_new[2u * idx], k_new[2u * idx + 1u]);
 {% endif %}
-    let v = Chunk(v_new[2u * idx], v_new[2u * idx + 1u]);
+    let v = Vec8(v_new[2u * idx], v_new[2u * idx + 1u]);
 {% endif %}
     let slot = step_lists[params.list_offset + token];
     let in_cache = cache_row(slot / BLOCK_SIZE, kv_head, slot);
-    store_k(in_cache, chunk, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
-    store_v(in_cache, chunk, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
+    store_k(in_cache, vec8_idx, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
+    store_v(in_cache, vec8_idx, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
 }

@@ -12,7 +12,7 @@
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> v_out: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
 @group(0) @binding({{ after + 3 }}) var<uniform> params: CacheParams;
 
-struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
+struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 
 {{ cache_row_function() }}
 {{ load_functions([k_format, v_format]) }}
@@ -21,18 +21,18 @@ struct Chunk { lo: vec4<f32>, hi: vec4<f32> }
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-    let chunk = idx % CHUNKS;
-    let row = idx / CHUNKS;
+    let vec8_idx = idx % HEAD_VEC8S;
+    let row = idx / HEAD_VEC8S;
     let kv_head = row % NUM_KV_HEADS;
     let token = row / NUM_KV_HEADS;
     if (token >= params.num_tokens) {
         return;
     }
     let in_cache = cache_row(step_lists[params.list_offset + token / BLOCK_SIZE], kv_head, token);
-    let k = load_k(in_cache, chunk);
+    let k = load_k(in_cache, vec8_idx);
     k_out[2u * idx] = k.lo;
     k_out[2u * idx + 1u] = k.hi;
-    let v = load_v(in_cache, chunk);
+    let v = load_v(in_cache, vec8_idx);
     v_out[2u * idx] = v.lo;
     v_out[2u * idx + 1u] = v.hi;
 }

@@ -168,7 +168,7 @@ fn decode(
 {% for s, has in scaled if has %}
     var {{ s.name }}_scale_{{ i }} = 0u;
 {% endfor %}
-{% for c in range(g.chunks) %}
+{% for c in range(g.k_loads) %}
     var k_load_{{ i }}_{{ c }}: KElement;
 {% endfor %}
 {% endfor %}
@@ -188,7 +188,7 @@ fn decode(
             v_scale_{{ i }} = select(0u, v_scale_{{ i }}, is_seen);
 {% endif %}
 {% endif %}
-{% for c in range(g.chunks) %}
+{% for c in range(g.k_loads) %}
 {% if (c + 1) * g.lanes > g.k_row %}
             // Past the end of the row the query is zero: any element of the same key will do.
             k_load_{{ i }}_{{ c }} = k_element(row, min(lane + {{ c * g.lanes }}u, K_ROW - 1u));
@@ -264,7 +264,7 @@ fn decode(
 {% for h in range(group_size) %}
             var score_{{ h }} = 0.0;
 {% endfor %}
-{% for c in range(g.chunks) %}
+{% for c in range(g.k_loads) %}
 {% for d in k_parts %}
             let k_{{ c }}_{{ d }} = k_dims_{{ d }}(k_load_{{ i }}_{{ c }});
 {% for h in range(group_size) %}

@@ -11,7 +11,7 @@
 // an invocation has ROWS = 4 neighbouring rows and, in lane x of LANES, the keys x, x + LANES, ... of
 // the tile (scores), then the vec4s x, x + LANES, ... of the head (values). Running maximum and sums
 // of its rows stay in its registers.
-//   - scores: Q and K pass through workgroup memory CHUNK vec4s of the head at a time;
+//   - scores: Q and K pass through workgroup memory SLICE vec4s of the head at a time;
 //   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
 //   - values: V passes through workgroup memory V_KEYS keys at a time.
 {% if g.screens %}
@@ -28,9 +28,9 @@
 // Keys are minimum + scale * code, per channel. Queries take the scales on their way to workgroup memory, and their
 // products with the minima are what a score starts from.
 {% endif %}
-// While one chunk is multiplied the next is on its way to the other of two buffers: one barrier a chunk.
+// While one slice is multiplied the next is on its way to the other of two buffers: one barrier a slice.
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_CHUNKS + NUM_V_CHUNKS{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
+// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_SLICES + NUM_V_SLICES{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
 {{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
 {{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
@@ -43,19 +43,19 @@ const ROWS: u32 = 4u;
 const ROW_SETS: u32 = {{ g.row_sets }}u;
 // vec4s of the head that are multiplied at a time. Rows in workgroup memory have one more: an odd
 // number keeps lanes that read different rows on different banks.
-const CHUNK: u32 = {{ g.chunk }}u;
-const CHUNK_ROW: u32 = {{ g.chunk_row }}u;
-const NUM_CHUNKS: u32 = {{ g.num_chunks }}u;
+const SLICE: u32 = {{ g.slice }}u;
+const SLICE_ROW: u32 = {{ g.slice_row }}u;
+const NUM_SLICES: u32 = {{ g.num_slices }}u;
 // Keys whose values are multiplied at a time.
 const V_KEYS: u32 = {{ g.v_keys }}u;
-const NUM_V_CHUNKS: u32 = {{ g.num_v_chunks }}u;
+const NUM_V_SLICES: u32 = {{ g.num_v_slices }}u;
 const WEIGHTS_ROW: u32 = {{ g.weights_row }}u;
 {% if g.butterfly > 1 %}
 // Neighbouring lanes that combine by shuffles.
 const BUTTERFLY: u32 = {{ g.butterfly }}u;
 {% endif %}
 
-// During scores [2, TILE_Q + TILE_KV, CHUNK_ROW]: rows of queries, then of keys, in two buffers.
+// During scores [2, TILE_Q + TILE_KV, SLICE_ROW]: rows of queries, then of keys, in two buffers.
 // Then [TILE_KV, WEIGHTS_ROW] weights of 4 rows, [2, V_KEYS, HEAD_VEC4S] values in two buffers, and
 // in place of the second [LANES / BUTTERFLY, ROW_SETS] what the lanes of 4 rows combine.
 const SCORE_LEN: u32 = {{ g.score_len }}u;
@@ -137,8 +137,8 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endfor %}
 {% endif %}
 {% endmacro %}
-{# Reads a chunk of Q and K, from vec4 `d` of the head on, to registers. #}
-{% macro load_chunk(d) %}
+{# Reads a slice of Q and K, from vec4 `d` of the head on, to registers. #}
+{% macro load_slice(d) %}
 {% for n in range(g.q_loads) %}
 {% if g.is_padded %}
             q_load_{{ n }} = select(vec4<f32>(0.0), q[q_at_{{ n }} + min({{ d }} + q_col, HEAD_VEC4S - 1u)], {{ d }} + q_col < HEAD_VEC4S);
@@ -160,21 +160,21 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% endfor %}
 {% endmacro %}
 {# Moves it on to the buffer at `buffer` of the tile. #}
-{% macro store_chunk(buffer) %}
+{% macro store_slice(buffer) %}
 {% for n in range(g.q_loads) %}
-            {{ "if (local_idx + %du < TILE_Q * CHUNK) "|format(n * workgroup_size) if (n + 1) * workgroup_size > g.q_count }}{
-                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // g.chunk * g.chunk_row }}u] = q_load_{{ n }}{{ " * q_scale" if k_channel_scales }};
+            {{ "if (local_idx + %du < TILE_Q * SLICE) "|format(n * workgroup_size) if (n + 1) * workgroup_size > g.q_count }}{
+                tile[{{ buffer }} + q_slot + {{ n * workgroup_size // g.slice * g.slice_row }}u] = q_load_{{ n }}{{ " * q_scale" if k_channel_scales }};
             }
 {% endfor %}
 {% for n in range(g.k_loads) %}
             {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, g.k_count) if (n + 1) * workgroup_size > g.k_count }}{
 {% for d in range(0, g.k_dims, 4) %}
-                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // g.k_cols * g.chunk_row + d // 4 }}u] = {% if k_row_scales %}scaled(k_dims_{{ d }}(k_load_{{ n }}), k_scale_{{ n }}){% else %}k_dims_{{ d }}(k_load_{{ n }}){% endif %};
+                tile[{{ buffer }} + k_slot + {{ n * workgroup_size // g.k_cols * g.slice_row + d // 4 }}u] = {% if k_row_scales %}scaled(k_dims_{{ d }}(k_load_{{ n }}), k_scale_{{ n }}){% else %}k_dims_{{ d }}(k_load_{{ n }}){% endif %};
 {% endfor %}
             }
 {% endfor %}
 {% endmacro %}
-{# The same for a chunk of V, from key `first_key` of the tile on. #}
+{# The same for a slice of V, from key `first_key` of the tile on. #}
 {% macro load_values(first_key) %}
 {% for n in range(g.v_loads) %}
             v_load_{{ n }} = v_element(rows[tile_rows + {{ first_key }} + v_key_{{ n }}], v_col_{{ n }});
@@ -219,17 +219,17 @@ fn prefill(
     let row_set = local_idx / LANES;
 
     // What this invocation moves to workgroup memory; rows past the end are read as the last row.
-    let q_col = local_idx % CHUNK;
-    let q_slot = local_idx / CHUNK * CHUNK_ROW + q_col;
+    let q_col = local_idx % SLICE;
+    let q_slot = local_idx / SLICE * SLICE_ROW + q_col;
 {% for n in range(g.q_loads) %}
-    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / CHUNK + {{ n * workgroup_size // g.chunk }}u) * HEAD_VEC4S;
+    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / SLICE + {{ n * workgroup_size // g.slice }}u) * HEAD_VEC4S;
     var q_load_{{ n }}: vec4<f32>;
 {% endfor %}
 {% if k_channel_scales %}
     var q_scale: vec4<f32>;
 {% endif %}
     let k_col = local_idx % {{ g.k_cols }}u;
-    let k_slot = K_TILE + local_idx / {{ g.k_cols }}u * CHUNK_ROW + k_col * {{ g.k_dims // 4 }}u;
+    let k_slot = K_TILE + local_idx / {{ g.k_cols }}u * SLICE_ROW + k_col * {{ g.k_dims // 4 }}u;
 {% for n in range(g.k_loads) %}
     let k_key_{{ n }} = {{ "min(" if (n + 1) * workgroup_size > g.k_count }}local_idx / {{ g.k_cols }}u + {{ n * workgroup_size // g.k_cols }}u{{ ", TILE_KV - 1u)" if (n + 1) * workgroup_size > g.k_count }};
     var k_load_{{ n }}: KElement;
@@ -306,23 +306,23 @@ fn prefill(
 {% endif %}
 {% endfor %}
         {
-{{ load_chunk("0u")|trim("\n") }}
-{{ store_chunk("0u")|trim("\n") }}
+{{ load_slice("0u")|trim("\n") }}
+{{ store_slice("0u")|trim("\n") }}
         }
         workgroupBarrier();
         var buffer = 0u;
-        for (var d = 0u; d < NUM_CHUNKS * CHUNK; d += CHUNK) {
-            let has_next = d + CHUNK < NUM_CHUNKS * CHUNK;
+        for (var d = 0u; d < NUM_SLICES * SLICE; d += SLICE) {
+            let has_next = d + SLICE < NUM_SLICES * SLICE;
             if (has_next) {
-{{ load_chunk("d + CHUNK")|trim("\n")|indent(4, true) }}
+{{ load_slice("d + SLICE")|trim("\n")|indent(4, true) }}
             }
-{% for i in range(g.chunk) %}
+{% for i in range(g.slice) %}
             {
 {% for r in range(4) %}
-                let q_{{ r }} = tile[buffer + (row_set * ROWS + {{ r }}u) * CHUNK_ROW + {{ i }}u];
+                let q_{{ r }} = tile[buffer + (row_set * ROWS + {{ r }}u) * SLICE_ROW + {{ i }}u];
 {% endfor %}
 {% for j in range(g.keys_per_lane) %}
-                let k_{{ j }} = tile[buffer + K_TILE + (lane + {{ j * g.lanes }}u) * CHUNK_ROW + {{ i }}u];
+                let k_{{ j }} = tile[buffer + K_TILE + (lane + {{ j * g.lanes }}u) * SLICE_ROW + {{ i }}u];
 {% for r in range(4) %}
                 score_{{ j }}.{{ "xyzw"[r] }} = fma_dot(q_{{ r }}, k_{{ j }}, score_{{ j }}.{{ "xyzw"[r] }});
 {% endfor %}
@@ -331,7 +331,7 @@ fn prefill(
 {% endfor %}
             buffer = SCORE_LEN - buffer;
             if (has_next) {
-{{ store_chunk("buffer")|trim("\n")|indent(4, true) }}
+{{ store_slice("buffer")|trim("\n")|indent(4, true) }}
             }
             workgroupBarrier();
         }

@@ -7,14 +7,14 @@ some 5 times as fast per byte. For a few rows x comes from its storage buffer; f
 (`staged`, linear_stage.wgsl). Either way lanes load different parts of the rows' next STEP inputs, and share them by subgroupBroadcast, which costs
 next to nothing on values in registers. Without subgroups every lane loads all of x itself.
 
-step: inputs per iteration, a multiple of a chunk's. unit: f32 of x per load. row_block: rows that are summed at a time, so that some 8 sums are in
+step: inputs per iteration, a multiple of a pack's. unit: f32 of x per load. row_block: rows that are summed at a time, so that some 8 sums are in
 registers and the others spilled.
 Iterations per invocation: ceil(in_features / step) + rows, and with scales up to ceil(in_features / 32) + ceil(in_features / 128) more.
 Workgroup memory: none.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
-{% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
-{% set chunks = step // per_chunk %}
+{% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
+{% set packs = step // per_pack %}
 {% set quantised = format in ["int8", "int4"] %}
 {# Each level of loops masks all sums: that costs more than loading the scales again once there are many. #}
 {% set nested = quantised and rows < 8 %}
@@ -32,7 +32,7 @@ const STEP: u32 = {{ step }}u;
 const TEXTURE_SHIFT: u32 = 11u;
 const TEXTURE_MASK: u32 = 2047u;
 
-// [blocks of LANES rows of W, row_chunks, LANES] chunks of packed weights
+// [blocks of LANES rows of W, row_packs, LANES] packs of packed weights
 @group(0) @binding(0) var w: texture_2d<u32>;
 {% if staged %}
 // [rows, in_features padded to 32] as texels of 4
@@ -70,7 +70,7 @@ fn linear(
     let last_block = (params.last_row - params.first_row) / LANES;
 {% for c in range(cols) %}
     let block{{ c }} = min(first_block + {{ c }}u, last_block);
-    var texel{{ c }} = block{{ c }} * params.row_chunks * LANES + lane;
+    var texel{{ c }} = block{{ c }} * params.row_packs * LANES + lane;
 {% if quantised %}
     {{ "var" if nested else "let" }} scale_texel{{ c }} = block{{ c }} * (params.row_groups / 4u) * LANES + lane;
 {% endif %}
@@ -164,7 +164,7 @@ fn linear(
 {% endfor %}
 {% endif %}
 {% for c in range(cols) %}
-{% for i in range(chunks) %}
+{% for i in range(packs) %}
 {% if i %}
         let at{{ c }}_{{ i }} = texel{{ c }} + {{ i * lanes }}u;
         let w{{ c }}_{{ i }} = textureLoad(w, vec2<u32>(at{{ c }}_{{ i }} & TEXTURE_MASK, at{{ c }}_{{ i }} >> TEXTURE_SHIFT), 0);
@@ -172,7 +172,7 @@ fn linear(
         let w{{ c }}_{{ i }} = textureLoad(w, vec2<u32>(texel{{ c }} & TEXTURE_MASK, texel{{ c }} >> TEXTURE_SHIFT), 0);
 {% endif %}
 {% endfor %}
-        texel{{ c }} += {{ chunks * lanes }}u;
+        texel{{ c }} += {{ packs * lanes }}u;
 {% endfor %}
 {% for c in range(cols) if quantised and not nested %}
         let scale_at{{ c }} = scale_texel{{ c }} + k / {{ 4 * group_size }}u * LANES;
@@ -198,7 +198,7 @@ fn linear(
             let b{{ r }}_{{ e }} = x{{ r }}_{{ e // unit }}.{{ xyzw[e % unit] }};
 {% endif %}
 {% for c in range(cols) %}
-            {{ sum }}{{ c }}_{{ r }} = fma({{ parts.widen("w" ~ c ~ "_" ~ e // per_chunk, e % per_chunk) }}, b{{ r }}_{{ e }}, {{ sum }}{{ c }}_{{ r }});
+            {{ sum }}{{ c }}_{{ r }} = fma({{ parts.widen("w" ~ c ~ "_" ~ e // per_pack, e % per_pack) }}, b{{ r }}_{{ e }}, {{ sum }}{{ c }}_{{ r }});
 {% endfor %}
 {% endfor %}
 {% endfor %}

@@ -1,12 +1,12 @@
 {#
-out[i] = W[ids[i]] as f32: the embedding of tokens, from the weights as the linear layer packs them. An invocation widens one chunk. Rows of W that this
+out[i] = W[ids[i]] as f32: the embedding of tokens, from the weights as the linear layer packs them. An invocation widens one pack. Rows of W that this
 binding of it doesn't hold are left to another dispatch.
 
 Iterations per invocation: none.
 Workgroup memory: none.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
-{% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
+{% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set quantised = format in ["int8", "int4"] %}
 {% include "model/linear_params.wgsl" %}
 
@@ -15,10 +15,10 @@ const SIZE: u32 = {{ workgroup_size }}u;
 const LANES: u32 = {{ lanes }}u;
 
 {% if textures %}
-// [blocks of LANES rows of W, row_chunks, LANES] chunks of packed weights
+// [blocks of LANES rows of W, row_packs, LANES] packs of packed weights
 @group(0) @binding(0) var w: texture_2d<u32>;
 {% else %}
-// [rows of W, row_chunks] chunks of packed weights
+// [rows of W, row_packs] packs of packed weights
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
 {% endif %}
 // [rows]
@@ -39,8 +39,8 @@ const LANES: u32 = {{ lanes }}u;
 @compute @workgroup_size({{ workgroup_size }})
 fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let i = workgroup.y;
-    let chunk = workgroup.x * SIZE + lane;
-    let k = chunk * {{ per_chunk }}u;
+    let pack = workgroup.x * SIZE + lane;
+    let k = pack * {{ per_pack }}u;
     let id = min(ids[i], params.out_features - 1u);
     if (k >= params.in_features || id < params.first_row || id > params.last_row) {
         return;
@@ -48,7 +48,7 @@ fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
     let row = id - params.first_row;
     let block = row / LANES;
     let lane_of_row = row % LANES;
-    let at = (block * params.row_chunks + chunk) * LANES + lane_of_row;
+    let at = (block * params.row_packs + pack) * LANES + lane_of_row;
 {% if quantised %}
     let scale_group = k / {{ group_size }}u;
     let scale_at = (block * (params.row_groups / 4u) + scale_group / 4u) * LANES + lane_of_row;
@@ -68,7 +68,7 @@ fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
     let scale_word = scale_words[scale_group % 4u];
 {% endif %}
     let out_row = i * params.in_features;
-{% for e in range(per_chunk) %}
+{% for e in range(per_pack) %}
     if (k + {{ e }}u < params.in_features) {
         out[out_row + k + {{ e }}u] = {{ parts.widen("words", e) }}
             {%- if quantised %} * {{ parts.scale_of("scale_word") }}{% endif %}{% if quantised %} + {{ parts.min_of("scale_word") }}{% endif %};

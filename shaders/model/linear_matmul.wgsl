@@ -16,7 +16,7 @@ const SLICE: u32 = 16u;
 // vec4 of a slice's line.
 const LINE: u32 = 17u;
 
-// [rows of W, row_chunks] chunks of packed weights; 8 weights at a time
+// [rows of W, row_packs] packs of packed weights; 8 weights at a time
 @group(0) @binding(0) var<storage, read> w: array<{{ w_type }}>;
 // [rows, in_features]
 @group(0) @binding(1) var<storage, read> x: array<{{ "vec4<f32>" if aligned else "f32" }}>;
@@ -60,7 +60,7 @@ fn linear(
     let load_col = lane / 2u;
     let load_unit = lane % 2u;
     let w_col = min(first_col + load_col, last_col);
-    let w_row = w_col * params.row_chunks * {{ {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] // 8 or 1 }}u;
+    let w_row = w_col * params.row_packs * {{ {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] // 8 or 1 }}u;
 
     // What it computes.
     let tile_row = lane / 16u * 2u;

@@ -1,12 +1,12 @@
 {#
-y = activate(x W^T + bias) for a few rows of x, on GPUs: the invocations of a workgroup stride over the chunks of COLS rows of W, so that loads are
-16 bytes wide and contiguous, and each chunk is read once for ROWS rows of x. Sums meet by subgroups, or in workgroup memory.
+y = activate(x W^T + bias) for a few rows of x, on GPUs: the invocations of a workgroup stride over the packs of COLS rows of W, so that loads are
+16 bytes wide and contiguous, and each pack is read once for ROWS rows of x. Sums meet by subgroups, or in workgroup memory.
 
-Iterations per invocation: ceil(row_chunks / SIZE) + SIZE / (ROWS * COLS) + ROWS * COLS.
+Iterations per invocation: ceil(row_packs / SIZE) + SIZE / (ROWS * COLS) + ROWS * COLS.
 Workgroup memory: `partial`.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
-{% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
+{% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set outputs = rows * cols %}
 {% set xyzw = ["x", "y", "z", "w"] %}
@@ -17,7 +17,7 @@ const ROWS: u32 = {{ rows }}u;
 const COLS: u32 = {{ cols }}u;
 const OUTPUTS: u32 = {{ outputs }}u;
 
-// [rows of W, row_chunks] chunks of packed weights
+// [rows of W, row_packs] packs of packed weights
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
 // [rows, in_features]
 @group(0) @binding(1) var<storage, read> x: array<{{ "vec4<f32>" if aligned else "f32" }}>;
@@ -66,7 +66,7 @@ fn linear(
     let last_col = params.last_row - params.first_row;
 {% for c in range(cols) %}
     let col{{ c }} = min(first_col + {{ c }}u, last_col);
-    let w_row{{ c }} = col{{ c }} * params.row_chunks;
+    let w_row{{ c }} = col{{ c }} * params.row_packs;
 {% for r in range(rows) %}
     var acc{{ c }}_{{ r }} = 0.0;
 {% endfor %}
@@ -75,17 +75,17 @@ fn linear(
     let x_row{{ r }} = min(first_row + {{ r }}u, num_rows - 1u) * params.in_features;
 {% endfor %}
 
-    for (var chunk = lane; chunk < params.row_chunks; chunk += SIZE) {
-        let k = chunk * {{ per_chunk }}u;
+    for (var pack = lane; pack < params.row_packs; pack += SIZE) {
+        let k = pack * {{ per_pack }}u;
 {% for c in range(cols) %}
-        let w{{ c }} = w[w_row{{ c }} + chunk];
+        let w{{ c }} = w[w_row{{ c }} + pack];
 {% if quantised %}
         let word{{ c }} = scales[col{{ c }} * params.row_groups + k / {{ group_size }}u];
         let scale{{ c }} = {{ parts.scale_of("word" ~ c) }};
         let min{{ c }} = {{ parts.min_of("word" ~ c) }};
 {% endif %}
 {% endfor %}
-{% for e in range(0, per_chunk, 4) %}
+{% for e in range(0, per_pack, 4) %}
         {
 {% for c in range(cols) %}
             let v{{ c }} = vec4<f32>({% for i in range(4) %}{{ ", " if i }}{{ parts.widen("w" ~ c, e + i) }}{% endfor %})

@@ -1,8 +1,8 @@
 struct LinearParams {
     in_features: u32,
     out_features: u32,
-    // Chunks (16 bytes) of a row of W; with its padding.
-    row_chunks: u32,
+    // Packs (16 bytes) of a row of W; with its padding.
+    row_packs: u32,
     // Scales of a row of W; with its padding to a multiple of 4.
     row_groups: u32,
     // The rows of W that this binding of it holds.

@@ -1,10 +1,10 @@
 {#
-What the kernels of the linear layers share. `format` is "f32", "f16", "int8" or "int4"; a chunk is 16 bytes of packed weights
+What the kernels of the linear layers share. `format` is "f32", "f16", "int8" or "int4"; a pack is 16 bytes of packed weights
 (src/model/quantise.rs), and 8 weights of it a unit.
 #}
 {% set xyzw = ["x", "y", "z", "w"] %}
-{# Weights of a chunk. #}
-{% set per_chunk = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
+{# Weights of a pack. #}
+{% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 
 {# Weight e of a vector of u32 words, as f32; an integer without its scale and minimum. #}
 {% macro widen(words, e) -%}

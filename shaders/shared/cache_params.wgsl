@@ -13,5 +13,5 @@ struct CacheParams {
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
 const BLOCK_SIZE: u32 = {{ block_size }}u;
-const CHUNKS: u32 = HEAD_DIM / 8u;  // a chunk is 8 elements of a row
+const HEAD_VEC8S: u32 = HEAD_DIM / 8u;  // a Vec8 is 8 elements of a row
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;

@@ -94,7 +94,7 @@ fn in_order(x: vec4<f32>) -> vec4<u32> {
 }
 
 // Smallest and largest of eight elements, in order.
-fn chunk_range(lo: vec4<f32>, hi: vec4<f32>) -> vec2<u32> {
+fn vec8_range(lo: vec4<f32>, hi: vec4<f32>) -> vec2<u32> {
     let a = in_order(lo);
     let b = in_order(hi);
     let minimum = min(a, b);

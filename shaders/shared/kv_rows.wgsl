@@ -1,9 +1,9 @@
-{# Whole-row access to one side of the cache, 8 elements (a chunk) at a time. A format says what the buffer is made of, and how a chunk is
+{# Whole-row access to one side of the cache, 8 elements (a Vec8) at a time. A format says what the buffer is made of, and how a Vec8 is
    written and read. #}
 {% import "shared/kv_side.wgsl" as sides %}
 {% import "shared/kv_codes.wgsl" as codes %}
 
-{# Chunks of the small formats are written by different invocations, and writing a part of a vector may write all of it: hence words. #}
+{# Vec8s of the small formats are written by different invocations, and writing a part of a vector may write all of it: hence words. #}
 {% macro element_type(format) %}
 {%- if format == "f32" -%} vec4<f32> {%- elif format == "f16" -%} vec4<u32> {%- else -%} u32 {%- endif -%}
 {% endmacro %}
@@ -47,14 +47,14 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 {{ codes.affine_values() if small | reject("eq", "e4m3") | list }}
 {%- endmacro %}
 
-{# Declares lo and hi of `x`, a scale or minimum of each element of a chunk. #}
-{% macro scale_of_chunk(side, x, plane) %}
+{# Declares lo and hi of `x`, a scale or minimum of each element of a Vec8. #}
+{% macro scale_of_vec8(side, x, plane) %}
 {% if side.row_scales %}
     let {{ x }}_lo = vec4<f32>(pair[{{ plane }}]);
     let {{ x }}_hi = {{ x }}_lo;
 {% else %}
-    let {{ x }}_lo = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * chunk);
-    let {{ x }}_hi = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * chunk + 4u);
+    let {{ x }}_lo = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * vec8_idx);
+    let {{ x }}_hi = {{ side.name }}_channels({{ plane }}u, kv_head, 8u * vec8_idx + 4u);
 {% endif %}
 {% endmacro %}
 
@@ -62,17 +62,17 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 {% if side.channel_scales %}
 {{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
 {% endif %}
-// Writes elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}
+// Writes elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of {{ side.name|upper }}
 {%- if side.row_scales %}, whose scale and minimum are `row_pair`{% endif %}.
-fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ", row_pair: u32" if side.row_scales }}) {
+fn store_{{ side.name }}(row: u32, vec8_idx: u32, lo: vec4<f32>, hi: vec4<f32>{{ ", row_pair: u32" if side.row_scales }}) {
 {% if side.row_scales %}
     let pair = {{ sides.scale_pair("row_pair") }};
 {% elif side.channel_scales %}
     let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
 {% endif %}
 {% if side.row_scales or side.channel_scales %}
-{{ scale_of_chunk(side, "scale", 0) }}
-{{- scale_of_chunk(side, "minimum", 1) }}
+{{ scale_of_vec8(side, "scale", 0) }}
+{{- scale_of_vec8(side, "minimum", 1) }}
     let codes_lo = affine_codes(lo, scale_lo, minimum_lo, {{ side.levels }}u);
     let codes_hi = affine_codes(hi, scale_hi, minimum_hi, {{ side.levels }}u);
 {% elif side.format == "e4m3" %}
@@ -81,21 +81,21 @@ fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ",
 {% endif %}
 {% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
 {% if side.format == "f32" %}
-    let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
+    let at = {{ sides.row_start(side, local, 16) }} + 2u * vec8_idx;
     {{ cache }}[at] = lo;
     {{ cache }}[at + 1u] = hi;
 {% elif side.format == "f16" %}
-    {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk] =
+    {{ cache }}[{{ sides.row_start(side, local, 16) }} + vec8_idx] =
         vec4<u32>(half_pair(lo.x, lo.y), half_pair(lo.z, lo.w), half_pair(hi.x, hi.y), half_pair(hi.z, hi.w));
 {% elif side.format in ["int4", "int4_channel"] %}
-    {{ cache }}[{{ sides.row_start(side, local, 4) }} + chunk] = byte_word(codes_lo) | (byte_word(codes_hi) << 4u);
+    {{ cache }}[{{ sides.row_start(side, local, 4) }} + vec8_idx] = byte_word(codes_lo) | (byte_word(codes_hi) << 4u);
 {% else %}
-    let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
+    let at = {{ sides.row_start(side, local, 4) }} + 2u * vec8_idx;
     {{ cache }}[at] = byte_word(codes_lo);
     {{ cache }}[at + 1u] = byte_word(codes_hi);
 {% endif %}
 {% if side.row_scales %}
-    if (chunk == 0u) {
+    if (vec8_idx == 0u) {
         {{ cache }}[{{ sides.scale_word(side, local) }}] = row_pair;
     }
 {% endif %}
@@ -110,37 +110,37 @@ fn store_{{ side.name }}(row: u32, chunk: u32, lo: vec4<f32>, hi: vec4<f32>{{ ",
 {% elif side.channel_scales %}
 {{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
 {% endif %}
-// Reads elements 8 * chunk .. 8 * chunk + 8 of a row of {{ side.name|upper }}.
-fn load_{{ side.name }}(row: u32, chunk: u32) -> Chunk {
+// Reads elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of {{ side.name|upper }}.
+fn load_{{ side.name }}(row: u32, vec8_idx: u32) -> Vec8 {
 {% if side.row_scales %}
     let pair = {{ side.name }}_row_scale(row);
 {% elif side.channel_scales %}
     let kv_head = row / BLOCK_SIZE % NUM_KV_HEADS;
 {% endif %}
 {% if side.row_scales or side.channel_scales %}
-{{ scale_of_chunk(side, "scale", 0) }}
-{{- scale_of_chunk(side, "minimum", 1) }}
+{{ scale_of_vec8(side, "scale", 0) }}
+{{- scale_of_vec8(side, "minimum", 1) }}
 {% endif %}
 {% call(cache, local) sides.in_segment(side, "row", side.block_rows) %}
 {% if side.format == "f32" %}
-    let at = {{ sides.row_start(side, local, 16) }} + 2u * chunk;
-    return Chunk({{ cache }}[at], {{ cache }}[at + 1u]);
+    let at = {{ sides.row_start(side, local, 16) }} + 2u * vec8_idx;
+    return Vec8({{ cache }}[at], {{ cache }}[at + 1u]);
 {% elif side.format == "f16" %}
-    let x = {{ cache }}[{{ sides.row_start(side, local, 16) }} + chunk];
-    return Chunk(
+    let x = {{ cache }}[{{ sides.row_start(side, local, 16) }} + vec8_idx];
+    return Vec8(
         vec4<f32>(unpack2x16float(x.x), unpack2x16float(x.y)),
         vec4<f32>(unpack2x16float(x.z), unpack2x16float(x.w)));
 {% elif side.format == "e4m3" %}
-    let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
-    return Chunk(e4m3_floats({{ cache }}[at]), e4m3_floats({{ cache }}[at + 1u]));
+    let at = {{ sides.row_start(side, local, 4) }} + 2u * vec8_idx;
+    return Vec8(e4m3_floats({{ cache }}[at]), e4m3_floats({{ cache }}[at + 1u]));
 {% elif side.format in ["int4", "int4_channel"] %}
-    let x = {{ cache }}[{{ sides.row_start(side, local, 4) }} + chunk];
-    return Chunk(
+    let x = {{ cache }}[{{ sides.row_start(side, local, 4) }} + vec8_idx];
+    return Vec8(
         affine_values(nibble_floats(x), scale_lo, minimum_lo),
         affine_values(nibble_floats(x >> 4u), scale_hi, minimum_hi));
 {% else %}
-    let at = {{ sides.row_start(side, local, 4) }} + 2u * chunk;
-    return Chunk(
+    let at = {{ sides.row_start(side, local, 4) }} + 2u * vec8_idx;
+    return Vec8(
         affine_values(byte_floats({{ cache }}[at]), scale_lo, minimum_lo),
         affine_values(byte_floats({{ cache }}[at + 1u]), scale_hi, minimum_hi));
 {% endif %}

@@ -84,7 +84,7 @@ impl Weights {
 struct LinearParams {
     in_features: u32,
     out_features: u32,
-    row_chunks: u32,
+    row_packs: u32,
     row_groups: u32,
     first_row: u32,
     last_row: u32,
@@ -241,8 +241,8 @@ impl Linear {
             return Err(Error::unsupported("rows of an embedding", out.rows, max));
         }
         let gather = self.compiled(LinearKernel::Gather)?;
-        let (_, chunks) = gather.variant.tile();
-        let grid = [self.config.format.row_chunks(self.config.in_features).div_ceil(chunks), out.rows, 1];
+        let (_, packs) = gather.variant.tile();
+        let grid = [self.config.format.row_packs(self.config.in_features).div_ceil(packs), out.rows, 1];
         for part in &self.parts {
             let mut resources =
                 vec![part.weights.binding(), ids.clone(), out.binding(), part.params.as_entire_binding()];
@@ -314,7 +314,7 @@ fn upload(
 ) -> ModelResult<Vec<Part>> {
     let LinearConfig { in_features, out_features, format, .. } = config;
     let packer = Packer::new(format, in_features, lanes);
-    let block_bytes = packer.row_chunks as u64 * u64::from(lanes) * 16;
+    let block_bytes = packer.row_packs as u64 * u64::from(lanes) * 16;
     let max_bytes = match gpu.profile() {
         Profile::Gpu => gpu.max_storage_bytes(),
         // Small enough to be found in memory in one piece; `max_storage_bytes` is what tests make small.
@@ -346,7 +346,7 @@ fn upload(
             rows(first_row + first, &mut values)?;
             packer.pack(&values, first_row + first, &mut packed)?;
             let last = first + piece == num_rows;
-            weights.write(gpu, kernels, &mut packed.chunks, last)?;
+            weights.write(gpu, kernels, &mut packed.packs, last)?;
             if let Some(scales) = &mut scales {
                 scales.write(gpu, kernels, &mut packed.scales, last)?;
             }
@@ -355,7 +355,7 @@ fn upload(
         let params = LinearParams {
             in_features,
             out_features,
-            row_chunks: packer.row_chunks as u32,
+            row_packs: packer.row_packs as u32,
             row_groups: packer.row_groups as u32,
             first_row,
             last_row,

@@ -216,7 +216,7 @@ impl LinearVariant {
             (LinearKernel::Rows(rows), Profile::Cpu) => (rows, self.cpu_sizes().cols * self.lanes()),
             (LinearKernel::Rows(rows), Profile::Gpu) => (rows, MATVEC_COLS),
             (LinearKernel::Matmul, _) => (MATMUL_TILE, MATMUL_TILE),
-            // Columns are chunks.
+            // Columns are packs.
             (LinearKernel::Gather, _) => (1, GATHER_SIZE),
             (LinearKernel::Stage, _) => (1, u32::MAX),
         }

@@ -37,8 +37,8 @@ pub enum WeightFormat {
 /// Rows are padded with zeros to a multiple of this many inputs, so that kernels read up to 32 at a time without looking for the end of W.
 const PADDING: u32 = 32;
 
-/// Bytes of a chunk, the unit that kernels load: 128 bits of weights.
-const CHUNK_BYTES: u32 = 16;
+/// Bytes of a pack, the unit that kernels load: 128 bits of weights.
+const PACK_BYTES: u32 = 16;
 
 /// The largest finite half.
 const MAX_F16: f32 = 65504.0;
@@ -78,7 +78,7 @@ impl WeightFormat {
     /// Bytes of a matrix `[out_features, in_features]`: weights, scales, and the padding of its rows to 32 inputs and 4 scales.
     #[must_use]
     pub fn bytes(self, out_features: u32, in_features: u32) -> u64 {
-        let row = u64::from(self.row_chunks(in_features)) * u64::from(CHUNK_BYTES)
+        let row = u64::from(self.row_packs(in_features)) * u64::from(PACK_BYTES)
             + u64::from(self.row_groups(in_features)) * 4;
         u64::from(out_features) * row
     }
@@ -94,10 +94,10 @@ impl WeightFormat {
         let packer = Packer::new(self, in_features, 1);
         let mut packed = Packed::default();
         packer.pack(row, 0, &mut packed)?;
-        let per_chunk = self.chunk_weights() as usize;
+        let per_pack = self.pack_weights() as usize;
         let value = |(k, _): (usize, &f32)| {
-            let words = &packed.chunks[k / per_chunk * 4..][..4];
-            let e = k % per_chunk;
+            let words = &packed.packs[k / per_pack * 4..][..4];
+            let e = k % per_pack;
             let group = |group_size: u32| packed.scales[k / group_size as usize];
             match self {
                 Self::F32 => f32::from_bits(words[e]),
@@ -142,8 +142,8 @@ impl WeightFormat {
         }
     }
 
-    /// Weights of a chunk of 16 bytes.
-    pub(crate) fn chunk_weights(self) -> u32 {
+    /// Weights of a pack of 16 bytes.
+    pub(crate) fn pack_weights(self) -> u32 {
         match self {
             Self::F32 => 4,
             Self::F16 => 8,
@@ -152,9 +152,9 @@ impl WeightFormat {
         }
     }
 
-    /// Chunks of a row, with its padding.
-    pub(crate) fn row_chunks(self, in_features: u32) -> u32 {
-        in_features.div_ceil(PADDING) * (PADDING / self.chunk_weights())
+    /// Packs of a row, with its padding.
+    pub(crate) fn row_packs(self, in_features: u32) -> u32 {
+        in_features.div_ceil(PADDING) * (PADDING / self.pack_weights())
     }
 
     /// Scales of a row, with its padding: they are loaded four at a time.
@@ -163,21 +163,21 @@ impl WeightFormat {
     }
 }
 
-/// Packs rows of f32 for the kernels: in blocks of `lanes` rows, as `[blocks, row_chunks, lanes]` chunks of four words and
+/// Packs rows of f32 for the kernels: in blocks of `lanes` rows, as `[blocks, row_packs, lanes]` packs of four words and
 /// `[blocks, row_groups / 4, lanes]` times four words of scales. With one lane that is row by row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Packer {
     format: WeightFormat,
     in_features: usize,
     lanes: usize,
-    pub(crate) row_chunks: usize,
+    pub(crate) row_packs: usize,
     pub(crate) row_groups: usize,
 }
 
 /// Packed rows of a matrix.
 #[derive(Debug, Default)]
 pub(crate) struct Packed {
-    pub(crate) chunks: Vec<u32>,
+    pub(crate) packs: Vec<u32>,
     pub(crate) scales: Vec<u32>,
     halfs: Vec<half::f16>,
 }
@@ -188,7 +188,7 @@ impl Packer {
             format,
             in_features: in_features as usize,
             lanes: lanes as usize,
-            row_chunks: format.row_chunks(in_features) as usize,
+            row_packs: format.row_packs(in_features) as usize,
             row_groups: format.row_groups(in_features) as usize,
         }
     }
@@ -199,13 +199,13 @@ impl Packer {
     /// [`ModelError::Weight`] if a weight is finite and doesn't fit F16.
     pub(crate) fn pack(&self, rows: &[f32], first_row: u32, packed: &mut Packed) -> ModelResult<()> {
         for (block, rows) in rows.chunks(self.in_features * self.lanes).enumerate() {
-            let (chunks, scales) = (packed.chunks.len(), packed.scales.len());
-            packed.chunks.resize(chunks + self.row_chunks * self.lanes * 4, 0);
+            let (packs, scales) = (packed.packs.len(), packed.scales.len());
+            packed.packs.resize(packs + self.row_packs * self.lanes * 4, 0);
             packed.scales.resize(scales + self.row_groups * self.lanes, 0);
             for (lane, row) in rows.chunks(self.in_features).enumerate() {
-                let chunks = Interleaved { words: &mut packed.chunks[chunks..], lanes: self.lanes, lane };
+                let packs = Interleaved { words: &mut packed.packs[packs..], lanes: self.lanes, lane };
                 match self.format {
-                    WeightFormat::F32 => pack_f32(row, chunks),
+                    WeightFormat::F32 => pack_f32(row, packs),
                     WeightFormat::F16 => {
                         if let Some(k) = row.iter().position(|w| w.is_finite() && w.abs() > MAX_F16) {
                             let at = u64::from(first_row) + (block * self.lanes + lane) as u64;
@@ -213,15 +213,15 @@ impl Packer {
                         }
                         packed.halfs.resize(self.in_features, half::f16::ZERO);
                         packed.halfs.convert_from_f32_slice(row);
-                        pack_f16(&packed.halfs, chunks);
+                        pack_f16(&packed.halfs, packs);
                     }
                     WeightFormat::Int8 { group_size } => {
                         let scales = Interleaved { words: &mut packed.scales[scales..], lanes: self.lanes, lane };
-                        pack_int8(row, group_size as usize, chunks, scales);
+                        pack_int8(row, group_size as usize, packs, scales);
                     }
                     WeightFormat::Int4 { group_size } => {
                         let scales = Interleaved { words: &mut packed.scales[scales..], lanes: self.lanes, lane };
-                        pack_int4(row, group_size as usize, chunks, scales);
+                        pack_int4(row, group_size as usize, packs, scales);
                     }
                 }
             }
@@ -230,7 +230,7 @@ impl Packer {
     }
 }
 
-/// A row's chunks within its block.
+/// A row's packs within its block.
 struct Interleaved<'a> {
     words: &'a mut [u32],
     lanes: usize,
@@ -242,28 +242,28 @@ impl Interleaved<'_> {
         self.words[(i / 4 * self.lanes + self.lane) * 4 + i % 4] = word;
     }
 
-    fn set(&mut self, chunk: usize, words: [u32; 4]) {
-        let at = (chunk * self.lanes + self.lane) * 4;
+    fn set(&mut self, pack: usize, words: [u32; 4]) {
+        let at = (pack * self.lanes + self.lane) * 4;
         self.words[at..at + 4].copy_from_slice(&words);
     }
 }
 
 fn pack_f32(row: &[f32], mut out: Interleaved<'_>) {
-    for (chunk, weights) in row.chunks(4).enumerate() {
+    for (pack, weights) in row.chunks(4).enumerate() {
         let mut words = [0; 4];
         words.iter_mut().zip(weights).for_each(|(word, weight)| *word = weight.to_bits());
-        out.set(chunk, words);
+        out.set(pack, words);
     }
 }
 
 fn pack_f16(row: &[half::f16], mut out: Interleaved<'_>) {
-    for (chunk, weights) in row.chunks(8).enumerate() {
+    for (pack, weights) in row.chunks(8).enumerate() {
         let mut words = [0; 4];
         weights
             .iter()
             .enumerate()
             .for_each(|(e, weight)| words[e / 2] |= u32::from(weight.to_bits()) << (16 * (e % 2)));
-        out.set(chunk, words);
+        out.set(pack, words);
     }
 }
 

@@ -25,7 +25,7 @@ geometry! {
         key_slots: u32,
         keys_per_lane: u32,
         /// Elements of a row that a lane has, the last one perhaps beyond the row.
-        chunks: u32,
+        k_loads: u32,
         /// `vec4`s of a query row, padded to the same number for each lane.
         q_row: u32,
         /// Whether `vec4`s of the query are interleaved by lane: read 16 words or more apart they would share their banks.
@@ -77,13 +77,13 @@ impl DecodeGeometry {
             _ => 8,
         };
         let key_slots = workgroup_size / lanes;
-        let chunks = k_row.div_ceil(lanes);
+        let k_loads = k_row.div_ceil(lanes);
         let butterfly = butterfly(variant, lanes);
         let parts = lanes / butterfly;
         let fit = (workgroup_size / v_row).min(workgroup_size / group_size).min(quads).clamp(1, 32);
         let streams = 1 << fit.ilog2();
         let head_sums = streams * head_dim / 4;
-        let q_row = chunks * lanes * k_dims / 4;
+        let q_row = k_loads * lanes * k_dims / 4;
         let merge_heads = group_size.min((group_size * q_row / head_sums).max(1));
         let logits_row = tile_kv + 8;
         let per_key = |is_needed: bool| if is_needed { tile_kv } else { 0 };
@@ -99,7 +99,7 @@ impl DecodeGeometry {
             lanes,
             key_slots,
             keys_per_lane: (tile_kv / key_slots).max(1),
-            chunks,
+            k_loads,
             q_row,
             q_interleaved: k_dims > 8 && lanes > 1,
             butterfly,

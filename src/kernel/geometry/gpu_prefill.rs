@@ -7,7 +7,7 @@ use crate::kernel::variant::Variant;
 /// Query rows of an invocation.
 const ROWS: u32 = 4;
 /// `vec4`s of the head that are multiplied at a time.
-const CHUNK: u32 = 4;
+const SLICE: u32 = 4;
 
 geometry! {
     /// A blocked matrix product: `tile_q` query rows against tiles of `tile_kv` keys. An invocation has 4 rows and, in lane x, the keys x,
@@ -27,17 +27,17 @@ geometry! {
         keys_per_lane: u32,
         cols: u32,
         /// `vec4`s of the head that are multiplied at a time; a row in workgroup memory has one more, against bank conflicts. Then how many
-        /// such chunks there are, and whether the last one ends beyond the head.
-        chunk: u32,
-        chunk_row: u32,
-        num_chunks: u32,
+        /// such slices there are, and whether the last one ends beyond the head.
+        slice: u32,
+        slice_row: u32,
+        num_slices: u32,
         is_padded: bool,
         /// Keys whose values are multiplied at a time, and how many times that makes a tile.
         v_keys: u32,
-        num_v_chunks: u32,
-        /// Elements of K that a key has in a chunk.
+        num_v_slices: u32,
+        /// Elements of K that a key has in a slice.
         k_cols: u32,
-        /// Elements that are moved to workgroup memory per chunk, and how many of them an invocation moves.
+        /// Elements that are moved to workgroup memory per slice, and how many of them an invocation moves.
         q_count: u32,
         k_count: u32,
         v_count: u32,
@@ -76,14 +76,14 @@ impl PrefillGeometry {
         let head_vec4s = head_dim / 4;
         let row_sets = tile_q / ROWS;
         let lanes = workgroup_size / row_sets;
-        let num_chunks = head_vec4s.div_ceil(CHUNK);
+        let num_slices = head_vec4s.div_ceil(SLICE);
         let v_keys = if head_vec4s <= 16 { 8 } else { 4 };
-        let k_cols = CHUNK * 4 / k_dims;
-        let (q_count, k_count, v_count) = (tile_q * CHUNK, tile_kv * k_cols, v_keys * v_row);
+        let k_cols = SLICE * 4 / k_dims;
+        let (q_count, k_count, v_count) = (tile_q * SLICE, tile_kv * k_cols, v_keys * v_row);
         let butterfly = butterfly(variant, lanes);
         let parts = lanes / butterfly;
-        let chunk_row = CHUNK + 1;
-        let score_len = (tile_q + tile_kv) * chunk_row;
+        let slice_row = SLICE + 1;
+        let score_len = (tile_q + tile_kv) * slice_row;
         let weights_row = row_sets + 1;
         let weights_len = tile_kv * weights_row;
         let value_len = v_keys * head_vec4s;
@@ -99,12 +99,12 @@ impl PrefillGeometry {
             lanes,
             keys_per_lane: tile_kv / lanes,
             cols: head_vec4s.div_ceil(lanes),
-            chunk: CHUNK,
-            chunk_row,
-            num_chunks,
-            is_padded: num_chunks * CHUNK > head_vec4s,
+            slice: SLICE,
+            slice_row,
+            num_slices,
+            is_padded: num_slices * SLICE > head_vec4s,
             v_keys,
-            num_v_chunks: tile_kv / v_keys,
+            num_v_slices: tile_kv / v_keys,
             k_cols,
             q_count,
             k_count,
@@ -115,7 +115,7 @@ impl PrefillGeometry {
             butterfly,
             parts,
             score_len,
-            k_tile: tile_q * chunk_row,
+            k_tile: tile_q * slice_row,
             weights_row,
             weights_len,
             value_len,
