@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cache::{KvCache, LayerStorage, Step, StepTicket, check_foreign, check_lse, layer_storage};
+use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
-use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant, tuning};
+use crate::kernel::tuning::{self, Tuning};
+use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant};
 use crate::layout::{KvCacheConfig, Segments};
 use crate::plan::{
     AttendParams, AttentionConfig, PlanShape, PlannedDispatch, SplitPolicy, Stage, StepPlan, push_params,
@@ -42,7 +43,7 @@ pub struct AttentionPlan {
     ticket: StepTicket,
     /// [`Attention::identity`] of the one that made it: its items fit no other kernel's tiles.
     attention: Arc<()>,
-    layers: Arc<Vec<LayerStorage>>,
+    layers: Arc<Layers>,
     num_tokens: u32,
     upload: Upload,
     workspace: wgpu::Buffer,
@@ -67,6 +68,11 @@ impl Attention {
     /// such as a storage buffer for [`AttentionConfig::lse`] beside a cache whose segments take all but one of them;
     /// [`Error::Wgpu`] if one doesn't compile.
     pub async fn new(cache: &KvCache, config: AttentionConfig) -> Result<Self> {
+        Self::build(cache, config, cache.gpu().tuning()).await
+    }
+
+    /// [`Attention::new`] with a tuning that need not be the device's.
+    pub(crate) async fn build(cache: &KvCache, config: AttentionConfig, tuned: Option<&Tuning>) -> Result<Self> {
         let gpu = cache.gpu().clone();
         let geometry = *cache.config();
         config.validate(&geometry)?;
@@ -76,7 +82,10 @@ impl Attention {
         let group_size = config.num_q_heads / geometry.num_kv_heads;
         let segments = cache.segments();
         let flags = AttendFlags::of(&config);
-        let variant = |kernel| Variant::new(kernel, gpu.target(), &geometry, group_size, flags).with_segments(segments);
+        let variant = |kernel| {
+            let variant = Variant::new(kernel, gpu.target(), &geometry, group_size, flags).with_segments(segments);
+            tuned.map_or(variant, |tuning| tuning.apply(variant))
+        };
         let decode = if group_size <= MAX_DECODE_GROUP {
             Some(VariantProgram::new(&gpu, variant(Kernel::Decode)).await?)
         } else {
@@ -94,8 +103,11 @@ impl Attention {
             tile_q: prefill.variant.tile_q,
         };
         let max_workspace_bytes = config.max_workspace_bytes.min(gpu.max_storage_bytes());
-        let policy =
+        let mut policy =
             tuning::split_policy(gpu.profile(), gpu.adapter_class(), config.deterministic, max_workspace_bytes);
+        if let Some((tuning, decode)) = tuned.zip(decode.as_ref()) {
+            tuning.apply_split(&mut policy, &decode.variant);
+        }
         let workspace = create_workspace(&gpu, MIN_WORKSPACE_BYTES)?;
         let heads = config.head_params().map(|heads| upload_heads(&gpu, &heads)).transpose()?;
         Ok(Self {
@@ -266,7 +278,7 @@ impl Attention {
         if !Arc::ptr_eq(&plan.attention, &self.identity) {
             return Err(Error::argument("plan", "a plan of another attention", "a plan that this attention made"));
         }
-        let storage = layer_storage(&plan.layers, layer)?;
+        let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
         let elements = rows * u64::from(self.cache.head_dim);
         let q = q.check(&self.gpu, "q", elements, true)?;
@@ -354,12 +366,12 @@ fn check_distinct(
     argument: &'static str,
     range: &BufferRef<'_>,
     others: &[(&str, Option<&BufferRef<'_>>)],
-    layers: &[LayerStorage],
+    layers: &Layers,
 ) -> Result<()> {
     for (name, other) in others {
         if other.is_some_and(|other| other.buffer() == range.buffer()) {
             return Err(Error::argument(argument, format!("the buffer of {name}"), "a buffer of its own"));
         }
     }
-    check_foreign(layers, argument, range)
+    layers.check_foreign(argument, range)
 }

@@ -24,6 +24,8 @@ pub mod model;
 pub mod plan;
 pub mod reference;
 pub mod sequence;
+#[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
+pub mod tune;
 
 #[cfg(feature = "wgpu")]
 pub use attention::{Attention, AttentionPlan};

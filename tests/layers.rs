@@ -9,9 +9,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each module uses only those before it.
-const ORDER: [&str; 10] =
-    ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention"];
-/// Modules that stand beside the order, and what they may use. Nobody may use `reference`: it shares no code with what it checks.
+const ORDER: [&str; 11] =
+    ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention", "tune"];
+/// Modules that stand beside the order, and what they may use. Only `tune`, which judges kernels, may use `reference`: it shares no code with
+/// what it checks.
 const BESIDE: [(&str, &[&str]); 2] = [("files", &[]), ("reference", &["error", "format", "layout"])];
 /// Who may use `files`.
 const READ_FILES: [&str; 2] = ["cache", "model"];
@@ -40,6 +41,7 @@ fn allowed(module: &str) -> Option<BTreeSet<&'static str>> {
     let place = if module == "model" { ORDER.len() } else { ORDER.iter().position(|&name| name == module)? };
     let mut uses: BTreeSet<_> = ORDER[..place].iter().copied().collect();
     uses.extend(READ_FILES.contains(&module).then_some("files"));
+    uses.extend((module == "tune").then_some("reference"));
     Some(uses)
 }
 

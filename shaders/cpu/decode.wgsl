@@ -10,7 +10,7 @@ Formats with scales never have their elements computed. With x = minimum + scale
 scale * (q . code) + minimum * sum(q), and an output sum(p * scale * code) + sum(p * minimum): the lane of a score applies both scales, and sums
 the last term up. Per channel, q takes the scales, and q . minimum is the same for all keys.
 
-tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES; 0 = this file's choice. It is 1 without
+tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES. It is 1 without
 subgroups.
 Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
 Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.

@@ -16,7 +16,7 @@ element that a lane loads.)
 
 Without subgroups every lane loads the whole K and V rows itself: for few lanes that is cheaper than barriers and workgroup memory.
 
-tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 0 = this file's choice.
+tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 1 without subgroups.
 It is 1 without subgroups.
 Iterations per invocation: 2 * (ceil((kv_end - kv_begin) / tile_kv) + 2 + head_dim / 4) + head_dim / 4.
 Workgroup memory: none.

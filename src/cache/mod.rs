@@ -19,7 +19,7 @@ pub use rope::Rope;
 pub use snapshot::{PendingSnapshot, SequenceSnapshot};
 pub use step::Step;
 pub(crate) use step::StepTicket;
-pub(crate) use storage::{LayerStorage, check_foreign, check_lse, layer as layer_storage};
+pub(crate) use storage::{Layers, check_lse};
 pub use swap::{SwapIn, SwapOut};
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -51,7 +51,7 @@ pub struct KvCache {
     config: KvCacheConfig,
     segments: [Segments; 2],
     state: SharedState,
-    layers: Arc<Vec<LayerStorage>>,
+    layers: Arc<Layers>,
     kernels: CacheKernels,
     key_scales: KeyScales,
 }
@@ -67,7 +67,7 @@ impl KvCache {
         config.validate()?;
         let segments = storage::segments(gpu, &config)?;
         let manager = Manager::new(config)?;
-        let layers = Arc::new(storage::allocate(gpu, &config, segments).await?);
+        let layers = Arc::new(Layers::new(storage::allocate(gpu, &config, segments).await?));
         let kernels = CacheKernels::new(gpu, &config, segments).await?;
         Ok(Self {
             gpu: gpu.clone(),
@@ -120,8 +120,8 @@ impl KvCache {
         self.layer(layer).map(|storage| (storage.k.buffers(), storage.v.buffers()))
     }
 
-    fn layer(&self, layer: u32) -> Result<&LayerStorage> {
-        storage::layer(&self.layers, layer)
+    fn layer(&self, layer: u32) -> Result<&storage::LayerStorage> {
+        self.layers.get(layer)
     }
 
     /// A new, empty sequence. Takes no block.

@@ -1,6 +1,6 @@
 //! Recording append, copy-on-write and gather.
 
-use super::storage::{LayerStorage, check_foreign};
+use super::storage::LayerStorage;
 use super::{KvCache, Rope, Step};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Dispatch, Gpu, Readback, Recorder, Upload, VariantProgram, params_binding};
@@ -23,8 +23,9 @@ pub(super) struct CacheKernels {
 
 impl CacheKernels {
     pub(super) async fn new(gpu: &Gpu, config: &KvCacheConfig, segments: [Segments; 2]) -> Result<Self> {
-        let variant =
-            |kernel| Variant::new(kernel, gpu.target(), config, 1, AttendFlags::default()).with_segments(segments);
+        let variant = |kernel| {
+            gpu.tuned(Variant::new(kernel, gpu.target(), config, 1, AttendFlags::default()).with_segments(segments))
+        };
         Ok(Self {
             append: VariantProgram::new(gpu, variant(Kernel::Append)).await?,
             copy_blocks: VariantProgram::new(gpu, variant(Kernel::CopyBlocks)).await?,
@@ -107,8 +108,8 @@ impl KvCache {
         let elements = row_elements(config, num_tokens);
         let k = k.into().check(gpu, "k", elements, true)?;
         let v = v.into().check(gpu, "v", elements, true)?;
-        check_foreign(&self.layers, "k", &k)?;
-        check_foreign(&self.layers, "v", &v)?;
+        self.layers.check_foreign("k", &k)?;
+        self.layers.check_foreign("v", &v)?;
         let (upload, lease) = step.upload().buffer()?;
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
@@ -161,8 +162,8 @@ impl KvCache {
         let elements = row_elements(config, num_tokens);
         let k_out = k_out.into().check(gpu, "k_out", elements, false)?;
         let v_out = v_out.into().check(gpu, "v_out", elements, false)?;
-        check_foreign(&self.layers, "k_out", &k_out)?;
-        check_foreign(&self.layers, "v_out", &v_out)?;
+        self.layers.check_foreign("k_out", &k_out)?;
+        self.layers.check_foreign("v_out", &v_out)?;
         if k_out.overlaps(&v_out) {
             return Err(Error::argument("v_out", "a range that overlaps k_out", "ranges that don't overlap"));
         }

@@ -1,7 +1,6 @@
 //! [`Rope`]: rotary position embedding on the GPU, of K while it is appended and of Q in place. It is a part of the cache's layer because it
 //! is a variant of `append`.
 
-use super::storage::check_foreign;
 use super::{KvCache, Step};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
@@ -43,7 +42,7 @@ impl Rope {
         let shape = RopeShape { layout: config.layout, rotary_dim: config.rotary_dim };
         let variant = |kernel| {
             let variant = Variant::new(kernel, gpu.target(), &geometry, 1, AttendFlags::default());
-            variant.with_segments(cache.segments()).with_rope(shape)
+            gpu.tuned(variant.with_segments(cache.segments()).with_rope(shape))
         };
         let append = VariantProgram::new(&gpu, variant(Kernel::Append)).await?;
         let rotate = VariantProgram::new(&gpu, variant(Kernel::Rope)).await?;
@@ -92,7 +91,7 @@ impl Rope {
         }
         let rows = u64::from(step.num_tokens()) * u64::from(num_heads);
         let x = x.into().check(&self.gpu, "x", rows * u64::from(self.cache.head_dim), true)?;
-        check_foreign(step.shared_layers(), "x", &x)?;
+        step.shared_layers().check_foreign("x", &x)?;
         // An invocation rotates 4 pairs.
         let (width, height) = self.rotate.grid("x", rows * u64::from(self.config.rotary_dim.div_ceil(8)))?;
         let (lists, lease) = step.upload().buffer()?;

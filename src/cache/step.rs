@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::LayerStorage;
+use super::Layers;
 use super::state::{SharedState, lock};
 use crate::error::{Error, Result};
 use crate::gpu::Upload;
@@ -60,7 +60,7 @@ impl StepTicket {
 pub struct Step {
     pub(super) state: SharedState,
     pub(super) epoch: u64,
-    pub(super) layers: Arc<Vec<LayerStorage>>,
+    pub(super) layers: Arc<Layers>,
     pub(super) config: KvCacheConfig,
     pub(super) sequences: Vec<SequenceId>,
     pub(super) batch: Batch,
@@ -124,7 +124,7 @@ impl Step {
         &self.config
     }
 
-    pub(crate) fn shared_layers(&self) -> &Arc<Vec<LayerStorage>> {
+    pub(crate) fn shared_layers(&self) -> &Arc<Layers> {
         &self.layers
     }
 

@@ -1,5 +1,6 @@
 //! The GPU buffers of all layers.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -186,20 +187,44 @@ pub(crate) async fn allocate(gpu: &Gpu, config: &KvCacheConfig, segments: [Segme
     })
 }
 
-/// The storage of a layer.
-pub(crate) fn layer(layers: &[LayerStorage], layer: u32) -> Result<&LayerStorage> {
-    layers
-        .get(layer as usize)
-        .ok_or_else(|| Error::argument("layer", layer, format!("below num_layers, {}", layers.len())))
+/// The storage of all layers.
+#[derive(Debug)]
+pub(crate) struct Layers {
+    all: Vec<LayerStorage>,
+    /// The buffers of all of them: each call of each layer asks whether the host's ranges are in one.
+    buffers: HashSet<wgpu::Buffer>,
 }
 
-/// Fails for a buffer of the cache's own: it can't be read and written in one dispatch, and nobody else may write it.
-pub(crate) fn check_foreign(layers: &[LayerStorage], argument: &'static str, range: &BufferRef<'_>) -> Result<()> {
-    let mut own = layers.iter().flat_map(|layer| layer.k.buffers().iter().chain(layer.v.buffers()));
-    if own.any(|buffer| buffer == range.buffer()) {
-        return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
+impl Layers {
+    pub(super) fn new(all: Vec<LayerStorage>) -> Self {
+        let buffers =
+            all.iter().flat_map(LayerStorage::sides).flat_map(|side| side.buffers().iter().cloned()).collect();
+        Self { all, buffers }
     }
-    Ok(())
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &LayerStorage> {
+        self.all.iter()
+    }
+
+    /// One layer.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer that isn't there.
+    pub(crate) fn get(&self, layer: u32) -> Result<&LayerStorage> {
+        let rule = || format!("below num_layers, {}", self.all.len());
+        self.all.get(layer as usize).ok_or_else(|| Error::argument("layer", layer, rule()))
+    }
+
+    /// Fails if a range that should be the host's lies in a buffer of the cache.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] that names `argument`.
+    pub(crate) fn check_foreign(&self, argument: &'static str, range: &BufferRef<'_>) -> Result<()> {
+        if self.buffers.contains(range.buffer()) {
+            return Err(Error::argument(argument, "the cache's own buffer", "a buffer of the host's"));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

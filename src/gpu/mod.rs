@@ -23,7 +23,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::error::Result;
-use crate::kernel::{AdapterClass, Profile, Target};
+use crate::kernel::tuning::{TunedFor, Tuning};
+use crate::kernel::{AdapterClass, Profile, Target, Variant};
 use limits::check_limits;
 
 /// The profile that suits an adapter.
@@ -76,7 +77,7 @@ struct Inner {
 /// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
 /// returns [`Error::DeviceLost`](crate::Error::DeviceLost), from any thread, and has changed nothing.
 #[derive(Clone)]
-pub struct Gpu(Arc<Inner>);
+pub struct Gpu(Arc<Inner>, Option<Arc<Tuning>>);
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -113,7 +114,7 @@ impl Gpu {
     ) -> Result<Self> {
         let limits = device.limits();
         check_limits(&limits)?;
-        let gpu = Self(Arc::new(Inner {
+        let inner = Inner {
             info: device.adapter_info(),
             features: device.features(),
             limits,
@@ -128,7 +129,8 @@ impl Gpu {
             last_probe: Default::default(),
             device,
             queue,
-        }));
+        };
+        let gpu = Self(Arc::new(inner), None);
         gpu.check_alive("taking a device over")?;
         Ok(gpu)
     }
@@ -204,6 +206,48 @@ impl Gpu {
             int64: self.features().contains(wgpu::Features::SHADER_INT64),
             enable_directives: self.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
         }
+    }
+
+    /// The same device with the kernel sizes that a tuner chose. Caches and attentions made with the result use them; nothing else changes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks, or version of folio.
+    pub fn with_tuning(&self, tuning: Tuning) -> Result<Self> {
+        let have = self.tuned_for();
+        if tuning.tuned_for != have {
+            return Err(tuning.tuned_for.mismatch(&have));
+        }
+        Ok(self.retuned(Some(tuning)))
+    }
+
+    /// The same device with another tuning, or none.
+    pub(crate) fn retuned(&self, tuning: Option<Tuning>) -> Self {
+        Self(Arc::clone(&self.0), tuning.map(Arc::new))
+    }
+
+    /// What [`Gpu::with_tuning`] was given.
+    #[must_use]
+    pub fn tuning(&self) -> Option<&Tuning> {
+        self.1.as_deref()
+    }
+
+    /// What a tuning made with this device holds good for: the key under which hosts keep it.
+    #[must_use]
+    pub fn tuned_for(&self) -> TunedFor {
+        let info = &self.0.info;
+        let driver = [info.driver.as_str(), info.driver_info.as_str()];
+        TunedFor {
+            adapter: info.name.clone(),
+            backend: info.backend.to_str().into(),
+            driver: driver.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" "),
+            full_checks: self.0.shader_checks == ShaderChecks::Full,
+            folio: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+
+    /// A variant with the tuned sizes, if there are any.
+    pub(crate) fn tuned(&self, variant: Variant) -> Variant {
+        self.tuning().map_or(variant, |tuning| tuning.apply(variant))
     }
 
     /// What kind of adapter it is, as far as the number of workgroups that keep it busy depends on it.

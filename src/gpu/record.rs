@@ -156,7 +156,7 @@ impl Recorder<'_> {
                 into_pass(pass);
                 Ok(())
             }
-            Target::Encoder(encoder) => gpu.scoped_recording("recording a pass", || {
+            Target::Encoder(encoder) => gpu.scoped_pass("recording a pass", || {
                 let descriptor = wgpu::ComputePassDescriptor { label: Some(label), timestamp_writes: None };
                 into_pass(&mut encoder.begin_compute_pass(&descriptor));
             }),

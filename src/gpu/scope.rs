@@ -60,7 +60,7 @@ impl Gpu {
         }
     }
 
-    /// [`Gpu::scoped_now`] for what is done once per layer, where a scope and a probe cost as much as the call itself: no kernel is
+    /// [`Gpu::scoped_now`] for binding buffers, once per layer, where a scope and a probe cost as much as the call itself: no kernel is
     /// compiled, so there is no internal error, and the device is asked at most every [`PROBE_INTERVAL`].
     pub(super) fn scoped_recording<T>(&self, during: &'static str, f: impl FnOnce() -> T) -> Result<T> {
         #[cfg(not(target_arch = "wasm32"))]
@@ -85,6 +85,29 @@ impl Gpu {
         {
             let _ = during;
             Ok(f())
+        }
+    }
+
+    /// Runs `f`, which begins and ends a pass. What can be wrong with its encoder is a validation error; memory is asked for when it is
+    /// finished, and whether the device is there was asked when the pass's buffers were bound.
+    pub(super) fn scoped_pass(&self, during: &'static str, f: impl FnOnce()) -> Result<()> {
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            let validation = self.device().push_error_scope(wgpu::ErrorFilter::Validation);
+            f();
+            match pollster::block_on(validation.pop()) {
+                None => Ok(()),
+                Some(error) => {
+                    self.check_alive(during)?;
+                    Err(Error::wgpu(during, error))
+                }
+            }
+        }
+        #[cfg(target_arch = "wasm32")]
+        {
+            let _ = during;
+            f();
+            Ok(())
         }
     }
 

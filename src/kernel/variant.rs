@@ -133,7 +133,7 @@ pub struct Variant {
     pub workgroup_size: u32,
     /// Query rows of a workgroup (decode and prefill).
     pub tile_q: u32,
-    /// Keys that a workgroup stages at a time (prefill).
+    /// Keys that a workgroup handles at a time (decode and prefill).
     pub tile_kv: u32,
 }
 
@@ -206,11 +206,11 @@ impl Variant {
     /// Invocations of `append` for a number of rows of K and V, which take 8 elements each. Those of a row whose range they share are of one
     /// workgroup, which has whole rows.
     pub(crate) const fn append_invocations(&self, num_rows: u64) -> u64 {
-        let chunks = self.head_dim / 8;
+        let vec8s = self.head_dim / 8;
         if self.has_row_scales() {
-            num_rows.div_ceil((self.workgroup_size / chunks) as u64) * self.workgroup_size as u64
+            num_rows.div_ceil((self.workgroup_size / vec8s) as u64) * self.workgroup_size as u64
         } else {
-            num_rows * chunks as u64
+            num_rows * vec8s as u64
         }
     }
 

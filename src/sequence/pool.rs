@@ -9,10 +9,7 @@ use crate::ids::BlockId;
 /// index holds is *reclaimable*, for the index may be asked to let it go.
 #[derive(Clone, Debug)]
 pub struct BlockPool {
-    /// References of all holders.
-    ref_counts: Vec<u32>,
-    /// Those among them that are the prefix index's.
-    index_counts: Vec<u32>,
+    counts: Vec<Counts>,
     /// Free blocks; the end of the list is taken first, so that recently used (cached) memory is used again.
     free: Vec<BlockId>,
     num_indexed: u32,
@@ -22,13 +19,39 @@ pub struct BlockPool {
     changed: Vec<BlockId>,
 }
 
+/// References to a block.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    /// Of all holders.
+    all: u32,
+    /// Those among them that are the prefix index's.
+    index: u32,
+}
+
+impl Counts {
+    fn holders(self) -> u32 {
+        self.all - self.index
+    }
+
+    fn is_shared(self) -> bool {
+        self.holders() > 1
+    }
+
+    fn is_indexed(self) -> bool {
+        self.index > 0
+    }
+
+    fn is_reclaimable(self) -> bool {
+        self.index > 0 && self.index == self.all
+    }
+}
+
 impl BlockPool {
     /// A pool of `num_blocks` free blocks.
     #[must_use]
     pub fn new(num_blocks: u32) -> Self {
         Self {
-            ref_counts: vec![0; num_blocks as usize],
-            index_counts: vec![0; num_blocks as usize],
+            counts: vec![Counts::default(); num_blocks as usize],
             free: (0..num_blocks).rev().map(BlockId).collect(),
             num_indexed: 0,
             num_reclaimable: 0,
@@ -53,7 +76,7 @@ impl BlockPool {
     #[must_use]
     pub fn num_blocks(&self) -> u32 {
         // The constructor takes a u32.
-        self.ref_counts.len() as u32
+        self.counts.len() as u32
     }
 
     /// Blocks that nobody holds.
@@ -77,27 +100,22 @@ impl BlockPool {
     /// References to a block, the prefix index's among them: 0 for a free block or an unknown id.
     #[must_use]
     pub fn ref_count(&self, block: BlockId) -> u32 {
-        self.ref_counts.get(block.0 as usize).copied().unwrap_or(0)
+        self.counts(block).all
     }
 
     /// Sequences and open steps that hold a block, the prefix index not counted.
     #[must_use]
     pub fn num_holders(&self, block: BlockId) -> u32 {
-        self.ref_count(block) - self.index_count(block)
+        self.counts(block).holders()
     }
 
-    fn is_shared(&self, block: BlockId) -> bool {
-        self.num_holders(block) > 1
-    }
-
-    fn index_count(&self, block: BlockId) -> u32 {
-        self.index_counts.get(block.0 as usize).copied().unwrap_or(0)
+    fn counts(&self, block: BlockId) -> Counts {
+        self.counts.get(block.0 as usize).copied().unwrap_or_default()
     }
 
     /// Whether only the prefix index holds the block.
     pub(super) fn is_reclaimable(&self, block: BlockId) -> bool {
-        let indexed = self.index_count(block);
-        indexed > 0 && indexed == self.ref_count(block)
+        self.counts(block).is_reclaimable()
     }
 
     /// Blocks that more than one sequence or open step holds.
@@ -112,31 +130,31 @@ impl BlockPool {
         let keep = self.free.len().checked_sub(count as usize)?;
         let taken: Vec<_> = self.free.drain(keep..).rev().collect();
         for block in &taken {
-            self.ref_counts[block.0 as usize] = 1;
+            self.counts[block.0 as usize].all = 1;
         }
         Some(taken)
     }
 
     /// Adds a holder to a block that has one. Returns false, and does nothing, for a free block or an unknown id.
     pub fn retain(&mut self, block: BlockId) -> bool {
-        self.change(block, |count, _| *count += 1)
+        self.change(block, |counts| counts.all += 1)
     }
 
     /// Takes a holder away; the block is free after its last one. Returns false, and does nothing, for a block that only
     /// the prefix index holds, a free block or an unknown id.
     pub fn release(&mut self, block: BlockId) -> bool {
-        self.num_holders(block) > 0 && self.change(block, |count, _| *count -= 1)
+        self.num_holders(block) > 0 && self.change(block, |counts| counts.all -= 1)
     }
 
     /// [`BlockPool::retain`] for the prefix index.
     pub(super) fn retain_indexed(&mut self, block: BlockId) -> bool {
-        self.change(block, |count, indexed| (*count, *indexed) = (*count + 1, *indexed + 1))
+        self.change(block, |counts| (counts.all, counts.index) = (counts.all + 1, counts.index + 1))
     }
 
     /// [`BlockPool::release`] for the prefix index, which must hold the block.
     pub(super) fn release_indexed(&mut self, block: BlockId) -> bool {
-        self.index_count(block) > 0
-            && self.change(block, |count, indexed| (*count, *indexed) = (*count - 1, *indexed - 1))
+        self.counts(block).is_indexed()
+            && self.change(block, |counts| (counts.all, counts.index) = (counts.all - 1, counts.index - 1))
     }
 
     /// Blocks that have become reclaimable or ceased to be since the last call, some perhaps more than once.
@@ -150,24 +168,24 @@ impl BlockPool {
         &self.free
     }
 
-    /// Changes the two counts of a block that is not free.
-    fn change(&mut self, block: BlockId, change: impl FnOnce(&mut u32, &mut u32)) -> bool {
-        let was_shared = self.is_shared(block);
-        let (was_reclaimable, was_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
-        let i = block.0 as usize;
-        match (self.ref_counts.get_mut(i), self.index_counts.get_mut(i)) {
-            (Some(count), Some(indexed)) if *count > 0 => change(count, indexed),
-            _ => return false,
+    /// Changes the counts of a block that is not free.
+    fn change(&mut self, block: BlockId, change: impl FnOnce(&mut Counts)) -> bool {
+        let Some(counts) = self.counts.get_mut(block.0 as usize).filter(|counts| counts.all > 0) else { return false };
+        let before = *counts;
+        change(counts);
+        let after = *counts;
+        // A fork of a long sequence changes thousands of blocks that no index holds.
+        self.num_shared = self.num_shared + u32::from(after.is_shared()) - u32::from(before.is_shared());
+        if before.is_indexed() || after.is_indexed() {
+            self.num_indexed = self.num_indexed + u32::from(after.is_indexed()) - u32::from(before.is_indexed());
+            let (was_reclaimable, is_reclaimable) = (before.is_reclaimable(), after.is_reclaimable());
+            self.num_reclaimable = self.num_reclaimable + u32::from(is_reclaimable) - u32::from(was_reclaimable);
+            // The index itself knows what it has let go of.
+            if is_reclaimable != was_reclaimable && after.is_indexed() {
+                self.changed.push(block);
+            }
         }
-        let (is_reclaimable, is_indexed) = (self.is_reclaimable(block), self.index_count(block) > 0);
-        self.num_shared = self.num_shared + u32::from(self.is_shared(block)) - u32::from(was_shared);
-        self.num_indexed = self.num_indexed + u32::from(is_indexed) - u32::from(was_indexed);
-        self.num_reclaimable = self.num_reclaimable + u32::from(is_reclaimable) - u32::from(was_reclaimable);
-        // The index itself knows what it has let go of.
-        if is_reclaimable != was_reclaimable && is_indexed {
-            self.changed.push(block);
-        }
-        if self.ref_counts[i] == 0 {
+        if after.all == 0 {
             self.free.push(block);
         }
         true
@@ -177,18 +195,18 @@ impl BlockPool {
     pub(super) fn take(&mut self, blocks: &[BlockId]) {
         self.free.retain(|block| blocks.binary_search(block).is_err());
         for block in blocks {
-            self.ref_counts[block.0 as usize] = 1;
+            self.counts[block.0 as usize].all = 1;
         }
     }
 
     /// `to` gets the holders of `from`, which is free then. The caller is one holder of `from` and the only one of `to`, and is neither after it.
     pub(super) fn hand_over(&mut self, from: BlockId, to: BlockId) {
-        self.num_shared -= u32::from(self.is_shared(from));
-        let others = std::mem::take(&mut self.ref_counts[from.0 as usize]) - 1;
-        self.ref_counts[to.0 as usize] = others;
+        let Counts { all, index } = std::mem::take(&mut self.counts[from.0 as usize]);
+        self.num_shared -= u32::from(Counts { all, index }.is_shared());
         // `from` was not reclaimable, as the caller held it.
-        self.index_counts[to.0 as usize] = std::mem::take(&mut self.index_counts[from.0 as usize]);
-        self.num_shared += u32::from(self.is_shared(to));
+        let others = all - 1;
+        self.counts[to.0 as usize] = Counts { all: others, index };
+        self.num_shared += u32::from(self.counts(to).is_shared());
         if self.is_reclaimable(to) {
             self.num_reclaimable += 1;
             self.changed.push(to);

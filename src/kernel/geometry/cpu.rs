@@ -80,17 +80,7 @@ geometry! {
 impl CpuDecodeGeometry {
     pub(super) fn of(variant: &Variant) -> Self {
         let (lanes, rows, head_dim) = (variant.workgroup_size, variant.tile_q, variant.head_dim);
-        let iter_keys = match (variant.target.subgroups, variant.tile_kv) {
-            (false, _) => 1,
-            (true, 0) => {
-                if rows <= 4 {
-                    4
-                } else {
-                    2
-                }
-            }
-            (true, keys) => keys,
-        };
+        let iter_keys = variant.tile_kv;
         let [k, v] = [variant.k_format, variant.v_format]
             .map(|format| best_load(format, variant.target.int64, head_dim, 1, lanes));
         let scores = rows * iter_keys;
@@ -158,11 +148,7 @@ impl CpuPrefillGeometry {
         let (lanes, head_dim, flags) = (variant.workgroup_size, variant.head_dim, variant.flags);
         let rows = variant.tile_q / lanes;
         let subgroups = variant.target.subgroups;
-        let iter_keys = match (subgroups, variant.tile_kv) {
-            (false, _) => 1,
-            (true, 0) => 2,
-            (true, keys) => keys,
-        };
+        let iter_keys = variant.tile_kv;
         // Without subgroups every lane loads all.
         let load_lanes = if subgroups { lanes } else { 1 };
         let [k, v] = [variant.k_format, variant.v_format]

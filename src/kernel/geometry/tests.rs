@@ -21,7 +21,7 @@ fn gpu_decode_covers_a_tile() {
                 let g = DecodeGeometry::of(&variant);
                 let about = format!("{variant:?}: {g:?}");
                 assert!(g.key_slots * g.keys_per_lane >= variant.tile_kv, "{about}");
-                assert!(g.chunks * g.lanes >= g.k_row && (g.chunks - 1) * g.lanes < g.k_row, "{about}");
+                assert!(g.k_loads * g.lanes >= g.k_row && (g.k_loads - 1) * g.lanes < g.k_row, "{about}");
                 assert_eq!(g.streams * g.stream_quads * 4, variant.tile_kv, "{about}");
                 assert!(g.value_lanes <= variant.workgroup_size, "{about}");
                 assert!(g.streams * group_size <= variant.workgroup_size, "{about}");
@@ -45,9 +45,9 @@ fn gpu_prefill_covers_a_tile() {
             assert_eq!(g.row_sets * g.lanes, variant.workgroup_size, "{about}");
             assert_eq!(g.keys_per_lane * g.lanes, variant.tile_kv, "{about}");
             assert!(g.cols * g.lanes >= head_dim / 4, "{about}");
-            assert_eq!(g.num_v_chunks * g.v_keys, variant.tile_kv, "{about}");
+            assert_eq!(g.num_v_slices * g.v_keys, variant.tile_kv, "{about}");
             assert!(g.v_loads * variant.workgroup_size >= g.v_keys * g.v_row, "{about}");
-            assert!(g.q_loads * variant.workgroup_size >= variant.tile_q * g.chunk, "{about}");
+            assert!(g.q_loads * variant.workgroup_size >= variant.tile_q * g.slice, "{about}");
             assert!(g.tile_len >= 2 * g.score_len && g.tile_len >= g.weights_len + 2 * g.value_len, "{about}");
             assert!(g.workgroup_bytes() <= 16_384, "{about}");
         }
@@ -66,7 +66,7 @@ fn cpu_kernels_take_the_cheapest_load() {
     let decode = CpuDecodeGeometry::of(&variant(Profile::Cpu, Kernel::Decode, 24, 1, [KvFormat::Int4; 2]));
     assert_eq!((decode.k_type, decode.k_loads, decode.workgroup_bytes()), ("u32", 3, 0));
     let prefill = CpuPrefillGeometry::of(&variant(Profile::Cpu, Kernel::Prefill, 64, 4, [KvFormat::F32; 2]));
-    assert_eq!((prefill.rows, prefill.row_block, prefill.k_rounds, prefill.screens), (8, 4, 2, true));
+    assert_eq!((prefill.rows, prefill.row_block, prefill.k_rounds, prefill.screens), (4, 4, 2, true));
     let prefill = CpuPrefillGeometry::of(&variant(Profile::Cpu, Kernel::Prefill, 64, 4, [KvFormat::Int8; 2]));
     assert!(!prefill.screens);
 }
@@ -76,7 +76,7 @@ fn append_shares_ranges_in_whole_rows() {
     let geometry = |head_dim, format| {
         let variant = variant(Profile::Cpu, Kernel::Append, head_dim, 1, [format; 2]);
         let geometry = AppendGeometry::of(&variant);
-        (geometry.chunks, geometry.rows * geometry.chunks <= variant.workgroup_size, geometry.workgroup_bytes())
+        (geometry.vec8s, geometry.rows * geometry.vec8s <= variant.workgroup_size, geometry.workgroup_bytes())
     };
     assert_eq!(geometry(64, KvFormat::F16), (8, true, 0));
     assert_eq!(geometry(64, KvFormat::Int8), (8, true, 128));

@@ -1,4 +1,10 @@
-//! The one table of tile sizes per profile, kernel and shape.
+//! Sizes of kernels: the default table per profile, kernel and shape, the candidates that may replace a row of it, and what a tuner chose.
+
+mod candidates;
+mod saved;
+
+pub use candidates::Sizes;
+pub use saved::{TunedFor, TunedKernel, TunedShape, TunedSplit, Tuning};
 
 use super::geometry::decode_k_dims;
 use super::target::{AdapterClass, Profile};
@@ -12,9 +18,13 @@ pub(crate) fn choose(variant: &mut Variant) {
     let lanes = cpu_lanes(variant);
     let both_narrow = variant.k_format != KvFormat::F32 && variant.v_format != KvFormat::F32;
     (variant.workgroup_size, variant.tile_q, variant.tile_kv) = match (variant.target.profile, variant.kernel) {
-        // Lanes over head_dim; all heads of the group in registers. 0: the kernel's own number of keys per iteration.
-        (Profile::Cpu, Kernel::Decode) => (lanes, group_size, 0),
-        (Profile::Cpu, Kernel::Prefill) => (lanes, cpu_tile_q(variant), 0),
+        // Without subgroups the kernels for CPUs take one key per iteration.
+        (Profile::Cpu, Kernel::Decode | Kernel::Prefill) if !variant.target.subgroups => {
+            (lanes, if variant.kernel == Kernel::Decode { group_size } else { cpu_tile_q(variant) }, 1)
+        }
+        // Lanes over head_dim; all heads of the group in registers. The scores of an iteration (heads times keys) fill two vectors of 8 lanes.
+        (Profile::Cpu, Kernel::Decode) => (lanes, group_size, if group_size <= 4 { 4 } else { 2 }),
+        (Profile::Cpu, Kernel::Prefill) => (lanes, cpu_tile_q(variant), 2),
         // Twice the keys per tile costs a third of the occupancy on RDNA2 for 12 % fewer instructions per key.
         // Rows of at most two loads (int4 at 64) take two invocations, so that 64 keys keep all of them busy without a second key for any.
         (Profile::Gpu, Kernel::Decode)
@@ -30,7 +40,7 @@ pub(crate) fn choose(variant: &mut Variant) {
         (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
         // A row has at most 64 vec4s.
         (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
-        // The invocations of a row share its range: whole subgroups that hold the 8-element chunks of a row.
+        // The invocations of a row share its range: whole subgroups that hold the Vec8s (8 elements) of a row.
         (Profile::Cpu, Kernel::Append) if variant.has_row_scales() => ((head_dim / 8).next_multiple_of(lanes), 0, 0),
         (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Rope) => {
             (64, 0, 0)
@@ -45,8 +55,9 @@ fn cpu_lanes(variant: &Variant) -> u32 {
     if variant.target.subgroups { variant.target.subgroup_size } else { 8 }
 }
 
-/// Query rows of a prefill tile on a CPU adapter: some per lane, as many as keep all state of a lane at 512 elements. Each K and V element that
-/// is loaded serves them all. Twice as many are 1.1 to 1.4 times as fast again, but llvmpipe then compiles for 4 s instead of 1.5 s.
+/// Query rows of a prefill tile on a CPU adapter: some per lane, as many as keep all state of a lane at 256 elements. Each K and V element that
+/// is loaded serves them all. Twice as many take 1.16 to 1.6 times as long at head_dim 64 and 128 on an AVX-512 machine (loops of `vec4<u64>`
+/// loads at 15 GB/s), where they spill. (On one that loads at 2.3 GB/s they were 1.1 to 1.4 times as fast: a tuner finds out.)
 fn cpu_tile_q(variant: &Variant) -> u32 {
     let lanes = cpu_lanes(variant);
     let most = match (variant.target.subgroups, lanes) {
@@ -54,7 +65,7 @@ fn cpu_tile_q(variant: &Variant) -> u32 {
         (true, _) => 2,
         (false, _) => 4,
     };
-    lanes * (512 / variant.head_dim).clamp(1, most)
+    lanes * (256 / variant.head_dim).clamp(1, most)
 }
 
 /// When a sequence's keys are split. `max_workspace_bytes` is at most a storage binding of the device.
