@@ -195,6 +195,7 @@ pub(crate) struct Layers {
     buffers: HashSet<wgpu::Buffer>,
 }
 
+#[allow(clippy::mutable_key_type, reason = "a buffer is hashed by its identity")]
 impl Layers {
     pub(super) fn new(all: Vec<LayerStorage>) -> Self {
         let buffers =

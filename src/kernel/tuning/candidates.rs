@@ -82,7 +82,7 @@ impl Variant {
         let keys: &[u32] = if own.subgroups { &[1, 2, 4, 8] } else { &[own.tile_kv] };
         let keys = keys.iter().copied().filter(|&keys| keys <= own.workgroup_size);
         let with_keys = keys.map(|tile_kv| Sizes { tile_kv, ..own });
-        with_keys.flat_map(|sizes| narrower(sizes)).collect()
+        with_keys.flat_map(narrower).collect()
     }
 
     /// Rows of a lane, keys per iteration, and the width of loads. Four times the default's rows spill on every LLVM that was tried.
