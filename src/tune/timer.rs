@@ -7,7 +7,6 @@ use crate::gpu::{Gpu, Readback};
 
 /// How long one pass took.
 #[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
 pub struct Sample {
     /// Encode, submit and wait, on the host's clock.
     pub wall: Duration,

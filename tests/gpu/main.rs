@@ -28,6 +28,8 @@ mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;
 mod tokens;
+#[cfg(feature = "tune")]
+mod tune;
 
 /// Says what all other results are worth.
 #[test]

@@ -99,7 +99,13 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
             None => variant,
         }
     };
-    all_pairs(&axes).into_iter().map(variant).collect()
+    let defaults: Vec<_> = all_pairs(&axes).into_iter().map(variant).collect();
+    // Beside each of the defaults one of its candidates, in turn.
+    let others = defaults.iter().enumerate().filter_map(|(i, variant)| {
+        let candidates = variant.candidates();
+        (candidates.len() > 1).then(|| variant.with_sizes(candidates[1 + i % (candidates.len() - 1)]))
+    });
+    defaults.iter().copied().chain(others).collect()
 }
 
 /// Choices of one value of each axis (`axes` are their numbers of values), such that every two values of different axes
