@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout, reason = "an example shows what it did")]
 
 use clap::{Parser, ValueEnum};
-use folio::kernel::{AttendFlags, Kernel, Target, Variant, compose};
+use folio::kernel::{AttendFlags, Kernel, Target, Variant, Vendor, compose};
 use folio::{KvCacheConfig, KvFormat, Profile};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -44,6 +44,9 @@ struct Args {
     /// How V is stored: the same, without the last two.
     #[arg(long, default_value = "f32")]
     v_format: KvFormat,
+    /// With the sizes for Intel's GPUs.
+    #[arg(long)]
+    intel: bool,
     /// Use no subgroup operations.
     #[arg(long)]
     no_subgroups: bool,
@@ -53,6 +56,9 @@ struct Args {
     /// 64-bit integers are available.
     #[arg(long)]
     int64: bool,
+    /// Which of the sizes that a tuner may try; 0 are the default's. Beyond the last one nothing is printed.
+    #[arg(long, default_value_t = 0)]
+    candidate: usize,
 }
 
 fn main() -> folio::Result<()> {
@@ -66,6 +72,7 @@ fn main() -> folio::Result<()> {
             ProfileName::Gpu => Profile::Gpu,
             ProfileName::Cpu => Profile::Cpu,
         },
+        vendor: if args.intel { Vendor::Intel } else { Vendor::Other },
         subgroups: !args.no_subgroups,
         subgroup_size: args.subgroup_size,
         int64: args.int64,
@@ -82,6 +89,9 @@ fn main() -> folio::Result<()> {
     };
     let flags = AttendFlags { causal: true, ..AttendFlags::default() };
     let variant = Variant::new(kernel, target, &config, args.group_size, flags);
-    println!("// {variant:?}\n{}", compose(&variant)?);
+    if let Some(&sizes) = variant.candidates().get(args.candidate) {
+        let variant = variant.with_sizes(sizes);
+        println!("// {variant:?}\n{}", compose(&variant)?);
+    }
     Ok(())
 }

@@ -10,7 +10,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use folio::kernel::{Access, AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant, tuning};
+use folio::kernel::{Access, AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant, Vendor, tuning};
 use folio::plan::{AppendGrids, PARAM_BLOCK_WORDS, PlanShape, Stage, StepPlan, append_words};
 use folio::sequence::{Manager, Reservation};
 use folio::{AdapterClass, AttentionConfig, Error, KvCacheConfig, KvFormat, Profile, Result, Segments, SequenceId};
@@ -46,8 +46,14 @@ pub(crate) struct Args {
 }
 
 /// A device as a browser offers it: no subgroups.
-const TARGET: Target =
-    Target { profile: Profile::Gpu, subgroups: false, subgroup_size: 0, int64: false, enable_directives: true };
+const TARGET: Target = Target {
+    profile: Profile::Gpu,
+    vendor: Vendor::Other,
+    subgroups: false,
+    subgroup_size: 0,
+    int64: false,
+    enable_directives: true,
+};
 
 /// Everything that stays the same from step to step.
 struct Host {

@@ -24,7 +24,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::error::Result;
 use crate::kernel::tuning::{TunedFor, Tuning};
-use crate::kernel::{AdapterClass, Profile, Target, Variant};
+use crate::kernel::{AdapterClass, Profile, Target, Variant, Vendor};
 use limits::check_limits;
 
 /// The profile that suits an adapter.
@@ -39,6 +39,9 @@ fn is_cpu_adapter(info: &wgpu::AdapterInfo) -> bool {
     info.device_type == wgpu::DeviceType::Cpu
         || ["llvmpipe", "swiftshader", "basic render"].iter().any(|cpu| name.contains(cpu))
 }
+
+/// Intel's PCI vendor id.
+const INTEL: u32 = 0x8086;
 
 /// Whether wgpu adds bounds checks and loop guards to folio's shaders.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -201,6 +204,7 @@ impl Gpu {
     pub fn target(&self) -> Target {
         Target {
             profile: self.profile(),
+            vendor: if self.0.info.vendor == INTEL { Vendor::Intel } else { Vendor::Other },
             subgroups: self.has_subgroups(),
             subgroup_size: self.subgroup_size().unwrap_or(0),
             int64: self.features().contains(wgpu::Features::SHADER_INT64),

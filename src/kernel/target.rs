@@ -21,11 +21,24 @@ pub enum AdapterClass {
     Cpu,
 }
 
+/// Who made the adapter, as far as the default sizes depend on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Vendor {
+    /// Intel's GPUs: 128 registers of 32 bytes a thread, so that kernels with large tiles spill.
+    Intel,
+    /// All others, and browsers, which don't say.
+    #[default]
+    Other,
+}
+
 /// What the adapter offers to the shader compiler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
     /// The kernel family.
     pub profile: Profile,
+    /// Whose adapter it is.
+    pub vendor: Vendor,
     /// Subgroup operations.
     pub subgroups: bool,
     /// The size of every subgroup, or 0 if it varies or there are none.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use folio::kernel::tuning::{Sizes, TunedKernel, TunedShape, TunedSplit, Tuning};
-use folio::kernel::{AttendFlags, Kernel, Variant};
+use folio::kernel::{AttendFlags, Kernel, Target, Variant, Vendor};
 use folio::tune::{TuneEvent, TuneShape};
 use folio::{Attention, AttentionConfig, Error, Gpu, KvCache, KvCacheConfig, KvFormat};
 
@@ -64,6 +64,23 @@ fn every_candidate_for_gpus_is_right() {
     check_candidates(GPU, &case(4, 1, 64, KvFormat::F16, KvFormat::Int8));
     check_candidates(GPU, &case(8, 1, 128, KvFormat::Int4, KvFormat::Int4));
     check_candidates(GPU_PLAIN, &case(2, 2, 40, KvFormat::F32, KvFormat::F32).block_size(5));
+}
+
+/// The default for Intel's GPUs, on an adapter of somebody else's.
+#[test]
+fn tiles_for_intel_are_right() {
+    let Some(gpu) = adapter::open(GPU) else { return };
+    for (head_dim, format) in [(72, KvFormat::F32), (96, KvFormat::F16), (192, KvFormat::F16), (256, KvFormat::Int8)] {
+        let case = case(2, 1, head_dim, format, format);
+        let variant = default_variant(&gpu, &case, Kernel::Prefill);
+        let config = KvCacheConfig::new(1, 1, head_dim).with_blocks(1, case.block_size).with_formats(format, format);
+        let target = Target { vendor: Vendor::Intel, ..gpu.target() };
+        let intel = Variant::new(Kernel::Prefill, target, &config, 2, AttendFlags::default());
+        assert_ne!(variant.sizes(), intel.sizes());
+        let kernels = vec![entry(&variant, intel.sizes(), None)];
+        let tuned = gpu.with_tuning(Tuning { tuned_for: gpu.tuned_for(), kernels }).unwrap();
+        case.named(format!("{:?}", intel.sizes())).check(&tuned);
+    }
 }
 
 /// A device takes only a tuning that is its own, and of that only what is among the candidates.

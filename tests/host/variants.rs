@@ -1,7 +1,7 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
 use folio::Segments;
-use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant};
+use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant, Vendor};
 use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
 const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
@@ -26,9 +26,19 @@ pub(crate) fn targets() -> Vec<Target> {
     let mut targets = Vec::new();
     for profile in [Profile::Cpu, Profile::Gpu] {
         for int64 in [false, true] {
-            let target = Target { profile, subgroups: false, subgroup_size: 0, int64, enable_directives: false };
+            let target = Target {
+                profile,
+                vendor: Vendor::Other,
+                subgroups: false,
+                subgroup_size: 0,
+                int64,
+                enable_directives: false,
+            };
             targets.push(target);
-            targets.extend(SUBGROUP_SIZES.map(|size| Target { subgroups: true, subgroup_size: size, ..target }));
+            // Intel's subgroups have 8, 16 or 32 lanes.
+            let vendor = |size| if size == 16 { Vendor::Intel } else { Vendor::Other };
+            let with_subgroups = |size| Target { vendor: vendor(size), subgroups: true, subgroup_size: size, ..target };
+            targets.extend(SUBGROUP_SIZES.map(with_subgroups));
         }
     }
     targets

@@ -3,7 +3,7 @@
 
 use crate::translate::translate;
 use folio::Profile;
-use folio::kernel::{Access, Target};
+use folio::kernel::{Access, Target, Vendor};
 use folio::model::{ActivationKind, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
@@ -13,7 +13,14 @@ fn targets() -> Vec<Target> {
     for profile in [Profile::Cpu, Profile::Gpu] {
         for (subgroups, subgroup_size) in [(false, 0), (true, 0), (true, 4), (true, 8), (true, 16), (true, 32)] {
             for int64 in [false, true] {
-                targets.push(Target { profile, subgroups, subgroup_size, int64, enable_directives: false });
+                targets.push(Target {
+                    profile,
+                    vendor: Vendor::Other,
+                    subgroups,
+                    subgroup_size,
+                    int64,
+                    enable_directives: false,
+                });
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use crate::translate::translate;
 use folio::Profile;
-use folio::kernel::{Access, ShaderFeatures, Source, Target};
+use folio::kernel::{Access, ShaderFeatures, Source, Target, Vendor};
 use folio::model::{Activation, ActivationKind, NormConfig, NormKind, PositionEmbedding, Sampler, SelectRows};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
@@ -13,6 +13,7 @@ const PROFILES: [Profile; 2] = [Profile::Cpu, Profile::Gpu];
 fn targets() -> impl Iterator<Item = Target> {
     [(Profile::Cpu, true), (Profile::Cpu, false), (Profile::Gpu, true)].into_iter().map(|(profile, int64)| Target {
         profile,
+        vendor: Vendor::Other,
         subgroups: false,
         subgroup_size: 0,
         int64,

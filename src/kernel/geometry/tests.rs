@@ -1,9 +1,10 @@
 use super::*;
-use crate::kernel::{AttendFlags, Target};
+use crate::kernel::{AttendFlags, Target, Vendor};
 use crate::{KvCacheConfig, KvFormat};
 
 fn variant(profile: Profile, kernel: Kernel, head_dim: u32, group_size: u32, formats: [KvFormat; 2]) -> Variant {
-    let target = Target { profile, subgroups: true, subgroup_size: 8, int64: true, enable_directives: false };
+    let vendor = Vendor::Other;
+    let target = Target { profile, vendor, subgroups: true, subgroup_size: 8, int64: true, enable_directives: false };
     let [k_format, v_format] = formats;
     let config = KvCacheConfig::new(1, 2, head_dim).with_blocks(4, 16).with_formats(k_format, v_format);
     Variant::new(kernel, target, &config, group_size, AttendFlags { causal: true, ..AttendFlags::default() })
@@ -38,8 +39,14 @@ fn gpu_decode_covers_a_tile() {
 #[test]
 fn gpu_prefill_covers_a_tile() {
     for head_dim in HEAD_DIMS {
-        for format in [KvFormat::F32, KvFormat::F16] {
-            let variant = variant(Profile::Gpu, Kernel::Prefill, head_dim, 4, [format; 2]);
+        for (format, vendor) in [KvFormat::F32, KvFormat::F16, KvFormat::Int4]
+            .into_iter()
+            .flat_map(|f| [(f, Vendor::Other), (f, Vendor::Intel)])
+        {
+            let default = variant(Profile::Gpu, Kernel::Prefill, head_dim, 4, [format; 2]);
+            let mut variant = default;
+            variant.target.vendor = vendor;
+            crate::kernel::tuning::choose(&mut variant);
             let g = PrefillGeometry::of(&variant);
             let about = format!("{variant:?}: {g:?}");
             assert_eq!(g.row_sets * g.lanes, variant.workgroup_size, "{about}");

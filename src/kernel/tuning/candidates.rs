@@ -29,8 +29,17 @@ const GPU_DECODE: [(u32, u32); 7] = [(64, 16), (64, 32), (128, 16), (128, 32), (
 
 /// (workgroup size, query rows, keys of a tile) of prefill for GPUs. Compiled for Intel, 64 x 64 with 256 invocations is the largest without
 /// spills at head_dim 64, and 16 x 64 with 128 at 128; on RDNA2 the defaults keep 4 waves.
-const GPU_PREFILL: [(u32, u32, u32); 7] =
-    [(64, 32, 32), (128, 16, 64), (128, 32, 32), (128, 32, 64), (128, 64, 32), (256, 32, 64), (256, 64, 64)];
+const GPU_PREFILL: [(u32, u32, u32); 9] = [
+    (64, 32, 32),
+    (128, 16, 64),
+    (128, 32, 32),
+    (128, 32, 64),
+    (128, 64, 32),
+    (256, 16, 64),
+    (256, 32, 32),
+    (256, 32, 64),
+    (256, 64, 32),
+];
 
 impl Variant {
     /// What of this variant may be chosen freely.

@@ -7,7 +7,7 @@ pub use candidates::Sizes;
 pub use saved::{TunedFor, TunedKernel, TunedShape, TunedSplit, Tuning};
 
 use super::geometry::decode_k_dims;
-use super::target::{AdapterClass, Profile};
+use super::target::{AdapterClass, Profile, Vendor};
 use super::variant::{Kernel, Variant};
 use crate::format::KvFormat;
 use crate::plan::SplitPolicy;
@@ -34,6 +34,8 @@ pub(crate) fn choose(variant: &mut Variant) {
         }
         (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_narrow) => (128, group_size, 32),
         (Profile::Gpu, Kernel::Decode) => (128, group_size, 16),
+        // Compiled for Arc A and Arc B, the tiles of the other vendors spill 20 to 60 registers (200 at head_dim 256); with these nothing spills.
+        (Profile::Gpu, Kernel::Prefill) if variant.target.vendor == Vendor::Intel => intel_prefill(variant),
         // The largest tiles that keep 4 waves per SIMD on RDNA2 (112 to 128 VGPR) and stay within 16 KiB.
         (Profile::Gpu, Kernel::Prefill) if head_dim <= 96 => (128, 64, 32),
         (Profile::Gpu, Kernel::Prefill) if head_dim <= 192 => (128, 32, 64),
@@ -48,6 +50,18 @@ pub(crate) fn choose(variant: &mut Variant) {
         (Profile::Cpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks) => (lanes, 0, 0),
         (Profile::Cpu, Kernel::Gather | Kernel::Merge | Kernel::Rope) => (lanes, 0, 0),
     };
+}
+
+/// Tiles of prefill on Intel: 256 invocations share what 128 have elsewhere. Wide rows leave registers for fewer query rows, and the loads of
+/// F32 for fewer keys.
+fn intel_prefill(variant: &Variant) -> (u32, u32, u32) {
+    let loads_f32 = variant.k_format == KvFormat::F32 || variant.v_format == KvFormat::F32;
+    match variant.head_dim {
+        129.. => (256, 16, 64),
+        81.. => (256, 32, 64),
+        65.. if !loads_f32 => (256, 32, 64),
+        _ => (256, 32, 32),
+    }
 }
 
 /// Invocations of a CPU kernel: one subgroup. Where subgroups can't be used, 8 invocations fill an AVX2 vector.
