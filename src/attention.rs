@@ -295,11 +295,13 @@ impl Attention {
         let lse = lse.as_ref().map(BufferRef::binding);
         let dispatch = |planned: &PlannedDispatch| {
             let params = params_binding::<AttendParams>(&lists, planned.params_offset);
-            let (program, mut resources) = match (planned.stage, &self.decode) {
-                (Stage::Merge, _) => (&self.merge, vec![partials.clone()]),
-                (Stage::Decode, Some(decode)) => (decode, vec![q.binding()]),
-                _ => (&self.prefill, vec![q.binding()]),
+            let (program, first) = match (planned.stage, &self.decode) {
+                (Stage::Merge, _) => (&self.merge, partials.clone()),
+                (Stage::Decode, Some(decode)) => (decode, q.binding()),
+                _ => (&self.prefill, q.binding()),
             };
+            let mut resources = program.resources();
+            resources.push(first);
             if planned.stage == Stage::Merge {
                 resources.extend([lists.as_entire_binding(), out.binding(), params]);
             } else {

@@ -116,7 +116,8 @@ impl KvCache {
             dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
         }
         let (x, y) = kernel.variant.append_grid("k", num_tokens)?;
-        let mut resources = vec![k.binding(), v.binding()];
+        let mut resources = kernel.resources();
+        resources.extend([k.binding(), v.binding()]);
         resources.extend(storage.bindings());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
         resources.extend(table.map(wgpu::Buffer::as_entire_binding));

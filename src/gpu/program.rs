@@ -14,6 +14,7 @@ use crate::kernel::{Access, ShaderFeatures, Source, Variant};
 pub(crate) struct Program {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+    num_bindings: usize,
     /// Whether it has been dispatched to warm it up.
     is_warm: AtomicBool,
 }
@@ -83,7 +84,7 @@ impl Program {
             },
             cache: None,
         });
-        Self { pipeline, layout, is_warm: AtomicBool::new(false) }
+        Self { pipeline, layout, num_bindings: entries.len(), is_warm: AtomicBool::new(false) }
     }
 
     pub(super) fn pipeline(&self) -> &wgpu::ComputePipeline {
@@ -135,6 +136,11 @@ impl VariantProgram {
     /// Those of [`Program::get`].
     pub(crate) async fn new(gpu: &Gpu, variant: Variant) -> Result<Self> {
         Ok(Self { variant, program: Program::get(gpu, variant.source()?).await? })
+    }
+
+    /// Room for the resources of a dispatch.
+    pub(crate) fn resources<'a>(&self) -> Vec<wgpu::BindingResource<'a>> {
+        Vec::with_capacity(self.program.num_bindings)
     }
 
     pub(crate) fn dispatch<'a>(&'a self, resources: Vec<wgpu::BindingResource<'a>>, grid: [u32; 3]) -> Dispatch<'a> {
