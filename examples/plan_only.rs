@@ -46,8 +46,14 @@ pub(crate) struct Args {
 }
 
 /// A device as a browser offers it: no subgroups.
-const TARGET: Target =
-    Target { profile: Profile::Gpu, subgroups: false, subgroup_size: 0, int64: false, enable_directives: true };
+const TARGET: Target = Target {
+    profile: Profile::Gpu,
+    subgroups: false,
+    subgroup_size: 0,
+    int64: false,
+    matrix: None,
+    enable_directives: true,
+};
 
 /// Everything that stays the same from step to step.
 struct Host {

@@ -13,7 +13,14 @@ fn targets() -> Vec<Target> {
     for profile in [Profile::Cpu, Profile::Gpu] {
         for (subgroups, subgroup_size) in [(false, 0), (true, 0), (true, 4), (true, 8), (true, 16), (true, 32)] {
             for int64 in [false, true] {
-                targets.push(Target { profile, subgroups, subgroup_size, int64, enable_directives: false });
+                targets.push(Target {
+                    profile,
+                    subgroups,
+                    subgroup_size,
+                    int64,
+                    matrix: None,
+                    enable_directives: false,
+                });
             }
         }
     }
