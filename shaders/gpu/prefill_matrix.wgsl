@@ -70,12 +70,21 @@ var<workgroup> screened_end: array<atomic<u32>, 4>;
 
 // What weights are relative to is as far below the largest logit.
 const WEIGHT_SHIFT: f32 = 14.0;
-const EXPONENT: vec4<u32> = vec4<u32>(0x7f800000u);
+{% if g.screens %}
+{# An element of the format with all bits of a number that is none, and one unit of its lowest exponent bit. #}
+{% set bad_bits, bad_unit, bad_sign, bad_shift, bad_mask = ("0x7c007c00", "0x04000400", "0x80008000", 15, "0xffff") if v_format == "f16" else ("0x7f7f7f7f", "0x01010101", "0x80808080", 7, "0xff") %}
 
-// Which elements are no numbers: infinities and NaN. (Told by their bits: compilers take it that there are none.)
-fn is_no_number(v: vec4<f32>) -> vec4<bool> {
-    return (bitcast<vec4<u32>>(v) & EXPONENT) == EXPONENT;
+// The sign bits of elements that are no numbers: adding to exponents of all ones carries into them. (Told by their bits: compilers take it
+// that there are none.)
+fn bad_bits(element: VElement) -> VElement {
+    return ((element & VElement({{ bad_bits }}u)) + VElement({{ bad_unit }}u)) & VElement({{ bad_sign }}u);
 }
+
+// The same of single elements.
+fn is_no_number(v: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(v) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+{% endif %}
 
 fn store_halves(at: u32, v: vec4<f32>) {
     let h = vec4<f16>(v);
@@ -119,20 +128,15 @@ fn load_scales(at: u32) -> vec4<f32> {
 {% macro store_rows(name, loads, count, dims) %}
 {% for n in range(loads) %}
             {{ "if (local_idx + %du < %du) "|format(n * workgroup_size, count) if (n + 1) * workgroup_size > count }}{
-{% for d in range(0, dims, 4) %}
-{% set at = "KV_TILE + %s_key_%d * HALF_ROW + %s_col_%d * %du + %du"|format(name, n, name, n, dims, d) %}
-{% set value = "%s_dims_%d(%s_load_%d)"|format(name, d, name, n) %}
 {% if name == "v" and g.screens %}
-                var value_{{ d }} = {{ value }};
-                let is_bad_{{ d }} = is_no_number(value_{{ d }});
-                if (any(is_bad_{{ d }})) {
+                let bad_{{ n }} = bad_bits(v_load_{{ n }});
+                if (any(bad_{{ n }} != VElement())) {
                     atomicMax(&screened_end[0], tile_begin + TILE_KV);
-                    value_{{ d }} = select(value_{{ d }}, vec4<f32>(0.0), is_bad_{{ d }});
+                    v_load_{{ n }} &= ~((bad_{{ n }} >> VElement({{ bad_shift }}u)) * {{ bad_mask }}u);
                 }
-                store_halves({{ at }}, value_{{ d }});
-{% else %}
-                store_halves({{ at }}, {{ value }});
 {% endif %}
+{% for d in range(0, dims, 4) %}
+                store_halves(KV_TILE + {{ name }}_key_{{ n }} * HALF_ROW + {{ name }}_col_{{ n }} * {{ dims }}u + {{ d }}u, {{ name }}_dims_{{ d }}({{ name }}_load_{{ n }}));
 {% endfor %}
             }
 {% endfor %}
@@ -195,6 +199,19 @@ fn prefill(
     if (ALIBI) {
         slope = head_slope(q_head);
     }
+
+{% if not mask %}
+    // The keys that it sees.
+    var first_visible = item.kv_begin;
+    var visible_end = item.kv_end;
+    if (WINDOW) {
+        first_visible = max(first_visible, query + 1u - min(query + 1u, params.window));
+    }
+    if (CAUSAL) {
+        visible_end = min(visible_end, query + 1u);
+    }
+    let num_visible = visible_end - min(first_visible, visible_end);
+{% endif %}
 
     // Queries.
     var q_max = vec4<f32>(0.0);
@@ -303,7 +320,7 @@ fn prefill(
 {% if v_row_scales %}
             // A row that is no number has all of that in its minimum. Below 2^-64 a scale has a mantissa below 1.
             let v_minimum = v_scale & 0xffff0000u;
-            let is_bad = (v_scale & 0x7f80u) == 0x7f80u || (v_minimum & EXPONENT.x) == EXPONENT.x;
+            let is_bad = (v_scale & 0x7f80u) == 0x7f80u || (v_minimum & 0x7f800000u) == 0x7f800000u;
             let v_exponent = clamp((v_scale >> 7u) & 0xffu, 63u, 253u);
             let v_mantissa = bitcast<f32>(v_scale << 16u) * bitcast<f32>((254u - v_exponent) << 23u);
             scales[V_PLANES + local_idx] = select(v_mantissa, 0.0, is_bad);
@@ -339,10 +356,14 @@ fn prefill(
         }
         if (is_masked) {
 {% for j in range(g.key_cols) %}
+{% if mask %}
             let visible_{{ j }} = vec4<bool>(
                 is_visible(item, key_{{ j }}, query), is_visible(item, key_{{ j }} + 1u, query),
                 is_visible(item, key_{{ j }} + 2u, query), is_visible(item, key_{{ j }} + 3u, query),
             );
+{% else %}
+            let visible_{{ j }} = vec4<u32>(key_{{ j }} - first_visible) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(num_visible);
+{% endif %}
             logits_{{ j }} = select(vec4<f32>(LOGIT_FLOOR), logits_{{ j }}, visible_{{ j }});
 {% if v_row_scales %}
             minimum_{{ j }} = select(vec4<f32>(0.0), minimum_{{ j }}, visible_{{ j }});

@@ -1,6 +1,7 @@
 //! Prefill with matrix units against the oracle: the grids of the other kernels, and numbers that halves don't have.
 //!
-//! Adapters with matrix units are rare on CPUs (lavapipe of Mesa 26.1 has them); on all others these tests are skipped.
+//! Of CPU adapters only lavapipe has matrix units, from Mesa 26.1 on; on all others these tests are skipped. It compiles such kernels for
+//! many seconds each, so heads are small where they may be.
 
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
 use folio::kernel::Kernel;
@@ -60,17 +61,14 @@ fn matrices_multiply_a_ragged_batch() {
 #[test]
 fn matrices_of_head_dims_groups_and_block_sizes() {
     let Some(gpu) = open() else { return };
-    const SHAPES: [(u32, u32, u32, u32); 11] = [
+    const SHAPES: [(u32, u32, u32, u32); 8] = [
         (8, 1, 3, 1),
-        (24, 4, 1, 5),
         (40, 7, 2, 16),
         (64, 1, 2, 32),
         (72, 4, 1, 64),
         (80, 8, 1, 256),
         (96, 1, 2, 1),
-        (112, 7, 1, 5),
-        (128, 4, 2, 16),
-        (192, 1, 1, 8),
+        (128, 4, 2, 5),
         (256, 4, 1, 16),
     ];
     for (i, (head_dim, group_size, num_kv_heads, block_size)) in SHAPES.into_iter().enumerate() {
@@ -84,7 +82,7 @@ fn matrices_of_head_dims_groups_and_block_sizes() {
 fn matrices_of_every_format() {
     let Some(gpu) = open() else { return };
     for (i, (k_format, v_format)) in NARROW.into_iter().enumerate() {
-        let head_dim = [64, 40, 80, 128][i % 4];
+        let head_dim = [24, 40, 16, 32][i % 4];
         let case = case(&[(50, 33), (7, 16), (0, 40)], 8, 2, head_dim).formats(k_format, v_format);
         check(&gpu, &case.config(|config| config.lse = true));
     }
@@ -98,7 +96,7 @@ fn matrices_with_options() {
     for (i, q_scale) in (0..8).flat_map(|i| [(i, 1.0), (i, 200.0)]) {
         let formats = NARROW[i % NARROW.len()];
         let case =
-            case(&[(50, 33), (7, 16), (0, 40), (129, 3)], 4, 2, 32).formats(formats.0, formats.1).q_scale(q_scale);
+            case(&[(50, 33), (7, 16), (0, 40), (129, 3)], 4, 2, 24).formats(formats.0, formats.1).q_scale(q_scale);
         let all = i == 7;
         check(
             &gpu,
@@ -121,7 +119,7 @@ fn matrices_with_options() {
 fn matrices_over_split_keys() {
     let Some(gpu) = open() else { return };
     for (i, formats) in [(F16, F16), (Int8, Int8)].into_iter().enumerate() {
-        let case = case(&[(3000, 33), (1024, 5), (0, 200)], 2, 1, 64).formats(formats.0, formats.1);
+        let case = case(&[(3000, 33), (1024, 5), (0, 200)], 2, 1, 32).formats(formats.0, formats.1);
         check(
             &gpu,
             &case.config(|config| {
@@ -141,7 +139,7 @@ fn queries_beyond_halves() {
         [(1e30, 1e-30), (1e-30, 1e30), (3e-38, 1e37), (70_000.0, 1e-5)].into_iter().enumerate()
     {
         let (k_format, v_format) = NARROW[i];
-        let mut case = case(&[(20, 33), (0, 7)], 4, 2, 64).formats(k_format, v_format).q_scale(q_scale);
+        let mut case = case(&[(20, 33), (0, 7)], 4, 2, 24).formats(k_format, v_format).q_scale(q_scale);
         case.config.softmax_scale = Some(softmax_scale);
         case.config.lse = true;
         check(&gpu, &case);
@@ -159,12 +157,12 @@ fn rows_of_all_magnitudes() {
     let Some(gpu) = open() else { return };
     let magnitudes = [1.0, 1e30, 1e-30, 60_000.0, 1e-5, 1e8, 1e-12];
     for (k_format, v_format) in [(Int8, Int8), (Int4, Int4), (F16, Int8)] {
-        let case = case(&[(20, 33), (90, 20), (0, 7)], 4, 2, 40).formats(k_format, v_format);
+        let case = case(&[(20, 33), (90, 20), (0, 7)], 4, 2, 24).formats(k_format, v_format);
         let mut case = case.config(|config| config.window = Some(9));
         case.config.lse = true;
         let mut rows = case.rows();
         for rows in &mut rows {
-            for (key, v) in rows.v.chunks_mut(2 * 40).enumerate() {
+            for (key, v) in rows.v.chunks_mut(2 * 24).enumerate() {
                 v.iter_mut().for_each(|x| *x *= magnitudes[key % magnitudes.len()]);
             }
         }
@@ -175,7 +173,7 @@ fn rows_of_all_magnitudes() {
     }
     // The ends of the formats that have no scales.
     for (format, largest) in [(F16, 65504.0), (E4M3, 448.0)] {
-        let mut case = case(&[(20, 33)], 4, 2, 64).formats(format, format).q_scale(1e-3);
+        let mut case = case(&[(20, 33)], 4, 2, 24).formats(format, format).q_scale(1e-3);
         case.config.lse = true;
         let mut rows = case.rows();
         for x in rows.iter_mut().flat_map(|rows| rows.k.iter_mut().chain(&mut rows.v)) {
@@ -191,9 +189,9 @@ fn hidden_rows_never_reach_a_matrix() {
     for (i, (k_format, v_format)) in
         [(F16, F16), (E4M3, E4M3), (Int8, Int8), (Int8, F16), (F16, Int4)].into_iter().enumerate()
     {
-        let windowed = case(&[(50, 2), (20, 33), (7, 16), (0, 40)], 4, 2, 40).formats(k_format, v_format);
+        let windowed = case(&[(50, 2), (20, 33), (7, 16), (0, 40)], 4, 2, 24).formats(k_format, v_format);
         check_poisoned_on(&gpu, &windowed.config(|config| config.window = Some(13)), behind_window_and_position);
-        let mut masked = case(&[(40, 3), (9, 20), (1100, 5), (2, 2)], 4, 2, 32).formats(k_format, v_format);
+        let mut masked = case(&[(40, 3), (9, 20), (1100, 5), (2, 2)], 4, 2, 24).formats(k_format, v_format);
         masked.mask_density = 0.3;
         let masked = masked.config(|config| {
             config.custom_mask = true;
@@ -210,7 +208,7 @@ fn hidden_rows_never_reach_a_matrix() {
 fn matrices_under_full_checks() {
     let Some(gpu) = adapter::open_matrix(Open { checks: ShaderChecks::Full, ..GPU_MATRIX }) else { return };
     for (k_format, v_format) in [(F16, F16), (Int8PerChannel, Int8)] {
-        check(&gpu, &case(&[(50, 33), (7, 16)], 8, 2, 40).formats(k_format, v_format));
+        check(&gpu, &case(&[(50, 33), (7, 16)], 8, 2, 24).formats(k_format, v_format));
     }
 }
 
