@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout, reason = "an example shows what it did")]
 
 use clap::{Parser, ValueEnum};
-use folio::kernel::{AttendFlags, Kernel, Target, Variant, Vendor, compose};
+use folio::kernel::{AttendFlags, Kernel, MatrixSize, Target, Variant, Vendor, compose};
 use folio::{KvCacheConfig, KvFormat, Profile};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -53,6 +53,9 @@ struct Args {
     /// The size of all subgroups, if it is known; CPU kernels need it to use any.
     #[arg(long, default_value_t = 0)]
     subgroup_size: u32,
+    /// Rows of the matrices that matrix units multiply: 8, 16, or 0 for none.
+    #[arg(long, default_value_t = 0)]
+    matrix: u32,
     /// 64-bit integers are available.
     #[arg(long)]
     int64: bool,
@@ -76,6 +79,11 @@ fn main() -> folio::Result<()> {
         subgroups: !args.no_subgroups,
         subgroup_size: args.subgroup_size,
         int64: args.int64,
+        matrix: match args.matrix {
+            8 => Some(MatrixSize::Eight),
+            16 => Some(MatrixSize::Sixteen),
+            _ => None,
+        },
         enable_directives: false,
     };
     let kernel = match args.kernel {

@@ -52,6 +52,7 @@ const TARGET: Target = Target {
     subgroups: false,
     subgroup_size: 0,
     int64: false,
+    matrix: None,
     enable_directives: true,
 };
 

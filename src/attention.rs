@@ -91,7 +91,12 @@ impl Attention {
         } else {
             None
         };
-        let prefill = VariantProgram::new(&gpu, variant(Kernel::Prefill)).await?;
+        let mut prefill = variant(Kernel::Prefill);
+        if prefill.workgroup_bytes() > gpu.limits().max_compute_workgroup_storage_size {
+            // Only with matrix units does a kernel need more than every device has.
+            prefill = prefill.without_matrices();
+        }
+        let prefill = VariantProgram::new(&gpu, prefill).await?;
         let merge = VariantProgram::new(&gpu, variant(Kernel::Merge)).await?;
         let shape = PlanShape {
             num_kv_heads: geometry.num_kv_heads,

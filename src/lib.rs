@@ -36,9 +36,9 @@ pub use format::{KvFormat, KvFormats};
 #[cfg(feature = "open")]
 pub use gpu::GpuOptions;
 #[cfg(feature = "wgpu")]
-pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, required_limits, useful_features};
+pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_limits, useful_features};
 pub use ids::{BlockId, SequenceId};
-pub use kernel::{AdapterClass, Profile, RopeConfig, RopeLayout, RopeScaling};
+pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use plan::AttentionConfig;
 pub use sequence::{MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceMemory};

@@ -1,6 +1,7 @@
 //! What folio needs of a device.
 
 use crate::error::{Error, Result};
+use crate::kernel::MatrixSize;
 
 /// Features that folio's kernels use when the device has them. None is required.
 ///
@@ -8,6 +9,32 @@ use crate::error::{Error, Result};
 #[must_use]
 pub fn useful_features() -> wgpu::Features {
     wgpu::Features::SUBGROUP | wgpu::Features::SHADER_INT64
+}
+
+/// What kernels for matrix units need: the units, halves to feed them, and subgroups, which they belong to.
+pub(super) const MATRIX_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
+
+/// Features with which [`Gpu::with_matrix_units`](crate::Gpu::with_matrix_units) works. One is experimental: wgpu wants
+/// [`wgpu::ExperimentalFeatures::enabled`] in the request for the device.
+#[must_use]
+pub fn matrix_features() -> wgpu::Features {
+    MATRIX_FEATURES
+}
+
+/// The largest square matrices of halves summed up in f32 that both the adapter and naga have: 8 or 16.
+pub(super) fn matrix_size(adapter: &[wgpu::CooperativeMatrixProperties]) -> Option<MatrixSize> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let has = |size: &MatrixSize| {
+        let len = size.len();
+        adapter.iter().any(|p| {
+            [p.m_size, p.n_size, p.k_size] == [len; 3]
+                && p.ab_type == F16
+                && p.cr_type == F32
+                && !p.saturating_accumulation
+        })
+    };
+    [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().find(has)
 }
 
 /// Limits that folio needs: WebGPU's defaults, as far as compute shaders are concerned.

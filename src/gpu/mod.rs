@@ -9,7 +9,7 @@ mod record;
 mod scope;
 mod upload;
 
-pub use limits::{required_limits, useful_features};
+pub use limits::{matrix_features, required_limits, useful_features};
 #[cfg(feature = "open")]
 pub use open::GpuOptions;
 pub(crate) use program::{Program, VariantProgram};
@@ -22,10 +22,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::tuning::{TunedFor, Tuning};
-use crate::kernel::{AdapterClass, Profile, Target, Variant, Vendor};
-use limits::check_limits;
+use crate::kernel::{AdapterClass, MatrixSize, Profile, Target, Variant, Vendor};
+use limits::{MATRIX_FEATURES, check_limits};
 
 /// The profile that suits an adapter.
 ///
@@ -80,7 +80,7 @@ struct Inner {
 /// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
 /// returns [`Error::DeviceLost`](crate::Error::DeviceLost), from any thread, and has changed nothing.
 #[derive(Clone)]
-pub struct Gpu(Arc<Inner>, Option<Arc<Tuning>>);
+pub struct Gpu(Arc<Inner>, Option<Arc<Tuning>>, Option<MatrixSize>);
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -89,6 +89,7 @@ impl fmt::Debug for Gpu {
             .field("backend", &self.0.info.backend)
             .field("profile", &self.0.profile)
             .field("shader_checks", &self.0.shader_checks)
+            .field("matrix_size", &self.2)
             .finish_non_exhaustive()
     }
 }
@@ -133,7 +134,7 @@ impl Gpu {
             device,
             queue,
         };
-        let gpu = Self(Arc::new(inner), None);
+        let gpu = Self(Arc::new(inner), None, None);
         gpu.check_alive("taking a device over")?;
         Ok(gpu)
     }
@@ -208,8 +209,32 @@ impl Gpu {
             subgroups: self.has_subgroups(),
             subgroup_size: self.subgroup_size().unwrap_or(0),
             int64: self.features().contains(wgpu::Features::SHADER_INT64),
+            matrix: self.matrix_size(),
             enable_directives: self.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
         }
+    }
+
+    /// The same device with matrix units in use, where kernels have a form for them: prefill over caches without an F32 side. Its products are of
+    /// halves then, summed up in f32, with the errors that [`with_f16_products`](crate::reference::ErrorModel::with_f16_products) bounds.
+    ///
+    /// `adapter` is what [`wgpu::Adapter::cooperative_matrix_properties`] says of the device's own adapter, which wgpu has no way to ask the device
+    /// for. Without a size that folio has kernels for (8 or 16 in all three dimensions, of halves summed up in f32) nothing changes.
+    /// A kernel takes up to 32 KiB of workgroup memory: with a lower limit the one without matrix units stays in use.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the device was opened without [`matrix_features`](crate::matrix_features).
+    pub fn with_matrix_units(&self, adapter: &[wgpu::CooperativeMatrixProperties]) -> Result<Self> {
+        let missing = MATRIX_FEATURES - self.features();
+        if !missing.is_empty() {
+            return Err(Error::unsupported("features", format!("{missing:?}"), format!("{:?}", self.features())));
+        }
+        Ok(Self(Arc::clone(&self.0), self.1.clone(), limits::matrix_size(adapter)))
+    }
+
+    /// The matrices that kernels use, if any.
+    #[must_use]
+    pub fn matrix_size(&self) -> Option<MatrixSize> {
+        self.2
     }
 
     /// The same device with the kernel sizes that a tuner chose. Caches and attentions made with the result use them; nothing else changes.
@@ -226,7 +251,7 @@ impl Gpu {
 
     /// The same device with another tuning, or none.
     pub(crate) fn retuned(&self, tuning: Option<Tuning>) -> Self {
-        Self(Arc::clone(&self.0), tuning.map(Arc::new))
+        Self(Arc::clone(&self.0), tuning.map(Arc::new), self.2)
     }
 
     /// What [`Gpu::with_tuning`] was given.

@@ -1,6 +1,6 @@
 //! [`Gpu::open`]: folio looks for an adapter itself.
 
-use super::limits::{check_limits, required_limits, useful_features};
+use super::limits::{MATRIX_FEATURES, check_limits, required_limits, useful_features};
 use super::{Gpu, ShaderChecks, is_cpu_adapter, profile_of};
 use crate::error::{Error, Result};
 use crate::kernel::Profile;
@@ -20,6 +20,10 @@ pub struct GpuOptions {
     pub without: wgpu::Features,
     /// Ask for timestamp queries where the adapter has them, for a program that measures. folio itself uses none.
     pub timestamps: bool,
+    /// Use matrix units where the adapter and folio have them, see [`Gpu::with_matrix_units`]. They are an experimental feature of wgpu's, which may
+    /// have bugs with undefined behaviour: enabled only with the token by which the caller accepts that,
+    /// [`wgpu::ExperimentalFeatures::enabled`].
+    pub matrix_units: wgpu::ExperimentalFeatures,
     /// Kernel family. `None`: what suits the adapter.
     pub profile: Option<Profile>,
     /// Whether wgpu's shader checks stay in.
@@ -43,6 +47,7 @@ impl Default for GpuOptions {
             instance: None,
             without: wgpu::Features::empty(),
             timestamps: false,
+            matrix_units: wgpu::ExperimentalFeatures::disabled(),
             profile: None,
             shader_checks: ShaderChecks::default(),
             max_binding_bytes: None,
@@ -96,18 +101,25 @@ impl Gpu {
         if options.timestamps {
             features |= TIMESTAMPS;
         }
+        let offers_matrices = (adapter.features() - options.without).contains(MATRIX_FEATURES);
+        let uses_matrices = options.matrix_units.is_enabled() && offers_matrices;
+        if uses_matrices {
+            features |= MATRIX_FEATURES;
+        }
         let features = adapter.features() & features & !options.without;
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
                 label: Some("folio"),
                 required_features: features,
                 required_limits: limits,
+                experimental_features: options.matrix_units,
                 ..Default::default()
             })
             .await
             .map_err(|error| Error::wgpu("opening the device", error))?;
         let profile = options.profile.unwrap_or_else(|| profile_of(&info));
-        Self::from_parts_with(device, queue, profile, options.shader_checks)
+        let gpu = Self::from_parts_with(device, queue, profile, options.shader_checks)?;
+        if uses_matrices { gpu.with_matrix_units(&adapter.cooperative_matrix_properties()) } else { Ok(gpu) }
     }
 
     /// [`Gpu::open`] for programs without an async runtime.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::limits::MATRIX_FEATURES;
 use super::{Dispatch, Gpu, ShaderChecks};
 use crate::error::{Error, Result};
 use crate::kernel::{Access, ShaderFeatures, Source, Variant};
@@ -177,6 +178,7 @@ fn wgpu_features(features: ShaderFeatures) -> wgpu::Features {
     let mut set = wgpu::Features::empty();
     set.set(wgpu::Features::SUBGROUP, features.subgroups);
     set.set(wgpu::Features::SHADER_INT64, features.int64);
+    set.set(MATRIX_FEATURES, features.matrix);
     set
 }
 

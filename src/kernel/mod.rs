@@ -18,7 +18,7 @@ pub(crate) use bindings::attention_storage_buffers;
 pub use bindings::{Access, Binding, bindings};
 pub use rope::{RopeConfig, RopeLayout, RopeScaling};
 pub use source::compose;
-pub use target::{AdapterClass, Profile, ShaderFeatures, Source, Target, Vendor};
+pub use target::{AdapterClass, MatrixSize, Profile, ShaderFeatures, Source, Target, Vendor};
 #[cfg(feature = "model")]
 pub(crate) use template::render;
 pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant};

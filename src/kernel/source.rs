@@ -23,6 +23,7 @@ fn template_name(variant: &Variant) -> &'static str {
         (Kernel::Decode, Profile::Cpu) => "cpu/decode.wgsl",
         (Kernel::Decode, Profile::Gpu) => "gpu/decode.wgsl",
         (Kernel::Prefill, Profile::Cpu) => "cpu/prefill.wgsl",
+        (Kernel::Prefill, Profile::Gpu) if variant.target.matrix.is_some() => "gpu/prefill_matrix.wgsl",
         (Kernel::Prefill, Profile::Gpu) => "gpu/prefill.wgsl",
     }
 }

@@ -32,6 +32,26 @@ pub enum Vendor {
     Other,
 }
 
+/// Rows and columns of the square matrices that an adapter's matrix units multiply: halves, summed up in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MatrixSize {
+    /// Apple, lavapipe.
+    Eight,
+    /// NVIDIA, AMD.
+    Sixteen,
+}
+
+impl MatrixSize {
+    /// Rows, which are as many as columns.
+    #[must_use]
+    pub const fn len(self) -> u32 {
+        match self {
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+        }
+    }
+}
+
 /// What the adapter offers to the shader compiler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
@@ -45,6 +65,8 @@ pub struct Target {
     pub subgroup_size: u32,
     /// 64-bit integers.
     pub int64: bool,
+    /// The matrices that kernels may use, if any: where they do, products are of halves.
+    pub matrix: Option<MatrixSize>,
     /// Whether the text must say `enable subgroups;`: browsers demand it, naga refuses it.
     pub enable_directives: bool,
 }
@@ -56,6 +78,8 @@ pub struct ShaderFeatures {
     pub subgroups: bool,
     /// 64-bit integers: wgpu's `SHADER_INT64`.
     pub int64: bool,
+    /// Matrix units, and halves to feed them: wgpu's `EXPERIMENTAL_COOPERATIVE_MATRIX` and `SHADER_F16`.
+    pub matrix: bool,
 }
 
 /// A kernel before it is compiled: text and interface. Only this crate makes them; to read, print, validate, or compile elsewhere.

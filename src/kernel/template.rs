@@ -24,6 +24,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "gather.wgsl",
     "gpu/decode.wgsl",
     "gpu/prefill.wgsl",
+    "gpu/prefill_matrix.wgsl",
     "merge.wgsl",
     "model/activate.wgsl",
     "model/activation.wgsl",

@@ -171,8 +171,30 @@ impl Variant {
         if target.profile == Profile::Cpu && !CPU_SUBGROUP_SIZES.contains(&target.subgroup_size) {
             (variant.target.subgroups, variant.target.subgroup_size) = (false, 0);
         }
+        if !variant.may_use_matrices() {
+            variant.target.matrix = None;
+        }
         super::tuning::choose(&mut variant);
         variant
+    }
+
+    /// Whether the kernel has a form for matrix units, and its products are of halves anyway: a cache of f32 is not rounded.
+    fn may_use_matrices(&self) -> bool {
+        let Self { kernel, target, k_format, v_format, .. } = *self;
+        kernel == Kernel::Prefill
+            && target.profile == Profile::Gpu
+            && target.subgroups
+            && k_format != KvFormat::F32
+            && v_format != KvFormat::F32
+    }
+
+    /// The same kernel without matrix units, with the sizes that suit it then.
+    #[must_use]
+    pub fn without_matrices(mut self) -> Self {
+        if self.target.matrix.take().is_some() {
+            super::tuning::choose(&mut self);
+        }
+        self
     }
 
     /// The same kernel over a cache whose sides are cut into segments.
@@ -243,6 +265,7 @@ impl Variant {
         ShaderFeatures {
             subgroups: attends && self.target.subgroups,
             int64: attends && self.target.profile == Profile::Cpu && self.target.int64,
+            matrix: attends && self.target.matrix.is_some(),
         }
     }
 

@@ -251,7 +251,8 @@ impl LinearVariant {
             int64 => self.target.int64,
         };
         let text = render(template, values)?;
-        let features = ShaderFeatures { subgroups: self.target.subgroups, int64: self.target.int64 };
+        let Target { subgroups, int64, .. } = self.target;
+        let features = ShaderFeatures { subgroups, int64, ..ShaderFeatures::default() };
         let directive = if self.target.enable_directives && self.target.subgroups { "enable subgroups;\n" } else { "" };
         let weights = if cpu { Access::Texture } else { Access::Read };
         let x = if self.staged() { Access::Texture } else { Access::Read };

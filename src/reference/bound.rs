@@ -40,6 +40,15 @@
 //! more for each product, and those over `z`. What the zero points add to the logits is the same function of the query for
 //! all keys and so counts as shared.
 //!
+//! **Products of halves** ([`ErrorModel::with_f16_products`]). Queries, times a power of two that takes their row's largest element to
+//! `2^14 .. 2^15`, and weights, relative to a number that leaves the largest between `2^13` and `2^15`, become halves. Vulkan and Metal do not
+//! say which neighbour a number goes to, so an element errs by up to `2^-10` of itself: taken as `2^-11` that all share (truncation) and up to
+//! `2^-11` of its own. The first is that fraction of the sum it is part of, the second adds up as any independent errors do. What
+//! falls below the normal halves, `2^-28` of the largest, may be flushed. Codes, E4M3 and halves in the cache are exact as halves; where
+//! there are codes, weights carry the scale, so these errors are relative to `scale * code`; sums over zero points are not of halves. Nor
+//! do matrix units say how they round sums: `2u` of the partial sum for each addition is allowed for, always of the same sign, over a head
+//! and over the 64 keys at most after which sums are added in `f32`.
+//!
 //! **Overflow.** Where sums of magnitudes come near the largest `f32`, the bounds are infinite.
 //!
 //! **Adding errors up.** The worst case, in which all errors have the same sign, is wider than what happens by the
@@ -112,6 +121,7 @@ pub struct ErrorModel<'a> {
     key_scales: Option<&'a [f32]>,
     rounding: Rounding,
     over_stored: bool,
+    f16_products: bool,
 }
 
 impl ErrorModel<'_> {
@@ -131,6 +141,7 @@ impl<'a> ErrorModel<'a> {
             key_scales: None,
             rounding: Rounding::Independent,
             over_stored: false,
+            f16_products: false,
         }
     }
 
@@ -153,6 +164,13 @@ impl<'a> ErrorModel<'a> {
         Self { over_stored: true, ..self }
     }
 
+    /// The same model for kernels that multiply halves: queries and weights rounded to `f16`, products summed up in `f32`. That is what
+    /// attention does where matrix units are in use.
+    #[must_use]
+    pub const fn with_f16_products(self) -> Self {
+        Self { f16_products: true, ..self }
+    }
+
     /// The same model with another way of adding errors up.
     #[must_use]
     pub const fn with_rounding(self, rounding: Rounding) -> Self {
@@ -162,6 +180,10 @@ impl<'a> ErrorModel<'a> {
     /// Whether the result is that over the rows as they are stored.
     pub(super) const fn is_over_stored(&self) -> bool {
         self.over_stored
+    }
+
+    pub(super) const fn f16_products(&self) -> bool {
+        self.f16_products
     }
 
     pub(super) const fn rounding(&self) -> Rounding {

@@ -199,7 +199,8 @@ pub fn attention_with_bound(problem: &Problem<'_>, model: &ErrorModel<'_>) -> Re
     let kept =
         Problem { k: k.as_deref().unwrap_or(problem.k), v: v.as_deref().unwrap_or(problem.v), ..problem.clone() };
     let (stored_k, stored_v) = (stored_k.as_deref(), stored_v.as_deref());
-    let bounded = run(&Checked { stored_k, stored_v, rounding: model.rounding(), ..Checked::new(&kept)? }, true);
+    let (rounding, f16_products) = (model.rounding(), model.f16_products());
+    let bounded = run(&Checked { stored_k, stored_v, rounding, f16_products, ..Checked::new(&kept)? }, true);
     if model.is_over_stored() || (stored_k.is_none() && stored_v.is_none()) {
         return Ok(bounded);
     }
@@ -218,6 +219,8 @@ struct Checked<'a> {
     stored_k: Option<&'a Stored>,
     stored_v: Option<&'a Stored>,
     rounding: Rounding,
+    /// Whether kernels multiply halves.
+    f16_products: bool,
 }
 
 /// A key that a row sees.
@@ -293,8 +296,18 @@ impl<'a> Checked<'a> {
             return invalid(format!("softmax_scale {softmax_scale} is not finite"));
         }
         let group_size = num_q_heads / num_kv_heads;
-        let (stored_k, stored_v, rounding) = (None, None, Rounding::Independent);
-        Ok(Self { problem, query_len, seq_len, group_size, softmax_scale, mask_stride, stored_k, stored_v, rounding })
+        Ok(Self {
+            problem,
+            query_len,
+            seq_len,
+            group_size,
+            softmax_scale,
+            mask_stride,
+            stored_k: None,
+            stored_v: None,
+            rounding: Rounding::Independent,
+            f16_products: false,
+        })
     }
 
     fn query_row(&self, token: usize, q_head: usize) -> &'a [f32] {

@@ -7,12 +7,12 @@ use naga::{Module, ShaderStage, back};
 /// Translates to the language of every backend that can have a device with the features.
 /// Returns what failed: the language and why.
 ///
-/// | Language | Plain | Subgroups | 64-bit integers |
-/// |---|---|---|---|
-/// | SPIR-V (Vulkan) | 1.0 | 1.3 | 1.0 |
-/// | MSL (Metal) | 2.0 | 2.4 | 2.4 |
-/// | HLSL (DX12) | shader model 5.1 (FXC) | 6.0 (DXC) | 6.0 (DXC) |
-/// | GLSL (GL) | ES 3.10 and 4.30 | ES 3.10 and 4.30 | not in GLSL ES, and naga doesn't write it |
+/// | Language | Plain | Subgroups | 64-bit integers | Matrix units |
+/// |---|---|---|---|---|
+/// | SPIR-V (Vulkan) | 1.0 | 1.3 | 1.0 | 1.6 |
+/// | MSL (Metal) | 2.0 | 2.4 | 2.4 | 2.4, matrices of 8 |
+/// | HLSL (DX12) | shader model 5.1 (FXC) | 6.0 (DXC) | 6.0 (DXC) | not written |
+/// | GLSL (GL) | ES 3.10 and 4.30 | ES 3.10 and 4.30 | not in GLSL ES, and naga doesn't write it | not written |
 pub(crate) fn translate(
     module: &Module,
     info: &ModuleInfo,
@@ -21,9 +21,15 @@ pub(crate) fn translate(
 ) -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
-    let ShaderFeatures { subgroups, int64 } = features;
+    let ShaderFeatures { subgroups, int64, matrix } = features;
 
-    let lang_version = if subgroups { (1, 3) } else { (1, 0) };
+    let lang_version = if matrix {
+        (1, 6)
+    } else if subgroups {
+        (1, 3)
+    } else {
+        (1, 0)
+    };
     let options = back::spv::Options { lang_version, ..Default::default() };
     let pipeline = back::spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: entry_point.into() };
     if let Err(error) = back::spv::write_vec(module, info, &options, Some(&pipeline)) {
@@ -44,6 +50,10 @@ pub(crate) fn translate(
         Err(error) => problems.push(("MSL", error.to_string())),
     }
 
+    // naga writes matrix units for Vulkan and Metal.
+    if matrix {
+        return problems;
+    }
     let shader_model = if subgroups || int64 { back::hlsl::ShaderModel::V6_0 } else { back::hlsl::ShaderModel::V5_1 };
     let options = back::hlsl::Options { shader_model, ..Default::default() };
     let pipeline = back::hlsl::PipelineOptions { entry_point: entry() };

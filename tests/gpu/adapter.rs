@@ -14,6 +14,8 @@ pub(crate) struct Open {
     pub(crate) checks: ShaderChecks,
     pub(crate) max_binding_bytes: Option<u64>,
     pub(crate) max_storage_buffers: Option<u32>,
+    /// Matrix units, where the adapter has them.
+    pub(crate) matrix: bool,
 }
 
 /// The adapter as folio opens it by itself.
@@ -23,6 +25,7 @@ pub(crate) const DEFAULT: Open = Open {
     checks: ShaderChecks::Trusted,
     max_binding_bytes: None,
     max_storage_buffers: None,
+    matrix: false,
 };
 
 /// Kernels for GPUs with subgroups.
@@ -30,6 +33,9 @@ pub(crate) const GPU: Open = Open { profile: Some(Profile::Gpu), ..DEFAULT };
 
 /// Kernels for GPUs without subgroups: what browsers and FXC get.
 pub(crate) const GPU_PLAIN: Open = Open { without: wgpu::Features::SUBGROUP, ..GPU };
+
+/// Kernels for GPUs with matrix units; see [`open_matrix`].
+pub(crate) const GPU_MATRIX: Open = Open { matrix: true, ..GPU };
 
 /// Kernels for CPU adapters.
 pub(crate) const CPU: Open = Open { profile: Some(Profile::Cpu), ..DEFAULT };
@@ -61,6 +67,9 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
     options.shader_checks = how.checks;
     options.max_binding_bytes = how.max_binding_bytes;
     options.max_storage_buffers = how.max_storage_buffers;
+    if how.matrix {
+        options.matrix_units = experimental();
+    }
     match Gpu::open_blocking(options) {
         Ok(gpu) => {
             opened.insert(how, gpu.clone());
@@ -72,6 +81,22 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
             None
         }
     }
+}
+
+/// Opens the adapter with matrix units. `None`: it has none, and the test is to be skipped, which is no failure: they are optional.
+pub(crate) fn open_matrix(how: Open) -> Option<Gpu> {
+    let gpu = open(Open { matrix: true, ..how })?;
+    if gpu.matrix_size().is_none() {
+        say_skipped(&format!("{} has no matrix units that folio has kernels for", gpu.adapter_info().name));
+        return None;
+    }
+    Some(gpu)
+}
+
+#[allow(unsafe_code, reason = "what matrix units are part of; see the SAFETY comment")]
+fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: These tests accept that wgpu's experimental features may have bugs.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
 /// A line on the process's own stderr: what tests print by macro is shown only if they fail.

@@ -26,6 +26,8 @@ pub(crate) struct Case {
     /// For `config.custom_mask`: probability that a bit is set.
     pub(crate) mask_density: f32,
     pub(crate) seed: u64,
+    /// Whether the kernels may multiply halves.
+    pub(crate) f16_products: bool,
 }
 
 /// The rows of one sequence.
@@ -55,6 +57,7 @@ impl Case {
             config: AttentionConfig::new(num_q_heads),
             mask_density: 0.5,
             seed: 1,
+            f16_products: false,
         }
     }
 
@@ -168,6 +171,9 @@ impl Case {
     pub(crate) fn expected(&self, rows: &[Rows]) -> Vec<BoundedOutput> {
         let channels = self.channels(rows);
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
+        if self.f16_products {
+            model = model.with_f16_products();
+        }
         if let Some(channels) = &channels {
             model = model.with_key_scales(channels);
         }

@@ -1,6 +1,7 @@
 //! What a query must not see never reaches its result: NaN and infinity in hidden rows, windows beyond every sequence, and logits so low that
 //! only a finite floor tells them from hidden ones.
 
+use folio::Gpu;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int8, Int8PerChannel};
 
 use crate::adapter::{self, ALL, CPU, CPU_NO_INT64, CPU_PLAIN, GPU, GPU_PLAIN, Open};
@@ -11,7 +12,11 @@ use crate::case::{Case, Rows};
 #[track_caller]
 fn check_poisoned(how: Open, case: &Case, poison: impl Fn(u32, u32) -> Poison) {
     let Some(gpu) = adapter::open(how) else { return };
-    let case = case.clone().named(format!("{how:?}"));
+    check_poisoned_on(&gpu, &case.clone().named(format!("{how:?}")), poison);
+}
+
+#[track_caller]
+pub(crate) fn check_poisoned_on(gpu: &Gpu, case: &Case, poison: impl Fn(u32, u32) -> Poison) {
     let (mut rows, mut oracle, mut only_keys) = (case.rows(), case.rows(), case.rows());
     let row_len = (case.num_kv_heads * case.head_dim) as usize;
     let every = |rows: &mut [f32], key: u32, stride: usize, value: f32| {
@@ -31,26 +36,26 @@ fn check_poisoned(how: Open, case: &Case, poison: impl Fn(u32, u32) -> Poison) {
             }
         }
     }
-    let (mut out, _) = case.run(&gpu, &rows);
+    let (mut out, _) = case.run(gpu, &rows);
     let unsaid = case.expected(&only_keys).into_iter().flat_map(|expected| expected.output.out);
     out.iter_mut().zip(unsaid).filter(|(x, unsaid)| !x.is_finite() || unsaid.is_nan()).for_each(|(x, _)| *x = f32::NAN);
     let finite = out.iter().filter(|x| x.is_finite()).count();
     assert!(finite > out.len() / 8 && finite < out.len(), "{finite} of {} results are finite: a vain test", out.len());
-    case.compare(&gpu, &oracle, &out, None);
+    case.compare(gpu, &oracle, &out, None);
 }
 
 /// What becomes of a key's rows.
 #[derive(Default)]
-struct Poison {
+pub(crate) struct Poison {
     /// The value of every `stride`th element of V.
-    v: Option<f32>,
-    stride: usize,
+    pub(crate) v: Option<f32>,
+    pub(crate) stride: usize,
     /// NaN in K.
-    k: bool,
+    pub(crate) k: bool,
 }
 
 /// Keys that later queries, earlier queries, or both don't see.
-fn behind_window_and_position(seq_len: u32, key: u32) -> Poison {
+pub(crate) fn behind_window_and_position(seq_len: u32, key: u32) -> Poison {
     let v = match seq_len - key {
         1 => Some(f32::NAN),
         5 => Some(f32::INFINITY),

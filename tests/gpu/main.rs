@@ -20,6 +20,7 @@ mod formats;
 mod hidden;
 mod isolation;
 mod lost;
+mod matrix;
 mod model_based;
 mod movable;
 mod rope;

@@ -1,7 +1,7 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
 use folio::Segments;
-use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Target, Variant, Vendor};
+use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, MatrixSize, RopeShape, Target, Variant, Vendor};
 use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
 
 const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
@@ -21,6 +21,10 @@ const V_FORMATS: [KvFormat; 5] = [KvFormat::F32, KvFormat::F16, KvFormat::E4M3, 
 /// SwiftShader 4, lavapipe 8, Intel 8 to 32, NVIDIA and Apple 32, AMD 32 or 64; WARP varies, which is 0.
 const SUBGROUP_SIZES: [u32; 6] = [0, 4, 8, 16, 32, 64];
 
+/// Matrices and subgroup sizes: lavapipe, Apple, NVIDIA, AMD.
+const MATRICES: [(MatrixSize, u32); 4] =
+    [(MatrixSize::Eight, 8), (MatrixSize::Eight, 32), (MatrixSize::Sixteen, 32), (MatrixSize::Sixteen, 0)];
+
 /// Every combination that a device can have.
 pub(crate) fn targets() -> Vec<Target> {
     let mut targets = Vec::new();
@@ -32,6 +36,7 @@ pub(crate) fn targets() -> Vec<Target> {
                 subgroups: false,
                 subgroup_size: 0,
                 int64,
+                matrix: None,
                 enable_directives: false,
             };
             targets.push(target);
@@ -39,6 +44,11 @@ pub(crate) fn targets() -> Vec<Target> {
             let vendor = |size| if size == 16 { Vendor::Intel } else { Vendor::Other };
             let with_subgroups = |size| Target { vendor: vendor(size), subgroups: true, subgroup_size: size, ..target };
             targets.extend(SUBGROUP_SIZES.map(with_subgroups));
+            if profile == Profile::Gpu && !int64 {
+                let with =
+                    |(matrix, subgroup_size)| Target { subgroups: true, subgroup_size, matrix: Some(matrix), ..target };
+                targets.extend(MATRICES.map(with));
+            }
         }
     }
     targets

@@ -19,6 +19,7 @@ fn targets() -> Vec<Target> {
                     subgroups,
                     subgroup_size,
                     int64,
+                    matrix: None,
                     enable_directives: false,
                 });
             }

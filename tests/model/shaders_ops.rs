@@ -17,6 +17,7 @@ fn targets() -> impl Iterator<Item = Target> {
         subgroups: false,
         subgroup_size: 0,
         int64,
+        matrix: None,
         enable_directives: false,
     })
 }
@@ -62,7 +63,7 @@ pub(crate) fn check(source: &Source, what: &str) {
         "{what}: template marks\n{text}"
     );
     let module = naga::front::wgsl::parse_str(text).unwrap_or_else(|e| panic!("{what}: {}", e.emit_to_string(text)));
-    let ShaderFeatures { subgroups, int64 } = source.features();
+    let ShaderFeatures { subgroups, int64, .. } = source.features();
     assert!(!subgroups, "{what}");
     let capabilities = if int64 { Capabilities::SHADER_INT64 } else { Capabilities::empty() };
     let info = Validator::new(ValidationFlags::all(), capabilities)

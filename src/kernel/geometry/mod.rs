@@ -6,12 +6,14 @@ mod append;
 mod cpu;
 mod gpu_decode;
 mod gpu_prefill;
+mod matrix_prefill;
 
 use append::AppendGeometry;
 use cpu::{CpuDecodeGeometry, CpuPrefillGeometry};
 use gpu_decode::DecodeGeometry;
 pub(super) use gpu_decode::decode_k_dims;
 use gpu_prefill::PrefillGeometry;
+use matrix_prefill::MatrixPrefillGeometry;
 
 use super::target::Profile;
 use super::variant::{Kernel, Variant};
@@ -43,6 +45,7 @@ pub(super) enum Geometry {
     CpuDecode(CpuDecodeGeometry),
     CpuPrefill(CpuPrefillGeometry),
     Decode(DecodeGeometry),
+    MatrixPrefill(MatrixPrefillGeometry),
     Prefill(PrefillGeometry),
     /// An invocation per element and no workgroup memory: the workgroup size says it all.
     Linear,
@@ -54,7 +57,10 @@ impl Geometry {
             (Profile::Cpu, Kernel::Decode) => Self::CpuDecode(CpuDecodeGeometry::of(variant)),
             (Profile::Cpu, Kernel::Prefill) => Self::CpuPrefill(CpuPrefillGeometry::of(variant)),
             (Profile::Gpu, Kernel::Decode) => Self::Decode(DecodeGeometry::of(variant)),
-            (Profile::Gpu, Kernel::Prefill) => Self::Prefill(PrefillGeometry::of(variant)),
+            (Profile::Gpu, Kernel::Prefill) => match variant.target.matrix {
+                Some(size) => Self::MatrixPrefill(MatrixPrefillGeometry::of(variant, size)),
+                None => Self::Prefill(PrefillGeometry::of(variant)),
+            },
             (_, Kernel::Append) => Self::Append(AppendGeometry::of(variant)),
             (_, Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Merge | Kernel::Rope) => {
                 Self::Linear
@@ -69,6 +75,7 @@ impl Geometry {
             Self::CpuDecode(geometry) => geometry.context(),
             Self::CpuPrefill(geometry) => geometry.context(),
             Self::Decode(geometry) => geometry.context(),
+            Self::MatrixPrefill(geometry) => geometry.context(),
             Self::Prefill(geometry) => geometry.context(),
             Self::Linear => minijinja::context! {},
         }
@@ -80,6 +87,7 @@ impl Geometry {
             Self::Append(geometry) => geometry.workgroup_bytes(),
             Self::CpuDecode(geometry) => geometry.workgroup_bytes(),
             Self::Decode(geometry) => geometry.workgroup_bytes(),
+            Self::MatrixPrefill(geometry) => geometry.workgroup_bytes(),
             Self::Prefill(geometry) => geometry.workgroup_bytes(),
             Self::CpuPrefill(_) | Self::Linear => 0,
         }

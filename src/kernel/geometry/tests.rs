@@ -4,7 +4,15 @@ use crate::{KvCacheConfig, KvFormat};
 
 fn variant(profile: Profile, kernel: Kernel, head_dim: u32, group_size: u32, formats: [KvFormat; 2]) -> Variant {
     let vendor = Vendor::Other;
-    let target = Target { profile, vendor, subgroups: true, subgroup_size: 8, int64: true, enable_directives: false };
+    let target = Target {
+        profile,
+        vendor,
+        subgroups: true,
+        subgroup_size: 8,
+        int64: true,
+        matrix: None,
+        enable_directives: false,
+    };
     let [k_format, v_format] = formats;
     let config = KvCacheConfig::new(1, 2, head_dim).with_blocks(4, 16).with_formats(k_format, v_format);
     Variant::new(kernel, target, &config, group_size, AttendFlags { causal: true, ..AttendFlags::default() })

@@ -71,7 +71,7 @@ impl Variant {
             (Profile::Cpu, Kernel::Decode) => self.cpu_decode(own),
             (Profile::Cpu, Kernel::Prefill) => self.cpu_prefill(own),
             (Profile::Gpu, Kernel::Decode) => self.gpu_decode(own),
-            (Profile::Gpu, Kernel::Prefill) => self.gpu_prefill(own),
+            (Profile::Gpu, Kernel::Prefill) if self.target.matrix.is_none() => self.gpu_prefill(own),
             (_, Kernel::Append) => self.append(own),
             _ => Vec::new(),
         };

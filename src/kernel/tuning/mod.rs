@@ -34,6 +34,18 @@ pub(crate) fn choose(variant: &mut Variant) {
         }
         (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_narrow) => (128, group_size, 32),
         (Profile::Gpu, Kernel::Decode) => (128, group_size, 16),
+        // 4 invocations a row. The more keys, the less often sums pass through workgroup memory, of which there are 32 KiB.
+        (Profile::Gpu, Kernel::Prefill) if variant.target.matrix.is_some() => (
+            128,
+            32,
+            if head_dim <= 80 {
+                64
+            } else if head_dim <= 128 {
+                32
+            } else {
+                16
+            },
+        ),
         // Compiled for Arc A and Arc B, the tiles of the other vendors spill 20 to 60 registers (200 at head_dim 256); with these nothing spills.
         (Profile::Gpu, Kernel::Prefill) if variant.target.vendor == Vendor::Intel => intel_prefill(variant),
         // The largest tiles that keep 4 waves per SIMD on RDNA2 (112 to 128 VGPR) and stay within 16 KiB.

@@ -2,7 +2,7 @@
 
 use super::Rounding;
 use crate::reference::quantise::Stored;
-use crate::reference::{Checked, Row};
+use crate::reference::{Checked, Row, VisibleKey};
 
 /// Rounding error of one `f32` operation, relative to its result.
 const U: f64 = 1.0 / (1 << 24) as f64;
@@ -17,6 +17,14 @@ const WALK: f64 = 2.0;
 const MIN_NORMAL: f64 = f32::MIN_POSITIVE as f64;
 /// What a flushed scale or weight is multiplied by at most: codes, and the two parts of an element.
 const MAX_CODE: f64 = 257.0;
+/// Rounding to a half: this much that all numbers share, and up to this much of their own.
+const HALF: f64 = 1.0 / (1 << 11) as f64;
+/// What may be flushed to zero of halves, relative to the largest of its row.
+const HALF_FLUSHED: f64 = 1.0 / (1 << 28) as f64;
+/// Smallest scale that the largest weight is looked for with.
+const MIN_WEIGHT_SCALE: f64 = 1.0 / (1_u128 << 64) as f64;
+/// Keys over which matrix units sum up at most.
+const MATRIX_KEYS: f64 = 64.0;
 /// Sums of magnitudes beyond this may overflow, in units of log2 and with all errors.
 const MAX_SUM: f64 = f32::MAX as f64 / 2.0;
 /// Allowance for effects of second order in `U`.
@@ -30,6 +38,8 @@ pub(in crate::reference) struct Element {
     zero_point: f64,
     /// Whether it is `zero_point + scale * code`.
     is_coded: bool,
+    /// 1 if it isn't.
+    scale: f64,
     /// How far the stored element may be from `value`.
     uncertainty: f64,
 }
@@ -38,6 +48,11 @@ impl Element {
     /// `scale * code`, or all of the element.
     fn rest(self) -> f64 {
         self.value - self.zero_point
+    }
+
+    /// The code, or all of the element.
+    fn code(self) -> f64 {
+        if self.scale > 0.0 { self.rest() / self.scale } else { 0.0 }
     }
 
     /// Roundings of a kernel that computes the element, and that of `value` to the oracle's `f32`.
@@ -55,12 +70,13 @@ pub(in crate::reference) fn elements<'r>(
     row.iter().enumerate().map(move |(dim, &value)| {
         let value = f64::from(value);
         let Some(stored) = stored else {
-            return Element { value, zero_point: 0.0, is_coded: false, uncertainty: 0.0 };
+            return Element { value, zero_point: 0.0, is_coded: false, scale: 1.0, uncertainty: 0.0 };
         };
         let part = |of: &[f32]| of.get(at + dim).copied().map_or(0.0, f64::from);
         let (scale, zero_point) = (part(&stored.scales), part(&stored.zero_points));
         let is_coded = scale != 0.0 || zero_point != 0.0;
-        Element { value, zero_point, is_coded, uncertainty: part(&stored.uncertainties) }
+        let scale = if is_coded { scale } else { 1.0 };
+        Element { value, zero_point, is_coded, scale, uncertainty: part(&stored.uncertainties) }
     })
 }
 
@@ -131,6 +147,7 @@ impl Terms {
 fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>, scaled: f64) -> Option<LogitError> {
     let [mut rest, mut zero, mut rounding, mut uncertain] = [Terms::default(); 4];
     let (mut q_abs, mut is_coded) = (0.0, false);
+    let (mut largest_half, mut codes_abs) = (0.0_f64, 0.0);
     for (&q, k) in q.iter().zip(k) {
         let q = f64::from(q);
         rest.add(q * k.rest());
@@ -139,6 +156,8 @@ fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>,
         q_abs += q.abs();
         uncertain.add(q * k.uncertainty);
         is_coded |= k.is_coded;
+        largest_half = largest_half.max((q * k.scale).abs());
+        codes_abs += k.code().abs();
     }
     let scale = checked.softmax_scale;
     let codes = if is_coded { MAX_CODE } else { 1.0 };
@@ -150,7 +169,7 @@ fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>,
     let flushed = scale.abs() * q_abs * MIN_NORMAL * codes;
     // The query with a channel's scale in it is rounded once more, and the two parts of a score are put together.
     let parts = if is_coded { rest.sum.abs() + zero.sum.abs() } else { 0.0 };
-    Some(match checked.rounding {
+    let mut error = match checked.rounding {
         Rounding::Independent => {
             // A kernel may add the rest up on top of what the zero points give.
             let partial = rest.partial() + zero.sum.abs();
@@ -165,7 +184,19 @@ fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>,
             let sums = (growth(q.len(), checked.rounding) + if is_coded { 10.0 } else { 5.0 }) * (rest.abs + zero.abs);
             LogitError { shared: U * sums + rounding.abs + uncertain.abs + flushed, own: 0.0 }
         }
-    })
+    };
+    if checked.f16_products {
+        let flushed = HALF_FLUSHED * largest_half * codes_abs * scale.abs();
+        let sums = 2.0 * U * q.len() as f64;
+        match checked.rounding {
+            Rounding::Independent => {
+                error.shared += HALF * rest.sum.abs() + sums * rest.partial() + flushed;
+                error.own = error.own.hypot(HALF * rest.random() / LAMBDA);
+            }
+            Rounding::Coherent => error.shared += (2.0 * HALF + sums) * rest.abs + flushed,
+        }
+    }
+    Some(error)
 }
 
 /// Largest error of `tanh(y)` when computed as `(exp(y) - exp(-y)) / (exp(y) + exp(-y))`, as WGSL allows.
@@ -213,6 +244,12 @@ pub(in crate::reference) fn of_row(checked: &Checked<'_>, row: &Row<'_>, out_bou
         min_denominator += weight * (-error.total()).exp();
         amplified
     };
+    // What a key's weight is rounded relative to, where it is a half.
+    let half_peak = |key: &VisibleKey| {
+        let scale = checked.value_elements(key.pos, row.kv_head).next().map_or(1.0, |v| v.scale);
+        key.weight * scale.max(MIN_WEIGHT_SCALE)
+    };
+    let half_peak = if checked.f16_products { row.keys.iter().map(half_peak).fold(0.0, f64::max) } else { 0.0 };
     for key in row.keys {
         let Some(mut error) = dot_error(checked, row.q, checked.key_elements(key.pos, row.kv_head), key.scaled) else {
             out_bound.fill(f64::INFINITY);
@@ -234,6 +271,9 @@ pub(in crate::reference) fn of_row(checked: &Checked<'_>, row: &Row<'_>, out_bou
         let values = checked.value_elements(key.pos, row.kv_head);
         for ((sums, v), &out) in sums.iter_mut().zip(values).zip(row.out) {
             sums.add(key.weight, v, out, error);
+            if checked.f16_products {
+                sums.half_flushed += (key.weight * v.rest().abs()).min(HALF_FLUSHED * half_peak * v.code().abs());
+            }
         }
     }
     if let Some(sink) = row.sink {
@@ -250,6 +290,9 @@ pub(in crate::reference) fn of_row(checked: &Checked<'_>, row: &Row<'_>, out_bou
     let denominator_error = U * growth(num_keys, rounding);
     for ((bound, sums), &out) in out_bound.iter_mut().zip(&sums).zip(row.out) {
         *bound = sums.bound(rounding, out, num_keys, rescales, denominator_error, min_denominator);
+        if checked.f16_products {
+            *bound += SECOND_ORDER * sums.half_error(rounding);
+        }
     }
 
     let weights = shared_sum + LAMBDA * f64::sqrt(own_square_sum);
@@ -325,6 +368,8 @@ struct Sums {
     widest: f64,
     /// The largest factor of a number that may be flushed to zero.
     codes: f64,
+    /// What may be flushed of weights that are halves.
+    half_flushed: f64,
 }
 
 impl Sums {
@@ -343,6 +388,15 @@ impl Sums {
         }
         self.widest += v.rest().abs() + v.zero_point.abs();
         self.codes = self.codes.max(if v.is_coded { MAX_CODE } else { 1.0 });
+    }
+
+    /// What rounding the weights to halves adds to the bound.
+    fn half_error(&self, rounding: Rounding) -> f64 {
+        let weights = match rounding {
+            Rounding::Independent => HALF * (self.rest.partial.abs() + LAMBDA * self.rest.squares.sqrt()),
+            Rounding::Coherent => 2.0 * HALF * self.rest.abs,
+        };
+        weights + self.half_flushed + 2.0 * U * MATRIX_KEYS * self.rest.abs
     }
 
     fn bound(
