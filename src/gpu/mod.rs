@@ -74,22 +74,28 @@ struct Inner {
     last_probe: std::sync::atomic::AtomicU64,
 }
 
-/// A wgpu device and queue with what folio needs checked. Cheap to clone; clones share everything.
+/// A wgpu device and queue with what folio needs checked. Cheap to clone.
+///
+/// Clones share everything but what [`Gpu::with_tuning`] and [`Gpu::with_matrix_units`] change.
 ///
 /// folio never submits, polls, or spawns a thread unless a method's documentation says so. Each kernel is compiled once per device and kept
 /// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
 /// returns [`Error::DeviceLost`](crate::Error::DeviceLost), from any thread, and has changed nothing.
 #[derive(Clone)]
-pub struct Gpu(Arc<Inner>, Option<Arc<Tuning>>, Option<MatrixSize>);
+pub struct Gpu {
+    inner: Arc<Inner>,
+    tuning: Option<Arc<Tuning>>,
+    matrix_size: Option<MatrixSize>,
+}
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gpu")
-            .field("adapter", &self.0.info.name)
-            .field("backend", &self.0.info.backend)
-            .field("profile", &self.0.profile)
-            .field("shader_checks", &self.0.shader_checks)
-            .field("matrix_size", &self.2)
+            .field("adapter", &self.inner.info.name)
+            .field("backend", &self.inner.info.backend)
+            .field("profile", &self.inner.profile)
+            .field("shader_checks", &self.inner.shader_checks)
+            .field("matrix_size", &self.matrix_size)
             .finish_non_exhaustive()
     }
 }
@@ -134,7 +140,7 @@ impl Gpu {
             device,
             queue,
         };
-        let gpu = Self(Arc::new(inner), None, None);
+        let gpu = Self { inner: Arc::new(inner), tuning: None, matrix_size: None };
         gpu.check_alive("taking a device over")?;
         Ok(gpu)
     }
@@ -142,62 +148,62 @@ impl Gpu {
     /// The wgpu device.
     #[must_use]
     pub fn device(&self) -> &wgpu::Device {
-        &self.0.device
+        &self.inner.device
     }
 
     /// The wgpu queue.
     #[must_use]
     pub fn queue(&self) -> &wgpu::Queue {
-        &self.0.queue
+        &self.inner.queue
     }
 
     /// The adapter's name, backend, driver and type.
     #[must_use]
     pub fn adapter_info(&self) -> &wgpu::AdapterInfo {
-        &self.0.info
+        &self.inner.info
     }
 
     /// The features that the device was opened with.
     #[must_use]
     pub fn features(&self) -> wgpu::Features {
-        self.0.features
+        self.inner.features
     }
 
     /// The limits that the device was opened with.
     #[must_use]
     pub fn limits(&self) -> &wgpu::Limits {
-        &self.0.limits
+        &self.inner.limits
     }
 
     /// The kernel family in use.
     #[must_use]
     pub fn profile(&self) -> Profile {
-        self.0.profile
+        self.inner.profile
     }
 
     /// Whether wgpu's shader checks are in.
     #[must_use]
     pub fn shader_checks(&self) -> ShaderChecks {
-        self.0.shader_checks
+        self.inner.shader_checks
     }
 
     /// The subgroup size if every subgroup of this adapter has the same one and the device can use subgroups.
     #[must_use]
     pub fn subgroup_size(&self) -> Option<u32> {
-        let info = &self.0.info;
+        let info = &self.inner.info;
         (self.has_subgroups() && info.subgroup_min_size == info.subgroup_max_size).then_some(info.subgroup_min_size)
     }
 
     /// Whether the device can use subgroup operations.
     #[must_use]
     pub fn has_subgroups(&self) -> bool {
-        self.0.features.contains(wgpu::Features::SUBGROUP)
+        self.inner.features.contains(wgpu::Features::SUBGROUP)
     }
 
     /// How many kernels have been compiled on the device so far.
     #[must_use]
     pub fn num_compiled(&self) -> u64 {
-        self.0.programs.num_compiled()
+        self.inner.programs.num_compiled()
     }
 
     /// What kernels are written for on this device.
@@ -205,7 +211,7 @@ impl Gpu {
     pub fn target(&self) -> Target {
         Target {
             profile: self.profile(),
-            vendor: if self.0.info.vendor == INTEL { Vendor::Intel } else { Vendor::Other },
+            vendor: if self.inner.info.vendor == INTEL { Vendor::Intel } else { Vendor::Other },
             subgroups: self.has_subgroups(),
             subgroup_size: self.subgroup_size().unwrap_or(0),
             int64: self.features().contains(wgpu::Features::SHADER_INT64),
@@ -228,13 +234,13 @@ impl Gpu {
         if !missing.is_empty() {
             return Err(Error::unsupported("features", format!("{missing:?}"), format!("{:?}", self.features())));
         }
-        Ok(Self(Arc::clone(&self.0), self.1.clone(), limits::matrix_size(adapter)))
+        Ok(Self { matrix_size: limits::matrix_size(adapter), ..self.clone() })
     }
 
     /// The matrices that kernels use, if any.
     #[must_use]
     pub fn matrix_size(&self) -> Option<MatrixSize> {
-        self.2
+        self.matrix_size
     }
 
     /// The same device with the kernel sizes that a tuner chose. Caches and attentions made with the result use them; nothing else changes.
@@ -251,25 +257,25 @@ impl Gpu {
 
     /// The same device with another tuning, or none.
     pub(crate) fn retuned(&self, tuning: Option<Tuning>) -> Self {
-        Self(Arc::clone(&self.0), tuning.map(Arc::new), self.2)
+        Self { tuning: tuning.map(Arc::new), ..self.clone() }
     }
 
     /// What [`Gpu::with_tuning`] was given.
     #[must_use]
     pub fn tuning(&self) -> Option<&Tuning> {
-        self.1.as_deref()
+        self.tuning.as_deref()
     }
 
     /// What a tuning made with this device holds good for: the key under which hosts keep it.
     #[must_use]
     pub fn tuned_for(&self) -> TunedFor {
-        let info = &self.0.info;
+        let info = &self.inner.info;
         let driver = [info.driver.as_str(), info.driver_info.as_str()];
         TunedFor {
             adapter: info.name.clone(),
             backend: info.backend.to_str().into(),
             driver: driver.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" "),
-            full_checks: self.0.shader_checks == ShaderChecks::Full,
+            full_checks: self.inner.shader_checks == ShaderChecks::Full,
             folio: env!("CARGO_PKG_VERSION").into(),
         }
     }
@@ -282,8 +288,8 @@ impl Gpu {
     /// What kind of adapter it is, as far as the number of workgroups that keep it busy depends on it.
     #[must_use]
     pub fn adapter_class(&self) -> AdapterClass {
-        match self.0.info.device_type {
-            _ if is_cpu_adapter(&self.0.info) => AdapterClass::Cpu,
+        match self.inner.info.device_type {
+            _ if is_cpu_adapter(&self.inner.info) => AdapterClass::Cpu,
             wgpu::DeviceType::DiscreteGpu => AdapterClass::Discrete,
             _ => AdapterClass::Integrated,
         }
@@ -292,6 +298,6 @@ impl Gpu {
     /// The largest storage binding in bytes: bounded by the binding limit and by the buffer limit, in whole `vec4`s.
     #[must_use]
     pub fn max_storage_bytes(&self) -> u64 {
-        self.0.limits.max_storage_buffer_binding_size.min(self.0.limits.max_buffer_size) / 16 * 16
+        self.inner.limits.max_storage_buffer_binding_size.min(self.inner.limits.max_buffer_size) / 16 * 16
     }
 }

@@ -40,7 +40,7 @@ impl Program {
     /// # Errors
     /// [`Error::Unsupported`] if it needs more than the device offers; [`Error::Wgpu`] if it doesn't compile; [`Error::DeviceLost`].
     pub(crate) async fn get(gpu: &Gpu, source: Source) -> Result<Arc<Self>> {
-        let programs = &gpu.0.programs;
+        let programs = &gpu.inner.programs;
         let lock = || programs.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let found = lock().get(&source).cloned();
         if let Some(program) = found {

@@ -73,11 +73,11 @@ impl Gpu {
                 self.check_alive(during)?;
                 return Err(Error::wgpu(during, error));
             }
-            let since_start = self.0.start.elapsed().as_micros() as u64;
-            let last_probe = self.0.last_probe.load(Ordering::Relaxed);
+            let since_start = self.inner.start.elapsed().as_micros() as u64;
+            let last_probe = self.inner.last_probe.load(Ordering::Relaxed);
             if since_start.saturating_sub(last_probe) >= PROBE_INTERVAL.as_micros() as u64 || self.is_known_lost() {
                 self.check_alive(during)?;
-                self.0.last_probe.store(since_start, Ordering::Relaxed);
+                self.inner.last_probe.store(since_start, Ordering::Relaxed);
             }
             Ok(value)
         }
@@ -112,7 +112,7 @@ impl Gpu {
     }
 
     fn is_known_lost(&self) -> bool {
-        self.0.lost.load(Ordering::Relaxed)
+        self.inner.lost.load(Ordering::Relaxed)
     }
 
     /// Fails if the device is lost: destroyed by the host, removed, or given up by its driver. Always succeeds in a browser, which tells the
@@ -130,7 +130,7 @@ impl Gpu {
                 count: 0,
             }));
             if pollster::block_on(scope.pop()).is_none() {
-                self.0.lost.store(true, Ordering::Relaxed);
+                self.inner.lost.store(true, Ordering::Relaxed);
             }
         }
         if self.is_known_lost() { Err(Error::DeviceLost { during }) } else { Ok(()) }

@@ -123,7 +123,7 @@ impl Upload {
             State::Words(words) => words,
         };
         let bytes = (words.len() as u64 * 4).next_power_of_two().max(MIN_BYTES).min(gpu.max_storage_bytes());
-        let pool = &gpu.0.uploads;
+        let pool = &gpu.inner.uploads;
         let (buffer, lease) = match pool.lease(bytes) {
             Some(leased) => leased,
             None => {
