@@ -336,3 +336,30 @@ impl Segments {
         }
     }
 }
+
+/// A matrix among others in one buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Region {
+    /// Columns of the matrices before it.
+    pub(crate) first_col: u32,
+    /// Its own columns.
+    pub(crate) width: u32,
+    /// Elements before it, per row.
+    pub(crate) offset: u32,
+}
+
+/// A region's width with its padding: 64 elements are 256 bytes, the largest alignment that a device may ask of a binding.
+pub(crate) const fn padded_region(width: u32) -> u32 {
+    width.next_multiple_of(64)
+}
+
+/// Matrices of these widths and some number of rows, one after another. The rows of each lie side by side; its padding is behind its last row, so
+/// that every matrix starts where a device can bind it, and the number of rows follows from the elements of all.
+pub(crate) fn regions(widths: [u32; 3]) -> [Region; 3] {
+    let (mut first_col, mut offset) = (0, 0);
+    widths.map(|width| {
+        let region = Region { first_col, width, offset };
+        (first_col, offset) = (first_col + width, offset + padded_region(width));
+        region
+    })
+}

@@ -33,6 +33,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/linear_gather.wgsl",
     "model/linear_matmul.wgsl",
     "model/linear_matvec.wgsl",
+    "model/linear_outputs.wgsl",
     "model/linear_params.wgsl",
     "model/linear_parts.wgsl",
     "model/linear_stage.wgsl",

@@ -414,7 +414,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let bias = bias.map(|tensor| self.values(tensor)).transpose()?;
         let source = self.source;
         let mut rows = |row_start: u32, out: &mut [f32]| source.rows(weight, row_start as usize, out);
-        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await;
+        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref(), None).await;
         // The layer knows the value that it can't store, the loader whose it is.
         let linear = linear.map_err(|error| match error {
             ModelError::Weight { tensor: None, value, row, column } => {
