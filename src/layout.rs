@@ -337,7 +337,8 @@ impl Segments {
     }
 }
 
-/// A matrix among others in one buffer.
+/// A matrix among others in one buffer, one after another. The rows of each lie side by side; its padding is behind its last row, so that every
+/// matrix starts where a device can bind it, and the number of rows follows from the elements of all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Region {
     /// Columns of the matrices before it.
@@ -348,18 +349,20 @@ pub(crate) struct Region {
     pub(crate) offset: u32,
 }
 
-/// A region's width with its padding: 64 elements are 256 bytes, the largest alignment that a device may ask of a binding.
-pub(crate) const fn padded_region(width: u32) -> u32 {
-    width.next_multiple_of(64)
-}
+impl Region {
+    /// Matrices of these widths. Sums that don't fit 32 bits saturate: no device has such a buffer.
+    pub(crate) fn of(widths: [u32; 3]) -> [Self; 3] {
+        let (mut first_col, mut offset) = (0_u32, 0_u32);
+        widths.map(|width| {
+            let region = Self { first_col, width, offset };
+            first_col = first_col.saturating_add(width);
+            offset = offset.saturating_add(region.padded_width());
+            region
+        })
+    }
 
-/// Matrices of these widths and some number of rows, one after another. The rows of each lie side by side; its padding is behind its last row, so
-/// that every matrix starts where a device can bind it, and the number of rows follows from the elements of all.
-pub(crate) fn regions(widths: [u32; 3]) -> [Region; 3] {
-    let (mut first_col, mut offset) = (0, 0);
-    widths.map(|width| {
-        let region = Region { first_col, width, offset };
-        (first_col, offset) = (first_col + width, offset + padded_region(width));
-        region
-    })
+    /// Elements per row with the padding: 64 elements are 256 bytes, the largest alignment that a device may ask of a binding.
+    pub(crate) fn padded_width(&self) -> u32 {
+        self.width.checked_next_multiple_of(64).unwrap_or(u32::MAX)
+    }
 }

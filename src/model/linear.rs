@@ -10,7 +10,7 @@ use super::ops::ActivationKind;
 use super::quantise::{Packed, Packer, WeightFormat};
 use super::rows::Rows;
 use crate::kernel::Profile;
-use crate::layout::padded_region;
+use crate::layout::Region;
 use crate::{BufferRef, Error, Gpu, Recorder, Result};
 
 /// Shape and options of a [`Linear`] layer.
@@ -58,7 +58,7 @@ impl LinearConfig {
     /// `rows` times the padded widths before it, where every device can bind it, and has its padding behind its last row.
     #[must_use]
     pub fn y_width(&self) -> u32 {
-        self.regions.map_or(self.out_features, |widths| widths.map(padded_region).iter().sum())
+        self.regions.map_or(self.out_features, |widths| Region::of(widths).iter().map(Region::padded_width).sum())
     }
 
     /// Rows of W.

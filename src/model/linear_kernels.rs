@@ -10,8 +10,8 @@ use super::linear::LinearConfig;
 use super::ops::ActivationKind;
 use super::quantise::WeightFormat;
 use crate::gpu::Program;
-use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, Target, render};
-use crate::layout::{Region, padded_region, regions};
+use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, Target, region_context, render};
+use crate::layout::Region;
 use crate::{Error, Gpu, Result};
 
 /// A kernel of a linear layer.
@@ -259,11 +259,8 @@ impl LinearVariant {
             activation => self.activation.map_or("none", ActivationKind::shader_name),
             bias => self.bias,
             gated => self.gated,
-            regions => self.regions.map(|widths| regions(widths).map(|region| {
-                let Region { first_col, width, offset } = region;
-                context! { first_col, width, offset }
-            })),
-            y_width => self.regions.map(|widths| widths.map(padded_region).iter().sum::<u32>()),
+            regions => self.regions.map(|widths| Region::of(widths).map(region_context)),
+            y_width => self.regions.map(|widths| Region::of(widths).iter().map(Region::padded_width).sum::<u32>()),
             norm => self.norm,
             aligned => self.in_aligned,
             out_aligned => self.out_aligned,

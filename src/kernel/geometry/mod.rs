@@ -55,7 +55,7 @@ impl Geometry {
             (Profile::Cpu, Kernel::Prefill) => Self::CpuPrefill(CpuPrefillGeometry::of(variant)),
             (Profile::Gpu, Kernel::Decode) => Self::Decode(DecodeGeometry::of(variant)),
             (Profile::Gpu, Kernel::Prefill) => Self::Prefill(PrefillGeometry::of(variant)),
-            (_, Kernel::Append) => Self::Append(AppendGeometry::of(variant)),
+            (_, Kernel::Append | Kernel::AppendQkv) => Self::Append(AppendGeometry::of(variant)),
             (_, Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Merge | Kernel::Rope) => {
                 Self::Linear
             }
