@@ -43,50 +43,10 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {{ store(k_side) }}
 {{ store(v_side) }}
 {% if rope %}
+{% set rows = "k_new" %}
+{% set head_norm = false %}
 {% include "shared/rope.wgsl" %}
-
-{% if rope == "interleaved" %}
-// Elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of k_new: four pairs, rotated.
-fn rotated_vec8(row: u32, vec8_idx: u32, position: u32) -> Vec8 {
-    let at = 2u * (row * HEAD_VEC8S + vec8_idx);
-    let lo = k_new[at];
-    let hi = k_new[at + 1u];
-    if (8u * vec8_idx >= ROTARY_DIM) {
-        return Vec8(lo, hi);
-    }
-    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * vec8_idx + OFFSETS, position);
-    return Vec8(
-        vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y),
-        vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w));
-}
-{% else %}
-// Four elements of k_new{{ ", which are neighbours" if wide }}.
-fn k_elements(at: vec4<u32>) -> vec4<f32> {
-{% if wide %}
-    return k_new[at.x / 4u];
-{% else %}
-    return vec4<f32>(k_new[at.x], k_new[at.y], k_new[at.z], k_new[at.w]);
-{% endif %}
-}
-
-// Elements dim .. dim + 4 of a row of k_new, rotated with their partners, which lie ROTARY_DIM / 2 before or behind.
-fn rotated_dims(row: u32, dim: u32, position: u32) -> vec4<f32> {
-    let dims = dim + OFFSETS;
-    let own = k_elements(row * HEAD_DIM + dims);
-    if (dim >= ROTARY_DIM) {
-        return own;
-    }
-    let is_second = dims >= vec4<u32>(ROTARY_PAIRS);
-    let other = k_elements(row * HEAD_DIM + select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second));
-    let pairs = select(dims, dims - ROTARY_PAIRS, is_second);
-    let rotated = rotate_pairs(select(own, other, is_second), select(other, own, is_second), pairs, position);
-    return select(rotated.first, rotated.second, is_second);
-}
-
-fn rotated_vec8(row: u32, vec8_idx: u32, position: u32) -> Vec8 {
-    return Vec8(rotated_dims(row, 8u * vec8_idx, position), rotated_dims(row, 8u * vec8_idx + 4u, position));
-}
-{% endif %}
+{% include "shared/rotated_rows.wgsl" %}
 
 {% endif %}
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -108,7 +68,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     if (live) {
         let at = 2u * (row * HEAD_VEC8S + vec8_idx);
 {% if rope %}
-        k = rotated_vec8(row, vec8_idx, step_lists[params.positions_offset + token]);
+        k = rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token]);
 {% else %}
         k = Vec8(k_new[at], k_new[at + 1u]);
 {% endif %}
@@ -135,7 +95,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         return;
     }
 {% if rope %}
-    let k = rotated_vec8(row, vec8_idx, step_lists[params.positions_offset + token]);
+    let k = rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token]);
 {% else %}
     let k = Vec8(k_new[2u * idx], k_new[2u * idx + 1u]);
 {% endif %}

@@ -336,3 +336,33 @@ impl Segments {
         }
     }
 }
+
+/// A matrix among others in one buffer, one after another. The rows of each lie side by side; its padding is behind its last row, so that every
+/// matrix starts where a device can bind it, and the number of rows follows from the elements of all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Region {
+    /// Columns of the matrices before it.
+    pub(crate) first_col: u32,
+    /// Its own columns.
+    pub(crate) width: u32,
+    /// Elements before it, per row.
+    pub(crate) offset: u32,
+}
+
+impl Region {
+    /// Matrices of these widths. Sums that don't fit 32 bits saturate: no device has such a buffer.
+    pub(crate) fn of(widths: [u32; 3]) -> [Self; 3] {
+        let (mut first_col, mut offset) = (0_u32, 0_u32);
+        widths.map(|width| {
+            let region = Self { first_col, width, offset };
+            first_col = first_col.saturating_add(width);
+            offset = offset.saturating_add(region.padded_width());
+            region
+        })
+    }
+
+    /// Elements per row with the padding: 64 elements are 256 bytes, the largest alignment that a device may ask of a binding.
+    pub(crate) fn padded_width(&self) -> u32 {
+        self.width.checked_next_multiple_of(64).unwrap_or(u32::MAX)
+    }
+}

@@ -30,7 +30,10 @@ pub mod tune;
 #[cfg(feature = "wgpu")]
 pub use attention::{Attention, AttentionPlan};
 #[cfg(feature = "wgpu")]
-pub use cache::{Defragment, KvCache, KvRows, PendingSnapshot, Rope, SequenceSnapshot, Step, SwapIn, SwapOut};
+pub use cache::{
+    AppendQkv, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot, Step, SwapIn,
+    SwapOut,
+};
 pub use error::{BoxError, Error, ErrorKind, Holder, Result};
 pub use format::{KvFormat, KvFormats};
 #[cfg(feature = "open")]

@@ -2,6 +2,9 @@
 y = activate(x W^T + bias), for CPU adapters: lane i of the workgroup's one subgroup owns column i of each of COLS blocks of LANES columns, and
 ROWS rows of them.
 
+With `norm` x is that of RMSNorm: it is multiplied by the weights as it is loaded, and the sums, which are linear in it, by 1 / sqrt(mean square + eps)
+at the end, when all squares have been seen.
+
 W is read from a texture: llvmpipe compiles a storage load to a loop over lanes with bounds checks, a texture load to straight vector code
 some 5 times as fast per byte. For a few rows x comes from its storage buffer; for more it is worth a dispatch to move it to a texture first
 (`staged`, linear_stage.wgsl). Either way lanes load different parts of the rows' next STEP inputs, and share them by subgroupBroadcast, which costs
@@ -13,6 +16,7 @@ Iterations per invocation: ceil(in_features / step) + rows, and with scales up t
 Workgroup memory: none.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
+{% import "model/linear_outputs.wgsl" as outputs %}
 {% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set packs = step // per_pack %}
 {% set quantised = format in ["int8", "int4"] %}
@@ -20,13 +24,15 @@ Workgroup memory: none.
 {% set nested = quantised and rows < 8 %}
 {% set row_units = step // unit %}
 {% set loads = (rows * row_units + lanes - 1) // lanes %}
+{# Columns of y: two blocks of W, gate and up, make one if `gated`. #}
+{% set out_cols = cols // 2 if gated else cols %}
 {% set x_type = {1: "f32", 4: "vec2<u64>" if int64 else "vec4<f32>", 8: "vec4<u64>"}[unit] %}
 {% set xyzw = ["x", "y", "z", "w"] %}
 {% include "model/linear_params.wgsl" %}
 
 const LANES: u32 = {{ lanes }}u;
 const ROWS: u32 = {{ rows }}u;
-const COLS: u32 = {{ cols }}u;
+const COLS: u32 = {{ out_cols }}u;
 const STEP: u32 = {{ step }}u;
 // Texels of a row of the textures: 2048.
 const TEXTURE_SHIFT: u32 = 11u;
@@ -41,7 +47,7 @@ const TEXTURE_MASK: u32 = 2047u;
 // [rows, in_features]
 @group(0) @binding(1) var<storage, read> x: array<{{ x_type }}>;
 {% endif %}
-// [rows, out_features]
+// {{ outputs.shape(regions) }}
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 @group(0) @binding(3) var<uniform> params: LinearParams;
 {% if quantised %}
@@ -49,13 +55,19 @@ const TEXTURE_MASK: u32 = 2047u;
 @group(0) @binding(4) var scales: texture_2d<u32>;
 {% endif %}
 {% if bias %}
-// [out_features]
+// [{{ "gate and up, " if gated }}out_features]
 @group(0) @binding({{ 5 if quantised else 4 }}) var<storage, read> bias: array<f32>;
+{% endif %}
+{% if norm %}
+// [in_features]
+@group(0) @binding({{ 4 + quantised + bias }}) var<storage, read> norm_weight: array<{{ x_type }}>;
 {% endif %}
 
 {% if activation != "none" %}
 {% include "model/linear_activation.wgsl" %}
 {% endif %}
+
+{{ outputs.place(regions) }}
 
 @compute @workgroup_size({{ lanes }})
 fn linear(
@@ -63,13 +75,17 @@ fn linear(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let num_rows = arrayLength(&y) / params.out_features;
+    let num_rows = arrayLength(&y) / {{ outputs.width(y_width) }};
     let first_row = workgroup.y * ROWS;
     // Blocks beyond the last one repeat it and are not stored.
     let first_block = (workgroup.x + workgroup.z * grid.x) * COLS;
     let last_block = (params.last_row - params.first_row) / LANES;
 {% for c in range(cols) %}
+{% if gated %}
+    let block{{ c }} = 2u * min(first_block + {{ c // 2 }}u, last_block) + {{ c % 2 }}u;
+{% else %}
     let block{{ c }} = min(first_block + {{ c }}u, last_block);
+{% endif %}
     var texel{{ c }} = block{{ c }} * params.row_packs * LANES + lane;
 {% if quantised %}
     {{ "var" if nested else "let" }} scale_texel{{ c }} = block{{ c }} * (params.row_groups / 4u) * LANES + lane;
@@ -97,6 +113,9 @@ fn linear(
     let unit{{ j }} = min({{ j * lanes }}u + lane, {{ rows * row_units - 1 }}u);
     let x_k{{ j }} = unit{{ j }} % {{ row_units }}u * {{ unit }}u;
     let x_row{{ j }} = min(first_row + unit{{ j }} / {{ row_units }}u, num_rows - 1u) * params.in_features;
+{% if norm %}
+    var squares{{ j }} = 0.0;
+{% endif %}
 {% endfor %}
 {% endif %}
 
@@ -124,10 +143,10 @@ fn linear(
 {% else %}
     for (var k = 0u; k < params.in_features; k += STEP) {
 {% endif %}
-{% macro x_value(j, e) -%}
-    {%- if unit == 1 -%}x{{ j }}
-    {%- elif int64 -%}bitcast<f32>(u32(x{{ j }}.{{ xyzw[e // 2] }}{% if e % 2 %} >> 32u{% endif %}))
-    {%- else -%}x{{ j }}.{{ xyzw[e] }}
+{% macro value_of(x, e) -%}
+    {%- if unit == 1 -%}{{ x }}
+    {%- elif int64 -%}bitcast<f32>(u32({{ x }}.{{ xyzw[e // 2] }}{% if e % 2 %} >> 32u{% endif %}))
+    {%- else -%}{{ x }}.{{ xyzw[e] }}
     {%- endif -%}
 {%- endmacro %}
 {% if staged and subgroups %}
@@ -152,12 +171,26 @@ fn linear(
 {% for j in range(loads) %}
         // Beyond the row's end are other rows, or nothing.
         var x{{ j }} = {{ x_type }}();
+{% if norm %}
+        var g{{ j }} = {{ x_type }}();
+{% endif %}
         if (k + x_k{{ j }} < params.in_features) {
             x{{ j }} = x[(x_row{{ j }} + k + x_k{{ j }}){% if unit > 1 %} / {{ unit }}u{% endif %}];
+{% if norm %}
+            g{{ j }} = norm_weight[(k + x_k{{ j }}){% if unit > 1 %} / {{ unit }}u{% endif %}];
+{% endif %}
         }
 {% for e in range(unit) %}
-        let x{{ j }}_{{ e }} = {{ x_value(j, e) }};
+{% if norm %}
+        let raw{{ j }}_{{ e }} = {{ value_of("x" ~ j, e) }};
+        let x{{ j }}_{{ e }} = raw{{ j }}_{{ e }} * {{ value_of("g" ~ j, e) }};
+{% else %}
+        let x{{ j }}_{{ e }} = {{ value_of("x" ~ j, e) }};
+{% endif %}
 {% endfor %}
+{% if norm %}
+        squares{{ j }} += {% for e in range(unit) %}{{ " + " if e }}raw{{ j }}_{{ e }} * raw{{ j }}_{{ e }}{% endfor %};
+{% endif %}
 {% if quantised %}
         let x{{ j }}_sum = {% for e in range(unit) %}{{ " + " if e }}x{{ j }}_{{ e }}{% endfor %};
 {% endif %}
@@ -225,27 +258,45 @@ fn linear(
     }
 {% endif %}
 
+{% if norm %}
+    // Units of a row are spread over lanes and loads; lanes beyond the last unit have repeated it.
+{% for r in range(rows) %}
+    let squares_of_row{{ r }} = subgroupAdd(
+    {%- for j in range(loads) %}{{ " + " if j }}select(0.0, squares{{ j }}, ({{ j * lanes }}u + lane) / {{ row_units }}u == {{ r }}u){% endfor %});
+    var norm{{ r }} = 1.0 / sqrt(squares_of_row{{ r }} / f32(params.in_features) + params.norm_eps);
+{% endfor %}
+
+{% endif %}
     // A store compiles to much code, so they are in a loop that shifts the rows.
     let end = min(ROWS, num_rows - min(first_row, num_rows));
     for (var r = 0u; r < end; r++) {
-        let row = (first_row + r) * params.out_features;
-{% for c in range(cols) %}
+{% for o in range(out_cols) %}
         {
-            let col = params.first_row + (first_block + {{ c }}u) * LANES + lane;
+            let col = params.first_row + (first_block + {{ o }}u) * LANES + lane;
             if (col <= params.last_row) {
-                var value = acc{{ c }}_0{% if bias %} + bias[col]{% endif %};
+{% set c = 2 * o if gated else o %}
+                var value = acc{{ c }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[col]{% endif %};
 {% if activation != "none" %}
                 value = activate(value);
 {% endif %}
+{% if gated %}
+                value *= acc{{ c + 1 }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[params.out_features + col]{% endif %};
+{% endif %}
+                let at = y_at(first_row + r, col, num_rows);
                 if (params.accumulate != 0u) {
-                    value += y[row + col];
+                    value += y[at];
                 }
-                y[row + col] = value;
+                y[at] = value;
             }
         }
+{% endfor %}
 {% for r in range(rows - 1) %}
+{% for c in range(cols) %}
         acc{{ c }}_{{ r }} = acc{{ c }}_{{ r + 1 }};
 {% endfor %}
+{% if norm %}
+        norm{{ r }} = norm{{ r + 1 }};
+{% endif %}
 {% endfor %}
     }
 }

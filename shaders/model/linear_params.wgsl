@@ -5,10 +5,11 @@ struct LinearParams {
     row_packs: u32,
     // Scales of a row of W; with its padding to a multiple of 4.
     row_groups: u32,
-    // The rows of W that this binding of it holds.
+    // The columns of y whose rows of W this binding of it holds.
     first_row: u32,
     last_row: u32,
     // Whether the result is added to y.
     accumulate: u32,
-    reserved: u32,
+    // Added to the mean square of a row of x.
+    norm_eps: f32,
 }

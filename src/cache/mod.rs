@@ -1,5 +1,6 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
+mod append_qkv;
 mod calibrate;
 mod defragment;
 mod pack;
@@ -13,6 +14,7 @@ mod step;
 mod storage;
 mod swap;
 
+pub use append_qkv::{AppendQkv, HeadNorm, QkvRows};
 pub use defragment::Defragment;
 pub use record::KvRows;
 pub use rope::Rope;

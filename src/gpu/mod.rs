@@ -65,6 +65,8 @@ struct Inner {
     shader_checks: ShaderChecks,
     uploads: upload::UploadPool,
     programs: program::Programs,
+    #[cfg(feature = "counters")]
+    num_dispatches: std::sync::atomic::AtomicU64,
     /// Whether the device is known to be lost.
     lost: AtomicBool,
     #[cfg(not(target_arch = "wasm32"))]
@@ -132,6 +134,8 @@ impl Gpu {
             shader_checks,
             uploads: upload::UploadPool::default(),
             programs: program::Programs::default(),
+            #[cfg(feature = "counters")]
+            num_dispatches: Default::default(),
             lost: AtomicBool::new(false),
             #[cfg(not(target_arch = "wasm32"))]
             start: std::time::Instant::now(),
@@ -204,6 +208,13 @@ impl Gpu {
     #[must_use]
     pub fn num_compiled(&self) -> u64 {
         self.inner.programs.num_compiled()
+    }
+
+    /// How many dispatches folio has recorded so far, into whatever encoders.
+    #[cfg(feature = "counters")]
+    #[must_use]
+    pub fn num_dispatches(&self) -> u64 {
+        self.inner.num_dispatches.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// What kernels are written for on this device.

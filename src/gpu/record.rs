@@ -147,6 +147,8 @@ impl Recorder<'_> {
         dispatches: &[Prepared],
         leases: &[Lease],
     ) -> Result<()> {
+        #[cfg(feature = "counters")]
+        gpu.inner.num_dispatches.fetch_add(dispatches.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let into_pass = |pass: &mut dyn Pass| {
             dispatches.iter().for_each(|dispatch| pass.dispatch(dispatch));
             leases.iter().for_each(|lease| pass.hold(lease.clone()));

@@ -69,6 +69,7 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
     // What stands before the cache's sides, how those are bound, and what follows them.
     let (first, access, rest) = match variant.kernel {
         Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::AppendQkv => (vec![write("qkv")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
         Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
         Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step_lists"), PARAMS], None, vec![]),
         Kernel::Gather => {
@@ -89,8 +90,11 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
     if variant.reads_heads() {
         bindings.push(Binding { name: Cow::Borrowed("heads"), access: Access::Uniform });
     }
-    if variant.rope.is_some() && variant.kernel == Kernel::Append {
+    if variant.rope.is_some() && matches!(variant.kernel, Kernel::Append | Kernel::AppendQkv) {
         bindings.push(read("rope_table"));
+    }
+    if variant.head_norm {
+        bindings.push(read("norm_weights"));
     }
     bindings
 }

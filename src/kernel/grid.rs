@@ -19,6 +19,12 @@ impl Variant {
         self.grid(argument, self.append_invocations(u64::from(num_tokens) * u64::from(self.num_kv_heads)))
     }
 
+    /// Workgroups of `append_qkv` for a number of tokens: (x, y).
+    pub(crate) fn append_qkv_grid(&self, argument: &'static str, num_tokens: u32) -> Result<(u32, u32)> {
+        let heads = u64::from(self.num_kv_heads) * (u64::from(self.group_size) + 1);
+        self.grid(argument, self.append_invocations(u64::from(num_tokens) * heads))
+    }
+
     /// Workgroups of `copy_blocks` for a number of blocks: (x, y).
     pub(crate) fn copy_grid(&self, argument: &'static str, num_copies: u32) -> Result<(u32, u32)> {
         // An invocation copies 16 bytes of K and of V.

@@ -20,5 +20,5 @@ pub use rope::{RopeConfig, RopeLayout, RopeScaling};
 pub use source::compose;
 pub use target::{AdapterClass, MatrixSize, Profile, ShaderFeatures, Source, Target, Vendor};
 #[cfg(feature = "model")]
-pub(crate) use template::render;
+pub(crate) use template::{region_context, render};
 pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant};

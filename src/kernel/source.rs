@@ -15,6 +15,7 @@ use crate::plan::{LOGIT_FLOOR, MERGE_ITEM_WORDS, NO_PARTIAL, WORK_ITEM_WORDS};
 fn template_name(variant: &Variant) -> &'static str {
     match (variant.kernel, variant.target.profile) {
         (Kernel::Append, _) => "append.wgsl",
+        (Kernel::AppendQkv, _) => "append_qkv.wgsl",
         (Kernel::CopyBlocks, _) => "copy_blocks.wgsl",
         (Kernel::PackBlocks, _) => "pack_blocks.wgsl",
         (Kernel::Gather, _) => "gather.wgsl",
@@ -73,6 +74,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
             heads => v.reads_heads(),
                 rope => v.rope.map(|rope| rope.layout.shader_name()),
                 rotary_dim => v.rope.map(|rope| rope.rotary_dim),
+                head_norm => v.head_norm,
+                regions => v.qkv_regions().map(template::region_context),
                 subgroups => v.target.subgroups,
                 subgroup_size => v.target.subgroup_size,
                 int64 => v.target.int64,

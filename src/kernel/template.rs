@@ -8,6 +8,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior};
 
 use crate::error::{Error, Result};
+use crate::layout::Region;
 
 macro_rules! templates {
     ($($name:literal),* $(,)?) => {
@@ -18,6 +19,7 @@ macro_rules! templates {
 /// Every file under `shaders/`, by the name that templates include it by.
 const TEMPLATES: &[(&str, &str)] = templates![
     "append.wgsl",
+    "append_qkv.wgsl",
     "copy_blocks.wgsl",
     "cpu/decode.wgsl",
     "cpu/prefill.wgsl",
@@ -34,6 +36,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/linear_gather.wgsl",
     "model/linear_matmul.wgsl",
     "model/linear_matvec.wgsl",
+    "model/linear_outputs.wgsl",
     "model/linear_params.wgsl",
     "model/linear_parts.wgsl",
     "model/linear_stage.wgsl",
@@ -56,6 +59,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/kv_rows.wgsl",
     "shared/kv_side.wgsl",
     "shared/rope.wgsl",
+    "shared/rotated_rows.wgsl",
 ];
 
 /// Parsed templates: constant data, filled on first use.
@@ -69,6 +73,11 @@ static ENVIRONMENT: LazyLock<Result<Environment<'static>, String>> = LazyLock::n
     }
     Ok(environment)
 });
+
+/// A region, for a template.
+pub(crate) fn region_context(region: Region) -> minijinja::Value {
+    minijinja::context! { first_col => region.first_col, width => region.width, offset => region.offset }
+}
 
 /// Renders a template. An unknown name in it is an error.
 ///

@@ -5,7 +5,7 @@ use super::rope::RopeLayout;
 use super::target::{Profile, ShaderFeatures, Source, Target};
 use crate::error::Result;
 use crate::format::KvFormat;
-use crate::layout::{KvCacheConfig, KvLayout, MAX_HEAD_DIM, Segments};
+use crate::layout::{KvCacheConfig, KvLayout, MAX_HEAD_DIM, Region, Segments};
 use crate::plan::AttentionConfig;
 
 /// The kernels. Each is an entry point of the same name.
@@ -13,6 +13,8 @@ use crate::plan::AttentionConfig;
 pub enum Kernel {
     /// Writes new K and V rows into their slots.
     Append,
+    /// The same of a matrix of queries, keys and values, whose queries and keys are rotated, and perhaps normalised before.
+    AppendQkv,
     /// Copies whole blocks, for copy-on-write.
     CopyBlocks,
     /// Copies blocks of one side into consecutive memory, or back.
@@ -31,8 +33,9 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Append,
+        Self::AppendQkv,
         Self::CopyBlocks,
         Self::PackBlocks,
         Self::Gather,
@@ -47,6 +50,7 @@ impl Kernel {
     pub const fn entry_point(self) -> &'static str {
         match self {
             Self::Append => "append",
+            Self::AppendQkv => "append_qkv",
             Self::CopyBlocks => "copy_blocks",
             Self::PackBlocks => "pack_blocks",
             Self::Gather => "gather",
@@ -127,8 +131,10 @@ pub struct Variant {
     pub v_segments: Segments,
     /// Options of the attention call.
     pub flags: AttendFlags,
-    /// Rotary embedding: what `rope` does always, and `append` to K if it is there.
+    /// Rotary embedding: what `rope` and `append_qkv` do always, and `append` to K if it is there.
     pub rope: Option<RopeShape>,
+    /// Whether `append_qkv` normalises queries and keys before.
+    pub head_norm: bool,
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
     /// Query rows of a workgroup (decode and prefill).
@@ -164,6 +170,7 @@ impl Variant {
             v_segments: Segments::ONE,
             flags,
             rope: None,
+            head_norm: false,
             workgroup_size: 0,
             tile_q: 0,
             tile_kv: 0,
@@ -225,21 +232,38 @@ impl Variant {
         self.k_format.has_row_scales() || self.v_format.has_row_scales()
     }
 
+    /// Whether the invocations of a row share what they know, so that a workgroup has whole rows.
+    pub(crate) const fn shares_rows(&self) -> bool {
+        matches!(self.kernel, Kernel::AppendQkv) || self.has_row_scales()
+    }
+
+    /// Elements per token of the regions that `append_qkv` reads: queries, keys, values.
+    pub(crate) fn qkv_regions(&self) -> [Region; 3] {
+        let kv_width = self.num_kv_heads.saturating_mul(self.head_dim);
+        Region::of([kv_width.saturating_mul(self.group_size), kv_width, kv_width])
+    }
+
     /// Invocations of `append` for a number of rows of K and V, which take 8 elements each. Those of a row whose range they share are of one
     /// workgroup, which has whole rows.
     pub(crate) const fn append_invocations(&self, num_rows: u64) -> u64 {
         let vec8s = self.head_dim / 8;
-        if self.has_row_scales() {
+        if self.shares_rows() {
             num_rows.div_ceil((self.workgroup_size / vec8s) as u64) * self.workgroup_size as u64
         } else {
             num_rows * vec8s as u64
         }
     }
 
-    /// The same kernel with a rotary embedding; `append` and `rope` know it.
+    /// The same kernel with a rotary embedding; `append`, `append_qkv` and `rope` know it.
     #[must_use]
     pub fn with_rope(self, rope: RopeShape) -> Self {
         Self { rope: Some(rope), ..self }
+    }
+
+    /// The same kernel with RMSNorm of each head of queries and keys; `append_qkv` knows it.
+    #[must_use]
+    pub fn with_head_norm(self) -> Self {
+        Self { head_norm: true, ..self }
     }
 
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.

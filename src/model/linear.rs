@@ -10,6 +10,7 @@ use super::ops::ActivationKind;
 use super::quantise::{Packed, Packer, WeightFormat};
 use super::rows::Rows;
 use crate::kernel::Profile;
+use crate::layout::Region;
 use crate::{BufferRef, Error, Gpu, Recorder, Result};
 
 /// Shape and options of a [`Linear`] layer.
@@ -27,14 +28,52 @@ pub struct LinearConfig {
     pub accumulate: bool,
     /// What is applied to `x W^T + bias`.
     pub activation: Option<ActivationKind>,
+    /// Whether W has `2 * out_features` rows (and the bias as many values): those of a gate, then those of up, and y is `activation(gate) * up`.
+    pub gated: bool,
+    /// Widths of matrices that y is cut into, one after another in its buffer: of queries, keys and values. Multiples of 4 whose sum is
+    /// `out_features`. See [`LinearConfig::y_width`].
+    pub regions: Option<[u32; 3]>,
+    /// Whether x is normalised first, row by row: RMSNorm with the weights that [`Linear::new`] is given.
+    pub norm: bool,
 }
 
 impl LinearConfig {
     /// A layer without bias and activation that writes its result.
     #[must_use]
     pub const fn new(in_features: u32, out_features: u32, format: WeightFormat) -> Self {
-        Self { in_features, out_features, format, bias: false, accumulate: false, activation: None }
+        Self {
+            in_features,
+            out_features,
+            format,
+            bias: false,
+            accumulate: false,
+            activation: None,
+            gated: false,
+            regions: None,
+            norm: false,
+        }
     }
+
+    /// f32 of y per row of x: `out_features`, or with regions the sum of their widths, each padded to a multiple of 64. A region starts behind
+    /// `rows` times the padded widths before it, where every device can bind it, and has its padding behind its last row.
+    #[must_use]
+    pub fn y_width(&self) -> u32 {
+        self.regions.map_or(self.out_features, |widths| Region::of(widths).iter().map(Region::padded_width).sum())
+    }
+
+    /// Rows of W.
+    fn weight_rows(&self) -> u32 {
+        if self.gated { 2 * self.out_features } else { self.out_features }
+    }
+}
+
+/// RMSNorm: `x / sqrt(mean(x²) + eps) * weight`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm<'a> {
+    /// `[in_features]`
+    pub weight: &'a [f32],
+    /// Added to the mean square; above 0.
+    pub eps: f32,
 }
 
 /// A linear layer on the GPU: `y[rows, out_features] = activation(x[rows, in_features] W^T + bias)`, or `y +=` that, with W `[out_features,
@@ -48,11 +87,12 @@ pub struct Linear {
     config: LinearConfig,
     parts: Vec<Part>,
     bias: Option<wgpu::Buffer>,
+    norm: Option<wgpu::Buffer>,
     compiled: Vec<Arc<Compiled>>,
     kernels: LinearKernels,
 }
 
-/// Rows of W in one binding.
+/// Rows of W in one binding: those of some columns of y.
 #[derive(Debug)]
 struct Part {
     first_row: u32,
@@ -89,7 +129,7 @@ struct LinearParams {
     first_row: u32,
     last_row: u32,
     accumulate: u32,
-    reserved: u32,
+    norm_eps: f32,
 }
 
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
@@ -106,7 +146,8 @@ impl Linear {
     ///
     /// `rows` fills its slice with whole rows of W, one after another, from the row that it is given: it is called for consecutive ranges of some 4
     /// MiB, each row once. `bias` has `out_features` values if the configuration says that there is one. NaN and infinities in the weights are kept, so
-    /// they reach the output.
+    /// they reach the output. A gated layer's ranges come in pairs, of the gate and of up, which has the rows from `out_features` on; `norm` is there
+    /// exactly if the configuration says so.
     ///
     /// The upload submits to the queue, and waits for it, each time 64 MiB have gathered.
     ///
@@ -119,6 +160,7 @@ impl Linear {
         config: LinearConfig,
         rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
         bias: Option<&[f32]>,
+        norm: Option<RmsNorm<'_>>,
     ) -> ModelResult<Self> {
         let LinearConfig { in_features, out_features, format, .. } = config;
         for (name, value, max) in
@@ -129,26 +171,29 @@ impl Linear {
             }
         }
         format.check()?;
-        if bias.map(<[f32]>::len) != config.bias.then_some(out_features as usize) {
-            let got = bias.map_or("none".to_owned(), |bias| format!("{} values", bias.len()));
-            let need = if config.bias { format!("{out_features} values") } else { "none".to_owned() };
-            return Err(ModelError::argument("bias", got, need));
+        check_regions(&config)?;
+        check_vector("bias", bias, config.bias.then_some(config.weight_rows()))?;
+        check_vector("norm", norm.map(|norm| norm.weight), config.norm.then_some(in_features))?;
+        // Rows of zeros would be divided by zero, and a value that is flushed to zero is one.
+        if let Some(RmsNorm { eps, .. }) = norm
+            && !(eps.is_finite() && eps >= f32::MIN_POSITIVE)
+        {
+            return Err(ModelError::argument("eps", eps, "a normal number above 0"));
         }
-        let variants =
-            LinearVariant::of_layer(gpu.target(), format, config.activation, config.bias, in_features, out_features);
+        let variants = LinearVariant::of_layer(gpu.target(), &config);
         let mut compiled = Vec::with_capacity(variants.len());
         for &variant in &variants {
             compiled.push(kernels.get(gpu, variant).await?);
         }
         let lanes = variants.first().map_or(1, LinearVariant::lanes);
-        let parts = upload(gpu, kernels, config, lanes, rows)?;
-        let bias = bias
-            .map(|values| {
-                let contents = bytemuck::cast_slice(values);
-                gpu.create_buffer_with("creating a bias", "folio bias", contents, wgpu::BufferUsages::STORAGE)
-            })
-            .transpose()?;
-        Ok(Self { gpu: gpu.clone(), config, parts, bias, compiled, kernels: kernels.clone() })
+        let parts = upload(gpu, kernels, config, lanes, norm.map_or(0.0, |norm| norm.eps), rows)?;
+        let vector = |values: &[f32]| {
+            let contents = bytemuck::cast_slice(values);
+            gpu.create_buffer_with("creating a bias", "folio bias", contents, wgpu::BufferUsages::STORAGE)
+        };
+        let bias = bias.map(vector).transpose()?;
+        let norm = norm.map(|norm| vector(norm.weight)).transpose()?;
+        Ok(Self { gpu: gpu.clone(), config, parts, bias, norm, compiled, kernels: kernels.clone() })
     }
 
     /// Shape and options.
@@ -160,22 +205,22 @@ impl Linear {
     /// Bytes of weights and scales that a call of [`Linear::record`] reads at least once.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.config.format.bytes(self.config.out_features, self.config.in_features)
+        self.config.format.bytes(self.config.weight_rows(), self.config.in_features)
     }
 
     /// Records `y = activation(x W^T + bias)`, or `y +=` that: one dispatch, or one for each binding that W takes.
     ///
     /// The kernel is chosen by the number of rows; see [`LinearKernel::for_rows`]. On CPU adapters each weight is read once for 1, 2, 4, 8 or 16 rows, and
     /// from 3 rows on x is moved to a texture first, by a dispatch of its own. On GPUs up to 16 rows take the kernel that reads W once for up to 8 rows,
-    /// and more rows the one with tiles of 64 x 64.
+    /// and more rows the one with tiles of 64 x 64. A norm takes no dispatch of its own.
     ///
     /// # Errors
-    /// [`Error::Argument`] if x is not `[rows, in_features]`, y not `[rows, out_features]`, there is no row, or both are in the same buffer;
+    /// [`Error::Argument`] if x is not `[rows, in_features]`, y not `[rows, y_width]`, there is no row, or both are in the same buffer;
     /// [`Error::Unsupported`] if there are too many rows.
     pub fn record<'a>(&self, recorder: impl Into<Recorder<'a>>, x: Rows<'_>, y: Rows<'_>) -> Result<()> {
         let gpu = &self.gpu;
         x.check(gpu, "x", x.rows, self.config.in_features)?;
-        y.check(gpu, "y", x.rows, self.config.out_features)?;
+        y.check(gpu, "y", x.rows, self.config.y_width())?;
         if x.buffer == y.buffer {
             return Err(Error::argument("y", "the buffer of x", "another buffer"));
         }
@@ -198,14 +243,14 @@ impl Linear {
             let size = u64::from(width) * 4;
             gpu.create_buffer("warming up", "folio warm-up", size, wgpu::BufferUsages::STORAGE)
         };
-        let (x, y) = (scratch(self.config.in_features)?, scratch(self.config.out_features)?);
+        let (x, y) = (scratch(self.config.in_features)?, scratch(self.config.y_width())?);
         for compiled in cold {
             let x = Rows::new(&x, 1, self.config.in_features);
             match compiled.variant.kernel {
                 LinearKernel::Gather => self.gather(recorder.reborrow(), scratch(1)?.as_entire_binding(), x)?,
                 LinearKernel::Stage => drop(self.stage(recorder.reborrow(), x)?),
                 LinearKernel::Rows(_) | LinearKernel::Matmul => {
-                    let y = Rows::new(&y, 1, self.config.out_features);
+                    let y = Rows::new(&y, 1, self.config.y_width());
                     self.multiply(recorder.reborrow(), compiled, x, y, Some([1, 1, 1]))?;
                 }
             }
@@ -214,10 +259,10 @@ impl Linear {
     }
 
     /// Records `out[i] = W[ids[i]]`, as f32 `[ids, in_features]`: the embedding of tokens by the weights of the output layer (tied weights). `ids` holds
-    /// u32, one per row of `out`; ids beyond the last row of W are taken for the last one.
+    /// u32, one per row of `out`; ids beyond the last row of W are taken for the last one. A norm and regions play no part.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `out` is not `[rows, in_features]`, `ids` doesn't hold one u32 per row, or both are in the same buffer;
+    /// [`Error::Argument`] if the layer is gated, if `out` is not `[rows, in_features]`, `ids` doesn't hold one u32 per row, or both are in the same buffer;
     /// [`Error::Unsupported`] if there are more than 65 535 rows.
     pub fn gather_rows<'a>(
         &self,
@@ -226,6 +271,9 @@ impl Linear {
         out: Rows<'_>,
     ) -> Result<()> {
         let gpu = &self.gpu;
+        if self.config.gated {
+            return Err(Error::argument("gated", true, "false, for rows of W"));
+        }
         out.check(gpu, "out", out.rows, self.config.in_features)?;
         let ids = ids.into().check(gpu, "ids", out.rows.into(), false)?;
         if ids.buffer() == out.buffer {
@@ -263,8 +311,9 @@ impl Linear {
         let texels = u64::from(x.rows) * u64::from(x.width.next_multiple_of(32) / 4);
         let view = self.kernels.stage(gpu, texels)?;
         if let Some(part) = self.parts.first() {
-            let resources =
+            let mut resources =
                 vec![wgpu::BindingResource::TextureView(&view), x.binding(), part.params.as_entire_binding()];
+            resources.extend(self.norm.as_ref().map(wgpu::Buffer::as_entire_binding));
             self.compiled(LinearKernel::Stage)?.program.record(gpu, recorder, resources, [1, x.rows, 1])?;
         }
         Ok(view)
@@ -296,6 +345,8 @@ impl Linear {
             let mut resources = vec![part.weights.binding(), x.clone(), y.binding(), part.params.as_entire_binding()];
             resources.extend(part.scales.as_ref().map(Weights::binding));
             resources.extend(self.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
+            let norm = self.norm.as_ref().filter(|_| compiled.variant.norm);
+            resources.extend(norm.map(wgpu::Buffer::as_entire_binding));
             let tiles = (part.last_row - part.first_row + 1).div_ceil(cols);
             let grid = grid.unwrap_or([tiles.min(max), row_tiles, tiles.div_ceil(max)]);
             compiled.program.record(gpu, recorder.reborrow(), resources, grid)?;
@@ -304,17 +355,44 @@ impl Linear {
     }
 }
 
-/// Packs W piece by piece into as many bindings as it takes.
+/// Regions start at whole `vec4`s, and are all of y.
+fn check_regions(config: &LinearConfig) -> Result<()> {
+    let fits = |widths: [u32; 3]| {
+        let sum = widths.iter().map(|&width| u64::from(width)).sum::<u64>();
+        sum == u64::from(config.out_features) && widths.iter().all(|width| width.is_multiple_of(4) && *width > 0)
+    };
+    match config.regions {
+        Some(widths) if !fits(widths) => {
+            let rule = format!("multiples of 4 above 0 whose sum is out_features, {}", config.out_features);
+            Err(Error::argument("regions", format!("{widths:?}"), rule))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_vector(argument: &'static str, values: Option<&[f32]>, need: Option<u32>) -> Result<()> {
+    if values.map(<[f32]>::len) == need.map(|len| len as usize) {
+        return Ok(());
+    }
+    let count = |len: Option<usize>| len.map_or("none".to_owned(), |len| format!("{len} values"));
+    Err(Error::argument(argument, count(values.map(<[f32]>::len)), count(need.map(|len| len as usize))))
+}
+
+/// Packs W piece by piece into as many bindings as it takes. Of a gated layer, `lanes` rows of up follow on `lanes` rows of the gate, so that who
+/// sums one sums the other.
 fn upload(
     gpu: &Gpu,
     kernels: &LinearKernels,
     config: LinearConfig,
     lanes: u32,
+    norm_eps: f32,
     rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
 ) -> ModelResult<Vec<Part>> {
-    let LinearConfig { in_features, out_features, format, .. } = config;
+    let LinearConfig { in_features, out_features, format, gated, .. } = config;
     let packer = Packer::new(format, in_features, lanes);
-    let block_bytes = packer.row_packs as u64 * u64::from(lanes) * 16;
+    // What yields `lanes` outputs.
+    let blocks_per_unit = if gated { 2 } else { 1 };
+    let unit_bytes = packer.row_packs as u64 * u64::from(lanes) * 16 * blocks_per_unit;
     let max_bytes = match gpu.profile() {
         Profile::Gpu => gpu.max_storage_bytes(),
         // Small enough to be found in memory in one piece; `max_storage_bytes` is what tests make small.
@@ -323,28 +401,41 @@ fn upload(
             (u64::from(TEXTURE_WIDTH.min(height)) * u64::from(height) * 16).min(gpu.max_storage_bytes())
         }
     };
-    let part_rows = u64::from(lanes) * (max_bytes / block_bytes);
+    let part_rows = u64::from(lanes) * (max_bytes / unit_bytes);
     if part_rows == 0 || gpu.limits().max_texture_dimension_2d < TEXTURE_WIDTH {
         let what = "a linear layer's weights";
-        return Err(Error::unsupported(what, format!("{block_bytes} bytes of {lanes} rows"), max_bytes).into());
+        let need = format!("{unit_bytes} bytes of {} rows", u64::from(lanes) * blocks_per_unit);
+        return Err(Error::unsupported(what, need, max_bytes).into());
     }
     let part_rows = u32::try_from(part_rows.min(out_features.into())).unwrap_or(out_features);
     // Whole blocks, so that pieces can be packed one after another.
-    let piece_rows = u32::try_from(PIECE / u64::from(in_features)).unwrap_or(u32::MAX).max(1).next_multiple_of(lanes);
+    let piece_rows = PIECE / u64::from(in_features) / blocks_per_unit;
+    let piece_rows = u32::try_from(piece_rows).unwrap_or(u32::MAX).max(1).next_multiple_of(lanes);
+    let block_len = lanes as usize * in_features as usize;
     let mut values = Vec::new();
     let mut parts = Vec::new();
     for first_row in (0..out_features).step_by(part_rows as usize) {
         let num_rows = part_rows.min(out_features - first_row);
-        let blocks = u64::from(num_rows.div_ceil(lanes));
-        let mut weights = WeightUpload::new(gpu, blocks * block_bytes / 4)?;
-        let scale_words = blocks * packer.row_groups as u64 * u64::from(lanes);
+        let units = u64::from(num_rows.div_ceil(lanes));
+        let mut weights = WeightUpload::new(gpu, units * unit_bytes / 4)?;
+        let scale_words = units * blocks_per_unit * packer.row_groups as u64 * u64::from(lanes);
         let mut scales = if scale_words > 0 { Some(WeightUpload::new(gpu, scale_words)?) } else { None };
         let mut packed = Packed::default();
         for first in (0..num_rows).step_by(piece_rows as usize) {
             let piece = piece_rows.min(num_rows - first);
-            values.resize(piece as usize * in_features as usize, 0.0);
-            rows(first_row + first, &mut values)?;
-            packer.pack(&values, first_row + first, &mut packed)?;
+            let (row, len) = (first_row + first, piece as usize * in_features as usize);
+            values.resize(len * blocks_per_unit as usize, 0.0);
+            let (own, up) = values.split_at_mut(len);
+            rows(row, own)?;
+            if gated {
+                rows(out_features + row, up)?;
+                for (block, (gate, up)) in (0..).zip(own.chunks(block_len).zip(up.chunks(block_len))) {
+                    packer.pack(gate, row + block * lanes, &mut packed)?;
+                    packer.pack(up, out_features + row + block * lanes, &mut packed)?;
+                }
+            } else {
+                packer.pack(own, row, &mut packed)?;
+            }
             let last = first + piece == num_rows;
             weights.write(gpu, kernels, &mut packed.packs, last)?;
             if let Some(scales) = &mut scales {
@@ -360,7 +451,7 @@ fn upload(
             first_row,
             last_row,
             accumulate: u32::from(config.accumulate),
-            reserved: 0,
+            norm_eps,
         };
         let contents = bytemuck::bytes_of(&params);
         let usage = wgpu::BufferUsages::UNIFORM;

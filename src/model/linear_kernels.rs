@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::context;
 
+use super::linear::LinearConfig;
 use super::ops::ActivationKind;
 use super::quantise::WeightFormat;
 use crate::gpu::Program;
-use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, Target, render};
+use crate::kernel::{Access, Binding, Profile, ShaderFeatures, Source, Target, region_context, render};
+use crate::layout::Region;
 use crate::{Error, Gpu, Result};
 
 /// A kernel of a linear layer.
@@ -69,9 +71,15 @@ pub struct LinearVariant {
     pub activation: Option<ActivationKind>,
     /// Whether a bias is added.
     pub bias: bool,
+    /// Whether every other row of W is a gate.
+    pub gated: bool,
+    /// Widths of the regions of y.
+    pub regions: Option<[u32; 3]>,
+    /// Whether x is normalised.
+    pub norm: bool,
     /// Whether rows of x start at a multiple of what the kernel loads at once: 4 inputs on GPUs, 8 on CPU adapters.
     pub in_aligned: bool,
-    /// Whether rows of y start at a multiple of 4 outputs.
+    /// Whether rows of y start at a multiple of what the kernel for many rows stores at once: 4 outputs, or 2 behind gates.
     pub out_aligned: bool,
 }
 
@@ -110,16 +118,10 @@ const MATMUL_TILE: u32 = 64;
 const GATHER_SIZE: u32 = 64;
 
 impl LinearVariant {
-    /// Every kernel of a layer `[out_features, in_features]` on a device; those that multiply come first.
+    /// Every kernel of a layer on a device; those that multiply come first.
     #[must_use]
-    pub fn of_layer(
-        target: Target,
-        format: WeightFormat,
-        activation: Option<ActivationKind>,
-        bias: bool,
-        in_features: u32,
-        out_features: u32,
-    ) -> Vec<Self> {
+    pub fn of_layer(target: Target, config: &LinearConfig) -> Vec<Self> {
+        let LinearConfig { in_features, out_features, format, activation, bias, gated, regions, norm, .. } = *config;
         let kernels = LinearKernel::multipliers(target.profile).iter().copied();
         let stage = (target.profile == Profile::Cpu).then_some(LinearKernel::Stage);
         let variant = |kernel| {
@@ -129,8 +131,11 @@ impl LinearVariant {
                 format,
                 activation,
                 bias,
+                gated,
+                regions,
+                norm,
                 in_aligned: in_features.is_multiple_of(if target.profile == Profile::Cpu { 8 } else { 4 }),
-                out_aligned: out_features.is_multiple_of(4),
+                out_aligned: out_features.is_multiple_of(if gated { 2 } else { 4 }),
             };
             variant.normalise();
             variant
@@ -150,17 +155,20 @@ impl LinearVariant {
         match (self.kernel, target.profile) {
             (LinearKernel::Gather, _) => {
                 (self.activation, self.bias, self.in_aligned, self.out_aligned) = (None, false, false, false);
+                (self.gated, self.regions, self.norm) = (false, None, false);
                 (target.subgroups, target.int64) = (false, false);
             }
             (LinearKernel::Stage, _) => {
                 (self.activation, self.bias, self.out_aligned) = (None, false, false);
+                (self.gated, self.regions) = (false, None);
                 (self.format, target.subgroups) = (WeightFormat::F32, false);
             }
             (LinearKernel::Rows(_), _) => self.out_aligned = false,
             (LinearKernel::Matmul, _) => target.subgroups = false,
         }
         if self.staged() {
-            (self.in_aligned, self.target.int64) = (false, false);
+            // What moves x to the texture has normalised it.
+            (self.in_aligned, self.target.int64, self.norm) = (false, false, false);
         }
         // Then f32 are loaded one by one.
         self.target.int64 &= self.in_aligned;
@@ -212,6 +220,12 @@ impl LinearVariant {
 
     /// Rows and columns of y of a workgroup.
     pub(crate) fn tile(&self) -> (u32, u32) {
+        let (rows, cols) = self.weight_tile();
+        (rows, if self.gated { cols / 2 } else { cols })
+    }
+
+    /// Rows of x and of W of a workgroup.
+    fn weight_tile(&self) -> (u32, u32) {
         match (self.kernel, self.target.profile) {
             (LinearKernel::Rows(rows), Profile::Cpu) => (rows, self.cpu_sizes().cols * self.lanes()),
             (LinearKernel::Rows(rows), Profile::Gpu) => (rows, MATVEC_COLS),
@@ -244,6 +258,10 @@ impl LinearVariant {
             group_size => self.format.group_size(),
             activation => self.activation.map_or("none", ActivationKind::shader_name),
             bias => self.bias,
+            gated => self.gated,
+            regions => self.regions.map(|widths| Region::of(widths).map(region_context)),
+            y_width => self.regions.map(|widths| Region::of(widths).iter().map(Region::padded_width).sum::<u32>()),
+            norm => self.norm,
             aligned => self.in_aligned,
             out_aligned => self.out_aligned,
             textures => cpu,
@@ -258,18 +276,25 @@ impl LinearVariant {
         let x = if self.staged() { Access::Texture } else { Access::Read };
         let [input, output] = if self.kernel == LinearKernel::Gather { ["ids", "out"] } else { ["x", "y"] };
         let bindings = if self.kernel == LinearKernel::Stage {
-            vec![("staged", Access::TextureWrite), ("x", Access::Read), ("params", Access::Uniform)]
+            let mut bindings = vec![("staged", Access::TextureWrite), ("x", Access::Read), ("params", Access::Uniform)];
+            bindings.extend(self.norm.then_some(("norm_weight", Access::Read)));
+            bindings
         } else {
             let mut bindings = vec![("w", weights), (input, x), (output, Access::Write), ("params", Access::Uniform)];
             bindings.extend(self.format.group_size().map(|_| ("scales", weights)));
             bindings.extend(self.bias.then_some(("bias", Access::Read)));
+            bindings.extend(self.norm.then_some(("norm_weight", Access::Read)));
             bindings
         };
         let bindings = bindings.into_iter().map(|(name, access)| Binding::new(name, access)).collect();
+        let squares = u32::from(self.norm);
         let workgroup_bytes = match self.kernel {
             LinearKernel::Matmul => 2 * 272 * 16,
-            LinearKernel::Rows(rows) if !cpu && self.target.subgroups => rows * MATVEC_COLS * MATVEC_SIZE / 4 * 4,
-            LinearKernel::Rows(rows) if !cpu => (rows * MATVEC_COLS * (MATVEC_SIZE + 1) + MATVEC_SIZE) * 4,
+            LinearKernel::Rows(rows) if !cpu && self.target.subgroups => rows * (MATVEC_COLS + squares) * MATVEC_SIZE,
+            LinearKernel::Rows(rows) if !cpu => {
+                (rows * (MATVEC_COLS + squares) * (MATVEC_SIZE + 1)).next_multiple_of(4) * 4 + MATVEC_SIZE * 4
+            }
+            LinearKernel::Stage if self.norm => (self.lanes() * 4).next_multiple_of(16),
             _ => 0,
         };
         Ok(Source {

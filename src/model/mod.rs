@@ -25,7 +25,7 @@ pub use config::{ModelConfig, NormSettings, Position};
 pub use decoder::{Decoder, DecoderOptions, Input, LogitRows};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
-pub use linear::{Linear, LinearConfig};
+pub use linear::{Linear, LinearConfig, RmsNorm};
 pub use linear_kernels::{LinearKernel, LinearKernels, LinearVariant};
 pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 pub use progress::Progress;

@@ -4,16 +4,17 @@ use std::path::Path;
 
 use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights, TensorSource};
 use super::checkpoint::Checkpoint;
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
-use super::linear::{Linear, LinearConfig};
+use super::linear::{Linear, LinearConfig, RmsNorm};
 use super::linear_kernels::LinearKernels;
-use super::ops::{Activation, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
+use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 use super::progress::Progress;
 use super::quantise::WeightFormat;
 use super::rows::Rows;
 use crate::Result;
-use crate::{Attention, AttentionPlan, BufferRef, Gpu, KvCache, Rope, Step};
+use crate::layout::Region;
+use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Gpu, HeadNorm, KvCache, QkvRows, Step};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -66,17 +67,16 @@ impl Default for ModelOptions {
 }
 
 /// One transformer layer: attention and a feed-forward network (MLP), each behind a norm and added to the residual stream.
+///
+/// RMSNorm is a part of the linear layer behind it, LayerNorm has a dispatch of its own.
 #[derive(Debug)]
 struct Layer {
-    attention_norm: NormParameters,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    q_norm: Option<NormParameters>,
-    k_norm: Option<NormParameters>,
+    attention_norm: Option<NormParameters>,
+    qkv: Linear,
+    head_norm: Option<HeadNorm>,
     o: Linear,
-    mlp_norm: NormParameters,
-    /// Gated MLPs: gate rows, then up rows.
+    mlp_norm: Option<NormParameters>,
+    /// With the gate, if there is one, and the activation.
     up: Linear,
     down: Linear,
 }
@@ -89,12 +89,9 @@ pub struct Model {
     embedding: Linear,
     position_embedding: Option<PositionEmbedding>,
     layers: Vec<Layer>,
-    /// Over the residual stream.
-    norm: Norm,
-    /// Over one head's query or key.
-    head_norm: Option<Norm>,
-    gate: Option<Activation>,
-    final_norm: NormParameters,
+    /// LayerNorm over the residual stream.
+    norm: Option<Norm>,
+    final_norm: Option<NormParameters>,
     /// `None`: the token embedding, transposed.
     head: Option<Linear>,
     select: SelectRows,
@@ -104,21 +101,19 @@ pub struct Model {
 #[derive(Debug)]
 pub(crate) struct Scratch {
     hidden: wgpu::Buffer,
+    /// After LayerNorm; rows for the head.
     normed: wgpu::Buffer,
-    q: wgpu::Buffer,
-    k: wgpu::Buffer,
-    v: wgpu::Buffer,
+    qkv: wgpu::Buffer,
     attended: wgpu::Buffer,
     up: wgpu::Buffer,
-    gated: wgpu::Buffer,
 }
 
 impl Scratch {
     /// f32 values per token of the widest buffer.
     pub(crate) fn widest_row(config: &ModelConfig) -> u64 {
-        let q_width = u64::from(config.num_q_heads) * u64::from(config.head_dim);
-        let up_width = u64::from(config.intermediate_size) * if config.gated_mlp { 2 } else { 1 };
-        q_width.max(up_width).max(config.hidden_size.into())
+        let qkv_width =
+            Region::of(qkv_widths(config)).iter().map(|region| u64::from(region.padded_width())).sum::<u64>();
+        qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into())
     }
 
     /// Room for `rows` tokens.
@@ -127,16 +122,13 @@ impl Scratch {
             let bytes = u64::from(rows) * u64::from(width) * 4;
             gpu.create_buffer("creating the activations", label, bytes, wgpu::BufferUsages::STORAGE)
         };
-        let (q_width, kv_width) = (config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let qkv = Region::of(qkv_widths(config));
         Ok(Self {
             hidden: buffer("folio hidden", config.hidden_size)?,
             normed: buffer("folio normed", config.hidden_size)?,
-            q: buffer("folio q", q_width)?,
-            k: buffer("folio k", kv_width)?,
-            v: buffer("folio v", kv_width)?,
-            attended: buffer("folio attended", q_width)?,
-            up: buffer("folio up", config.intermediate_size * if config.gated_mlp { 2 } else { 1 })?,
-            gated: buffer("folio gated", if config.gated_mlp { config.intermediate_size } else { 1 })?,
+            qkv: buffer("folio qkv", qkv.iter().map(Region::padded_width).sum())?,
+            attended: buffer("folio attended", qkv[0].width)?,
+            up: buffer("folio up", config.intermediate_size)?,
         })
     }
 }
@@ -145,7 +137,8 @@ impl Scratch {
 pub(crate) struct StepContext<'a> {
     pub(crate) cache: &'a KvCache,
     pub(crate) attention: &'a Attention,
-    pub(crate) rope: Option<&'a Rope>,
+    /// For models with rotary embeddings.
+    pub(crate) append: Option<&'a AppendQkv>,
     pub(crate) step: &'a Step,
     pub(crate) plan: &'a AttentionPlan,
     /// Token id of each row.
@@ -203,15 +196,21 @@ impl Model {
     ) -> ModelResult<Self> {
         let bytes_total = weights.sources().map(|tensor| source.bytes(tensor)).sum::<ModelResult<u64>>()?;
         let kernels = LinearKernels::new();
-        let norm_config = |width| NormConfig {
-            bias: config.norm.kind == NormKind::Layer,
-            ..NormConfig::new(config.norm.kind, width, config.norm.eps)
+        let norm_config =
+            NormConfig { bias: true, ..NormConfig::new(config.norm.kind, config.hidden_size, config.norm.eps) };
+        let norm = match config.norm.kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(Norm::new(gpu, norm_config).await?),
         };
-        let norm = Norm::new(gpu, norm_config(config.hidden_size)).await?;
-        let head_norm = if config.qk_norm { Some(Norm::new(gpu, norm_config(config.head_dim)).await?) } else { None };
+        if config.qk_norm && (norm.is_some() || config.position == Position::Learned) {
+            let got = format!("with {:?} norms, {:?}", config.norm.kind, config.position);
+            return Err(ModelError::argument("qk_norm", got, "RMSNorm and rotary embeddings"));
+        }
         let mut builder =
             Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
-        let embedding = builder.matrix(&weights.embedding, None, |_| {}).await?;
+        // Whichever computes logits normalises before.
+        let tied_norm = Some(&weights.final_norm).filter(|_| weights.head.is_none());
+        let embedding = builder.matrix(&weights.embedding, None, tied_norm, |_| {}).await?;
         let position_embedding = match &weights.position_embedding {
             Some(tensor) => {
                 let table = builder.values(tensor)?;
@@ -221,21 +220,16 @@ impl Model {
         };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, &norm, head_norm.as_ref()).await?);
+            layers.push(builder.layer(layer, norm.as_ref()).await?);
         }
-        let final_norm = builder.norm(&weights.final_norm, &norm).await?;
+        let final_norm = builder.norm(&weights.final_norm, norm.as_ref())?;
         let head = match &weights.head {
-            Some(head) => Some(builder.linear(head, |_| {}).await?),
+            Some(head) => Some(builder.linear(head, Some(&weights.final_norm), |_| {}).await?),
             None => None,
-        };
-        let gate = if config.gated_mlp {
-            Some(Activation::new(gpu, config.activation, true, config.intermediate_size).await?)
-        } else {
-            None
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
         let gpu = gpu.clone();
-        Ok(Self { gpu, config, embedding, position_embedding, layers, norm, head_norm, gate, final_norm, head, select })
+        Ok(Self { gpu, config, embedding, position_embedding, layers, norm, final_norm, head, select })
     }
 
     /// [`Model::from_source`] for programs without an async runtime.
@@ -269,7 +263,7 @@ impl Model {
     /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
-        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.up, &l.down]);
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
         layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes).sum()
     }
 
@@ -306,51 +300,48 @@ impl Model {
         layer: &Layer,
     ) -> Result<()> {
         let (config, rows) = (&self.config, context.rows);
-        let (q_heads, kv_heads, head_dim) = (config.num_q_heads, config.num_kv_heads, config.head_dim);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
-        let normed = Rows::new(&scratch.normed, rows, config.hidden_size);
-        let q = Rows::new(&scratch.q, rows, q_heads * head_dim);
-        let k = Rows::new(&scratch.k, rows, kv_heads * head_dim);
-        let v = Rows::new(&scratch.v, rows, kv_heads * head_dim);
-        let attended = Rows::new(&scratch.attended, rows, q_heads * head_dim);
+        let qkv = Rows::new(&scratch.qkv, rows, layer.qkv.config().y_width());
+        let heads = QkvRows::new(&scratch.qkv, rows, config.num_q_heads, context.cache.config());
+        let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
+        let up = Rows::new(&scratch.up, rows, config.intermediate_size);
 
-        self.norm.record(&mut *pass, &layer.attention_norm, hidden, normed)?;
-        layer.q.record(&mut *pass, normed, q)?;
-        layer.k.record(&mut *pass, normed, k)?;
-        layer.v.record(&mut *pass, normed, v)?;
-        for (weights, x, heads) in [(&layer.q_norm, q, q_heads), (&layer.k_norm, k, kv_heads)] {
-            if let (Some(norm), Some(weights)) = (&self.head_norm, weights) {
-                norm.record_in_place(&mut *pass, weights, Rows { rows: rows * heads, width: head_dim, ..x })?;
+        let x = self.normed(pass, scratch, layer.attention_norm.as_ref(), hidden)?;
+        layer.qkv.record(&mut *pass, x, qkv)?;
+        match context.append {
+            Some(append) => {
+                let norm = layer.head_norm.as_ref();
+                context.cache.append_qkv(&mut *pass, context.step, index, append, heads, norm)?;
             }
+            None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
         }
-        if let Some(rope) = context.rope {
-            rope.rotate(&mut *pass, context.step, q.range(), q_heads)?;
-        }
-        context.cache.append(&mut *pass, context.step, index, k.range(), v.range(), context.rope)?;
-        context.attention.attend(&mut *pass, context.plan, index, q.range(), attended.range())?;
+        context.attention.attend(&mut *pass, context.plan, index, heads.q(), attended.range())?;
 
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
         if config.parallel_residual {
-            self.norm.record(&mut *pass, &layer.mlp_norm, hidden, normed)?;
+            let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
+            layer.up.record(&mut *pass, x, up)?;
             layer.o.record(&mut *pass, attended, hidden)?;
         } else {
             layer.o.record(&mut *pass, attended, hidden)?;
-            self.norm.record(&mut *pass, &layer.mlp_norm, hidden, normed)?;
+            let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
+            layer.up.record(&mut *pass, x, up)?;
         }
-        let width = config.intermediate_size;
-        match &self.gate {
-            Some(gate) => {
-                let (up, gated) = (Rows::new(&scratch.up, rows, 2 * width), Rows::new(&scratch.gated, rows, width));
-                layer.up.record(&mut *pass, normed, up)?;
-                gate.record(&mut *pass, up, gated)?;
-                layer.down.record(&mut *pass, gated, hidden)
-            }
-            None => {
-                let up = Rows::new(&scratch.up, rows, width);
-                layer.up.record(&mut *pass, normed, up)?;
-                layer.down.record(&mut *pass, up, hidden)
-            }
-        }
+        layer.down.record(&mut *pass, up, hidden)
+    }
+
+    /// What a linear layer reads: x after LayerNorm, or x itself, which the layer normalises.
+    fn normed<'a>(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &'a Scratch,
+        weights: Option<&NormParameters>,
+        x: Rows<'a>,
+    ) -> Result<Rows<'a>> {
+        let (Some(norm), Some(weights)) = (&self.norm, weights) else { return Ok(x) };
+        let normed = Rows { buffer: &scratch.normed, offset: 0, ..x };
+        norm.record(&mut *pass, weights, x, normed)?;
+        Ok(normed)
     }
 
     /// Records the final norm and the head for some of the `rows` of the last layer's output.
@@ -364,11 +355,25 @@ impl Model {
     ) -> Result<()> {
         let width = self.config.hidden_size;
         let hidden = Rows::new(&scratch.hidden, rows, width);
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        // The rows are different ones in rising order: as many as there are is all of them.
+        if logits.rows == rows {
+            let x = self.normed(pass, scratch, self.final_norm.as_ref(), hidden)?;
+            return head.record(&mut *pass, x, logits);
+        }
         let chosen = Rows::new(&scratch.normed, logits.rows, width);
         self.select.record(&mut *pass, hidden, head_rows, chosen)?;
-        self.norm.record_in_place(&mut *pass, &self.final_norm, chosen)?;
-        self.head.as_ref().unwrap_or(&self.embedding).record(&mut *pass, chosen, logits)
+        if let (Some(norm), Some(weights)) = (&self.norm, &self.final_norm) {
+            norm.record_in_place(&mut *pass, weights, chosen)?;
+        }
+        head.record(&mut *pass, chosen, logits)
     }
+}
+
+/// Widths of queries, keys and values.
+fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
+    let kv_width = config.num_kv_heads.saturating_mul(config.head_dim);
+    [config.num_q_heads.saturating_mul(config.head_dim), kv_width, kv_width]
 }
 
 /// Uploads the parts of a model.
@@ -404,17 +409,21 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         &mut self,
         weight: &TensorSource,
         bias: Option<&TensorSource>,
+        norm: Option<&NormWeights>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         // Sizes of a configuration are below 2^31.
         let [out_features, in_features] = weight.shape().map(|size| size as u32);
         let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
-        config.bias = bias.is_some();
+        let norm = norm.filter(|_| self.config.norm.kind == NormKind::Rms);
+        (config.bias, config.norm) = (bias.is_some(), norm.is_some());
         configure(&mut config);
         let bias = bias.map(|tensor| self.values(tensor)).transpose()?;
+        let norm = norm.map(|norm| self.values(&norm.weight)).transpose()?;
+        let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
         let source = self.source;
         let mut rows = |row_start: u32, out: &mut [f32]| source.rows(weight, row_start as usize, out);
-        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref()).await;
+        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref(), norm).await;
         // The layer knows the value that it can't store, the loader whose it is.
         let linear = linear.map_err(|error| match error {
             ModelError::Weight { tensor: None, value, row, column } => {
@@ -430,41 +439,45 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     async fn linear(
         &mut self,
         weights: &LinearWeights,
+        norm: Option<&NormWeights>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
-        self.matrix(&weights.weight, weights.bias.as_ref(), configure).await
+        self.matrix(&weights.weight, weights.bias.as_ref(), norm, configure).await
     }
 
-    async fn norm(&mut self, weights: &NormWeights, norm: &Norm) -> ModelResult<NormParameters> {
+    /// The weights of a LayerNorm. Those of RMSNorm go to the linear layer behind it.
+    fn norm(&mut self, weights: &NormWeights, norm: Option<&Norm>) -> ModelResult<Option<NormParameters>> {
+        let Some(norm) = norm else { return Ok(None) };
         let weight = self.values(&weights.weight)?;
         let bias = weights.bias.as_ref().map(|tensor| self.values(tensor)).transpose()?;
-        Ok(norm.weights(&weight, bias.as_deref())?)
+        Ok(Some(norm.weights(&weight, bias.as_deref())?))
     }
 
-    async fn layer(&mut self, weights: &LayerWeights, norm: &Norm, head_norm: Option<&Norm>) -> ModelResult<Layer> {
+    async fn layer(&mut self, weights: &LayerWeights, norm: Option<&Norm>) -> ModelResult<Layer> {
         let config = self.config;
         let add = |linear: &mut LinearConfig| linear.accumulate = true;
+        let split = |linear: &mut LinearConfig| linear.regions = Some(qkv_widths(config));
         let activate = |linear: &mut LinearConfig| {
-            if !config.gated_mlp {
-                linear.activation = Some(config.activation);
+            linear.activation = Some(config.activation);
+            if config.gated_mlp {
+                (linear.gated, linear.out_features) = (true, linear.out_features / 2);
             }
         };
-        let (mut q_norm, mut k_norm) = (None, None);
-        if let (Some(norm), Some(q), Some(k)) = (head_norm, &weights.q_norm, &weights.k_norm) {
-            q_norm = Some(self.norm(q, norm).await?);
-            k_norm = Some(self.norm(k, norm).await?);
-        }
+        let head_norm = match (&weights.q_norm, &weights.k_norm) {
+            (Some(q), Some(k)) => {
+                let (q, k) = (self.values(&q.weight)?, self.values(&k.weight)?);
+                Some(HeadNorm::new(self.gpu, &q, &k, config.norm.eps)?)
+            }
+            _ => None,
+        };
         Ok(Layer {
-            attention_norm: self.norm(&weights.attn_norm, norm).await?,
-            q: self.linear(&weights.q, |_| {}).await?,
-            k: self.linear(&weights.k, |_| {}).await?,
-            v: self.linear(&weights.v, |_| {}).await?,
-            q_norm,
-            k_norm,
-            o: self.linear(&weights.o, add).await?,
-            mlp_norm: self.norm(&weights.mlp_norm, norm).await?,
-            up: self.linear(&weights.gate_up, activate).await?,
-            down: self.linear(&weights.down, add).await?,
+            attention_norm: self.norm(&weights.attn_norm, norm)?,
+            qkv: self.linear(&weights.qkv()?, Some(&weights.attn_norm), split).await?,
+            head_norm,
+            o: self.linear(&weights.o, None, add).await?,
+            mlp_norm: self.norm(&weights.mlp_norm, norm)?,
+            up: self.linear(&weights.gate_up, Some(&weights.mlp_norm), activate).await?,
+            down: self.linear(&weights.down, None, add).await?,
         })
     }
 }

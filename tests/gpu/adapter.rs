@@ -59,18 +59,7 @@ pub(crate) fn open(how: Open) -> Option<Gpu> {
     if let Some(gpu) = opened.get(&how) {
         return Some(gpu.clone());
     }
-    let mut options = GpuOptions::default();
-    options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-    options.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
-    options.profile = how.profile;
-    options.without = how.without;
-    options.shader_checks = how.checks;
-    options.max_binding_bytes = how.max_binding_bytes;
-    options.max_storage_buffers = how.max_storage_buffers;
-    if how.matrix {
-        options.matrix_units = experimental();
-    }
-    match Gpu::open_blocking(options) {
+    match Gpu::open_blocking(options(how)) {
         Ok(gpu) => {
             opened.insert(how, gpu.clone());
             Some(gpu)
@@ -97,6 +86,26 @@ pub(crate) fn open_matrix(how: Open) -> Option<Gpu> {
 fn experimental() -> wgpu::ExperimentalFeatures {
     // SAFETY: These tests accept that wgpu's experimental features may have bugs.
     unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
+fn options(how: Open) -> GpuOptions {
+    let mut options = GpuOptions::default();
+    options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+    options.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
+    options.profile = how.profile;
+    options.without = how.without;
+    options.shader_checks = how.checks;
+    options.max_binding_bytes = how.max_binding_bytes;
+    options.max_storage_buffers = how.max_storage_buffers;
+    if how.matrix {
+        options.matrix_units = experimental();
+    }
+    options
+}
+
+/// A device that no other test records on, where [`open`] finds an adapter.
+pub(crate) fn open_own(how: Open) -> Option<Gpu> {
+    open(how).map(|_| Gpu::open_blocking(options(how)).expect("the adapter opens twice"))
 }
 
 /// A line on the process's own stderr: what tests print by macro is shown only if they fail.

@@ -29,6 +29,11 @@ fn append_variants() {
 }
 
 #[test]
+fn append_qkv_variants() {
+    check_all(Kernel::AppendQkv);
+}
+
+#[test]
 fn copy_blocks_variants() {
     check_all(Kernel::CopyBlocks);
 }
@@ -226,15 +231,17 @@ macro_rules! fields {
 
 fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
     let (fields, size) = match variant.kernel {
-        Kernel::Append | Kernel::CopyBlocks | Kernel::Gather | Kernel::Rope => fields!(CacheParams {
-            num_tokens: U32,
-            num_copies: U32,
-            list_offset: U32,
-            copies_offset: U32,
-            num_blocks: U32,
-            grid_x: U32,
-            positions_offset: U32,
-        }),
+        Kernel::Append | Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::Gather | Kernel::Rope => {
+            fields!(CacheParams {
+                num_tokens: U32,
+                num_copies: U32,
+                list_offset: U32,
+                copies_offset: U32,
+                num_blocks: U32,
+                grid_x: U32,
+                positions_offset: U32,
+            })
+        }
         Kernel::PackBlocks => fields!(PackParams {
             list_offset: U32,
             num_blocks: U32,

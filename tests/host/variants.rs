@@ -78,7 +78,7 @@ fn ropes(kernel: Kernel, head_dim: u32) -> Vec<Option<RopeShape>> {
         .flat_map(|layout| [head_dim, head_dim / 8 * 2, 2].map(|rotary_dim| shape(layout, rotary_dim)));
     match kernel {
         Kernel::Append => std::iter::once(None).chain(rotating).collect(),
-        Kernel::Rope => rotating.collect(),
+        Kernel::AppendQkv | Kernel::Rope => rotating.collect(),
         _ => vec![None],
     }
 }
@@ -90,7 +90,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
     let flags = if attends { flags() } else { vec![AttendFlags::default()] };
     let most = match kernel {
         Kernel::Decode => MAX_DECODE_GROUP,
-        _ if attends => u32::MAX,
+        _ if attends || kernel == Kernel::AppendQkv => u32::MAX,
         _ => 1,
     };
     let groups: Vec<u32> = GROUP_SIZES.into_iter().filter(|&group| group <= most).collect();
@@ -107,6 +107,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         V_FORMATS.len(),
         ropes(kernel, 8).len(),
         segments.len(),
+        if kernel == Kernel::AppendQkv { 2 } else { 1 },
     ];
     let variant = |choice: Vec<usize>| {
         let config = KvCacheConfig::new(1, KV_HEADS[choice[5]], HEAD_DIMS[choice[3]])
@@ -114,6 +115,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
             .with_formats(FORMATS[choice[6]], V_FORMATS[choice[7]]);
         let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
             .with_segments(segments[choice[9]]);
+        let variant = if choice[10] == 1 { variant.with_head_norm() } else { variant };
         match ropes(kernel, config.head_dim)[choice[8]] {
             Some(rope) => variant.with_rope(rope),
             None => variant,

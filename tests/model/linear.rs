@@ -59,7 +59,7 @@ fn new_linear(
     bias: Option<&[f32]>,
 ) -> ModelResult<Linear> {
     let mut fill = fill(weights, config.in_features);
-    futures::executor::block_on(Linear::new(gpu, kernels, config, &mut fill, bias))
+    futures::executor::block_on(Linear::new(gpu, kernels, config, &mut fill, bias, None))
 }
 
 impl Layer {
@@ -445,7 +445,7 @@ fn bad_input_is_refused() {
         assert_eq!(new(LinearConfig { format: WeightFormat::Int4 { group_size }, ..config }, None), "group_size");
     }
     let failing = &mut |_: u32, _: &mut [f32]| Err(Error::argument("mine", "", "").into());
-    assert_eq!(argument(futures::executor::block_on(Linear::new(&gpu, &kernels, config, failing, None))), "mine");
+    assert_eq!(argument(futures::executor::block_on(Linear::new(&gpu, &kernels, config, failing, None, None))), "mine");
 
     let linear = new_linear(&gpu, &kernels, config, &weights, None).unwrap();
     let (x, y) = (buffer(&gpu, &[0.0; 640]), buffer(&gpu, &[0.0; 640]));

@@ -4,7 +4,7 @@
 use crate::translate::translate;
 use folio::Profile;
 use folio::kernel::{Access, Target, Vendor};
-use folio::model::{ActivationKind, LinearVariant, WeightFormat};
+use folio::model::{ActivationKind, LinearConfig, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
@@ -34,11 +34,22 @@ fn variants() -> Vec<LinearVariant> {
     for target in targets() {
         for format in formats {
             for (activation, bias, width) in [(None, false, 64), (Some(ActivationKind::Gelu), true, 63)] {
-                variants.extend(LinearVariant::of_layer(target, format, activation, bias, width, width));
+                let config = LinearConfig { activation, bias, ..LinearConfig::new(width, width, format) };
+                let (gated, norm, regions) = (true, true, Some([8, 20, width - 28]).filter(|_| width % 4 == 0));
+                for config in [
+                    config,
+                    LinearConfig { gated, ..config },
+                    LinearConfig { norm, ..config },
+                    LinearConfig { regions, norm, ..config },
+                    LinearConfig { gated, norm, ..config },
+                ] {
+                    variants.extend(LinearVariant::of_layer(target, &config));
+                }
             }
         }
         for activation in std::iter::once(None).chain(ActivationKind::ALL.map(Some)) {
-            variants.extend(LinearVariant::of_layer(target, WeightFormat::F16, activation, true, 64, 64));
+            let config = LinearConfig { activation, bias: true, ..LinearConfig::new(64, 64, WeightFormat::F16) };
+            variants.extend(LinearVariant::of_layer(target, &config));
         }
     }
     let mut seen = std::collections::HashSet::new();

@@ -21,9 +21,12 @@ mod bad_tokenizers;
 mod buffers;
 mod checkpoint_files;
 mod decoder;
+#[cfg(feature = "counters")]
+mod dispatches;
 mod forward;
 mod life_cycle;
 mod linear;
+mod linear_fused;
 mod linear_shaders;
 mod loading;
 mod ops;

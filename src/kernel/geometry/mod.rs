@@ -61,7 +61,7 @@ impl Geometry {
                 Some(size) => Self::MatrixPrefill(MatrixPrefillGeometry::of(variant, size)),
                 None => Self::Prefill(PrefillGeometry::of(variant)),
             },
-            (_, Kernel::Append) => Self::Append(AppendGeometry::of(variant)),
+            (_, Kernel::Append | Kernel::AppendQkv) => Self::Append(AppendGeometry::of(variant)),
             (_, Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Merge | Kernel::Rope) => {
                 Self::Linear
             }

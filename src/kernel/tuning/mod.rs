@@ -54,12 +54,20 @@ pub(crate) fn choose(variant: &mut Variant) {
         (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
         // A row has at most 64 vec4s.
         (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
-        // The invocations of a row share its range: whole subgroups that hold the Vec8s (8 elements) of a row.
-        (Profile::Cpu, Kernel::Append) if variant.has_row_scales() => ((head_dim / 8).next_multiple_of(lanes), 0, 0),
-        (Profile::Gpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Rope) => {
-            (64, 0, 0)
+        // The invocations of a row share its range, or wait for each other: whole subgroups that hold the Vec8s (8 elements) of a row.
+        (Profile::Cpu, Kernel::Append | Kernel::AppendQkv) if variant.shares_rows() => {
+            ((head_dim / 8).next_multiple_of(lanes), 0, 0)
         }
-        (Profile::Cpu, Kernel::Append | Kernel::CopyBlocks | Kernel::PackBlocks) => (lanes, 0, 0),
+        (
+            Profile::Gpu,
+            Kernel::Append
+            | Kernel::AppendQkv
+            | Kernel::CopyBlocks
+            | Kernel::PackBlocks
+            | Kernel::Gather
+            | Kernel::Rope,
+        ) => (64, 0, 0),
+        (Profile::Cpu, Kernel::Append | Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::PackBlocks) => (lanes, 0, 0),
         (Profile::Cpu, Kernel::Gather | Kernel::Merge | Kernel::Rope) => (lanes, 0, 0),
     };
 }

@@ -15,8 +15,8 @@ use super::sampler::Sampler;
 use super::transformer::{Model, Scratch};
 use crate::gpu::Readback;
 use crate::{
-    Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, PrefixStats, Result,
-    Rope, SequenceId, SequenceSnapshot,
+    AppendQkv, Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, PrefixStats,
+    Result, SequenceId, SequenceSnapshot,
 };
 
 /// The cache and the step size of a [`Decoder`].
@@ -32,7 +32,7 @@ pub struct DecoderOptions {
     /// How values are stored.
     pub v_format: KvFormat,
     /// Tokens that go through the layers at once. Longer batches are cut into several steps (chunked prefill). The activations take some
-    /// `max_step_tokens * (5 * hidden_size + 3 * intermediate_size) * 4` bytes.
+    /// `max_step_tokens * (6 * hidden_size + intermediate_size) * 4` bytes.
     pub max_step_tokens: u32,
     /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
     /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
@@ -82,7 +82,7 @@ pub struct Decoder {
     options: DecoderOptions,
     cache: Arc<KvCache>,
     attention: Attention,
-    rope: Option<Rope>,
+    append: Option<AppendQkv>,
     sampler: Sampler,
     scratch: Scratch,
     logits: wgpu::Buffer,
@@ -156,8 +156,10 @@ impl Decoder {
         let attention_config =
             AttentionConfig { window: config.sliding_window, ..AttentionConfig::new(config.num_q_heads) };
         let attention = Attention::new(&cache, attention_config).await?;
-        let rope = match &config.position {
-            Position::Rope(rope) => Some(Rope::new(&cache, rope.clone()).await?),
+        let append = match &config.position {
+            Position::Rope(rope) => {
+                Some(AppendQkv::new(&cache, rope.clone(), config.num_q_heads, config.qk_norm).await?)
+            }
             Position::Learned => None,
         };
         let sampler = Sampler::new(&gpu, config.vocab_size).await?;
@@ -172,7 +174,7 @@ impl Decoder {
             model,
             options,
             attention,
-            rope,
+            append,
             sampler,
             scratch,
         })

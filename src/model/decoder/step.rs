@@ -340,7 +340,7 @@ impl Decoder {
             let context = StepContext {
                 cache: &self.cache,
                 attention: &self.attention,
-                rope: self.rope.as_ref(),
+                append: self.append.as_ref(),
                 step: &step,
                 plan: &plan,
                 ids,

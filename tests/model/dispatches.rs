@@ -1,0 +1,80 @@
+//! How many dispatches a layer takes: each costs a CPU adapter some 20 to 60 us, whatever it computes.
+
+use std::cell::RefCell;
+
+use folio::model::{
+    Decoder, DecoderOptions, Input, Model, ModelConfig, ModelOptions, ModelResult, Sampling, TensorSource,
+    WeightFormat, WeightSource,
+};
+
+use crate::adapter::{self, Open};
+use crate::common::with;
+
+struct RandomWeights(RefCell<fastrand::Rng>);
+
+impl WeightSource for RandomWeights {
+    fn rows(&self, _tensor: &TensorSource, _row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        out.fill_with(|| self.0.borrow_mut().f32() - 0.5);
+        Ok(())
+    }
+}
+
+/// Settings that all of these share; `n_layer` and the like are gpt2's names.
+fn config(model_type: &str, num_layers: u32) -> ModelConfig {
+    ModelConfig::from_json(&format!(
+        r#"{{"model_type": "{model_type}", "hidden_size": 32, "num_hidden_layers": {num_layers}, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64,
+            "n_embd": 32, "n_layer": {num_layers}, "n_head": 4, "n_positions": 64}}"#
+    ))
+    .unwrap()
+}
+
+/// Dispatches of a prompt of 5 tokens, and of the step after it.
+fn count(how: Open, model_type: &str, num_layers: u32, weights: WeightFormat) -> Option<[u64; 2]> {
+    let gpu = adapter::open_own(how)?;
+    let config = config(model_type, num_layers);
+    let tensors = config.weights().unwrap();
+    let source = RandomWeights(RefCell::new(fastrand::Rng::with_seed(1)));
+    let model =
+        Model::from_source_blocking(&gpu, config, &tensors, &source, ModelOptions::new(weights), |_| {}).unwrap();
+    let options = with(DecoderOptions::default(), |options| options.num_blocks = 8);
+    let mut decoder = Decoder::new_blocking(model.into(), options).unwrap();
+    let (sequence, greedy) = (decoder.create_sequence(), Sampling::greedy());
+    let mut step = |tokens: &[u32]| {
+        let before = gpu.num_dispatches();
+        gpu.block_on(decoder.step(&[Input { sequence, tokens, sampling: Some(&greedy) }])).unwrap();
+        gpu.num_dispatches() - before
+    };
+    Some([step(&[1, 2, 3, 4, 5]), step(&[])])
+}
+
+/// Dispatches of a layer, of a prompt and of a decode step, and those of a decode step beside the layers: from models of one layer and of three.
+fn per_layer(how: Open, model_type: &str, weights: WeightFormat) -> Option<([u64; 2], u64)> {
+    let [one, three] = [count(how, model_type, 1, weights)?, count(how, model_type, 3, weights)?];
+    let layer = [0, 1].map(|i| {
+        assert!((three[i] - one[i]).is_multiple_of(2), "{model_type}: {one:?}, {three:?}");
+        (three[i] - one[i]) / 2
+    });
+    Some((layer, one[1] - layer[1]))
+}
+
+#[test]
+fn a_layer_takes_few_dispatches() {
+    // RMSNorm is a part of the linear layer behind it. LayerNorm is two dispatches, beside qkv, append, attend, o, up and down.
+    let models = [("llama", 6), ("mistral", 6), ("qwen2", 6), ("qwen3", 6), ("gpt2", 8), ("gpt_neox", 8)];
+    for (how, weights) in
+        [(adapter::CPU, WeightFormat::F16), (adapter::GPU, WeightFormat::INT4), (adapter::CPU_PLAIN, WeightFormat::F16)]
+    {
+        for (model_type, most) in models {
+            let Some(([prompt, decode], other)) = per_layer(how, model_type, weights) else { return };
+            println!("{how:?} {model_type}: {prompt} for a prompt, {decode} to decode, {other} beside the layers");
+            // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each of the 4 linear layers.
+            let staging = if how == adapter::GPU { [0, 0] } else { [4, if how == adapter::CPU_PLAIN { 4 } else { 0 }] };
+            assert!(prompt <= most + staging[0], "{how:?} {model_type}: {prompt} for a prompt");
+            assert!(decode <= most + staging[1], "{how:?} {model_type}: {decode} to decode");
+            // Embedding, learned positions, LayerNorm, the head and sampling.
+            let most = if most == 6 { 3 } else { 5 };
+            assert!(other <= most + staging[1] / 4, "{how:?} {model_type}: {other} beside the layers");
+        }
+    }
+}
