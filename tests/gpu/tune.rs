@@ -184,3 +184,12 @@ fn shapes_that_no_tuner_can_time_are_refused() {
     }
     assert!(gpu.tune(&[], Duration::ZERO, |_| {}).unwrap().kernels.is_empty());
 }
+
+#[test]
+fn a_lost_device_is_not_tuned() {
+    let Some(gpu) = adapter::open_own(adapter::DEFAULT) else { return };
+    gpu.device().destroy();
+    let shape = TuneShape::new(&KvCacheConfig::new(1, 1, 32).with_blocks(8, 16), 2);
+    let error = gpu.tune(&[shape], Duration::from_secs(1), |_| {}).unwrap_err();
+    assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
+}
