@@ -70,13 +70,13 @@ fn case(head_dim: usize, query_len: usize, seq_len: usize, q_scale: f32, seed: u
 
 #[test]
 fn products_of_halves_are_within_the_bound() {
-    for (seed, (query_len, seq_len)) in [(1, 1), (5, 18), (20, 300), (2, 5000)].into_iter().enumerate() {
+    for (seed, (query_len, seq_len)) in [(1, 1), (5, 18), (20, 300), (2, 2000)].into_iter().enumerate() {
         for (head_dim, q_scale) in [(64, 1.0), (128, 0.01), (40, 200.0), (80, 1e-20)] {
             let case = case(head_dim, query_len, seq_len, q_scale, 300 + seed as u64);
-            for to in [To::Nearest, To::Zero] {
-                let (out, lse) = kernel(&case, to, None);
-                for rounding in [Rounding::Independent, Rounding::Coherent] {
-                    let expected = case.bounded(ErrorModel::F32.with_f16_products().with_rounding(rounding));
+            for rounding in [Rounding::Independent, Rounding::Coherent] {
+                let expected = case.bounded(ErrorModel::F32.with_f16_products().with_rounding(rounding));
+                for to in [To::Nearest, To::Zero] {
+                    let (out, lse) = kernel(&case, to, None);
                     compare::out(&expected, &out).assert_within();
                     compare::lse(&expected, &lse).assert_within();
                 }
