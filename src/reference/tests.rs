@@ -1,6 +1,7 @@
 use super::*;
 
 mod formats;
+mod halves;
 mod limits;
 
 /// A problem that owns its numbers.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::kernel::{AttendFlags, Target, Vendor};
+use crate::kernel::{AttendFlags, MatrixSize, Target, Vendor};
 use crate::{KvCacheConfig, KvFormat};
 
 fn variant(profile: Profile, kernel: Kernel, head_dim: u32, group_size: u32, formats: [KvFormat; 2]) -> Variant {
@@ -65,6 +65,36 @@ fn gpu_prefill_covers_a_tile() {
             assert!(g.q_loads * variant.workgroup_size >= variant.tile_q * g.slice, "{about}");
             assert!(g.tile_len >= 2 * g.score_len && g.tile_len >= g.weights_len + 2 * g.value_len, "{about}");
             assert!(g.workgroup_bytes() <= 16_384, "{about}");
+        }
+    }
+}
+
+/// Matrices tile rows, keys and head; what lies in workgroup memory fits and is aligned as matrix loads demand.
+#[test]
+fn matrix_prefill_covers_a_tile() {
+    for head_dim in (8..=256).step_by(8) {
+        for (size, format) in [(MatrixSize::Eight, KvFormat::F16), (MatrixSize::Sixteen, KvFormat::Int4)] {
+            let mut variant = variant(Profile::Gpu, Kernel::Prefill, head_dim, 4, [format; 2]);
+            variant.target.matrix = Some(size);
+            crate::kernel::tuning::choose(&mut variant);
+            let g = MatrixPrefillGeometry::of(&variant, size);
+            let about = format!("{variant:?}: {g:?}");
+            let size = size.len();
+            for len in [variant.tile_q, variant.tile_kv, g.dims, g.slice] {
+                assert!(len.is_multiple_of(size), "{about}");
+            }
+            assert_eq!(g.lanes * variant.tile_q, variant.workgroup_size, "{about}");
+            assert!(g.dims >= head_dim && 4 * g.lanes * g.cols >= g.dims, "{about}");
+            assert_eq!(4 * g.lanes * g.key_cols, variant.tile_kv, "{about}");
+            assert!(variant.tile_kv <= variant.workgroup_size.min(64), "{about}");
+            assert!(g.num_slices * g.slice >= g.dims && (g.num_slices - 1) * g.slice < g.dims, "{about}");
+            assert!(g.product_row >= variant.tile_kv.max(g.slice), "{about}");
+            assert!((variant.tile_kv / size).is_multiple_of(g.score_block), "{about}");
+            for halves in [g.half_row, g.p_row, g.kv_at, g.p_at] {
+                assert!(halves.is_multiple_of(8), "{about}");
+            }
+            assert!(g.product_row.is_multiple_of(4), "{about}");
+            assert!(g.workgroup_bytes() <= 32_768, "{about}");
         }
     }
 }
