@@ -88,7 +88,8 @@ fn experimental() -> wgpu::ExperimentalFeatures {
     unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
-fn options(how: Open) -> GpuOptions {
+/// What [`open`] asks for.
+pub(crate) fn options(how: Open) -> GpuOptions {
     let mut options = GpuOptions::default();
     options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
     options.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::all());
@@ -101,11 +102,6 @@ fn options(how: Open) -> GpuOptions {
         options.matrix_units = experimental();
     }
     options
-}
-
-/// A device that no other test records on, where [`open`] finds an adapter.
-pub(crate) fn open_own(how: Open) -> Option<Gpu> {
-    open(how).map(|_| Gpu::open_blocking(options(how)).expect("the adapter opens twice"))
 }
 
 /// A line on the process's own stderr: what tests print by macro is shown only if they fail.

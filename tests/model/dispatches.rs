@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use folio::Gpu;
 use folio::model::{
     Decoder, DecoderOptions, Input, Model, ModelConfig, ModelOptions, ModelResult, Sampling, TensorSource,
     WeightFormat, WeightSource,
@@ -31,7 +32,8 @@ fn config(model_type: &str, num_layers: u32) -> ModelConfig {
 
 /// Dispatches of a prompt of 5 tokens, and of the step after it.
 fn count(how: Open, model_type: &str, num_layers: u32, weights: WeightFormat) -> Option<[u64; 2]> {
-    let gpu = adapter::open_own(how)?;
+    // A device that no other test records on.
+    let gpu = adapter::open(how).map(|_| Gpu::open_blocking(adapter::options(how)).unwrap())?;
     let config = config(model_type, num_layers);
     let tensors = config.weights().unwrap();
     let source = RandomWeights(RefCell::new(fastrand::Rng::with_seed(1)));

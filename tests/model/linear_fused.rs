@@ -160,9 +160,9 @@ fn gated_matrices_are_split_by_rows() {
         let mut options = folio::GpuOptions::default();
         options.adapter_name = Some(name.clone());
         options.profile = Some(profile);
-        options.max_binding_bytes = Some(1 << 18);
+        options.max_binding_bytes = Some(1 << 20);
         let gpu = Gpu::open_blocking(options).unwrap();
-        let config = LinearConfig { gated: true, bias: true, ..LinearConfig::new(300, 1001, WeightFormat::F16) };
+        let config = LinearConfig { gated: true, bias: true, ..LinearConfig::new(300, 1001, WeightFormat::F32) };
         let case = Case::new(config, &mut fastrand::Rng::with_seed(31));
         // Without an activation the product is that of the sums.
         let linear = case.build(&gpu, &LinearKernels::new());
