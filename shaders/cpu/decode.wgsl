@@ -10,6 +10,12 @@ Formats with scales never have their elements computed. With x = minimum + scale
 scale * (q . code) + minimum * sum(q), and an output sum(p * scale * code) + sum(p * minimum): the lane of a score applies both scales, and sums
 the last term up. Per channel, q takes the scales, and q . minimum is the same for all keys.
 
+Where a row of codes is narrower than what all lanes can load at once, a load spans the rows of several keys (`k_span`, `v_span`), each lane
+loading more of one row. Exchanges between lanes then give every lane a part of each row: a few instructions, where a load takes 26 to 62 per
+lane.
+
+What doesn't wait for anything is loaded first, so that the waits for memory overlap: scales, and V's first row, before K.
+
 tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES. It is 1 without
 subgroups.
 Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
@@ -23,6 +29,12 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% set weight = "pv" if v_side.row_scales else "p" %}
 {# Rows of V that the mask hides may hold NaN: 0 stands for their elements. Codes always are numbers. #}
 {% set screens = mask and not v_side.row_scales %}
+{# Of each side: keys whose rows a load spans; parts of a row, one per lane and round; `vec4`s of a part; type of a load; bits of an element. #}
+{% set span = {"k": g.k_span, "v": g.v_span} %}
+{% set loads_of = {"k": g.k_loads, "v": g.v_loads} %}
+{% set vecs_of = {"k": g.k_vecs, "v": g.v_vecs} %}
+{% set type_of = {"k": g.k_type, "v": g.v_type} %}
+{% set bits_of = {"k": k_side.row_bytes * 8 // head_dim, "v": v_side.row_bytes * 8 // head_dim} %}
 {% include "shared/cpu_bindings.wgsl" %}
 {% if not subgroups %}
 
@@ -31,31 +43,59 @@ var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weig
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
-{# A lane's part of a cache row: declares the variables `x`, one vec4<f32> per i. #}
-{% macro load_part(x, name, row, format, j, loads, vecs, seen="") %}
-{% if (j + 1) * g.lanes > loads %}
-            var {{ x }} = {{ g.k_type if name == "k" else g.v_type }}();
-            if (lane < {{ loads - j * g.lanes }}u) {
-                {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * g.lanes) }}lane);
-            }
+{# Which part of a row a lane has. #}
+{% macro lane_of(x) %}{{ x ~ "_lane" if span[x] > 1 else "lane" }}{% endmacro %}
+{# What a lane loads of key t's row, or of the rows from key t on: declares `x`{t}_raw{j}. #}
+{% macro load_raw(x, t, j) %}
+{% set loads = loads_of[x] %}
+{% set raw = "%s%d_raw%d"|format(x, t, j) %}
+{% if span[x] > 1 %}
+        let {{ raw }} = {{ x }}_element(cache_row0 + clamp(base + {{ plus(t) }}{{ x }}_key, item.kv_begin, item.kv_end - 1u) - key0, {{ x }}_part);
+{% elif (j + 1) * g.lanes > loads %}
+        var {{ raw }} = {{ type_of[x] }}();
+        if (lane < {{ loads - j * g.lanes }}u) {
+            {{ raw }} = {{ x }}_element(cache_row{{ t }}, {{ plus(j * g.lanes) }}lane);
+        }
 {% else %}
-            let {{ x }} = {{ name }}_element({{ row }}, {{ plus(j * g.lanes) }}lane);
+        let {{ raw }} = {{ x }}_element(cache_row{{ t }}, {{ plus(j * g.lanes) }}lane);
 {% endif %}
-{% for i in range(vecs) %}
-{% if seen %}
-            let {{ x }}_{{ i }} = select(vec4<f32>(), {{ kv.widen(format, g.k_type if name == "k" else g.v_type, x, i) }}, {{ seen }});
-{% else %}
-            let {{ x }}_{{ i }} = {{ kv.widen(format, g.k_type if name == "k" else g.v_type, x, i) }};
-{% endif %}
+{% endmacro %}
+{# Hands out a load that spans the rows of keys t, t + 1, ...: declares `x`{t}_raw0_{word}, this lane's words of each row. #}
+{% macro spread(x, t) %}
+{% set words = vecs_of[x] * bits_of[x] // 8 %}
+{% set n = namespace(at="%s%d_loaded"|format(x, t)) %}
+{% for c in range(span[x]) %}{% for m in range(words) %}
+        let {{ n.at }}{{ c }}_{{ m }} = {{ kv.word_of(type_of[x], "%s%d_raw0"|format(x, t), c * words + m) }};
+{% endfor %}{% endfor %}
+{% for bit in [1, 2, 4] if bit < span[x] %}
+{% set w = g.lanes // span[x] * bit %}
+{% set last = 2 * bit == span[x] %}
+{% for c in range(span[x]) if c // bit % 2 == 0 %}{% for m in range(words) %}
+{% set a = "%s%d_%d"|format(n.at, c, m) %}
+{% set b = "%s%d_%d"|format(n.at, c + bit, m) %}
+{% set to_a = "%s%d_raw0_%d"|format(x, t + c, m) if last else "%s%d_over%d_%d_%d"|format(x, t, bit, c, m) %}
+{% set to_b = "%s%d_raw0_%d"|format(x, t + c + bit, m) if last else "%s%d_over%d_%d_%d"|format(x, t, bit, c + bit, m) %}
+        let {{ a }}_other = subgroupShuffleXor(select({{ b }}, {{ a }}, swap{{ w }}), {{ w }}u);
+        let {{ to_a }} = select({{ a }}, {{ a }}_other, swap{{ w }});
+        let {{ to_b }} = select({{ a }}_other, {{ b }}, swap{{ w }});
+{% endfor %}{% endfor %}
+{% set n.at = "%s%d_over%d_"|format(x, t, bit) %}
+{% endfor %}
+{% endmacro %}
+{# A lane's part of key t's row: declares the variables `to`, one vec4<f32> per i. #}
+{% macro widen_part(to, x, t, j, format, seen="") %}
+{% for i in range(vecs_of[x]) %}
+{% set value = kv.widen(format, "words" if span[x] > 1 else type_of[x], "%s%d_raw%d"|format(x, t, j), i) %}
+            let {{ to }}_{{ i }} = {{ "select(vec4<f32>(), %s, %s)"|format(value, seen) if seen else value }};
 {% endfor %}
 {% endmacro %}
 {# The value that the lane of score n holds in the per-score variable `name`, for all lanes. #}
 {% macro from_score(name, n) -%}
     subgroupBroadcast({{ name }}{{ n // g.lanes }}, {{ n % g.lanes }}u)
 {%- endmacro %}
-{# Index of the vec4 of q or out that belongs to a lane's part j, i. #}
-{% macro vec_idx(j, i, loads, vecs) -%}
-    {% if (j + 1) * g.lanes > loads %}min({{ plus(j * g.lanes) }}lane, {{ loads - 1 }}u){% elif j %}({{ j * g.lanes }}u + lane){% else %}lane{% endif %} * {{ vecs }}u{% if i %} + {{ i }}u{% endif %}
+{# Index of the vec4 of q or out that belongs to a lane's part j, i of a row of K or V. #}
+{% macro vec_idx(x, j, i) -%}
+    {% if (j + 1) * g.lanes > loads_of[x] %}min({{ plus(j * g.lanes) }}lane, {{ loads_of[x] - 1 }}u){% elif j %}({{ j * g.lanes }}u + lane){% else %}{{ lane_of(x) }}{% endif %} * {{ vecs_of[x] }}u{% if i %} + {{ i }}u{% endif %}
 {%- endmacro %}
 {# Sums the partial scores z0, z1, ... of all lanes: lane i gets score v * LANES + i in the variable `result`{v}. #}
 {% macro sum_scores(result) %}
@@ -99,12 +139,18 @@ var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weig
 fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% include "shared/cpu_item.wgsl" %}
 
+{% for x in ["k", "v"] if span[x] > 1 %}
+    // Which key and part of its row this lane loads of {{ x|upper }}, and which part of all rows it has after the exchanges.
+    let {{ x }}_key = lane / {{ g.lanes // span[x] }}u;
+    let {{ x }}_part = lane % {{ g.lanes // span[x] }}u;
+    let {{ x }}_lane = {{ x }}_part * {{ span[x] }}u + {{ x }}_key;
+{% endfor %}
     // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
 {% for r in range(g.rows) %}
     let row{{ r }} = min({{ plus(r) }}item.row_start, last_row);
     let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% for j in range(g.k_rounds) %}{% for i in range(g.k_vecs) %}
-    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.k_loads, g.k_vecs) }}] * params.qk_scale;
+    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx("k", j, i) }}] * params.qk_scale;
 {% endfor %}{% endfor %}
 {% for j in range(g.v_rounds) %}{% for i in range(g.v_vecs) %}
     var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
@@ -156,8 +202,8 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
 {% for i in range(g.k_vecs) %}
 {% if k_side.channel_scales %}
-            let minimum{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
-            let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx(j, i, g.k_loads, g.k_vecs) }}));
+            let minimum{{ i }} = k_channels(1u, kv_head, 4u * ({{ vec_idx("k", j, i) }}));
+            let scale{{ i }} = k_channels(0u, kv_head, 4u * ({{ vec_idx("k", j, i) }}));
 {% endif %}
 {% for r in range(g.rows) %}
             z{{ r * g.iter_keys }} += dot(q{{ r }}_{{ j }}_{{ i }}, {{ "minimum" ~ i if k_side.channel_scales else "vec4<f32>(1.0)" }});
@@ -199,20 +245,6 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
 {% endif %}
 
-{% for t in range(g.iter_keys) %}
-{% for r in range(g.rows) %}
-        var z{{ r * g.iter_keys + t }} = 0.0;
-{% endfor %}
-{% for j in range(g.k_rounds) %}
-        {
-{{ load_part("k", "k", "cache_row" ~ t, k_format, j, g.k_loads, g.k_vecs) }}
-{%- for i in range(g.k_vecs) %}{% for r in range(g.rows) %}
-            z{{ r * g.iter_keys + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
-{% endfor %}{% endfor %}
-        }
-{% endfor %}
-{% endfor %}
-
         let key = base + score_key;
 {% if row_scales %}
         // Scale and minimum of the rows of this lane's key.
@@ -228,6 +260,28 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
 {% endfor %}
 {% endif %}
+{{ load_raw("v", 0, 0) }}
+{% for t in range(g.iter_keys) %}
+{% for r in range(g.rows) %}
+        var z{{ r * g.iter_keys + t }} = 0.0;
+{% endfor %}
+{% if g.k_span > 1 and t % g.k_span == 0 %}
+{{ load_raw("k", t, 0) }}
+{{- spread("k", t) }}
+{% endif %}
+{% for j in range(g.k_rounds) %}
+        {
+{% if g.k_span == 1 %}
+{{ load_raw("k", t, j) }}
+{% endif %}
+{{- widen_part("k", "k", t, j, k_format) }}
+{%- for i in range(g.k_vecs) %}{% for r in range(g.rows) %}
+            z{{ r * g.iter_keys + t }} += dot(q{{ r }}_{{ j }}_{{ i }}, k_{{ i }});
+{% endfor %}{% endfor %}
+        }
+{% endfor %}
+{% endfor %}
+
 {{ sum_scores("var s") }}
 {%- for v in range(g.vectors) %}
 {% if k_side.row_scales %}
@@ -294,7 +348,13 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% for j in range(g.v_rounds) %}
         {
 {% for t in range(g.iter_keys) %}
-{{ load_part("v" ~ t, "v", "cache_row" ~ t, v_format, j, g.v_loads, g.v_vecs, "is_seen" ~ t if screens else "") }}
+{% if t % g.v_span == 0 %}
+{% if t or j %}
+{{ load_raw("v", t, j) }}
+{% endif %}
+{{- spread("v", t) if g.v_span > 1 }}
+{% endif %}
+{{- widen_part("v" ~ t, "v", t, j, v_format, "is_seen" ~ t if screens else "") }}
 {%- endfor %}
 {% for i in range(g.v_vecs) %}{% for r in range(g.rows) %}
             sum{{ r }}_{{ j }}_{{ i }} = sum{{ r }}_{{ j }}_{{ i }} * scale_row{{ r }}{% for t in range(g.iter_keys) %} + p{{ r }}_{{ t }} * v{{ t }}_{{ i }}{% endfor %};
@@ -353,11 +413,11 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
             if (item.part_row == NO_PARTIAL) {
 {% for i in range(g.v_vecs) %}
-                out[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
+                out[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx("v", j, i) }}] = result{{ i }};
 {% endfor %}
             } else {
 {% for i in range(g.v_vecs) %}
-                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u) + {{ vec_idx(j, i, g.v_loads, g.v_vecs) }}] = result{{ i }};
+                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u) + {{ vec_idx("v", j, i) }}] = result{{ i }};
 {% endfor %}
             }
         }

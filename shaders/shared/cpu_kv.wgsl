@@ -3,12 +3,14 @@ How K and V elements are loaded and widened; imported by the CPU kernels. The ge
 format adds its types there and a case to `widen` here.
 #}
 {% import "shared/kv_codes.wgsl" as codes %}
-{# Word n of the loaded value x. #}
+{# Word n of the loaded value x: of type "words", the variable `x`_{n}. #}
 {% macro word_of(type, x, n) %}
+{% if type == "words" %}{{ x }}_{{ n }}{% else %}
     {%- set long = "u64" in type -%}
     {%- set component = n // 2 if long else n -%}
     {%- set part = x ~ "." ~ "xyzw"[component] if "vec" in type else x -%}
     {%- if long -%} u32({{ part }}{{ " >> 32u" if n % 2 }}) {%- else -%} {{ part }} {%- endif -%}
+{% endif %}
 {% endmacro %}
 
 {# Elements 4*i .. 4*i+4 of the loaded value x, as a vec4<f32>: of formats with scales, their codes. #}

@@ -277,6 +277,34 @@ fn loads_of_every_width() {
     }
 }
 
+/// Loads of CPU adapters that span the rows of several keys: ranges start and end within a span, masks and windows hide parts of it, and the
+/// last case has splits and segments.
+#[test]
+fn loads_that_span_rows() {
+    let pairs = [(128, Int4, Int8), (128, Int8PerChannel, Int4), (64, E4M3, E4M3), (64, Int8, E4M3), (128, F16, Int4)];
+    for (i, (head_dim, k_format, v_format)) in pairs.into_iter().enumerate() {
+        let case = Case::new(&[(37, 1), (0, 1), (2, 1), (101, 1)], 8, 2, head_dim).formats(k_format, v_format);
+        check(
+            CPU,
+            &case.config(|config| {
+                config.window = (i % 2 == 0).then_some(38);
+                config.custom_mask = i > 1;
+                config.lse = true;
+            }),
+        );
+    }
+    if adapter::open(CPU).is_none() {
+        return;
+    }
+    let options = with(GpuOptions::default(), |c| {
+        c.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+        c.profile = Some(Profile::Cpu);
+        c.max_binding_bytes = Some(1 << 20);
+    });
+    let gpu = Gpu::open_blocking(options).expect("a small device");
+    Case::new(&[(15_001, 1), (6, 1)], 4, 2, 128).block_size(4).formats(Int4, Int4).check(&gpu);
+}
+
 /// Rows, their scales and the table of a side that is larger than a binding. Both sequences reach over several segments.
 #[test]
 fn segments() {

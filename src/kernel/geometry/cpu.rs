@@ -3,6 +3,7 @@
 use super::{array_bytes, geometry};
 use crate::format::KvFormat;
 use crate::kernel::variant::Variant;
+use crate::layout::KvLayout;
 
 /// A type that elements are loaded as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,26 @@ fn best_load(format: KvFormat, int64: bool, head_dim: u32, rows: u32, lanes: u32
     fits.min_by_key(cost).copied().unwrap_or(loads[loads.len() - 1])
 }
 
+/// What decode loads where `part` is a lane's part of a row. llvmpipe spends some 20 instructions per lane on any load and 9 on each component of
+/// it: so one load takes the rows of several keys if these are of one block, are of codes (which move between lanes as words), and
+/// have a part for every lane.
+fn spanning_load(variant: &Variant, part: Load, layout: &KvLayout) -> Load {
+    let codes = !matches!(layout.format, KvFormat::F32 | KvFormat::F16);
+    let Variant { head_dim, tile_kv, workgroup_size, target, .. } = *variant;
+    if !codes || !target.subgroups || lookups(variant, tile_kv) > 1 || head_dim / part.dims != workgroup_size {
+        return part;
+    }
+    let wider: &[Load] = match part.name {
+        "u64" => const { &[load("vec4<u64>", 4, 4), load("vec2<u64>", 2, 2)] },
+        "vec2<u64>" => const { &[load("vec4<u64>", 2, 4)] },
+        _ => &[],
+    };
+    // (The dims of these are in parts.)
+    let fits =
+        |wide: &&Load| wide.dims <= tile_kv && layout.block_bytes().is_multiple_of(u64::from(wide.components) * 8);
+    wider.iter().find(fits).map_or(part, |wide| Load { dims: wide.dims * part.dims, ..*wide })
+}
+
 geometry! {
     /// Lanes over head_dim, all query rows of the tile in registers.
     CpuDecodeGeometry {
@@ -55,14 +76,17 @@ geometry! {
         rows: u32,
         /// Keys per iteration.
         iter_keys: u32,
-        /// Type, dims, and `vec4`s of a load; loads of a row, and how many of them a lane has, the last one perhaps beyond the row.
+        /// Type and dims of a load; keys whose rows one load of all lanes spans; `vec4`s of a lane's part of a row; parts of a row, and how many
+        /// of them a lane has, the last one perhaps beyond the row.
         k_type: &'static str,
         k_dims: u32,
+        k_span: u32,
         k_vecs: u32,
         k_loads: u32,
         k_rounds: u32,
         v_type: &'static str,
         v_dims: u32,
+        v_span: u32,
         v_vecs: u32,
         v_loads: u32,
         v_rounds: u32,
@@ -83,19 +107,23 @@ impl CpuDecodeGeometry {
         let iter_keys = variant.tile_kv;
         let [k, v] = [variant.k_format, variant.v_format]
             .map(|format| best_load(format, variant.target.int64, head_dim, 1, lanes));
+        let [k_wide, v_wide] = [(k, variant.k_layout()), (v, variant.v_layout())]
+            .map(|(part, layout)| spanning_load(variant, part, &layout));
         let scores = rows * iter_keys;
         let shared = |len: u32| if variant.target.subgroups { 0 } else { len };
         Self {
             lanes,
             rows,
             iter_keys,
-            k_type: k.name,
-            k_dims: k.dims,
+            k_type: k_wide.name,
+            k_dims: k_wide.dims,
+            k_span: k_wide.dims / k.dims,
             k_vecs: k.dims / 4,
             k_loads: head_dim / k.dims,
             k_rounds: (head_dim / k.dims).div_ceil(lanes),
-            v_type: v.name,
-            v_dims: v.dims,
+            v_type: v_wide.name,
+            v_dims: v_wide.dims,
+            v_span: v_wide.dims / v.dims,
             v_vecs: v.dims / 4,
             v_loads: head_dim / v.dims,
             v_rounds: (head_dim / v.dims).div_ceil(lanes),

@@ -116,6 +116,23 @@ fn cpu_kernels_take_the_cheapest_load() {
     assert!(!prefill.screens);
 }
 
+/// Loads span the rows of several keys where these are of codes and have a part for every lane: hand-checked.
+#[test]
+fn cpu_decode_spans_rows_of_codes() {
+    let spans = |head_dim, formats| {
+        let g = CpuDecodeGeometry::of(&variant(Profile::Cpu, Kernel::Decode, head_dim, 4, formats));
+        assert_eq!([g.k_dims * g.k_loads, g.v_dims * g.v_loads], [g.k_span * head_dim, g.v_span * head_dim]);
+        [(g.k_type, g.k_span), (g.v_type, g.v_span)]
+    };
+    assert_eq!(spans(128, [KvFormat::Int4; 2]), [("vec4<u64>", 4); 2]);
+    assert_eq!(spans(128, [KvFormat::Int8, KvFormat::F16]), [("vec4<u64>", 2), ("vec4<u64>", 1)]);
+    assert_eq!(spans(64, [KvFormat::E4M3, KvFormat::Int4PerChannel]), [("vec4<u64>", 4), ("u64", 1)]);
+    // Blocks of one key have nothing to span.
+    let variant = variant(Profile::Cpu, Kernel::Decode, 128, 4, [KvFormat::Int4; 2]);
+    let g = CpuDecodeGeometry::of(&Variant { block_size: 1, ..variant });
+    assert_eq!((g.k_span, g.v_span, g.lookups), (1, 1, 4));
+}
+
 #[test]
 fn append_shares_ranges_in_whole_rows() {
     let geometry = |head_dim, format| {
