@@ -187,7 +187,11 @@ fn shapes_that_no_tuner_can_time_are_refused() {
 
 #[test]
 fn a_lost_device_is_not_tuned() {
-    let Some(gpu) = adapter::open_own(adapter::DEFAULT) else { return };
+    if adapter::open(adapter::DEFAULT).is_none() {
+        return;
+    }
+    // One of its own: the others' stays.
+    let gpu = Gpu::open_blocking(adapter::options(adapter::DEFAULT)).unwrap();
     gpu.device().destroy();
     let shape = TuneShape::new(&KvCacheConfig::new(1, 1, 32).with_blocks(8, 16), 2);
     let error = gpu.tune(&[shape], Duration::from_secs(1), |_| {}).unwrap_err();
