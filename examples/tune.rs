@@ -87,7 +87,7 @@ fn print(event: TuneEvent<'_>) {
         TuneEvent::Timed { sizes, micros } => println!("  {micros:>10.0} us  {sizes}"),
         TuneEvent::Dropped { sizes, reason } => println!("     dropped  {sizes}: {reason}"),
         TuneEvent::Chosen(tuned) => {
-            let ratio = tuned.micros / tuned.default_micros;
+            let ratio = tuned.nanos as f64 / tuned.default_nanos as f64;
             let split = tuned.split.map_or(String::new(), |split| format!("; {split:?}"));
             println!("  chosen: {}{split}, {ratio:.2} of the default's time", tuned.sizes);
         }

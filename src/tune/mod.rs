@@ -195,8 +195,8 @@ impl Gpu {
             progress(TuneEvent::Timed { sizes, micros: median * 1e6 });
         }
         let sizes = entered[outcome.best];
-        let default_micros = outcome.medians[0] * 1e6;
-        let mut micros = default_micros * outcome.ratio;
+        let default_seconds = outcome.medians[0];
+        let mut seconds = default_seconds * outcome.ratio;
 
         let mut split = None;
         if splits {
@@ -210,9 +210,10 @@ impl Gpu {
             let outcome = race.run(deadline)?;
             if outcome.best > 0 {
                 split = Some(tried[outcome.best - 1]);
-                micros *= outcome.ratio;
+                seconds *= outcome.ratio;
             }
         }
-        Ok(TunedKernel { shape, sizes, split, workload: describe, micros, default_micros })
+        let [nanos, default_nanos] = [seconds, default_seconds].map(|seconds| (seconds * 1e9) as u64);
+        Ok(TunedKernel { shape, sizes, split, workload: describe, nanos, default_nanos })
     }
 }

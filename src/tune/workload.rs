@@ -155,7 +155,7 @@ impl Workload {
 /// The entry of one choice.
 pub(super) fn choice(variant: &Variant, sizes: Sizes, split: Option<TunedSplit>) -> TunedKernel {
     let shape = TunedShape::of(variant);
-    TunedKernel { shape, sizes, split, workload: String::new(), micros: 0.0, default_micros: 0.0 }
+    TunedKernel { shape, sizes, split, workload: String::new(), nanos: 0, default_nanos: 0 }
 }
 
 /// Scales per channel, where K has them: all alike.

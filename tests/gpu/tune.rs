@@ -21,7 +21,7 @@ fn default_variant(gpu: &Gpu, case: &Case, kernel: Kernel) -> Variant {
 
 fn entry(variant: &Variant, sizes: Sizes, split: Option<TunedSplit>) -> TunedKernel {
     let shape = TunedShape::of(variant);
-    TunedKernel { shape, sizes, split, workload: String::new(), micros: 1.0, default_micros: 2.0 }
+    TunedKernel { shape, sizes, split, workload: String::new(), nanos: 1000, default_nanos: 2000 }
 }
 
 /// Runs a case with every candidate of each kernel: the n-th of all of them at a time.
@@ -147,7 +147,7 @@ fn a_tuned_device_uses_what_won() {
     assert!(timed >= 3);
     assert_eq!(tuning.kernels, chosen);
     for kernel in &tuning.kernels {
-        assert!(kernel.micros > 0.0 && kernel.micros <= kernel.default_micros, "{kernel:?}");
+        assert!(kernel.nanos > 0 && kernel.nanos <= kernel.default_nanos, "{kernel:?}");
     }
     // A file keeps everything.
     let text = serde_json::to_string(&tuning).unwrap();

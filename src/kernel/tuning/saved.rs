@@ -72,7 +72,7 @@ pub struct TunedSplit {
 }
 
 /// The best sizes for one kernel and shape, and what they gain.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedKernel {
     /// What they are for.
@@ -84,17 +84,17 @@ pub struct TunedKernel {
     pub split: Option<TunedSplit>,
     /// What was timed: batch, lengths, heads.
     pub workload: String,
-    /// Median microseconds of the workload with this choice.
-    pub micros: f64,
+    /// Median nanoseconds of the workload with this choice.
+    pub nanos: u64,
     /// And with the default, in the same race.
-    pub default_micros: f64,
+    pub default_nanos: u64,
 }
 
 /// Choices for one adapter, to be kept by the host and handed to [`Gpu::with_tuning`](crate::Gpu::with_tuning).
 ///
 /// With the feature `tune` it is serialisable by serde, and made by `Gpu::tune`. Entries that are not among the candidates of their kernel
 /// (edited by hand, of another version) count as absent: whatever a file says, only tested kernels run.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
 pub struct Tuning {
     /// What it holds good for.
