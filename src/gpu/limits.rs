@@ -26,9 +26,9 @@ pub fn matrix_features() -> wgpu::Features {
 pub(super) fn matrix_size(adapter: &[wgpu::CooperativeMatrixProperties]) -> Option<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
     let has = |size: &MatrixSize| {
-        let len = size.len();
+        let rows = size.rows();
         adapter.iter().any(|p| {
-            [p.m_size, p.n_size, p.k_size] == [len; 3]
+            [p.m_size, p.n_size, p.k_size] == [rows; 3]
                 && p.ab_type == F16
                 && p.cr_type == F32
                 && !p.saturating_accumulation

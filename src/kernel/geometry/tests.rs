@@ -65,7 +65,7 @@ fn matrix_prefill_covers_a_tile() {
             crate::kernel::tuning::choose(&mut variant);
             let g = MatrixPrefillGeometry::of(&variant, size);
             let about = format!("{variant:?}: {g:?}");
-            let size = size.len();
+            let size = size.rows();
             for len in [variant.tile_q, variant.tile_kv, g.dims, g.slice] {
                 assert!(len.is_multiple_of(size), "{about}");
             }
