@@ -98,3 +98,31 @@ pub(super) fn check_limits(have: &wgpu::Limits) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::CooperativeMatrixProperties as Matrix;
+    use wgpu::CooperativeScalarType::{F16, F32, I32};
+
+    fn matrix(
+        [m_size, n_size, k_size]: [u32; 3],
+        ab_type: wgpu::CooperativeScalarType,
+        cr_type: wgpu::CooperativeScalarType,
+    ) -> Matrix {
+        Matrix { m_size, n_size, k_size, ab_type, cr_type, saturating_accumulation: false }
+    }
+
+    #[test]
+    fn the_largest_square_of_halves_is_taken() {
+        let eight = [matrix([8; 3], F32, F32), matrix([8; 3], F16, F16), matrix([8; 3], F16, F32)];
+        assert_eq!(matrix_size(&eight), Some(MatrixSize::Eight));
+        let both = [eight[2], matrix([16; 3], F16, F32)];
+        assert_eq!(matrix_size(&both), Some(MatrixSize::Sixteen));
+        // Arc A, sums in halves, and integers.
+        for other in [matrix([8, 8, 16], F16, F32), matrix([16; 3], F16, F16), matrix([16; 3], I32, I32)] {
+            assert_eq!(matrix_size(&[other]), None);
+        }
+        assert_eq!(matrix_size(&[]), None);
+    }
+}

@@ -227,3 +227,12 @@ fn f32_is_not_rounded() {
     }
     Case::new(&[(50, 1), (7, 1)], 8, 2, 64).formats(F16, F16).check(&gpu);
 }
+
+/// A device must have been opened for them, whatever its adapter has.
+#[test]
+fn devices_without_matrix_features_are_refused() {
+    let Some(gpu) = adapter::open(adapter::GPU) else { return };
+    assert_eq!(gpu.matrix_size(), None);
+    let error = gpu.with_matrix_units(&[]).expect_err("not opened with the feature");
+    assert!(error.to_string().contains("EXPERIMENTAL_COOPERATIVE_MATRIX"), "{error}");
+}
