@@ -83,7 +83,11 @@ impl Attention {
         let segments = cache.segments();
         let flags = AttendFlags::of(&config);
         let variant = |kernel| {
-            let variant = Variant::new(kernel, gpu.target(), &geometry, group_size, flags).with_segments(segments);
+            let mut variant = Variant::new(kernel, gpu.target(), &geometry, group_size, flags).with_segments(segments);
+            // Only with matrix units does a kernel need more than every device has.
+            if variant.workgroup_bytes() > gpu.limits().max_compute_workgroup_storage_size {
+                variant = variant.without_matrices();
+            }
             tuned.map_or(variant, |tuning| tuning.apply(variant))
         };
         let decode = if group_size <= MAX_DECODE_GROUP {
@@ -91,12 +95,7 @@ impl Attention {
         } else {
             None
         };
-        let mut prefill = variant(Kernel::Prefill);
-        if prefill.workgroup_bytes() > gpu.limits().max_compute_workgroup_storage_size {
-            // Only with matrix units does a kernel need more than every device has.
-            prefill = prefill.without_matrices();
-        }
-        let prefill = VariantProgram::new(&gpu, prefill).await?;
+        let prefill = VariantProgram::new(&gpu, variant(Kernel::Prefill)).await?;
         let merge = VariantProgram::new(&gpu, variant(Kernel::Merge)).await?;
         let shape = PlanShape {
             num_kv_heads: geometry.num_kv_heads,

@@ -26,9 +26,9 @@ pub fn matrix_features() -> wgpu::Features {
 pub(super) fn matrix_size(adapter: &[wgpu::CooperativeMatrixProperties]) -> Option<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
     let has = |size: &MatrixSize| {
-        let len = size.len();
+        let rows = size.rows();
         adapter.iter().any(|p| {
-            [p.m_size, p.n_size, p.k_size] == [len; 3]
+            [p.m_size, p.n_size, p.k_size] == [rows; 3]
                 && p.ab_type == F16
                 && p.cr_type == F32
                 && !p.saturating_accumulation
@@ -97,4 +97,32 @@ pub(super) fn check_limits(have: &wgpu::Limits) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::CooperativeMatrixProperties as Matrix;
+    use wgpu::CooperativeScalarType::{F16, F32, I32};
+
+    fn matrix(
+        [m_size, n_size, k_size]: [u32; 3],
+        ab_type: wgpu::CooperativeScalarType,
+        cr_type: wgpu::CooperativeScalarType,
+    ) -> Matrix {
+        Matrix { m_size, n_size, k_size, ab_type, cr_type, saturating_accumulation: false }
+    }
+
+    #[test]
+    fn the_largest_square_of_halves_is_taken() {
+        let eight = [matrix([8; 3], F32, F32), matrix([8; 3], F16, F16), matrix([8; 3], F16, F32)];
+        assert_eq!(matrix_size(&eight), Some(MatrixSize::Eight));
+        let both = [eight[2], matrix([16; 3], F16, F32)];
+        assert_eq!(matrix_size(&both), Some(MatrixSize::Sixteen));
+        // Arc A, sums in halves, and integers.
+        for other in [matrix([8, 8, 16], F16, F32), matrix([16; 3], F16, F16), matrix([16; 3], I32, I32)] {
+            assert_eq!(matrix_size(&[other]), None);
+        }
+        assert_eq!(matrix_size(&[]), None);
+    }
 }

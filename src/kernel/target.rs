@@ -42,9 +42,9 @@ pub enum MatrixSize {
 }
 
 impl MatrixSize {
-    /// Rows, which are as many as columns.
+    /// Rows of a matrix, which has as many columns.
     #[must_use]
-    pub const fn len(self) -> u32 {
+    pub const fn rows(self) -> u32 {
         match self {
             Self::Eight => 8,
             Self::Sixteen => 16,

@@ -43,7 +43,8 @@
 //! **Products of halves** ([`ErrorModel::with_f16_products`]). Queries, times a power of two that takes their row's largest element to
 //! `2^14 .. 2^15`, and weights, relative to a number that leaves the largest between `2^13` and `2^15`, become halves. Vulkan and Metal do not
 //! say which neighbour a number goes to, so an element errs by up to `2^-10` of itself: taken as `2^-11` that all share (truncation) and up to
-//! `2^-11` of its own. The first is that fraction of the sum it is part of, the second adds up as any independent errors do. What
+//! `2^-11` of its own. The first is that fraction of the sum it is part of, the second adds up as any independent errors do. A query is
+//! rounded once for all keys, so what that adds to the logits counts as shared. What
 //! falls below the normal halves, `2^-28` of the largest, may be flushed. Codes, E4M3 and halves in the cache are exact as halves; where
 //! there are codes, weights carry the scale, so these errors are relative to `scale * code`; sums over zero points are not of halves. Nor
 //! do matrix units say how they round sums: `2u` of the partial sum for each addition is allowed for, always of the same sign, over a head

@@ -70,8 +70,8 @@ impl MatrixPrefillGeometry {
     pub(in crate::kernel) fn of(variant: &Variant, size: MatrixSize) -> Self {
         let mut num_slices = 1;
         loop {
-            let geometry = Self::with_slices(variant, size.len(), num_slices);
-            if geometry.workgroup_bytes() <= MAX_BYTES || geometry.slice <= size.len() {
+            let geometry = Self::with_slices(variant, size.rows(), num_slices);
+            if geometry.workgroup_bytes() <= MAX_BYTES || geometry.slice <= size.rows() {
                 return geometry;
             }
             num_slices += 1;

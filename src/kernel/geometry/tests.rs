@@ -79,7 +79,7 @@ fn matrix_prefill_covers_a_tile() {
             crate::kernel::tuning::choose(&mut variant);
             let g = MatrixPrefillGeometry::of(&variant, size);
             let about = format!("{variant:?}: {g:?}");
-            let size = size.len();
+            let size = size.rows();
             for len in [variant.tile_q, variant.tile_kv, g.dims, g.slice] {
                 assert!(len.is_multiple_of(size), "{about}");
             }
@@ -95,6 +95,23 @@ fn matrix_prefill_covers_a_tile() {
             }
             assert!(g.product_row.is_multiple_of(4), "{about}");
             assert!(g.workgroup_bytes() <= 32_768, "{about}");
+        }
+    }
+}
+
+/// A cache with a side of f32 and kernels other than prefill never take matrix units, and what does can do without.
+#[test]
+fn matrices_are_for_prefill_over_narrow_caches() {
+    let mut target = variant(Profile::Gpu, Kernel::Prefill, 64, 4, [KvFormat::F16; 2]).target;
+    target.matrix = Some(MatrixSize::Sixteen);
+    for kernel in Kernel::ALL {
+        for formats in [[KvFormat::F16; 2], [KvFormat::F32, KvFormat::Int8], [KvFormat::Int8, KvFormat::F32]] {
+            let plain = variant(Profile::Gpu, kernel, 64, 4, formats);
+            let config = KvCacheConfig::new(1, 2, 64).with_blocks(4, 16).with_formats(formats[0], formats[1]);
+            let offered = Variant::new(kernel, target, &config, 4, plain.flags);
+            let takes = kernel == Kernel::Prefill && formats == [KvFormat::F16; 2];
+            assert_eq!(offered.target.matrix.is_some(), takes, "{offered:?}");
+            assert_eq!(offered.without_matrices(), plain);
         }
     }
 }

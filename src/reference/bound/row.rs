@@ -190,8 +190,8 @@ fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>,
         let sums = 2.0 * U * q.len() as f64;
         match checked.rounding {
             Rounding::Independent => {
-                error.shared += HALF * rest.sum.abs() + sums * rest.partial() + flushed;
-                error.own = error.own.hypot(HALF * rest.random() / LAMBDA);
+                // The same roundings of the query for all keys.
+                error.shared += HALF * (rest.sum.abs() + rest.random()) + sums * rest.partial() + flushed;
             }
             Rounding::Coherent => error.shared += (2.0 * HALF + sums) * rest.abs + flushed,
         }

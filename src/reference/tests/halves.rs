@@ -88,15 +88,15 @@ fn products_of_halves_are_within_the_bound() {
 /// Wide enough for halves, not for much more; and the bound without halves is too narrow for them.
 #[test]
 fn the_bound_of_halves_is_narrow() {
-    let case = case(64, 1, 1000, 1.0, 17);
+    let case = case(64, 1, 200, 1.0, 17);
     let expected = case.bounded(ErrorModel::F32.with_f16_products());
     let largest = expected.out_bound.iter().copied().fold(0.0, f64::max);
-    assert!(largest < 1e-3, "{largest}");
+    assert!(largest < 1e-2, "{largest}");
     let (out, lse) = kernel(&case, To::Nearest, None);
     assert!(compare::out(&expected, &out).badness() > 0.01);
     let f32s = case.bounded(ErrorModel::F32);
     assert!(!compare::out(&f32s, &out).is_within() && !compare::lse(&f32s, &lse).is_within());
-    for lost in [0, 500, 999] {
+    for lost in [0, 100, 199] {
         assert!(!compare::out(&expected, &kernel(&case, To::Nearest, Some(lost)).0).is_within(), "key {lost} is lost");
     }
 }
