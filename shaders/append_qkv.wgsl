@@ -2,8 +2,12 @@
 {% from "shared/kv_side.wgsl" import cache_row_function, declare %}
 // append_qkv: rows of queries, keys and values, one matrix after another. Keys and values go into their slots as `append` does it, queries stay where
 // they are; queries and keys are rotated by their tokens' positions{{ ", after RMSNorm of each head" if head_norm }}.
+{% if head_norm %}
 // One invocation writes 8 elements of a row of queries, or 8 of keys and the same of values. Those of a row are neighbours in a workgroup: all read
 // before one writes.
+{% else %}
+// One invocation rotates 4 pairs of a row of queries, which no other one touches, or writes 8 elements of a row of keys and the same of values.
+{% endif %}
 // Iterations per invocation: {{ "head_dim / 8" if k_side.row_scales or v_side.row_scales else "none" }}{{ ", and head_dim / 8 for the norm" if head_norm }}.
 {% include "shared/cache_params.wgsl" %}
 
@@ -46,6 +50,10 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {% set rows = "qkv" %}
 {% include "shared/rope.wgsl" %}
 {% include "shared/rotated_rows.wgsl" %}
+{% if not head_norm %}
+
+{% include "shared/rotate_in_place.wgsl" %}
+{% endif %}
 
 // Elements at .. at + 8 of qkv.
 fn load_vec8(at: u32) -> Vec8 {
@@ -76,7 +84,15 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
 {% endif %}
     if (live) {
         let position = step_lists[params.positions_offset + token];
-        x = rotated_vec8(start, vec8_idx, position{% if head_norm %}, select(HEAD_DIM, 0u, is_query){% endif %});
+{% if head_norm %}
+        x = rotated_vec8(start, vec8_idx, position, select(HEAD_DIM, 0u, is_query));
+{% else %}
+        if (!is_query) {
+            x = rotated_vec8(start, vec8_idx, position);
+        } else if (vec8_idx < ROW_GROUPS) {
+            rotate_in_place(start, vec8_idx, position);
+        }
+{% endif %}
         if (!is_query) {
             v = load_vec8(params.num_tokens * V_OFFSET + kv_row + 8u * vec8_idx);
         }
@@ -85,8 +101,8 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
         sum = dot(own.lo, own.lo) + dot(own.hi, own.hi);
 {% endif %}
     }
-    storageBarrier();
 {% if head_norm %}
+    storageBarrier();
     // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
     squares[lane] = sum;
     workgroupBarrier();
@@ -115,9 +131,10 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     }
     workgroupBarrier();
 {% endif %}
-    if (!live) {
+    if (!live{{ " || is_query" if not head_norm }}) {
         return;
     }
+{% if head_norm %}
     if (is_query) {
         let at = start + 8u * vec8_idx;
 {% if wide %}
@@ -131,6 +148,7 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
 {% endif %}
         return;
     }
+{% endif %}
 {% if row_scales %}
     let pairs = ranges[lane - vec8_idx].xy;
 {% endif %}

@@ -210,7 +210,7 @@ impl Model {
             Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
         // Whichever computes logits normalises before.
         let tied_norm = Some(&weights.final_norm).filter(|_| weights.head.is_none());
-        let embedding = builder.matrix(&weights.embedding, None, tied_norm, |_| {}).await?;
+        let embedding = builder.matrix(&[&weights.embedding], &[], tied_norm, |_| {}).await?;
         let position_embedding = match &weights.position_embedding {
             Some(tensor) => {
                 let table = builder.values(tensor)?;
@@ -224,7 +224,7 @@ impl Model {
         }
         let final_norm = builder.norm(&weights.final_norm, norm.as_ref())?;
         let head = match &weights.head {
-            Some(head) => Some(builder.linear(head, Some(&weights.final_norm), |_| {}).await?),
+            Some(head) => Some(builder.linear(&[head], Some(&weights.final_norm), |_| {}).await?),
             None => None,
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
@@ -376,6 +376,18 @@ fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
     [config.num_q_heads.saturating_mul(config.head_dim), kv_width, kv_width]
 }
 
+/// The matrix that has a row of all, and which of its own rows that is.
+fn at_row<'a>(matrices: &[&'a TensorSource], mut row: usize) -> ModelResult<(&'a TensorSource, usize)> {
+    for &matrix in matrices {
+        let [rows, _] = matrix.shape();
+        if row < rows {
+            return Ok((matrix, row));
+        }
+        row -= rows;
+    }
+    Err(ModelError::argument("row", format!("{row} behind the last matrix"), "a row of one"))
+}
+
 /// Uploads the parts of a model.
 struct Builder<'a, P> {
     gpu: &'a Gpu,
@@ -405,44 +417,72 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         Ok(values)
     }
 
+    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them.
     async fn matrix(
         &mut self,
-        weight: &TensorSource,
-        bias: Option<&TensorSource>,
+        weights: &[&TensorSource],
+        biases: &[&TensorSource],
         norm: Option<&NormWeights>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         // Sizes of a configuration are below 2^31.
-        let [out_features, in_features] = weight.shape().map(|size| size as u32);
+        let out_features = weights.iter().map(|weight| weight.shape()[0]).sum::<usize>() as u32;
+        let in_features = weights.first().map_or(0, |weight| weight.shape()[1]) as u32;
         let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
         let norm = norm.filter(|_| self.config.norm.kind == NormKind::Rms);
-        (config.bias, config.norm) = (bias.is_some(), norm.is_some());
+        (config.bias, config.norm) = (!biases.is_empty(), norm.is_some());
         configure(&mut config);
-        let bias = bias.map(|tensor| self.values(tensor)).transpose()?;
+        let mut bias = Vec::new();
+        for tensor in biases {
+            bias.extend(self.values(tensor)?);
+        }
+        let bias = (!biases.is_empty()).then_some(bias);
         let norm = norm.map(|norm| self.values(&norm.weight)).transpose()?;
         let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
         let source = self.source;
-        let mut rows = |row_start: u32, out: &mut [f32]| source.rows(weight, row_start as usize, out);
+        let mut rows = |row_start: u32, mut out: &mut [f32]| {
+            let mut row = row_start as usize;
+            while !out.is_empty() {
+                let (weight, within) = at_row(weights, row)?;
+                let [num_rows, columns] = weight.shape();
+                let own = out.len().min((num_rows - within) * columns);
+                let (now, later) = out.split_at_mut(own);
+                source.rows(weight, within, now)?;
+                (out, row) = (later, row + own / columns);
+            }
+            Ok(())
+        };
         let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref(), norm).await;
         // The layer knows the value that it can't store, the loader whose it is.
         let linear = linear.map_err(|error| match error {
-            ModelError::Weight { tensor: None, value, row, column } => {
-                let names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
-                ModelError::Weight { tensor: Some(names.join(" + ")), value, row, column }
-            }
+            ModelError::Weight { tensor: None, value, row, column } => match at_row(weights, row as usize) {
+                Ok((weight, row)) => {
+                    let names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
+                    ModelError::Weight { tensor: Some(names.join(" + ")), value, row: row as u64, column }
+                }
+                Err(error) => error,
+            },
             other => other,
         })?;
-        self.advance(weight)?;
+        for weight in weights {
+            self.advance(weight)?;
+        }
         Ok(linear)
     }
 
     async fn linear(
         &mut self,
-        weights: &LinearWeights,
+        layers: &[&LinearWeights],
         norm: Option<&NormWeights>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
-        self.matrix(&weights.weight, weights.bias.as_ref(), norm, configure).await
+        let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
+        let biases: Vec<_> = layers.iter().filter_map(|layer| layer.bias.as_ref()).collect();
+        if !biases.is_empty() && biases.len() != layers.len() {
+            let got = format!("{} in {} layers", biases.len(), layers.len());
+            return Err(ModelError::argument("biases", got, "one in each layer or none at all"));
+        }
+        self.matrix(&weights, &biases, norm, configure).await
     }
 
     /// The weights of a LayerNorm. Those of RMSNorm go to the linear layer behind it.
@@ -472,12 +512,12 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         };
         Ok(Layer {
             attention_norm: self.norm(&weights.attn_norm, norm)?,
-            qkv: self.linear(&weights.qkv()?, Some(&weights.attn_norm), split).await?,
+            qkv: self.linear(&[&weights.q, &weights.k, &weights.v], Some(&weights.attn_norm), split).await?,
             head_norm,
-            o: self.linear(&weights.o, None, add).await?,
+            o: self.linear(&[&weights.o], None, add).await?,
             mlp_norm: self.norm(&weights.mlp_norm, norm)?,
-            up: self.linear(&weights.gate_up, Some(&weights.mlp_norm), activate).await?,
-            down: self.linear(&weights.down, None, add).await?,
+            up: self.linear(&[&weights.gate_up], Some(&weights.mlp_norm), activate).await?,
+            down: self.linear(&[&weights.down], None, add).await?,
         })
     }
 }

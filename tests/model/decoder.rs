@@ -382,9 +382,10 @@ fn a_decoder_must_be_able_to_step() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
     let model = Model::load_blocking(&gpu, fixture("llama"), ModelOptions::default(), |_| {}).unwrap();
     let model = Arc::new(model);
-    // The widest activation: gate and up rows of the MLP, or a hidden state.
+    // The widest activation: queries, keys and values, each padded to 64, or the MLP's inside, or a hidden state.
     let config = model.config();
-    let width = u64::from(config.hidden_size.max(2 * config.intermediate_size));
+    let qkv = [config.q_width(), config.kv_width(), config.kv_width()].map(|width| width.next_multiple_of(64));
+    let width = u64::from(config.hidden_size.max(config.intermediate_size)).max(qkv.iter().sum::<usize>() as u64);
     let limits = gpu.limits();
     let fits = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 16 * 16 / (4 * width);
     for (got, need) in [
