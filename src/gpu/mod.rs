@@ -257,7 +257,7 @@ impl Gpu {
     /// The same device with the kernel sizes that a tuner chose. Caches and attentions made with the result use them; nothing else changes.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks, or version of folio.
+    /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks or matrix units, or version of folio.
     pub fn with_tuning(&self, tuning: Tuning) -> Result<Self> {
         let have = self.tuned_for();
         if tuning.tuned_for != have {
@@ -287,6 +287,7 @@ impl Gpu {
             backend: info.backend.to_str().into(),
             driver: driver.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" "),
             full_checks: self.inner.shader_checks == ShaderChecks::Full,
+            matrix_rows: self.matrix_size.map_or(0, MatrixSize::rows),
             folio: env!("CARGO_PKG_VERSION").into(),
         }
     }

@@ -1,6 +1,6 @@
 //! Choosing kernel sizes by measuring on the adapter at hand: [`Gpu::tune`]. Nothing calls it unasked.
 //!
-//! For each kernel and shape the candidates of [`Variant::candidates`] race: they take turns on the same data, so that whatever else slows
+//! For each kernel and shape the candidates of [`Variant::candidates`](crate::kernel::Variant::candidates) race: they take turns on the same data, so that whatever else slows
 //! the machine down meets all alike, and the one with the smallest median wins. A candidate whose results are outside the oracle's bound on this
 //! adapter (a driver's bug) is dropped, as is one that doesn't compile.
 

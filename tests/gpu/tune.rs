@@ -100,6 +100,7 @@ fn foreign_and_damaged_tunings_change_nothing() {
         |tuning: &mut Tuning| tuning.tuned_for.driver.push('x'),
         |tuning: &mut Tuning| tuning.tuned_for.folio.push('x'),
         |tuning: &mut Tuning| tuning.tuned_for.full_checks ^= true,
+        |tuning: &mut Tuning| tuning.tuned_for.matrix_rows += 16,
     ] {
         let mut tuning = empty.clone();
         change(&mut tuning);

@@ -18,6 +18,8 @@ pub struct TunedFor {
     pub driver: String,
     /// Whether wgpu's shader checks were in.
     pub full_checks: bool,
+    /// Rows of the matrices that matrix units multiply; 0 without any.
+    pub matrix_rows: u32,
     /// folio's version.
     pub folio: String,
 }
@@ -153,8 +155,12 @@ impl TunedFor {
 
 impl std::fmt::Display for TunedFor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { adapter, backend, driver, full_checks, folio } = self;
+        let Self { adapter, backend, driver, full_checks, matrix_rows, folio } = self;
         let checks = if *full_checks { "full" } else { "trusted" };
-        write!(f, "{adapter} ({backend}, driver {driver}, {checks} checks) with folio {folio}")
+        write!(f, "{adapter} ({backend}, driver {driver}, {checks} checks")?;
+        if *matrix_rows > 0 {
+            write!(f, ", matrices of {matrix_rows}")?;
+        }
+        write!(f, ") with folio {folio}")
     }
 }
