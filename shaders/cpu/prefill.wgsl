@@ -41,9 +41,8 @@ fn screen(v: vec4<f32>, keep: u32, instead: f32) -> vec4<f32> {
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
-{# Loads the rows of all keys of an iteration, spread over lanes and rounds: declares x{round}_{i}. #}
-{% macro load_rows(x, type, format, loads, vecs) %}
-{% for j in range(g.k_rounds if x == "k" else g.v_rounds) %}
+{# What the lanes load in round j of the rows of all keys of an iteration. #}
+{% macro load_round(x, type, loads, j) %}
 {% if g.lookups == g.iter_keys %}
         let {{ x }}_row{{ j }} = subgroupShuffle(looked_up, {{ x }}_key{{ j }});
 {% else %}
@@ -57,6 +56,13 @@ fn screen(v: vec4<f32>, keep: u32, instead: f32) -> vec4<f32> {
 {% else %}
         let {{ x }}{{ j }} = {{ x }}_element({{ x }}_row{{ j }}, {{ x }}_part{{ j }});
 {% endif %}
+{% endmacro %}
+{# Loads those rows, but for V's first round, which is loaded already, and declares x{round}_{i}. #}
+{% macro load_rows(x, type, format, loads, vecs) %}
+{% for j in range(g.k_rounds if x == "k" else g.v_rounds) %}
+{% if x == "k" or j > 0 %}
+{{ load_round(x, type, loads, j) }}
+{%- endif %}
 {% for i in range(vecs) %}
 {% if g.screens and x == "v" %}
         let raw_{{ x }}{{ j }}_{{ i }} = {{ kv.widen(format, type, x ~ j, i) }};
@@ -179,8 +185,9 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endif %}
 {% endfor %}
 
-        // Scores.
+        // Scores. (V's first load comes before K's, so that the waits for both overlap.)
 {% if subgroups %}
+{{ load_round("v", g.v_type, g.v_loads, 0) }}
 {{ load_rows("k", g.k_type, k_format, g.k_loads, g.k_vecs) }}
 {%- endif %}
 {% for r in range(g.rows) %}{% for t in range(g.iter_keys) %}
