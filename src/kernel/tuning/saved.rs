@@ -92,7 +92,7 @@ pub struct TunedKernel {
     pub default_nanos: u64,
 }
 
-/// Choices for one adapter, to be kept by the host and handed to [`Gpu::with_tuning`](crate::Gpu::with_tuning).
+/// Choices for one adapter, to be kept by the host and handed to `Gpu::with_tuning`.
 ///
 /// With the feature `tune` it is serialisable by serde, and made by `Gpu::tune`. Entries that are not among the candidates of their kernel
 /// (edited by hand, of another version) count as absent: whatever a file says, only tested kernels run.
