@@ -5,12 +5,15 @@ use fastrand::Rng;
 use folio::ErrorKind::Caller;
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
 use folio::reference::quantise::stored;
-use folio::{Gpu, GpuOptions, KvCache, KvCacheConfig, Profile, Rope, RopeConfig, RopeLayout};
+use folio::{KvCache, KvCacheConfig, Rope, RopeConfig, RopeLayout};
 
 use crate::adapter::{self, ALL, CPU, CPU_NO_INT64, DEFAULT, GPU, Open};
 use crate::bad_input::refused;
 use crate::case::{Case, append, poison, shuffle, upload};
 use crate::tokens::encoder;
+
+/// A device of small bindings: sides are cut into segments.
+const SMALL: Open = Open { max_binding_bytes: Some(1 << 20), ..CPU };
 
 /// Every format of K and every format of V, small ones beside wide ones.
 const PAIRS: [(KvFormat, KvFormat); 12] = [
@@ -293,30 +296,14 @@ fn loads_that_span_rows() {
             }),
         );
     }
-    if adapter::open(CPU).is_none() {
-        return;
-    }
-    let options = with(GpuOptions::default(), |c| {
-        c.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        c.profile = Some(Profile::Cpu);
-        c.max_binding_bytes = Some(1 << 20);
-    });
-    let gpu = Gpu::open_blocking(options).expect("a small device");
+    let Some(gpu) = adapter::open(SMALL) else { return };
     Case::new(&[(15_001, 1), (6, 1)], 4, 2, 128).block_size(4).formats(Int4, Int4).check(&gpu);
 }
 
 /// Rows, their scales and the table of a side that is larger than a binding. Both sequences reach over several segments.
 #[test]
 fn segments() {
-    if adapter::open(DEFAULT).is_none() {
-        return;
-    }
-    let options = with(GpuOptions::default(), |c| {
-        c.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-        c.profile = Some(Profile::Cpu);
-        c.max_binding_bytes = Some(1 << 20);
-    });
-    let gpu = Gpu::open_blocking(options).expect("a small device");
+    let Some(gpu) = adapter::open(SMALL) else { return };
     for (k_format, v_format) in [(Int8, Int4), (Int8PerChannel, Int8), (E4M3, E4M3)] {
         let case = Case::new(&[(15_000, 1), (900, 17)], 4, 2, 64).block_size(5).formats(k_format, v_format);
         let rows = case.rows();
