@@ -23,6 +23,7 @@ mod layout;
 pub mod model;
 pub mod plan;
 pub mod reference;
+pub mod schedule;
 pub mod sequence;
 #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
 pub mod tune;

@@ -13,11 +13,13 @@ const ORDER: [&str; 11] =
     ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention", "tune"];
 /// Modules that stand beside the order, and what they may use. Only `tune`, which judges kernels, may use `reference`: it shares no code with
 /// what it checks.
-const BESIDE: [(&str, &[&str]); 2] = [("files", &[]), ("reference", &["error", "format", "layout"])];
+const BESIDE: [(&str, &[&str]); 3] =
+    [("files", &[]), ("reference", &["error", "format", "layout"]), ("schedule", &["error"])];
 /// Who may use `files`.
 const READ_FILES: [&str; 2] = ["cache", "model"];
 /// Modules that exist without the feature `wgpu`.
-const PURE: [&str; 9] = ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "files", "reference"];
+const PURE: [&str; 10] =
+    ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "files", "reference", "schedule"];
 
 /// Lines that a file has at most, so that it can be read in one sitting.
 const MAX_LINES: usize = 600;
