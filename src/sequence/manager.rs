@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::batch::{Batch, BatchEntry};
 use super::pool::BlockPool;
-use super::prefix::{PrefixIndex, PrefixMatch, PrefixStats};
+use super::prefix::{PrefixIndex, PrefixMatch, PrefixProbe, PrefixStats};
 use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
 use crate::error::{Error, Holder, Result};
@@ -282,6 +282,23 @@ impl Manager {
         }
         self.settle();
         Ok(len)
+    }
+
+    /// What a match of `tokens` would find, without a match.
+    #[must_use]
+    pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
+        let blocks = self.prefixes.look(tokens, salt, self.config.block_size);
+        let reclaimable = blocks.iter().filter(|&&block| self.pool.num_holders(block) == 0).count();
+        PrefixProbe { len: blocks.len() as u32 * self.config.block_size, reclaimable_blocks: reclaimable as u32 }
+    }
+
+    /// Blocks that are free or reclaimable when this sequence is gone: those that no other sequence or open step holds.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn exclusive_blocks(&self, id: SequenceId) -> Result<u32> {
+        let blocks = self.table(id)?.blocks();
+        Ok(blocks.iter().filter(|&&block| self.pool.num_holders(block) == 1).count() as u32)
     }
 
     /// Drops all of the index's entries under a salt. Returns their number.
