@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
-use crate::sequence::{Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats};
+use crate::sequence::{BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats};
 use calibrate::KeyScales;
 use record::CacheKernels;
 use state::SharedState;
@@ -197,6 +197,12 @@ impl KvCache {
     #[must_use]
     pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
         self.state().probe_prefix(tokens, salt)
+    }
+
+    /// Who holds each block of the pool, in the order of the blocks.
+    #[must_use]
+    pub fn block_uses(&self) -> Vec<BlockUse> {
+        self.state().block_uses()
     }
 
     /// Blocks that return to the pool, or that only the prefix index holds, when this sequence is freed.

@@ -7,12 +7,14 @@
 //! Which requests take part in a step is decided by a [`Scheduler`](crate::schedule::Scheduler).
 
 mod active;
+mod inspect;
 mod request;
 #[cfg(not(target_arch = "wasm32"))]
 mod spawn;
 mod step;
 mod text;
 
+pub use inspect::{BlockState, Inspection, RequestPhase, RequestState};
 pub use request::{Answer, EndReason, Event, Failure, Request, SubmitError, Usage};
 #[cfg(not(target_arch = "wasm32"))]
 pub use spawn::{EngineClient, EngineHandle};
@@ -84,6 +86,7 @@ pub struct Engine {
     requests: HashMap<RequestId, Active>,
     start: Instant,
     costs: step::MeasuredCosts,
+    last_step: StepReport,
     /// Set while a step is carried out. If it is set when the next one begins, a step's future was dropped half-way.
     in_step: bool,
 }
@@ -105,7 +108,16 @@ impl Engine {
         let scheduler = Scheduler::new(options.scheduler(&decoder))?;
         let costs = step::MeasuredCosts::default();
         let start = Instant::now();
-        Ok(Self { decoder, tokenizer, scheduler, requests: HashMap::new(), start, costs, in_step: false })
+        Ok(Self {
+            decoder,
+            tokenizer,
+            scheduler,
+            requests: HashMap::new(),
+            start,
+            costs,
+            last_step: StepReport::default(),
+            in_step: false,
+        })
     }
 
     /// The device.

@@ -11,7 +11,7 @@ use crate::schedule::{Costs, Preemption, RequestId, ScheduledChunk, StepSchedule
 use crate::{Error, ErrorKind};
 
 /// What a step has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct StepReport {
     /// Tokens that went through the model, one for each of a number of requests.
@@ -68,6 +68,7 @@ impl Engine {
         let result = self.scheduled_step(&mut report).await;
         report.ended = (before - self.requests.len()) as u32;
         self.in_step = false;
+        self.last_step = report;
         if let Err(error) = &result {
             self.fail_all(error);
         }

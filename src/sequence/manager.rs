@@ -30,6 +30,16 @@ pub struct PoolUsage {
     pub sequences: u32,
 }
 
+/// Who holds a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlockUse {
+    /// Sequences and open steps.
+    pub holders: u32,
+    /// Whether the prefix index holds it, too.
+    pub indexed: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
     pub(super) table: BlockTable,
@@ -137,6 +147,17 @@ impl Manager {
             reclaimable: self.pool.num_reclaimable(),
             sequences: self.sequences.len() as u32,
         }
+    }
+
+    /// Who holds each block of the pool, in the order of the blocks.
+    #[must_use]
+    pub fn block_uses(&self) -> Vec<BlockUse> {
+        let blocks = (0..self.pool.num_blocks()).map(BlockId);
+        let of = |block| {
+            let holders = self.pool.num_holders(block);
+            BlockUse { holders, indexed: self.pool.ref_count(block) > holders }
+        };
+        blocks.map(of).collect()
     }
 
     /// Where the pool's bytes are, in all and for each sequence. Costs O(blocks).

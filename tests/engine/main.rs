@@ -12,6 +12,7 @@
 mod adapter;
 
 mod equal;
+mod exact;
 mod life;
 
 use std::path::{Path, PathBuf};
