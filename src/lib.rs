@@ -55,3 +55,8 @@ pub use wgpu;
 #[cfg(all(doctest, feature = "model"))]
 #[doc = include_str!("../docs/models.md")]
 struct ModelsPage;
+
+/// Tests the examples of a page in `docs/`.
+#[cfg(all(doctest, feature = "engine"))]
+#[doc = include_str!("../docs/engine.md")]
+struct EnginePage;

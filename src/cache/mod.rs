@@ -213,6 +213,14 @@ impl KvCache {
         self.state().exclusive_blocks(sequence)
     }
 
+    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn copies_last_block(&self, sequence: SequenceId) -> Result<bool> {
+        self.state().copies_last_block(sequence)
+    }
+
     /// Drops all of the index's entries under a salt. Their blocks return to the pool, except those that others hold.
     /// Returns the number of entries.
     ///

@@ -16,6 +16,8 @@ use crate::schedule::{Memory, PrefixHit, RequestId};
 pub(super) struct Active {
     /// Where its tokens are; `None` while it waits.
     pub(super) sequence: Option<SequenceId>,
+    /// Another answer to the same prompt, which was submitted together with this one, before it.
+    pub(super) sibling: Option<RequestId>,
     /// The prompt, and what was sampled.
     pub(super) text: Vec<u32>,
     pub(super) sampling: Sampling,
@@ -42,6 +44,7 @@ impl Active {
         let usage = Usage { prompt_tokens: request.prompt.len() as u32, ..Usage::default() };
         Self {
             sequence: None,
+            sibling: None,
             text: request.prompt,
             sampling: request.sampling,
             stop_tokens: request.stop_tokens,
@@ -122,9 +125,23 @@ impl CacheView<'_> {
         equal / block_size * block_size
     }
 
-    /// Tokens of a request that are in the cache; `None` while it waits.
+    /// Tokens of a request that are in the cache; `None` while it waits or is swapped out.
     fn cached(&self, request: &Active) -> Option<u32> {
-        Some(self.decoder.tokens(request.sequence?).ok()?.len() as u32)
+        self.decoder.cache().seq_len(request.sequence?).ok()
+    }
+
+    /// The sequence of another answer to the same prompt, and how many of the prompt's tokens it has in the cache. All but the last one count:
+    /// that one is computed for each answer, as its logits are drawn from.
+    fn sibling(&self, request: &Active) -> Option<(SequenceId, u32)> {
+        let sibling = self.requests.get(&request.sibling?)?;
+        let cached = self.cached(sibling)?;
+        Some((sibling.sequence?, cached.min(request.usage.prompt_tokens - 1)))
+    }
+
+    /// Where a fork gives a waiting request all of its prompt but the last token.
+    pub(super) fn fork_of(&self, request: &Active) -> Option<(SequenceId, u32)> {
+        let most = request.usage.prompt_tokens - 1;
+        self.sibling(request).filter(|&(_, cached)| cached == most && cached > 0)
     }
 }
 
@@ -139,19 +156,35 @@ impl Memory for CacheView<'_> {
         sequence.and_then(|sequence| self.decoder.cache().exclusive_blocks(sequence).ok()).unwrap_or(0)
     }
 
+    fn copies_last_block(&self, request: RequestId) -> bool {
+        let sequence = self.requests.get(&request).and_then(|request| request.sequence);
+        sequence.is_some_and(|sequence| self.decoder.cache().copies_last_block(sequence).unwrap_or(false))
+    }
+
     fn prefix(&self, request: RequestId) -> PrefixHit {
-        let Some(request) = self.requests.get(&request).filter(|_| self.decoder.options().prefix_cache) else {
+        let Some(request) = self.requests.get(&request) else { return PrefixHit::default() };
+        if let Some((_, tokens)) = self.fork_of(request) {
+            // The last block is shared, unless it is full, and copied by the next token.
+            let copies = !tokens.is_multiple_of(self.decoder.options().block_size);
+            return PrefixHit { tokens, free_blocks: u32::from(copies) };
+        }
+        if !self.decoder.options().prefix_cache {
             return PrefixHit::default();
-        };
+        }
         let probe = self.decoder.probe_prefix(&request.text);
         PrefixHit { tokens: probe.len, free_blocks: probe.reclaimable_blocks }
     }
 
     /// True if another request is computing more of a common prefix than the index has: one that runs, or one that waits and will run first.
+    /// Also while a sibling is computing the prompt of both.
     fn waits_for_prefix(&self, id: RequestId) -> bool {
-        let Some(request) = self.requests.get(&id).filter(|_| self.decoder.options().prefix_cache) else {
+        let Some(request) = self.requests.get(&id) else { return false };
+        if self.sibling(request).is_some_and(|(_, cached)| cached + 1 < request.usage.prompt_tokens) {
+            return true;
+        }
+        if !self.decoder.options().prefix_cache || self.fork_of(request).is_some() {
             return false;
-        };
+        }
         let known = self.decoder.probe_prefix(&request.text).len;
         self.requests.iter().any(|(&other_id, other)| {
             let cached = match self.cached(other) {

@@ -173,6 +173,35 @@ impl Engine {
         Ok(answer)
     }
 
+    /// Takes a request for `count` answers, all of them or none: seeds are that of the request and the numbers after it. The prompt is computed
+    /// once; the others fork it as long as the first answer is in the cache.
+    ///
+    /// # Errors
+    /// Those of [`submit`](Self::submit), and [`SubmitError::Invalid`] if `count` is 0.
+    pub fn submit_many(&mut self, request: Request, count: u32) -> Result<Vec<Answer>, SubmitError> {
+        if count == 0 {
+            return Err(ModelError::argument("count", 0, "at least 1").into());
+        }
+        let mut answers: Vec<Answer> = Vec::new();
+        for i in 0..count {
+            let mut own = request.clone();
+            own.sampling.seed = own.sampling.seed.wrapping_add(u64::from(i));
+            match self.submit(own) {
+                Ok(answer) => answers.push(answer),
+                Err(error) => {
+                    answers.iter().for_each(|answer| self.end(answer.id(), EndReason::Shutdown));
+                    return Err(error);
+                }
+            }
+        }
+        for answer in &answers[1..] {
+            if let Some(active) = self.requests.get_mut(&answer.id()) {
+                active.sibling = Some(answers[0].id());
+            }
+        }
+        Ok(answers)
+    }
+
     fn check(&self, request: &Request) -> ModelResult<()> {
         let config = self.decoder.model().config();
         if request.prompt.is_empty() {

@@ -217,13 +217,18 @@ impl Engine {
 
     /// Gives a request a sequence. Returns whether it has as many tokens as the scheduler counts on.
     fn admit(&mut self, id: RequestId, hit: u32, now: Duration) -> bool {
+        let view = CacheView { decoder: &self.decoder, requests: &self.requests };
+        let fork = self.requests.get(&id).and_then(|request| view.fork_of(request)).filter(|&(_, len)| len == hit);
         let Some(request) = self.requests.get_mut(&id) else { return false };
-        let (sequence, found) = if hit > 0 {
-            let found = self.decoder.match_prefix(&request.text);
-            (found.sequence, found.len)
-        } else {
-            (self.decoder.create_sequence(), 0)
-        };
+        let forked = fork.and_then(|(sibling, len)| Some((self.decoder.fork_at(sibling, len).ok()?, len)));
+        let (sequence, found) = forked.unwrap_or_else(|| {
+            if hit > 0 {
+                let found = self.decoder.match_prefix(&request.text);
+                (found.sequence, found.len)
+            } else {
+                (self.decoder.create_sequence(), 0)
+            }
+        });
         request.sequence = Some(sequence);
         request.note_start(now, found);
         self.scheduler.set_cached(id, found);

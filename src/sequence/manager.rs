@@ -322,6 +322,15 @@ impl Manager {
         Ok(blocks.iter().filter(|&&block| self.pool.num_holders(block) == 1).count() as u32)
     }
 
+    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn copies_last_block(&self, id: SequenceId) -> Result<bool> {
+        let partial = self.table(id)?.partial_block(self.config.block_size);
+        Ok(partial.is_some_and(|block| self.pool.ref_count(block) > 1))
+    }
+
     /// Drops all of the index's entries under a salt. Returns their number.
     ///
     /// # Errors

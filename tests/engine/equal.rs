@@ -91,3 +91,31 @@ fn a_prompt_that_many_share_is_computed_once() {
     let computed: u32 = usages.iter().map(|usage| usage.computed_tokens).sum();
     assert_eq!(computed, len + 7 * (len - full) + 8 * 3);
 }
+
+/// Several answers to a prompt are those of single requests with their seeds, and fork the prompt.
+#[test]
+fn many_answers_fork_one_prompt() {
+    let Some(decoder) = decoder(64, KvFormat::F32, false) else { return };
+    let mut engine = engine(decoder, EngineOptions::default());
+    let request = Request::new(prompt(OPENINGS[3]), 15).with_sampling(drawn(7));
+    let len = request.prompt.len() as u32;
+    let answers = engine.submit_many(request.clone(), 5).unwrap();
+    let gpu = engine.gpu().clone();
+    gpu.block_on(engine.step()).unwrap();
+    gpu.block_on(engine.step()).unwrap();
+    let inspection = engine.inspect();
+    let shared = inspection.blocks.iter().filter(|block| block.holders == 5).count() as u32;
+    assert_eq!(shared, (len - 1) / 8, "full blocks of the prompt are shared: {inspection:?}");
+    engine.run_blocking().unwrap();
+    let many: Vec<_> = answers.into_iter().map(collect).collect();
+    for (i, answer) in many.iter().enumerate() {
+        assert_eq!(answer.usage.cached_tokens, if i == 0 { 0 } else { len - 1 });
+        let alone = engine.submit(request.clone().with_sampling(drawn(7 + i as u64))).unwrap();
+        engine.run_blocking().unwrap();
+        assert_eq!(collect(alone).tokens, answer.tokens);
+    }
+    assert!(many[1..].iter().any(|answer| answer.tokens != many[0].tokens));
+    let usage = engine.decoder().usage();
+    assert_eq!((usage.sequences, usage.free), (0, 64));
+    assert!(engine.submit_many(request, 0).is_err());
+}
