@@ -88,10 +88,9 @@ impl Active {
         };
         // A closed channel is noticed by the next step.
         let _ = self.events.unbounded_send(Event::Token { token, text });
-        stop.or_else(|| {
-            let is_full = self.usage.new_tokens >= self.max_tokens;
-            is_full.then(|| if self.max_tokens < self.wanted_tokens { EndReason::Positions } else { EndReason::Length })
-        })
+        let is_full = self.usage.new_tokens >= self.max_tokens;
+        let at_most = if self.max_tokens < self.wanted_tokens { EndReason::Positions } else { EndReason::Length };
+        stop.or(is_full.then_some(at_most))
     }
 
     /// Sends the last event.
