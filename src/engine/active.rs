@@ -178,7 +178,13 @@ impl Memory for CacheView<'_> {
     /// Also while a sibling is computing the prompt of both.
     fn waits_for_prefix(&self, id: RequestId) -> bool {
         let Some(request) = self.requests.get(&id) else { return false };
-        if self.sibling(request).is_some_and(|(_, cached)| cached + 1 < request.usage.prompt_tokens) {
+        // One that waits was submitted before, so it starts before. One that is swapped out may be long in coming back.
+        let sibling = request.sibling.and_then(|sibling| self.requests.get(&sibling));
+        let is_computing = |sibling: &Active| match sibling.sequence {
+            None => true,
+            Some(_) => self.cached(sibling).is_some_and(|cached| cached + 1 < request.usage.prompt_tokens),
+        };
+        if sibling.is_some_and(is_computing) {
             return true;
         }
         if !self.decoder.options().prefix_cache || self.fork_of(request).is_some() {
