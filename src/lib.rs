@@ -10,6 +10,8 @@
 mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
+#[cfg(feature = "engine")]
+pub mod engine;
 mod error;
 #[cfg(any(feature = "model", feature = "save"))]
 mod files;
@@ -23,6 +25,7 @@ mod layout;
 pub mod model;
 pub mod plan;
 pub mod reference;
+pub mod schedule;
 pub mod sequence;
 #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
 pub mod tune;
@@ -44,7 +47,7 @@ pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use plan::AttentionConfig;
-pub use sequence::{MemoryReport, PoolUsage, PrefixMatch, PrefixStats, SequenceMemory};
+pub use sequence::{BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, SequenceMemory};
 #[cfg(feature = "wgpu")]
 pub use wgpu;
 
@@ -52,3 +55,8 @@ pub use wgpu;
 #[cfg(all(doctest, feature = "model"))]
 #[doc = include_str!("../docs/models.md")]
 struct ModelsPage;
+
+/// Tests the examples of a page in `docs/`.
+#[cfg(all(doctest, feature = "engine"))]
+#[doc = include_str!("../docs/engine.md")]
+struct EnginePage;

@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
-use crate::sequence::{Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixStats};
+use crate::sequence::{BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats};
 use calibrate::KeyScales;
 use record::CacheKernels;
 use state::SharedState;
@@ -191,6 +191,34 @@ impl KvCache {
     /// [`Error::Argument`] if the sequence has tokens; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn match_prefix_into(&self, sequence: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
         self.state().match_prefix_into(sequence, tokens, salt)
+    }
+
+    /// What [`KvCache::match_prefix`] would find, without a match: nothing is held, and the statistics don't count it.
+    #[must_use]
+    pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
+        self.state().probe_prefix(tokens, salt)
+    }
+
+    /// Who holds each block of the pool, in the order of the blocks.
+    #[must_use]
+    pub fn block_uses(&self) -> Vec<BlockUse> {
+        self.state().block_uses()
+    }
+
+    /// Blocks that return to the pool, or that only the prefix index holds, when this sequence is freed.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn exclusive_blocks(&self, sequence: SequenceId) -> Result<u32> {
+        self.state().exclusive_blocks(sequence)
+    }
+
+    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn copies_last_block(&self, sequence: SequenceId) -> Result<bool> {
+        self.state().copies_last_block(sequence)
     }
 
     /// Drops all of the index's entries under a salt. Their blocks return to the pool, except those that others hold.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::batch::{Batch, BatchEntry};
 use super::pool::BlockPool;
-use super::prefix::{PrefixIndex, PrefixMatch, PrefixStats};
+use super::prefix::{PrefixIndex, PrefixMatch, PrefixProbe, PrefixStats};
 use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
 use crate::error::{Error, Holder, Result};
@@ -28,6 +28,16 @@ pub struct PoolUsage {
     pub reclaimable: u32,
     /// Sequences.
     pub sequences: u32,
+}
+
+/// Who holds a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlockUse {
+    /// Sequences and open steps.
+    pub holders: u32,
+    /// Whether the prefix index holds it, too.
+    pub indexed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -137,6 +147,17 @@ impl Manager {
             reclaimable: self.pool.num_reclaimable(),
             sequences: self.sequences.len() as u32,
         }
+    }
+
+    /// Who holds each block of the pool, in the order of the blocks.
+    #[must_use]
+    pub fn block_uses(&self) -> Vec<BlockUse> {
+        let blocks = (0..self.pool.num_blocks()).map(BlockId);
+        let of = |block| {
+            let holders = self.pool.num_holders(block);
+            BlockUse { holders, indexed: self.pool.ref_count(block) > holders }
+        };
+        blocks.map(of).collect()
     }
 
     /// Where the pool's bytes are, in all and for each sequence. Costs O(blocks).
@@ -282,6 +303,32 @@ impl Manager {
         }
         self.settle();
         Ok(len)
+    }
+
+    /// What a match of `tokens` would find, without a match.
+    #[must_use]
+    pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
+        let blocks = self.prefixes.look(tokens, salt, self.config.block_size);
+        let reclaimable = blocks.iter().filter(|&&block| self.pool.num_holders(block) == 0).count();
+        PrefixProbe { len: blocks.len() as u32 * self.config.block_size, reclaimable_blocks: reclaimable as u32 }
+    }
+
+    /// Blocks that are free or reclaimable when this sequence is gone: those that no other sequence or open step holds.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn exclusive_blocks(&self, id: SequenceId) -> Result<u32> {
+        let blocks = self.table(id)?.blocks();
+        Ok(blocks.iter().filter(|&&block| self.pool.num_holders(block) == 1).count() as u32)
+    }
+
+    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn copies_last_block(&self, id: SequenceId) -> Result<bool> {
+        let partial = self.table(id)?.partial_block(self.config.block_size);
+        Ok(partial.is_some_and(|block| self.pool.ref_count(block) > 1))
     }
 
     /// Drops all of the index's entries under a salt. Returns their number.

@@ -11,9 +11,9 @@ mod report;
 mod table;
 
 pub use batch::{Batch, BatchEntry};
-pub use manager::{Manager, Pending, PoolUsage, Reservation};
+pub use manager::{BlockUse, Manager, Pending, PoolUsage, Reservation};
 pub(crate) use moves::Moves;
 pub use pool::BlockPool;
-pub use prefix::{PrefixMatch, PrefixStats};
+pub use prefix::{PrefixMatch, PrefixProbe, PrefixStats};
 pub use report::{MemoryReport, SequenceMemory};
 pub use table::{BlockTable, Growth};

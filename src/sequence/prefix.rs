@@ -22,6 +22,16 @@ pub struct PrefixMatch {
     pub len: u32,
 }
 
+/// What [`Manager::probe_prefix`](crate::sequence::Manager::probe_prefix) saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PrefixProbe {
+    /// Tokens that a match would find: a multiple of block_size, possibly 0.
+    pub len: u32,
+    /// Blocks of them that only the index holds. They count as reclaimable now, and would not after a match.
+    pub reclaimable_blocks: u32,
+}
+
 /// How much the prefix index holds and how much it has saved, since the cache was made or cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -177,6 +187,15 @@ impl PrefixIndex {
 
     /// The blocks of the longest chain that `tokens` begin with. Counts as a lookup.
     pub(super) fn find(&mut self, tokens: &[u32], salt: u64, block_size: u32) -> Vec<BlockId> {
+        let blocks = self.look(tokens, salt, block_size);
+        self.lookups += 1;
+        self.queried_tokens += tokens.len() as u64;
+        self.hit_tokens += blocks.len() as u64 * u64::from(block_size);
+        blocks
+    }
+
+    /// [`PrefixIndex::find`] that doesn't count.
+    pub(super) fn look(&self, tokens: &[u32], salt: u64, block_size: u32) -> Vec<BlockId> {
         let mut place = self.root(salt);
         let mut blocks = Vec::new();
         if place.node.is_some() {
@@ -186,9 +205,6 @@ impl PrefixIndex {
                 blocks.push(entry.block);
             }
         }
-        self.lookups += 1;
-        self.queried_tokens += tokens.len() as u64;
-        self.hit_tokens += blocks.len() as u64 * u64::from(block_size);
         blocks
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::step::PREFIX_SALT;
 use super::{Decoder, Text};
 use crate::model::error::{ModelError, ModelResult};
-use crate::{Error, KvCacheConfig, PrefixMatch, SequenceId, SequenceSnapshot};
+use crate::{Error, KvCacheConfig, PrefixMatch, PrefixProbe, SequenceId, SequenceSnapshot};
 
 /// How many of the first `len` tokens of a text are in the cache: all, or all but the pending one.
 fn cached_len(text: &Text, len: u32) -> ModelResult<u32> {
@@ -148,6 +148,12 @@ impl Decoder {
         let cached = tokens[..found.len as usize].to_vec();
         self.texts.insert(found.sequence, Text { cached, pending: None, prefix_len: found.len, published });
         found
+    }
+
+    /// What [`match_prefix`](Self::match_prefix) would find, without a match.
+    #[must_use]
+    pub fn probe_prefix(&self, tokens: &[u32]) -> PrefixProbe {
+        self.cache.probe_prefix(&tokens[..tokens.len().saturating_sub(1)], PREFIX_SALT)
     }
 
     /// Empties the prefix index: blocks that only it holds are free again. Returns the number of its entries.

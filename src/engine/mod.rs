@@ -1,0 +1,250 @@
+//! Continuous batching on a [`Decoder`](crate::model::Decoder): many requests share its cache and its steps, each joins and leaves when it likes.
+//!
+//! An [`Engine`] has no thread, no runtime and no timer. [`Engine::step`] records and submits one step of the model and hands out what came of it; a
+//! host with a frame loop calls it when it likes. [`Engine::spawn`] is the thread for everybody else. What a request yields is a stream of events,
+//! an [`Answer`]; dropping it cancels the request.
+//!
+//! Which requests take part in a step is decided by a [`Scheduler`](crate::schedule::Scheduler).
+
+mod active;
+mod inspect;
+mod request;
+#[cfg(not(target_arch = "wasm32"))]
+mod spawn;
+mod step;
+mod text;
+
+pub use inspect::{BlockState, Inspection, RequestPhase, RequestState};
+pub use request::{Answer, EndReason, Event, Failure, Request, SubmitError, Usage};
+#[cfg(not(target_arch = "wasm32"))]
+pub use spawn::{EngineClient, EngineHandle};
+pub use step::StepReport;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use web_time::Instant;
+
+use crate::Gpu;
+use crate::model::{Decoder, ModelError, ModelResult, Tokenizer};
+use crate::schedule::{Demand, RequestId, Scheduler, SchedulerConfig};
+use active::Active;
+
+/// How an [`Engine`] shares its decoder out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct EngineOptions {
+    /// Tokens of a step, at most; `None`: the decoder's `max_step_tokens`, which is the most.
+    pub max_step_tokens: Option<u32>,
+    /// Requests with tokens in the cache at the same time, at most.
+    pub max_running: u32,
+    /// Requests that wait, at most; more are refused.
+    pub max_queued: u32,
+    /// How often a request loses its blocks to another, at most.
+    pub max_preemptions: u32,
+    /// The head start that a level of priority is worth.
+    pub ageing: Duration,
+    /// Memory of the host for swapped-out requests, in bytes.
+    pub max_swapped_bytes: u64,
+}
+
+impl Default for EngineOptions {
+    /// 256 running and 1024 waiting requests, 3 preemptions, 10 s of head start per level, 1 GiB for swapped-out ones.
+    fn default() -> Self {
+        Self {
+            max_step_tokens: None,
+            max_running: 256,
+            max_queued: 1024,
+            max_preemptions: 3,
+            ageing: Duration::from_secs(10),
+            max_swapped_bytes: 1 << 30,
+        }
+    }
+}
+
+impl EngineOptions {
+    fn scheduler(&self, decoder: &Decoder) -> SchedulerConfig {
+        let options = decoder.options();
+        let mut config = SchedulerConfig::new(options.num_blocks, options.block_size);
+        config.max_step_tokens = self.max_step_tokens.unwrap_or(options.max_step_tokens).min(options.max_step_tokens);
+        config.max_running = self.max_running;
+        config.max_queued = self.max_queued;
+        config.max_preemptions = self.max_preemptions;
+        config.ageing = self.ageing;
+        let blocks = self.max_swapped_bytes / decoder.bytes_per_block().max(1);
+        config.max_swapped_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        config
+    }
+}
+
+/// A decoder that many requests share.
+#[derive(Debug)]
+pub struct Engine {
+    decoder: Decoder,
+    tokenizer: Option<Tokenizer>,
+    scheduler: Scheduler,
+    requests: HashMap<RequestId, Active>,
+    start: Instant,
+    costs: step::MeasuredCosts,
+    last_step: StepReport,
+    /// Set while a step is carried out. If it is set when the next one begins, a step's future was dropped half-way.
+    in_step: bool,
+}
+
+impl Engine {
+    /// Takes a decoder, which must not have sequences of its own: their blocks would be missing. With a tokenizer answers have text.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a decoder with sequences, and for options out of range.
+    pub fn new(decoder: Decoder, tokenizer: Option<Tokenizer>, options: EngineOptions) -> ModelResult<Self> {
+        let sequences = decoder.usage().sequences;
+        if sequences > 0 {
+            let got = format!("{sequences} sequences");
+            return Err(ModelError::argument("decoder", got, "one without sequences; free them first"));
+        }
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocab_size(decoder.model().config().vocab_size)?;
+        }
+        let scheduler = Scheduler::new(options.scheduler(&decoder))?;
+        let costs = step::MeasuredCosts::default();
+        let start = Instant::now();
+        Ok(Self {
+            decoder,
+            tokenizer,
+            scheduler,
+            requests: HashMap::new(),
+            start,
+            costs,
+            last_step: StepReport::default(),
+            in_step: false,
+        })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        self.decoder.gpu()
+    }
+
+    /// The decoder, to look into.
+    #[must_use]
+    pub const fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The tokenizer, if it was given one.
+    #[must_use]
+    pub const fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// Requests that have not ended.
+    #[must_use]
+    pub fn num_requests(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// Whether [`step`](Self::step) has nothing to do.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+    }
+
+    /// Takes a request. It starts in one of the next steps.
+    ///
+    /// # Errors
+    /// [`SubmitError::Invalid`] for an empty prompt, ids outside the vocabulary, a prompt longer than the model has positions, sampling
+    /// settings outside their ranges, an empty stop string, stop strings without a tokenizer; [`SubmitError::Refused`] if the queue is
+    /// full, or the cache too small for prompt and `max_tokens` even without other requests.
+    pub fn submit(&mut self, request: Request) -> Result<Answer, SubmitError> {
+        self.check(&request)?;
+        let now = self.start.elapsed();
+        let max_positions = self.decoder.model().config().max_positions;
+        let prompt_tokens = request.prompt.len() as u32;
+        // The last token of an answer is never fed, so it needs no position.
+        let max_tokens = request.max_tokens.min(max_positions - prompt_tokens + 1);
+        let mut demand = Demand::new(prompt_tokens, max_tokens);
+        demand.priority = request.priority;
+        demand.deadline = request.time_limit.map(|limit| now.saturating_add(limit));
+        let id = self.scheduler.submit(now, demand)?;
+        let (events, answer) = Answer::new(id);
+        let stream = self.tokenizer.as_ref().map(|tokenizer| tokenizer.stream_after(&request.prompt, true));
+        self.requests.insert(id, Active::new(request, max_tokens, stream, events, now));
+        Ok(answer)
+    }
+
+    /// Takes a request for `count` answers, all of them or none: seeds are that of the request and the numbers after it. The prompt is computed
+    /// once; the others fork it as long as the first answer is in the cache.
+    ///
+    /// # Errors
+    /// Those of [`submit`](Self::submit), and [`SubmitError::Invalid`] if `count` is 0.
+    pub fn submit_many(&mut self, request: Request, count: u32) -> Result<Vec<Answer>, SubmitError> {
+        if count == 0 {
+            return Err(ModelError::argument("count", 0, "at least 1").into());
+        }
+        let mut answers: Vec<Answer> = Vec::new();
+        for i in 0..count {
+            let mut own = request.clone();
+            own.sampling.seed = own.sampling.seed.wrapping_add(u64::from(i));
+            match self.submit(own) {
+                Ok(answer) => answers.push(answer),
+                Err(error) => {
+                    answers.iter().for_each(|answer| self.end(answer.id(), EndReason::Shutdown));
+                    return Err(error);
+                }
+            }
+        }
+        for answer in &answers[1..] {
+            if let Some(active) = self.requests.get_mut(&answer.id()) {
+                active.sibling = Some(answers[0].id());
+            }
+        }
+        Ok(answers)
+    }
+
+    fn check(&self, request: &Request) -> ModelResult<()> {
+        let config = self.decoder.model().config();
+        if request.prompt.is_empty() {
+            return Err(ModelError::argument("prompt", "no tokens", "at least one"));
+        }
+        if let Some(id) = request.prompt.iter().find(|&&id| id >= config.vocab_size) {
+            let rule = format!("ids below vocab_size, {}", config.vocab_size);
+            return Err(ModelError::argument("prompt", format!("id {id}"), rule));
+        }
+        if request.prompt.len() > config.max_positions as usize {
+            let got = format!("{} tokens", request.prompt.len());
+            let rule = format!("at most the model's {} positions", config.max_positions);
+            return Err(ModelError::argument("prompt", got, rule));
+        }
+        if request.stop_strings.iter().any(String::is_empty) {
+            return Err(ModelError::argument("stop_strings", "an empty one", "texts of at least one character"));
+        }
+        if !request.stop_strings.is_empty() && self.tokenizer.is_none() {
+            return Err(ModelError::argument("stop_strings", "no tokenizer", "an engine that was given one"));
+        }
+        request.sampling.validate()?;
+        Ok(())
+    }
+
+    /// Ends all requests, and gives the decoder back. Their answers end with [`EndReason::Shutdown`].
+    pub fn shutdown(mut self) -> Decoder {
+        let ids: Vec<_> = self.requests.keys().copied().collect();
+        for id in ids {
+            self.end(id, EndReason::Shutdown);
+        }
+        self.decoder
+    }
+
+    /// Runs steps until no request is left, waiting for the GPU.
+    ///
+    /// # Errors
+    /// Those of [`step`](Self::step).
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn run_blocking(&mut self) -> ModelResult<()> {
+        let gpu = self.gpu().clone();
+        while !self.is_idle() {
+            gpu.block_on(self.step())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! [`Engine::spawn`]: a thread that steps an engine.
+
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+
+use futures_channel::oneshot;
+
+use super::{Answer, Engine, Request, SubmitError};
+use crate::model::{Decoder, ModelError, ModelResult};
+
+/// What a handle asks of the thread.
+enum Command {
+    Submit(Box<Request>, oneshot::Sender<Result<Answer, SubmitError>>),
+    /// Runs what is there, and takes nothing new.
+    Finish,
+    /// Ends what is there.
+    Shutdown,
+}
+
+/// An engine on a thread of its own. Dropping it ends all requests, and waits for the thread.
+#[derive(Debug)]
+pub struct EngineHandle {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<(ModelResult<()>, Decoder)>>,
+}
+
+/// Hands requests to a spawned engine. Cheap to clone, and can be sent to other threads.
+#[derive(Clone, Debug)]
+pub struct EngineClient {
+    commands: Sender<Command>,
+}
+
+impl Engine {
+    /// Moves the engine to a thread that steps it as long as there are requests, and sleeps otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if the system has no thread for it.
+    pub fn spawn(self) -> ModelResult<EngineHandle> {
+        let (commands, inbox) = channel();
+        let thread = std::thread::Builder::new()
+            .name("folio engine".to_owned())
+            .spawn(move || run(self, &inbox))
+            .map_err(|error| ModelError::argument("thread", error, "a thread of the system's"))?;
+        Ok(EngineHandle { commands, thread: Some(thread) })
+    }
+}
+
+/// The thread. Ends when it is told to, when all handles and clients are gone, or when the device fails.
+fn run(mut engine: Engine, inbox: &Receiver<Command>) -> (ModelResult<()>, Decoder) {
+    let gpu = engine.gpu().clone();
+    let mut is_open = true;
+    let mut result = Ok(());
+    while is_open || !engine.is_idle() {
+        // An idle engine waits; a busy one looks whether there is something new.
+        let command =
+            if engine.is_idle() { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
+        match command {
+            Ok(Command::Submit(request, reply)) => {
+                let answer = if is_open { engine.submit(*request) } else { Err(SubmitError::Shutdown) };
+                // A caller that has gone drops the answer, which cancels the request.
+                let _ = reply.send(answer);
+                continue;
+            }
+            Ok(Command::Finish) => {
+                is_open = false;
+                continue;
+            }
+            Ok(Command::Shutdown) => break,
+            Err(TryRecvError::Disconnected) if engine.is_idle() => break,
+            Err(_) => {}
+        }
+        result = gpu.block_on(engine.step()).map(|_| ());
+        if result.is_err() {
+            break;
+        }
+    }
+    (result, engine.shutdown())
+}
+
+impl EngineClient {
+    /// Hands over a request, and waits until it is taken: until the step that runs now has ended.
+    ///
+    /// # Errors
+    /// Those of [`Engine::submit`], and [`SubmitError::Shutdown`].
+    pub async fn submit(&self, request: Request) -> Result<Answer, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Submit(Box::new(request), reply);
+        self.commands.send(command).map_err(|_| SubmitError::Shutdown)?;
+        answer.await.map_err(|_| SubmitError::Shutdown)?
+    }
+
+    /// [`EngineClient::submit`] for programs without an async runtime.
+    ///
+    /// # Errors
+    /// Those of [`EngineClient::submit`].
+    pub fn submit_blocking(&self, request: Request) -> Result<Answer, SubmitError> {
+        pollster::block_on(self.submit(request))
+    }
+}
+
+impl EngineHandle {
+    /// Something to submit requests with, for other threads and tasks.
+    #[must_use]
+    pub fn client(&self) -> EngineClient {
+        EngineClient { commands: self.commands.clone() }
+    }
+
+    /// Takes no more requests, waits until those that are there have ended, and gives the decoder back.
+    ///
+    /// # Errors
+    /// That of the step that failed, if one did.
+    pub fn finish(self) -> ModelResult<Decoder> {
+        self.close(Command::Finish)
+    }
+
+    /// Ends all requests, and gives the decoder back.
+    ///
+    /// # Errors
+    /// That of the step that failed, if one did.
+    pub fn shutdown(self) -> ModelResult<Decoder> {
+        self.close(Command::Shutdown)
+    }
+
+    fn close(mut self, command: Command) -> ModelResult<Decoder> {
+        // A thread that has ended already hears nothing.
+        let _ = self.commands.send(command);
+        let ended = self.thread.take().and_then(|thread| thread.join().ok());
+        let (result, decoder) = ended.ok_or_else(|| ModelError::argument("engine", "a panic", "a running thread"))?;
+        result.map(|()| decoder)
+    }
+}
+
+impl Drop for EngineHandle {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = self.commands.send(Command::Shutdown);
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! [`Engine::step`]: carries out what the scheduler decides.
+
+use std::time::Duration;
+
+use web_time::Instant;
+
+use super::active::CacheView;
+use super::{EndReason, Engine};
+use crate::model::{Input, ModelError, ModelResult};
+use crate::schedule::{Costs, Preemption, RequestId, ScheduledChunk, StepSchedule};
+use crate::{Error, ErrorKind};
+
+/// What a step has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct StepReport {
+    /// Tokens that went through the model, one for each of a number of requests.
+    pub decode_tokens: u32,
+    /// Tokens that went through the model in chunks of several.
+    pub prompt_tokens: u32,
+    /// Tokens that were sampled.
+    pub sampled_tokens: u32,
+    /// Requests that started.
+    pub admitted: u32,
+    /// Requests that came back from the host's memory.
+    pub resumed: u32,
+    /// Requests that lost their blocks.
+    pub preempted: u32,
+    /// Requests that ended: complete, cancelled, late or failed.
+    pub ended: u32,
+}
+
+/// Running means of what the scheduler has to weigh.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct MeasuredCosts {
+    swap_block: Option<Duration>,
+    compute_token: Option<Duration>,
+}
+
+/// Tokens of a step from which on its time says what a token of a long chunk costs.
+const MIN_MEASURED_TOKENS: u32 = 16;
+
+impl MeasuredCosts {
+    /// A mean that forgets half of what was before.
+    fn note(mean: &mut Option<Duration>, time: Duration, count: u32) {
+        let one = time / count.max(1);
+        *mean = Some(mean.map_or(one, |mean| (mean + one) / 2));
+    }
+}
+
+impl Engine {
+    /// One step of the model for the requests whose turn it is. Hands out its tokens as events; ends requests that are complete, late, or
+    /// cancelled by dropping their answers. Without requests it does nothing.
+    ///
+    /// Natively the future completes only while somebody polls the device: [`Gpu::block_on`](crate::Gpu::block_on). If it is dropped half-way, nothing is lost:
+    /// requests go on from their texts, computed anew.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] and other failures of the device: all requests end with [`EndReason::Failed`]. A failure of a single request ends only
+    /// that one, and is no error here.
+    pub async fn step(&mut self) -> ModelResult<StepReport> {
+        let mut report = StepReport::default();
+        if std::mem::replace(&mut self.in_step, true) {
+            self.start_over();
+        }
+        let before = self.requests.len();
+        self.drop_cancelled();
+        let result = self.scheduled_step(&mut report).await;
+        report.ended = (before - self.requests.len()) as u32;
+        self.in_step = false;
+        self.last_step = report;
+        if let Err(error) = &result {
+            self.fail_all(error);
+        }
+        result.map(|()| report)
+    }
+
+    async fn scheduled_step(&mut self, report: &mut StepReport) -> ModelResult<()> {
+        let now = self.start.elapsed();
+        let view = CacheView { decoder: &self.decoder, requests: &self.requests };
+        let StepSchedule { expired, preempted, resumed, admitted, mut chunks, blocked } =
+            self.scheduler.next_step(now, &view);
+        for id in expired {
+            self.end(id, EndReason::TimeLimit);
+        }
+        for &(id, how) in &preempted {
+            self.preempt(id, how).await?;
+        }
+        for &id in &resumed {
+            if !self.resume(id).await? {
+                chunks.retain(|chunk| chunk.request != id);
+            }
+        }
+        for &(id, hit) in &admitted {
+            if !self.admit(id, hit, now) {
+                chunks.retain(|chunk| chunk.request != id);
+            }
+        }
+        report.admitted = admitted.len() as u32;
+        report.resumed = resumed.len() as u32;
+        report.preempted = preempted.len() as u32;
+        if let (Some(id), true) = (blocked, chunks.is_empty()) {
+            // Nobody else is there who could give blocks back.
+            let error =
+                Error::argument("request", format!("{id} finds no blocks in an empty cache"), "the whole cache");
+            self.end(id, EndReason::Failed((&ModelError::Folio(error)).into()));
+        }
+        if chunks.is_empty() { Ok(()) } else { self.compute(&chunks, report).await }
+    }
+
+    /// Runs the model, and hands out what was sampled.
+    async fn compute(&mut self, chunks: &[ScheduledChunk], report: &mut StepReport) -> ModelResult<()> {
+        let mut inputs = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let Some(request) = self.requests.get(&chunk.request) else { continue };
+            let Some(sequence) = request.sequence else { continue };
+            let cached = self.decoder.tokens(sequence)?.len();
+            // The pending token is in the text, too, and the decoder feeds it by itself.
+            let pending = usize::from(self.decoder.pending(sequence)?.is_some());
+            let tokens = &request.text[cached + pending..cached + chunk.tokens as usize];
+            inputs.push(Input { sequence, tokens, sampling: chunk.samples.then_some(&request.sampling) });
+        }
+        let start = Instant::now();
+        let sampled = match self.decoder.step(&inputs).await {
+            Ok(sampled) => sampled,
+            Err(ModelError::BadLogits { sequence }) => {
+                let bad = self.requests.iter().find(|(_, request)| request.sequence == Some(sequence));
+                if let Some(&id) = bad.map(|(id, _)| id) {
+                    self.end(id, EndReason::Failed((&ModelError::BadLogits { sequence }).into()));
+                }
+                return Ok(());
+            }
+            Err(ModelError::Folio(error)) if error.kind() == ErrorKind::Retry => {
+                // The scheduler has counted wrong. Everybody waits, and starts again one after another.
+                self.start_over();
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let now = self.start.elapsed();
+        let tokens: u32 = chunks.iter().map(|chunk| chunk.tokens).sum();
+        if tokens >= MIN_MEASURED_TOKENS {
+            MeasuredCosts::note(&mut self.costs.compute_token, start.elapsed(), tokens);
+            self.set_costs();
+        }
+        for (chunk, token) in chunks.iter().zip(sampled) {
+            if chunk.tokens == 1 {
+                report.decode_tokens += 1;
+            } else {
+                report.prompt_tokens += chunk.tokens;
+            }
+            self.finish_chunk(chunk, token, now, report)?;
+        }
+        Ok(())
+    }
+
+    fn finish_chunk(
+        &mut self,
+        chunk: &ScheduledChunk,
+        token: Option<u32>,
+        now: Duration,
+        report: &mut StepReport,
+    ) -> ModelResult<()> {
+        let id = chunk.request;
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        let Some(sequence) = request.sequence else { return Ok(()) };
+        request.usage.computed_tokens += chunk.tokens;
+        self.scheduler.set_cached(id, self.decoder.tokens(sequence)?.len() as u32);
+        if let Some(token) = token {
+            report.sampled_tokens += 1;
+            self.scheduler.push_token(id);
+            if let Some(reason) = request.push(token, now) {
+                self.end(id, reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a request's blocks away.
+    async fn preempt(&mut self, id: RequestId, how: Preemption) -> ModelResult<()> {
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        let Some(sequence) = request.sequence else { return Ok(()) };
+        request.usage.preemptions += 1;
+        if how == Preemption::Swap {
+            let blocks = self.decoder.cache().exclusive_blocks(sequence)?;
+            let start = Instant::now();
+            match self.decoder.swap_out(sequence).await {
+                Ok(_) => {
+                    MeasuredCosts::note(&mut self.costs.swap_block, start.elapsed(), blocks);
+                    self.set_costs();
+                    return Ok(());
+                }
+                Err(ModelError::Folio(error)) if error.kind() == ErrorKind::DeviceLost => return Err(error.into()),
+                // Then it is computed again.
+                Err(_) => self.scheduler.set_lost(id),
+            }
+        }
+        request.sequence = None;
+        self.decoder.free(sequence)
+    }
+
+    /// Brings a swapped-out request back. Returns whether it is there; if not, it waits to be computed again.
+    async fn resume(&mut self, id: RequestId) -> ModelResult<bool> {
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(false) };
+        let Some(sequence) = request.sequence else { return Ok(false) };
+        match self.decoder.swap_in(sequence).await {
+            Ok(()) => Ok(true),
+            Err(ModelError::Folio(error)) if error.kind() == ErrorKind::DeviceLost => Err(error.into()),
+            Err(_) => {
+                request.sequence = None;
+                self.scheduler.set_lost(id);
+                self.decoder.free(sequence)?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Gives a request a sequence. Returns whether it has as many tokens as the scheduler counts on.
+    fn admit(&mut self, id: RequestId, hit: u32, now: Duration) -> bool {
+        let view = CacheView { decoder: &self.decoder, requests: &self.requests };
+        let fork = self.requests.get(&id).and_then(|request| view.fork_of(request)).filter(|&(_, len)| len == hit);
+        let Some(request) = self.requests.get_mut(&id) else { return false };
+        let forked = fork.and_then(|(sibling, len)| Some((self.decoder.fork_at(sibling, len).ok()?, len)));
+        let (sequence, found) = forked.unwrap_or_else(|| {
+            if hit > 0 {
+                let found = self.decoder.match_prefix(&request.text);
+                (found.sequence, found.len)
+            } else {
+                (self.decoder.create_sequence(), 0)
+            }
+        });
+        request.sequence = Some(sequence);
+        request.note_start(now, found);
+        self.scheduler.set_cached(id, found);
+        found == hit
+    }
+
+    /// Ends requests that nobody waits for.
+    fn drop_cancelled(&mut self) {
+        let cancelled: Vec<_> =
+            self.requests.iter().filter(|(_, request)| request.is_cancelled()).map(|(&id, _)| id).collect();
+        for id in cancelled {
+            self.end(id, EndReason::Shutdown);
+        }
+    }
+
+    /// Ends a request: its blocks are free, and its last event is sent.
+    pub(super) fn end(&mut self, id: RequestId, reason: EndReason) {
+        self.scheduler.remove(id);
+        let Some(mut request) = self.requests.remove(&id) else { return };
+        if let Some(sequence) = request.sequence.take() {
+            // It can only fail for a sequence that is gone.
+            let _ = self.decoder.free(sequence);
+        }
+        request.end(reason, self.start.elapsed());
+    }
+
+    /// Ends all requests with an error of the device.
+    fn fail_all(&mut self, error: &ModelError) {
+        let ids: Vec<_> = self.requests.keys().copied().collect();
+        for id in ids {
+            self.end(id, EndReason::Failed(error.into()));
+        }
+    }
+
+    /// Frees all sequences. Requests keep their texts, wait, and are computed anew.
+    fn start_over(&mut self) {
+        for (&id, request) in &mut self.requests {
+            if let Some(sequence) = request.sequence.take() {
+                let _ = self.decoder.free(sequence);
+            }
+            self.scheduler.set_lost(id);
+        }
+    }
+
+    fn set_costs(&mut self) {
+        let Costs { swap_block, compute_token } = self.scheduler.config().costs;
+        let MeasuredCosts { swap_block: swap, compute_token: compute } = self.costs;
+        self.scheduler.set_costs(Costs {
+            swap_block: swap.unwrap_or(swap_block),
+            compute_token: compute.unwrap_or(compute_token),
+        });
+    }
+}

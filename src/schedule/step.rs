@@ -1,0 +1,279 @@
+//! [`Scheduler::next_step`]: the decisions of one step.
+
+use std::time::Duration;
+
+use super::scheduler::{Phase, Request};
+use super::{Memory, RequestId, ScheduledChunk, Scheduler, StepSchedule};
+
+/// A request that takes part.
+struct Running {
+    id: RequestId,
+    /// Tokens whose blocks have been taken out of the free ones.
+    reserved: u32,
+}
+
+/// Free blocks while a step is planned, and what was decided so far.
+struct Planner<'a, M: Memory> {
+    scheduler: &'a mut Scheduler,
+    memory: &'a M,
+    free: u32,
+    schedule: StepSchedule,
+}
+
+impl Scheduler {
+    /// Decides what happens next, and counts on it being carried out: requests change their place here. Only [`set_cached`](Self::set_cached)
+    /// and [`push_token`](Self::push_token) say what a step has done. Takes time in proportion to the number of requests, and a little more for
+    /// their order.
+    pub fn next_step(&mut self, now: Duration, memory: &impl Memory) -> StepSchedule {
+        let free = memory.free_blocks();
+        let mut planner = Planner { scheduler: self, memory, free, schedule: StepSchedule::default() };
+        planner.expire(now);
+        let mut running = planner.keep_running();
+        // Who was preempted a moment ago would take back what was taken from it.
+        if planner.schedule.preempted.is_empty() {
+            planner.admit(&mut running);
+        }
+        planner.share_tokens(&running);
+        planner.schedule
+    }
+
+    /// Requests in a phase, best rank first.
+    fn ranked(&self, is_in: impl Fn(Phase) -> bool) -> Vec<RequestId> {
+        let mut ranks: Vec<_> =
+            self.requests.values().filter(|request| is_in(request.phase)).map(|request| request.rank).collect();
+        ranks.sort_unstable();
+        ranks.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Blocks that a request needs beside its own to have `to` tokens in the cache.
+    fn growth(&self, request: &Request, to: u32, memory: &impl Memory) -> u32 {
+        let cached = request.cached;
+        if to <= cached {
+            return 0;
+        }
+        let copy = !cached.is_multiple_of(self.config.block_size) && memory.copies_last_block(request.rank.1);
+        self.config.blocks(to) - self.config.blocks(cached) + u32::from(copy)
+    }
+}
+
+impl<M: Memory> Planner<'_, M> {
+    fn request(&self, id: RequestId) -> &Request {
+        &self.scheduler.requests[&id]
+    }
+
+    /// Gives up what is late. The caller frees its blocks before it does anything else.
+    fn expire(&mut self, now: Duration) {
+        let is_late = |request: &Request| request.demand.deadline.is_some_and(|deadline| deadline <= now);
+        let requests = &self.scheduler.requests;
+        let late: Vec<_> = requests.iter().filter(|(_, request)| is_late(request)).map(|(&id, _)| id).collect();
+        for id in late {
+            if self.request(id).phase == Phase::Running {
+                self.free += self.memory.exclusive_blocks(id);
+            }
+            self.scheduler.requests.remove(&id);
+            self.schedule.expired.push(id);
+        }
+    }
+
+    fn preempt(&mut self, id: RequestId) {
+        self.free += self.memory.exclusive_blocks(id);
+        if let Some(how) = self.scheduler.preempt(id) {
+            self.schedule.preempted.push((id, how));
+        }
+    }
+
+    /// Takes the blocks for a token of every running request, best rank first and pinned ones before all, and preempts the worst ranks where
+    /// there are too few.
+    ///
+    /// A pinned request always finds room: the pinned ones' whole lengths fit into the cache together, and all others may be preempted.
+    fn keep_running(&mut self) -> Vec<Running> {
+        let ranked = self.scheduler.ranked(|phase| phase == Phase::Running);
+        let (pinned, mut others): (Vec<_>, Vec<_>) =
+            ranked.into_iter().partition(|&id| self.scheduler.is_pinned(self.request(id)));
+        others.reverse();
+        let mut running = Vec::with_capacity(pinned.len() + others.len());
+        for id in pinned {
+            self.keep(id, &mut others, &mut running);
+        }
+        // The best rank is last.
+        while let Some(id) = others.pop() {
+            self.keep(id, &mut others, &mut running);
+        }
+        running
+    }
+
+    /// Keeps one request running, at the cost of `others`, the worst rank first.
+    fn keep(&mut self, id: RequestId, others: &mut Vec<RequestId>, running: &mut Vec<Running>) {
+        let request = self.request(id);
+        let reserved = request.remaining().min(1);
+        let need = self.scheduler.growth(request, request.cached + reserved, self.memory);
+        let is_pinned = self.scheduler.is_pinned(request);
+        let has_blocks = request.cached > 0;
+        while self.free < need && !others.is_empty() {
+            let worst = others.remove(0);
+            self.preempt(worst);
+        }
+        if self.free >= need {
+            self.free -= need;
+            running.push(Running { id, reserved });
+        } else if running.is_empty() && self.schedule.preempted.is_empty() {
+            // Nothing is left to take from.
+            self.schedule.blocked = Some(id);
+        } else if !is_pinned && has_blocks {
+            self.preempt(id);
+        }
+    }
+
+    /// Lets waiting requests start, and swapped ones come back, strictly by rank: where the first one finds no room, nobody behind it gets it.
+    fn admit(&mut self, running: &mut Vec<Running>) {
+        let waiting = self.scheduler.ranked(|phase| phase != Phase::Running);
+        // What running requests are sure to take soon, and a block more for each, so that an admission is no reason for a preemption.
+        let promised = |running: &[Running], this: &Self| -> u32 {
+            let soon = |kept: &Running| {
+                let request = this.request(kept.id);
+                let now = this.scheduler.growth(request, request.cached + kept.reserved, this.memory);
+                this.scheduler.growth(request, request.soon(), this.memory).saturating_sub(now) + 1
+            };
+            running.iter().map(soon).sum()
+        };
+        let mut promised_blocks = promised(running, self);
+        for id in waiting {
+            if running.len() as u32 >= self.scheduler.config.max_running {
+                return;
+            }
+            let request = self.request(id);
+            let hit = if request.phase == Phase::Waiting {
+                if self.memory.waits_for_prefix(id) {
+                    continue;
+                }
+                self.memory.prefix(id)
+            } else {
+                Default::default()
+            };
+            let hit_tokens = hit.tokens.min(request.known - 1);
+            let config = &self.scheduler.config;
+            let own = config.blocks(request.soon()) - config.blocks(hit_tokens);
+            let need = own + hit.free_blocks;
+            // With nothing else running there is nothing to be careful of.
+            let careful_need = if running.is_empty() { need } else { need.saturating_add(promised_blocks) };
+            if self.free < careful_need {
+                if running.is_empty() {
+                    self.schedule.blocked = Some(id);
+                }
+                self.preempt_for(id, careful_need, running);
+                return;
+            }
+            if self.scheduler.is_pinned(request) && !self.can_reserve(request, running) {
+                return;
+            }
+            let reserved = self.start(id, hit_tokens, hit.free_blocks);
+            let request = self.request(id);
+            let rest =
+                self.scheduler.config.blocks(request.soon()) - self.scheduler.config.blocks(request.cached + reserved);
+            promised_blocks += rest + 1;
+            running.push(Running { id, reserved });
+        }
+    }
+
+    /// Moves a request to the running ones. Returns the tokens whose blocks it has taken, beyond those that it has cached.
+    fn start(&mut self, id: RequestId, hit_tokens: u32, hit_blocks: u32) -> u32 {
+        let config = self.scheduler.config;
+        let Some(request) = self.scheduler.requests.get_mut(&id) else { return 0 };
+        let was = std::mem::replace(&mut request.phase, Phase::Running);
+        if was == Phase::Swapped {
+            self.free -= config.blocks(request.cached);
+            self.schedule.resumed.push(id);
+        } else {
+            self.free -= hit_blocks;
+            request.cached = hit_tokens;
+            self.schedule.admitted.push((id, hit_tokens));
+        }
+        let reserved = request.remaining().min(1);
+        self.free -= config.blocks(request.cached + reserved) - config.blocks(request.cached);
+        reserved
+    }
+
+    /// Whether the cache holds this request and the pinned ones that run, each at its longest.
+    fn can_reserve(&self, request: &Request, running: &[Running]) -> bool {
+        let config = &self.scheduler.config;
+        let most = |request: &Request| u64::from(config.blocks(request.demand.max_cached()));
+        let pinned = running.iter().map(|kept| self.request(kept.id)).filter(|other| self.scheduler.is_pinned(other));
+        pinned.map(most).sum::<u64>() + most(request) <= u64::from(config.num_blocks)
+    }
+
+    /// Preempts running requests that are a whole level behind one that waits, the worst rank first, if that makes room for it. It starts in
+    /// the next step, when their blocks are there.
+    fn preempt_for(&mut self, id: RequestId, need: u32, running: &mut Vec<Running>) {
+        let level = self.scheduler.config.ageing.as_nanos() as i128;
+        let rank = self.request(id).rank;
+        let mut behind: Vec<_> = running
+            .iter()
+            .map(|kept| self.request(kept.id))
+            // Those that were admitted a moment ago are ahead.
+            .filter(|other| other.rank > rank && other.rank.0 - rank.0 >= level && !self.scheduler.is_pinned(other))
+            .map(|other| other.rank)
+            .collect();
+        behind.sort_unstable();
+        let mut victims = Vec::new();
+        let mut free = self.free;
+        while free < need {
+            let Some((_, victim)) = behind.pop() else { return };
+            free += self.memory.exclusive_blocks(victim);
+            victims.push(victim);
+        }
+        for victim in victims {
+            running.retain(|kept| kept.id != victim);
+            self.preempt(victim);
+        }
+    }
+
+    /// Shares the step's tokens out: one each to those that want one, then chunks, best rank first.
+    fn share_tokens(&mut self, running: &[Running]) {
+        let mut left = self.scheduler.config.max_step_tokens;
+        let (mut single, mut many): (Vec<_>, Vec<_>) =
+            running.iter().filter(|kept| kept.reserved > 0).partition(|kept| self.request(kept.id).remaining() == 1);
+        // If there are more than a step holds, they take turns.
+        single.sort_by_key(|kept| (self.request(kept.id).last_turn, self.request(kept.id).rank));
+        many.sort_by_key(|kept| self.request(kept.id).rank);
+        for kept in single {
+            if left == 0 {
+                return;
+            }
+            left -= 1;
+            self.push_chunk(kept.id, 1);
+        }
+        let num_chunks = many.len();
+        for (i, kept) in many.into_iter().enumerate() {
+            if left == 0 {
+                return;
+            }
+            // Half of what is left for each but the last, so that a short prompt doesn't wait for all of a long one.
+            let share = if i + 1 < num_chunks { left.div_ceil(2) } else { left };
+            let tokens = self.fill(kept, share);
+            left -= tokens;
+            self.push_chunk(kept.id, tokens);
+        }
+    }
+
+    /// Takes blocks for a chunk of up to `share` tokens. Returns how many tokens it gets.
+    fn fill(&mut self, kept: &Running, share: u32) -> u32 {
+        let request = self.request(kept.id);
+        let block_size = self.scheduler.config.block_size;
+        let reserved_blocks = self.scheduler.config.blocks(request.cached + kept.reserved);
+        let room = (reserved_blocks.saturating_add(self.free)).saturating_mul(block_size) - request.cached;
+        let tokens = request.remaining().min(share).min(room).max(kept.reserved);
+        let taken = self.scheduler.config.blocks(request.cached + tokens) - reserved_blocks;
+        self.free -= taken;
+        tokens
+    }
+
+    fn push_chunk(&mut self, id: RequestId, tokens: u32) {
+        self.scheduler.num_turns += 1;
+        let num_turns = self.scheduler.num_turns;
+        if let Some(request) = self.scheduler.requests.get_mut(&id) {
+            request.last_turn = num_turns;
+            let samples = tokens == request.remaining();
+            self.schedule.chunks.push(ScheduledChunk { request: id, tokens, samples });
+        }
+    }
+}
