@@ -15,7 +15,8 @@ With `norm` x is that of RMSNorm: it is multiplied by the weights before it beco
 1 / sqrt(mean square + eps) at the end, when all squares have been seen. If `gated`, the tile's columns are those of gate and up of half as many
 columns of y in alternation.
 
-Iterations per invocation: 2 * ceil(in_features / 32) + 24, for each time over all inputs; where halves don't suffice 3 * ceil(in_features / 32) more.
+Iterations per invocation: n = 2 * ceil(in_features / 32) + 24 (6 instead of 2 with matrices of 8), for each time over all inputs; where halves don't
+suffice n + ceil(in_features / 32) more.
 Workgroup memory: what the variables below say.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
@@ -131,6 +132,18 @@ fn power_of_two(exponent: i32) -> f32 {
     vec4<f32>({% for i in range(4) %}{{ ", " if i }}{{ parts.unit_value(n, e + i) }}{% endfor %})
     {%- if quantised %} * {{ parts.scale_of("w_scale" ~ n) }} + {{ parts.min_of("w_scale" ~ n) }}{% endif %}
 {%- endmacro %}
+{# Adds the products of a block's matrices over the inputs from `at` of the slice on. #}
+{% macro multiply(at) %}
+{% for c in range(mats) %}
+                        let b_{{ c }} = coopLoad<MatrixB>(&halves[W_SLICE + (block_col + {{ c * matrix }}u) * HALF_ROW + {{ at }}], HALF_ROW);
+{% endfor %}
+{% for r in range(mats) %}
+                        let a_{{ r }} = coopLoadT<MatrixA>(&halves[(block_row + {{ r * matrix }}u) * HALF_ROW + {{ at }}], HALF_ROW);
+{% for c in range(mats) %}
+                        c_{{ r }}_{{ c }} = coopMultiplyAdd(a_{{ r }}, b_{{ c }}, c_{{ r }}_{{ c }});
+{% endfor %}
+{% endfor %}
+{% endmacro %}
 @compute @workgroup_size({{ workgroup_size }})
 fn linear(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -180,7 +193,9 @@ fn linear(
         var squares{{ n }} = 0.0;
 {% endfor %}
 {% endif %}
-        for (var attempt = 0u; attempt < 2u; attempt++) {
+        // (What the first slice says is all there is to say if there is no other.)
+        let attempts = select(1u, 2u, params.in_features > SLICE);
+        for (var attempt = 0u; attempt < attempts; attempt++) {
             // The largest elements: of the first slice, or of all.
             let scan_end = select(params.in_features, min(SLICE, params.in_features), attempt == 0u);
 {% for n in range(x_loads) %}
@@ -265,19 +280,17 @@ fn linear(
 {{ load_w("next", "") }}
                 // Once, or never. (A loop, because naga takes the condition of an `if` for one that may differ within a subgroup.)
                 for (var b = block; b < NUM_BLOCKS; b += NUM_BLOCKS) {
+{% if matrix < 16 %}
+                    for (var i = 0u; i < SLICE; i += {{ matrix }}u) {
+{{ multiply("i") }}
+                    }
+{% else %}
 {% for i in range(0, step, matrix) %}
                     {
-{% for c in range(mats) %}
-                        let b_{{ c }} = coopLoad<MatrixB>(&halves[W_SLICE + (block_col + {{ c * matrix }}u) * HALF_ROW + {{ i }}u], HALF_ROW);
-{% endfor %}
-{% for r in range(mats) %}
-                        let a_{{ r }} = coopLoadT<MatrixA>(&halves[(block_row + {{ r * matrix }}u) * HALF_ROW + {{ i }}u], HALF_ROW);
-{% for c in range(mats) %}
-                        c_{{ r }}_{{ c }} = coopMultiplyAdd(a_{{ r }}, b_{{ c }}, c_{{ r }}_{{ c }});
-{% endfor %}
-{% endfor %}
+{{ multiply(i ~ "u") }}
                     }
 {% endfor %}
+{% endif %}
                 }
                 workgroupBarrier();
             }

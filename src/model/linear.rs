@@ -9,8 +9,8 @@ use super::linear_sizes;
 use super::linear_variant::{LinearKernel, LinearVariant};
 use super::quantise::{Packed, Packer, WeightFormat};
 use super::rows::Rows;
-use crate::kernel::Profile;
 use crate::kernel::tuning::LinearThresholds;
+use crate::kernel::{AdapterClass, Profile};
 use crate::{BufferRef, Error, Gpu, Recorder, Result};
 
 /// RMSNorm: `x / sqrt(mean(x²) + eps) * weight`.
@@ -82,6 +82,9 @@ struct LinearParams {
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
 pub(crate) const MAX_IN_FEATURES: u32 = 1 << 18;
 
+/// With matrices of 8 it is 13 iterations for 32 inputs at most.
+const MAX_CPU_MATRIX_IN_FEATURES: u32 = 1 << 17;
+
 /// A row of y must fit a binding, and a row number an index of 4 weights.
 pub(crate) const MAX_OUT_FEATURES: u32 = 1 << 28;
 
@@ -129,7 +132,8 @@ impl Linear {
         }
         let tuned = linear_sizes::entry(gpu.tuning(), &config);
         let mut target = gpu.target();
-        if format == WeightFormat::F32 && !gpu.rounds_f32() {
+        let overruns = gpu.adapter_class() == AdapterClass::Cpu && in_features > MAX_CPU_MATRIX_IN_FEATURES;
+        if overruns || (format == WeightFormat::F32 && !gpu.rounds_f32()) {
             target.matrix = None;
         }
         let variants: Vec<_> =

@@ -287,8 +287,9 @@ impl Workload {
         for (row, (got, expected)) in got.chunks(out_features as usize).zip(&self.expected).enumerate() {
             for (&col, &(want, bound)) in self.cols.iter().zip(expected) {
                 let got = f64::from(got[col as usize]);
-                // NaN is outside, too.
-                if !((got - want).abs() <= bound) {
+                let is_within = (got - want).abs() <= bound;
+                // NaN is not.
+                if !is_within {
                     let have = format!("[{row}, {col}] is {got:e}, not {want:e} within {bound:e}");
                     return Err(Error::unsupported("candidate", "results within their bound", have));
                 }
