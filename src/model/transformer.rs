@@ -6,7 +6,8 @@ use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
-use super::linear::{Linear, LinearConfig, RmsNorm};
+use super::linear::{Linear, RmsNorm};
+use super::linear_config::LinearConfig;
 use super::linear_kernels::LinearKernels;
 use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 use super::progress::Progress;
@@ -265,6 +266,19 @@ impl Model {
     pub fn streamed_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
         layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes).sum()
+    }
+
+    /// Shape and options of its linear layers, each once: what `Gpu::tune_linear` takes.
+    #[must_use]
+    pub fn linear_configs(&self) -> Vec<LinearConfig> {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
+        let mut configs = Vec::new();
+        for config in layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::config) {
+            if !configs.contains(&config) {
+                configs.push(config);
+            }
+        }
+        configs
     }
 
     /// Bytes of all matrices on the GPU.
