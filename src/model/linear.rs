@@ -130,7 +130,7 @@ impl Linear {
         {
             return Err(ModelError::argument("eps", eps, "a normal number above 0"));
         }
-        let tuned = linear_sizes::entry(gpu.tuning(), &config);
+        let tuned = linear_sizes::entry(gpu.tuning(), &config).filter(|_| !config.exact);
         let mut target = gpu.target();
         let overruns = gpu.adapter_class() == AdapterClass::Cpu && in_features > MAX_CPU_MATRIX_IN_FEATURES;
         if overruns || (format == WeightFormat::F32 && !gpu.rounds_f32()) {
@@ -188,7 +188,12 @@ impl Linear {
         if x.buffer == y.buffer {
             return Err(Error::argument("y", "the buffer of x", "another buffer"));
         }
-        let compiled = self.compiled(LinearKernel::for_rows(gpu.profile(), x.rows, self.thresholds))?;
+        let kernel = if self.config.exact {
+            LinearKernel::exact_for_rows(gpu.target(), x.rows)
+        } else {
+            LinearKernel::for_rows(gpu.profile(), x.rows, self.thresholds)
+        };
+        let compiled = self.compiled(kernel)?;
         self.multiply(recorder.into(), compiled, x, y, None)
     }
 

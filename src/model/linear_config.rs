@@ -27,6 +27,9 @@ pub struct LinearConfig {
     pub regions: Option<[u32; 3]>,
     /// Whether x is normalised first, row by row: RMSNorm with the weights that [`Linear::new`](super::Linear::new) is given.
     pub norm: bool,
+    /// Whether a row of y has the same bits whatever other rows are computed with it, and however many. Then all kernels of the layer add in the
+    /// same order: one or two rows take the kernel for 4 on CPU adapters, many rows that for 8 on GPUs, and tunings and matrix units play no part.
+    pub exact: bool,
 }
 
 impl LinearConfig {
@@ -43,6 +46,7 @@ impl LinearConfig {
             gated: false,
             regions: None,
             norm: false,
+            exact: false,
         }
     }
 

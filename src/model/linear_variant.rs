@@ -43,6 +43,28 @@ impl LinearKernel {
         }
     }
 
+    /// The kernel that multiplies a number of rows if their bits may not depend on it: one of those that add in the same order.
+    ///
+    /// On CPU adapters a lane adds up a column by itself, in the order of the inputs, where x comes from a texture: from 4 rows on. On GPUs lanes
+    /// share the inputs of a column, in the same way for any number of rows if their sums meet by subgroups, and by that number if not.
+    #[must_use]
+    pub fn exact_for_rows(target: Target, rows: u32) -> Self {
+        match target.profile {
+            Profile::Cpu => Self::for_rows(Profile::Cpu, rows.max(4), LinearThresholds::default()),
+            Profile::Gpu if target.subgroups => Self::Rows(rows.clamp(1, 8).next_power_of_two()),
+            Profile::Gpu => Self::Rows(8),
+        }
+    }
+
+    /// Whether [`LinearKernel::exact_for_rows`] may choose this kernel.
+    fn is_exact(self, target: Target) -> bool {
+        let rows = if let Self::Rows(rows) = self { rows } else { return false };
+        match target.profile {
+            Profile::Cpu => rows >= 4,
+            Profile::Gpu => target.subgroups || rows == 8,
+        }
+    }
+
     /// The kernels that multiply.
     #[must_use]
     pub fn multipliers(profile: Profile) -> &'static [Self] {
@@ -102,8 +124,10 @@ impl LinearVariant {
     /// Every kernel of a layer on a device; those that multiply come first.
     #[must_use]
     pub fn of_layer(target: Target, config: &LinearConfig) -> Vec<Self> {
-        let LinearConfig { in_features, out_features, format, activation, bias, gated, regions, norm, .. } = *config;
+        let LinearConfig { in_features, out_features, format, activation, bias, gated, regions, norm, exact, .. } =
+            *config;
         let kernels = LinearKernel::multipliers(target.profile).iter().copied();
+        let kernels = kernels.filter(|kernel| !exact || kernel.is_exact(target));
         let stage = (target.profile == Profile::Cpu).then_some(LinearKernel::Stage);
         let variant = |kernel| {
             let mut variant = Self {

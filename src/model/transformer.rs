@@ -51,19 +51,30 @@ impl WeightSource for Checkpoint {
 pub struct ModelOptions {
     /// How the matrices of the linear layers and the token embedding are stored. Norms, biases and learned positions are f32.
     pub weights: WeightFormat,
+    /// Whether the logits of a sequence have the same bits whatever else is in a batch. See [`ModelOptions::with_exact`].
+    pub exact: bool,
 }
 
 impl ModelOptions {
     /// With matrices in this format.
     #[must_use]
     pub const fn new(weights: WeightFormat) -> Self {
-        Self { weights }
+        Self { weights, exact: false }
+    }
+
+    /// The same, with logits of a sequence that have the same bits alone and in any batch: linear layers and attention add in an order that doesn't
+    /// depend on what else is computed. Nor does it depend on the chunks in which a text is fed, as long as none is a single token, which takes a
+    /// kernel of its own.
+    #[must_use]
+    pub const fn with_exact(mut self, exact: bool) -> Self {
+        self.exact = exact;
+        self
     }
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { weights: WeightFormat::F16 }
+        Self::new(WeightFormat::F16)
     }
 }
 
@@ -261,6 +272,12 @@ impl Model {
         &self.config
     }
 
+    /// Whether it was made [exact](ModelOptions::with_exact).
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        self.embedding.config().exact
+    }
+
     /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
@@ -443,6 +460,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let out_features = weights.iter().map(|weight| weight.shape()[0]).sum::<usize>() as u32;
         let in_features = weights.first().map_or(0, |weight| weight.shape()[1]) as u32;
         let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
+        config.exact = self.options.exact;
         let norm = norm.filter(|_| self.config.norm.kind == NormKind::Rms);
         (config.bias, config.norm) = (!biases.is_empty(), norm.is_some());
         configure(&mut config);
