@@ -18,8 +18,9 @@ use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
+use folio::kernel::tuning::Tuning;
 use folio::model::{Decoder, Model, ModelOptions, Tokenizer};
 use folio::{Gpu, GpuOptions};
 
@@ -71,7 +72,10 @@ fn open(options: Options) -> Result<Session> {
     interrupts.listen()?;
     let mut gpu_options = GpuOptions::default();
     gpu_options.adapter_name.clone_from(&options.adapter);
-    let gpu = Gpu::open_blocking(gpu_options)?;
+    let mut gpu = Gpu::open_blocking(gpu_options)?;
+    if let Some(file) = &options.tuning {
+        gpu = tuned(&gpu, file).with_context(|| file.display().to_string())?;
+    }
     let stories = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
     let folder: PathBuf = options.model.clone().unwrap_or_else(stories);
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
@@ -100,6 +104,12 @@ fn open(options: Options) -> Result<Session> {
     interrupts.begin_talking();
     let screen = Screen::new(std::io::stdout(), std::io::stderr());
     Ok(Session::new(options, decoder, tokenizer, screen, interrupts))
+}
+
+/// The same device with the kernel sizes of a file.
+fn tuned(gpu: &Gpu, file: &Path) -> Result<Gpu> {
+    let tuning: Tuning = serde_json::from_str(&std::fs::read_to_string(file)?).context("not a tuning")?;
+    Ok(gpu.with_tuning(tuning)?)
 }
 
 /// Holds the conversation. Returns whether every prompt could be said.

@@ -60,6 +60,9 @@ pub(crate) struct Options {
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, help_heading = "Device", value_name = "NAME")]
     pub(crate) adapter: Option<String>,
+    /// Kernel sizes for this adapter, as the example `tune` writes them
+    #[arg(long, help_heading = "Device", value_name = "FILE")]
+    pub(crate) tuning: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
+use folio::kernel::tuning::Tuning;
 use folio::model::{Decoder, Model, ModelOptions, Tokenizer};
 use folio::{Gpu, GpuOptions, KvFormat};
 
@@ -106,17 +107,22 @@ fn session(arguments: &[&str]) -> Option<(Session, Shared)> {
     Some((session_on(arguments, Screen::new(both.clone(), both.clone()))?, both))
 }
 
-fn session_on(arguments: &[&str], screen: Screen) -> Option<Session> {
+/// The adapter. `None`: there is none, and the test is to be skipped.
+fn open() -> Option<Gpu> {
     let mut gpu_options = GpuOptions::default();
     gpu_options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-    let gpu = match Gpu::open_blocking(gpu_options) {
-        Ok(gpu) => gpu,
+    match Gpu::open_blocking(gpu_options) {
+        Ok(gpu) => Some(gpu),
         Err(error) => {
             assert!(std::env::var("FOLIO_REQUIRE_GPU").as_deref() != Ok("1"), "FOLIO_REQUIRE_GPU=1, but: {error}");
             eprintln!("skipped: {error}");
-            return None;
+            None
         }
-    };
+    }
+}
+
+fn session_on(arguments: &[&str], screen: Screen) -> Option<Session> {
+    let gpu = open()?;
     let options = parse(arguments).unwrap();
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories");
     let model = Model::load_blocking(&gpu, folder, ModelOptions::new(options.weights), |_| {}).unwrap();
@@ -317,4 +323,32 @@ fn control_c_ends_the_answer_and_twice_the_program() {
     interrupt();
     drop((out, err));
     assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn a_tuning_must_be_one_for_this_adapter() {
+    let Some(gpu) = open() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let own = Tuning::new(gpu.tuned_for());
+    let mut foreign = own.clone();
+    foreign.tuned_for.adapter = "another GPU".into();
+    let json = |tuning: &Tuning| serde_json::to_string(tuning).unwrap();
+    for (text, want) in [
+        (Some(json(&own)), None),
+        (None, Some("No such file")),
+        (Some(json(&own)[..40].to_owned()), Some("not a tuning: EOF")),
+        (Some("{\"kernels\": []}".to_owned()), Some("not a tuning: missing field `for`")),
+        (Some(json(&foreign)), Some("tuning: got one for another GPU")),
+    ] {
+        let file = folder.path().join("tuning.json");
+        let _ = std::fs::remove_file(&file);
+        if let Some(text) = &text {
+            std::fs::write(&file, text).unwrap();
+        }
+        match (crate::tuned(&gpu, &file), want) {
+            (Ok(tuned), None) => assert_eq!(tuned.tuning(), Some(&own)),
+            (Err(error), Some(want)) => assert!(format!("{error:#}").contains(want), "{error:#}"),
+            (got, want) => panic!("{text:?}: {got:?}, not {want:?}"),
+        }
+    }
 }

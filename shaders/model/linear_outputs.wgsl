@@ -28,3 +28,60 @@ fn y_at(row: u32, col: u32, num_rows: u32) -> u32 {
 {% endif %}
 }
 {% endmacro %}
+
+{# What the kernels for many rows store at once: of 4 columns 4 outputs, or 2 behind gates. #}
+{% macro vec_len(gated, out_aligned) -%}
+    {{ (2 if gated else 4) if out_aligned else 1 }}
+{%- endmacro %}
+{% macro vec_type(gated, out_aligned) -%}
+    {{ ("vec2<f32>" if gated else "vec4<f32>") if out_aligned else "f32" }}
+{%- endmacro %}
+
+{# Declares `offset`: the biases of 4 columns, of which the first is `out_col` of y; gate and up in alternation. #}
+{% macro offset(gated) %}
+    let last = params.last_row;
+{% if gated %}
+    let up_bias = params.out_features;
+    let next_col = min(out_col + 1u, last);
+    let own_col = min(out_col, last);
+    let offset = vec4<f32>(bias[own_col], bias[up_bias + own_col], bias[next_col], bias[up_bias + next_col]);
+{% else %}
+    let offset = vec4<f32>(bias[min(out_col, last)], bias[min(out_col + 1u, last)], bias[min(out_col + 2u, last)], bias[min(out_col + 3u, last)]);
+{% endif %}
+{% endmacro %}
+
+{# Makes outputs from `sums`, of 4 columns from `col` of the binding on, and writes them to `out_col` of a row of y. #}
+{% macro store(row, bias, gated, activation, out_aligned) %}
+{% set xyzw = ["x", "y", "z", "w"] %}
+{% set len = 2 if gated else 4 %}
+{% if bias %}
+        sums += offset;
+{% endif %}
+{% if gated %}
+{% if activation != "none" %}
+        var value = vec2<f32>(activate(sums.x), activate(sums.z)) * sums.yw;
+{% else %}
+        var value = sums.xz * sums.yw;
+{% endif %}
+{% elif activation != "none" %}
+        var value = vec4<f32>(activate(sums.x), activate(sums.y), activate(sums.z), activate(sums.w));
+{% else %}
+        var value = sums;
+{% endif %}
+        let at = y_at({{ row }}, out_col, num_rows);
+{% if out_aligned %}
+        if (params.accumulate != 0u) {
+            value += y[at / {{ len }}u];
+        }
+        y[at / {{ len }}u] = value;
+{% else %}
+{% for i in range(len) %}
+        if (col + {{ 2 * i if gated else i }}u <= last_col) {
+            if (params.accumulate != 0u) {
+                value.{{ xyzw[i] }} += y[at + {{ i }}u];
+            }
+            y[at + {{ i }}u] = value.{{ xyzw[i] }};
+        }
+{% endfor %}
+{% endif %}
+{% endmacro %}

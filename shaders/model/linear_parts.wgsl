@@ -26,3 +26,14 @@ What the kernels of the linear layers share. `format` is "f32", "f16", "int8" or
 {% macro min_of(word) -%}
     {%- if format == "int4" -%}bitcast<f32>({{ word }} << 16u){%- else -%}(-128.0 * bitcast<f32>({{ word }})){%- endif -%}
 {%- endmacro %}
+
+{# Weight e of a unit of 8 that was loaded as `w_words{n}`, or of F32 as `w_lo{n}` and `w_hi{n}`; an integer without its scale and minimum. #}
+{% macro unit_value(n, e) -%}
+    {%- if format == "f32" -%}
+    {{ widen(("w_lo" if e < 4 else "w_hi") ~ n, e % 4) }}
+    {%- elif format == "int4" -%}
+    f32((w_words{{ n }} >> {{ 4 * e }}u) & 15u)
+    {%- else -%}
+    {{ widen("w_words" ~ n, e) }}
+    {%- endif -%}
+{%- endmacro %}

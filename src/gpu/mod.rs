@@ -78,7 +78,7 @@ struct Inner {
 
 /// A wgpu device and queue with what folio needs checked. Cheap to clone.
 ///
-/// Clones share everything but what [`Gpu::with_tuning`] and [`Gpu::with_matrix_units`] change.
+/// Clones share everything but what [`Gpu::with_tuning`], [`Gpu::with_matrix_units`] and [`Gpu::with_rounded_f32`] change.
 ///
 /// folio never submits, polls, or spawns a thread unless a method's documentation says so. Each kernel is compiled once per device and kept
 /// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
@@ -88,6 +88,7 @@ pub struct Gpu {
     inner: Arc<Inner>,
     tuning: Option<Arc<Tuning>>,
     matrix_size: Option<MatrixSize>,
+    rounds_f32: bool,
 }
 
 impl fmt::Debug for Gpu {
@@ -144,7 +145,7 @@ impl Gpu {
             device,
             queue,
         };
-        let gpu = Self { inner: Arc::new(inner), tuning: None, matrix_size: None };
+        let gpu = Self { inner: Arc::new(inner), tuning: None, matrix_size: None, rounds_f32: false };
         gpu.check_alive("taking a device over")?;
         Ok(gpu)
     }
@@ -231,8 +232,10 @@ impl Gpu {
         }
     }
 
-    /// The same device with matrix units in use, where kernels have a form for them: prefill over caches without an F32 side. Its products are of
-    /// halves then, summed up in f32, with the errors that [`with_f16_products`](crate::reference::ErrorModel::with_f16_products) bounds.
+    /// The same device with matrix units in use, where kernels have a form for them: prefill over caches without an F32 side, and the model's linear
+    /// layers with many rows, of F32 weights only with [`Gpu::with_rounded_f32`]. Products are of halves then, summed up in f32. What that costs prefill
+    /// [`with_f16_products`](crate::reference::ErrorModel::with_f16_products) bounds; a sum `x . w` of a linear layer errs by up to `2^-9 * |x| . |w|`
+    /// more, and by `2^-17` of the largest element of x times `sum |w|`, and the other way round.
     ///
     /// `adapter` is what [`wgpu::Adapter::cooperative_matrix_properties`] says of the device's own adapter, which wgpu has no way to ask the device
     /// for. Without a size that folio has kernels for (8 or 16 in all three dimensions, of halves summed up in f32) nothing changes.
@@ -248,13 +251,26 @@ impl Gpu {
         Ok(Self { matrix_size: limits::matrix_size(adapter), ..self.clone() })
     }
 
+    /// The same device with or without leave to round F32 weights of linear layers to halves where matrix units
+    /// multiply them. Without it, as by default, what is stored in f32 is multiplied in f32. Without matrix units nothing changes.
+    #[must_use]
+    pub fn with_rounded_f32(&self, rounds_f32: bool) -> Self {
+        Self { rounds_f32, ..self.clone() }
+    }
+
+    /// Whether matrix units may round what is stored in f32; see [`Gpu::with_rounded_f32`].
+    #[must_use]
+    pub fn rounds_f32(&self) -> bool {
+        self.rounds_f32
+    }
+
     /// The matrices that kernels use, if any.
     #[must_use]
     pub fn matrix_size(&self) -> Option<MatrixSize> {
         self.matrix_size
     }
 
-    /// The same device with the kernel sizes that a tuner chose. Caches and attentions made with the result use them; nothing else changes.
+    /// The same device with the kernel sizes that a tuner chose. Caches, attentions and models made with the result use them; nothing else changes.
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks or matrix units, or version of folio.

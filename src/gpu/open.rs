@@ -24,6 +24,8 @@ pub struct GpuOptions {
     /// have bugs with undefined behaviour: enabled only with the token by which the caller accepts that,
     /// [`wgpu::ExperimentalFeatures::enabled`].
     pub matrix_units: wgpu::ExperimentalFeatures,
+    /// Let matrix units round what is stored in f32, see [`Gpu::with_rounded_f32`].
+    pub rounds_f32: bool,
     /// Kernel family. `None`: what suits the adapter.
     pub profile: Option<Profile>,
     /// Whether wgpu's shader checks stay in.
@@ -48,6 +50,7 @@ impl Default for GpuOptions {
             without: wgpu::Features::empty(),
             timestamps: false,
             matrix_units: wgpu::ExperimentalFeatures::disabled(),
+            rounds_f32: false,
             profile: None,
             shader_checks: ShaderChecks::default(),
             max_binding_bytes: None,
@@ -119,6 +122,7 @@ impl Gpu {
             .map_err(|error| Error::wgpu("opening the device", error))?;
         let profile = options.profile.unwrap_or_else(|| profile_of(&info));
         let gpu = Self::from_parts_with(device, queue, profile, options.shader_checks)?;
+        let gpu = gpu.with_rounded_f32(options.rounds_f32);
         if uses_matrices { gpu.with_matrix_units(&adapter.cooperative_matrix_properties()) } else { Ok(gpu) }
     }
 

@@ -35,6 +35,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/linear_cpu.wgsl",
     "model/linear_gather.wgsl",
     "model/linear_matmul.wgsl",
+    "model/linear_matmul_matrix.wgsl",
     "model/linear_matvec.wgsl",
     "model/linear_outputs.wgsl",
     "model/linear_params.wgsl",

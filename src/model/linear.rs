@@ -3,69 +3,15 @@
 use std::sync::Arc;
 
 use super::error::{ModelError, ModelResult};
-use super::linear_kernels::{
-    Compiled, LinearKernel, LinearKernels, LinearVariant, TEXTURE_WIDTH, create_texture, create_view,
-};
-use super::ops::ActivationKind;
+use super::linear_config::{LinearConfig, check_regions};
+use super::linear_kernels::{Compiled, LinearKernels, TEXTURE_WIDTH, create_texture, create_view};
+use super::linear_sizes;
+use super::linear_variant::{LinearKernel, LinearVariant};
 use super::quantise::{Packed, Packer, WeightFormat};
 use super::rows::Rows;
-use crate::kernel::Profile;
-use crate::layout::Region;
+use crate::kernel::tuning::LinearThresholds;
+use crate::kernel::{AdapterClass, Profile};
 use crate::{BufferRef, Error, Gpu, Recorder, Result};
-
-/// Shape and options of a [`Linear`] layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LinearConfig {
-    /// Width of x: columns of W.
-    pub in_features: u32,
-    /// Width of y: rows of W.
-    pub out_features: u32,
-    /// How W is stored.
-    pub format: WeightFormat,
-    /// Whether there is a bias.
-    pub bias: bool,
-    /// Whether the result is added to y instead of written over it: a residual connection.
-    pub accumulate: bool,
-    /// What is applied to `x W^T + bias`.
-    pub activation: Option<ActivationKind>,
-    /// Whether W has `2 * out_features` rows (and the bias as many values): those of a gate, then those of up, and y is `activation(gate) * up`.
-    pub gated: bool,
-    /// Widths of matrices that y is cut into, one after another in its buffer: of queries, keys and values. Multiples of 4 whose sum is
-    /// `out_features`. See [`LinearConfig::y_width`].
-    pub regions: Option<[u32; 3]>,
-    /// Whether x is normalised first, row by row: RMSNorm with the weights that [`Linear::new`] is given.
-    pub norm: bool,
-}
-
-impl LinearConfig {
-    /// A layer without bias and activation that writes its result.
-    #[must_use]
-    pub const fn new(in_features: u32, out_features: u32, format: WeightFormat) -> Self {
-        Self {
-            in_features,
-            out_features,
-            format,
-            bias: false,
-            accumulate: false,
-            activation: None,
-            gated: false,
-            regions: None,
-            norm: false,
-        }
-    }
-
-    /// f32 of y per row of x: `out_features`, or with regions the sum of their widths, each padded to a multiple of 64. A region starts behind
-    /// `rows` times the padded widths before it, where every device can bind it, and has its padding behind its last row.
-    #[must_use]
-    pub fn y_width(&self) -> u32 {
-        self.regions.map_or(self.out_features, |widths| Region::of(widths).iter().map(Region::padded_width).sum())
-    }
-
-    /// Rows of W.
-    fn weight_rows(&self) -> u32 {
-        if self.gated { 2 * self.out_features } else { self.out_features }
-    }
-}
 
 /// RMSNorm: `x / sqrt(mean(x²) + eps) * weight`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,6 +35,7 @@ pub struct Linear {
     bias: Option<wgpu::Buffer>,
     norm: Option<wgpu::Buffer>,
     compiled: Vec<Arc<Compiled>>,
+    thresholds: LinearThresholds,
     kernels: LinearKernels,
 }
 
@@ -135,6 +82,9 @@ struct LinearParams {
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
 pub(crate) const MAX_IN_FEATURES: u32 = 1 << 18;
 
+/// With matrices of 8 it is 13 iterations for 32 inputs at most.
+const MAX_CPU_MATRIX_IN_FEATURES: u32 = 1 << 17;
+
 /// A row of y must fit a binding, and a row number an index of 4 weights.
 pub(crate) const MAX_OUT_FEATURES: u32 = 1 << 28;
 
@@ -180,7 +130,14 @@ impl Linear {
         {
             return Err(ModelError::argument("eps", eps, "a normal number above 0"));
         }
-        let variants = LinearVariant::of_layer(gpu.target(), &config);
+        let tuned = linear_sizes::entry(gpu.tuning(), &config).filter(|_| !config.exact);
+        let mut target = gpu.target();
+        let overruns = gpu.adapter_class() == AdapterClass::Cpu && in_features > MAX_CPU_MATRIX_IN_FEATURES;
+        if overruns || (format == WeightFormat::F32 && !gpu.rounds_f32()) {
+            target.matrix = None;
+        }
+        let variants: Vec<_> =
+            LinearVariant::of_layer(target, &config).into_iter().map(|variant| variant.tuned(tuned)).collect();
         let mut compiled = Vec::with_capacity(variants.len());
         for &variant in &variants {
             compiled.push(kernels.get(gpu, variant).await?);
@@ -193,7 +150,13 @@ impl Linear {
         };
         let bias = bias.map(vector).transpose()?;
         let norm = norm.map(|norm| vector(norm.weight)).transpose()?;
-        Ok(Self { gpu: gpu.clone(), config, parts, bias, norm, compiled, kernels: kernels.clone() })
+        let thresholds = linear_sizes::thresholds(tuned);
+        Ok(Self { gpu: gpu.clone(), config, parts, bias, norm, compiled, thresholds, kernels: kernels.clone() })
+    }
+
+    /// The compiled kernels, those that multiply first.
+    pub fn variants(&self) -> impl Iterator<Item = &LinearVariant> {
+        self.compiled.iter().map(|compiled| &compiled.variant)
     }
 
     /// Shape and options.
@@ -212,7 +175,8 @@ impl Linear {
     ///
     /// The kernel is chosen by the number of rows; see [`LinearKernel::for_rows`]. On CPU adapters each weight is read once for 1, 2, 4, 8 or 16 rows, and
     /// from 3 rows on x is moved to a texture first, by a dispatch of its own. On GPUs up to 16 rows take the kernel that reads W once for up to 8 rows,
-    /// and more rows the one with tiles of 64 x 64. A norm takes no dispatch of its own.
+    /// and more rows the one with tiles of 64 x 64, by matrix units if [`Gpu::with_matrix_units`] has them. A tuning may choose other numbers. A norm takes
+    /// no dispatch of its own.
     ///
     /// # Errors
     /// [`Error::Argument`] if x is not `[rows, in_features]`, y not `[rows, y_width]`, there is no row, or both are in the same buffer;
@@ -224,7 +188,12 @@ impl Linear {
         if x.buffer == y.buffer {
             return Err(Error::argument("y", "the buffer of x", "another buffer"));
         }
-        let compiled = self.compiled(LinearKernel::for_rows(gpu.profile(), x.rows))?;
+        let kernel = if self.config.exact {
+            LinearKernel::exact_for_rows(gpu.target(), x.rows)
+        } else {
+            LinearKernel::for_rows(gpu.profile(), x.rows, self.thresholds)
+        };
+        let compiled = self.compiled(kernel)?;
         self.multiply(recorder.into(), compiled, x, y, None)
     }
 
@@ -324,7 +293,7 @@ impl Linear {
         found.map(Arc::as_ref).ok_or_else(|| Error::argument("kernel", format!("{kernel:?}"), "one of the layer's"))
     }
 
-    fn multiply(
+    pub(super) fn multiply(
         &self,
         mut recorder: Recorder<'_>,
         compiled: &Compiled,
@@ -352,21 +321,6 @@ impl Linear {
             compiled.program.record(gpu, recorder.reborrow(), resources, grid)?;
         }
         Ok(())
-    }
-}
-
-/// Regions start at whole `vec4`s, and are all of y.
-fn check_regions(config: &LinearConfig) -> Result<()> {
-    let fits = |widths: [u32; 3]| {
-        let sum = widths.iter().map(|&width| u64::from(width)).sum::<u64>();
-        sum == u64::from(config.out_features) && widths.iter().all(|width| width.is_multiple_of(4) && *width > 0)
-    };
-    match config.regions {
-        Some(widths) if !fits(widths) => {
-            let rule = format!("multiples of 4 above 0 whose sum is out_features, {}", config.out_features);
-            Err(Error::argument("regions", format!("{widths:?}"), rule))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -10,7 +10,10 @@ mod decoder;
 mod error;
 mod generate;
 mod linear;
+mod linear_config;
 mod linear_kernels;
+mod linear_sizes;
+mod linear_variant;
 mod ops;
 mod progress;
 mod quantise;
@@ -18,6 +21,8 @@ mod rows;
 mod sampler;
 mod tokenizer;
 mod transformer;
+#[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
+mod tune;
 
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
@@ -25,8 +30,10 @@ pub use config::{ModelConfig, NormSettings, Position};
 pub use decoder::{Decoder, DecoderOptions, Input, LogitRows};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
-pub use linear::{Linear, LinearConfig, RmsNorm};
-pub use linear_kernels::{LinearKernel, LinearKernels, LinearVariant};
+pub use linear::{Linear, RmsNorm};
+pub use linear_config::LinearConfig;
+pub use linear_kernels::LinearKernels;
+pub use linear_variant::{LinearKernel, LinearVariant};
 pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 pub use progress::Progress;
 pub use quantise::WeightFormat;
@@ -34,3 +41,5 @@ pub use rows::Rows;
 pub use sampler::{Sampled, Sampler, Sampling, SamplingRequest};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use transformer::{Model, ModelOptions, WeightSource};
+#[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
+pub use tune::LinearTuneEvent;

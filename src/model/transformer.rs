@@ -6,7 +6,8 @@ use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
-use super::linear::{Linear, LinearConfig, RmsNorm};
+use super::linear::{Linear, RmsNorm};
+use super::linear_config::LinearConfig;
 use super::linear_kernels::LinearKernels;
 use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 use super::progress::Progress;
@@ -50,19 +51,30 @@ impl WeightSource for Checkpoint {
 pub struct ModelOptions {
     /// How the matrices of the linear layers and the token embedding are stored. Norms, biases and learned positions are f32.
     pub weights: WeightFormat,
+    /// Whether the logits of a sequence have the same bits whatever else is in a batch. See [`ModelOptions::with_exact`].
+    pub exact: bool,
 }
 
 impl ModelOptions {
     /// With matrices in this format.
     #[must_use]
     pub const fn new(weights: WeightFormat) -> Self {
-        Self { weights }
+        Self { weights, exact: false }
+    }
+
+    /// The same, with logits of a sequence that have the same bits alone and in any batch: linear layers and attention add in an order that doesn't
+    /// depend on what else is computed. Nor does it depend on the chunks in which a text is fed, as long as none is a single token, which takes a
+    /// kernel of its own.
+    #[must_use]
+    pub const fn with_exact(mut self, exact: bool) -> Self {
+        self.exact = exact;
+        self
     }
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { weights: WeightFormat::F16 }
+        Self::new(WeightFormat::F16)
     }
 }
 
@@ -260,11 +272,30 @@ impl Model {
         &self.config
     }
 
+    /// Whether it was made [exact](ModelOptions::with_exact).
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        self.embedding.config().exact
+    }
+
     /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
         layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes).sum()
+    }
+
+    /// Shape and options of its linear layers, each once: what `Gpu::tune_linear` takes.
+    #[must_use]
+    pub fn linear_configs(&self) -> Vec<LinearConfig> {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
+        let mut configs = Vec::new();
+        for config in layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::config) {
+            if !configs.contains(&config) {
+                configs.push(config);
+            }
+        }
+        configs
     }
 
     /// Bytes of all matrices on the GPU.
@@ -429,6 +460,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let out_features = weights.iter().map(|weight| weight.shape()[0]).sum::<usize>() as u32;
         let in_features = weights.first().map_or(0, |weight| weight.shape()[1]) as u32;
         let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
+        config.exact = self.options.exact;
         let norm = norm.filter(|_| self.config.norm.kind == NormKind::Rms);
         (config.bias, config.norm) = (!biases.is_empty(), norm.is_some());
         configure(&mut config);

@@ -5,7 +5,7 @@
 //! adapter (a driver's bug) is dropped, as is one that doesn't compile.
 
 mod check;
-mod race;
+pub(crate) mod race;
 mod timer;
 mod workload;
 
@@ -138,7 +138,7 @@ impl Gpu {
     ) -> Result<Tuning> {
         shapes.iter().try_for_each(TuneShape::validate)?;
         let start = Instant::now();
-        let mut tuning = Tuning { tuned_for: self.tuned_for(), kernels: Vec::new() };
+        let mut tuning = Tuning::new(self.tuned_for());
         const KERNELS: [Kernel; 3] = [Kernel::Decode, Kernel::Prefill, Kernel::Append];
         let num_races = shapes.len() * KERNELS.len();
         for (i, shape) in shapes.iter().enumerate() {

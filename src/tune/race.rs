@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::gpu::Gpu;
 
 /// Records one run into a pass.
-pub(super) type Run = Box<dyn Fn(&mut wgpu::ComputePass<'_>) -> Result<()>>;
+pub(crate) type Run = Box<dyn Fn(&mut wgpu::ComputePass<'_>) -> Result<()>>;
 
 /// Rounds of a race. A candidate that is no better wins 12 of 15 against the default by chance in 2 of 100 races.
 const ROUNDS: usize = 15;
@@ -34,23 +34,23 @@ impl Contestant {
 }
 
 /// A race in preparation.
-pub(super) struct Race {
+pub(crate) struct Race {
     timer: Timer,
     contestants: Vec<Contestant>,
 }
 
 impl Race {
-    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu) -> Result<Self> {
         Ok(Self { timer: Timer::new(gpu)?, contestants: Vec::new() })
     }
 
-    pub(super) fn enter(&mut self, run: Run) {
+    pub(crate) fn enter(&mut self, run: Run) {
         self.contestants.push(Contestant { run, samples: Vec::new(), is_out: false });
     }
 
     /// Runs rounds until there are enough or the deadline is over, but at least one. The first contestant, which the others are compared with,
     /// never leaves early.
-    pub(super) fn run(mut self, deadline: Instant) -> Result<Outcome> {
+    pub(crate) fn run(mut self, deadline: Instant) -> Result<Outcome> {
         let Some(first) = self.contestants.first() else { return Ok(Outcome::default()) };
         self.timer.check_timestamps(&first.run)?;
         for contestant in &self.contestants {
@@ -83,13 +83,13 @@ impl Race {
 
 /// The outcome of a race.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(crate) struct Outcome {
     /// Seconds of each contestant, in the order of entry.
-    pub(super) medians: Vec<f64>,
+    pub(crate) medians: Vec<f64>,
     /// The best: the first unless another one is clearly ahead of it.
-    pub(super) best: usize,
+    pub(crate) best: usize,
     /// The part of the first one's time that the best takes: the median over the rounds.
-    pub(super) ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 impl Outcome {

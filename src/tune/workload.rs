@@ -99,7 +99,7 @@ impl Workload {
 
     /// A tuning of one choice for this kernel.
     pub(super) fn tuning(&self, sizes: Sizes, split: Option<TunedSplit>) -> Tuning {
-        Tuning { tuned_for: self.gpu.tuned_for(), kernels: vec![choice(&self.variant, sizes, split)] }
+        Tuning { kernels: vec![choice(&self.variant, sizes, split)], ..Tuning::new(self.gpu.tuned_for()) }
     }
 
     /// Checks a candidate, and prepares it for the race.

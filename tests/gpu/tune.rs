@@ -38,7 +38,7 @@ fn check_candidates(how: Open, case: &Case) {
             let split = (variant.kernel == Kernel::Decode).then_some(split);
             entry(variant, all[i.min(all.len() - 1)], split)
         });
-        let tuning = Tuning { tuned_for: gpu.tuned_for(), kernels: kernels.collect() };
+        let tuning = Tuning { kernels: kernels.collect(), ..Tuning::new(gpu.tuned_for()) };
         let tuned = gpu.with_tuning(tuning.clone()).unwrap();
         case.clone()
             .named(format!("{how:?} {:?}", tuning.kernels.iter().map(|k| k.sizes).collect::<Vec<_>>()))
@@ -78,7 +78,7 @@ fn tiles_for_intel_are_right() {
         let intel = Variant::new(Kernel::Prefill, target, &config, 2, AttendFlags::default());
         assert_ne!(variant.sizes(), intel.sizes());
         let kernels = vec![entry(&variant, intel.sizes(), None)];
-        let tuned = gpu.with_tuning(Tuning { tuned_for: gpu.tuned_for(), kernels }).unwrap();
+        let tuned = gpu.with_tuning(Tuning { kernels, ..Tuning::new(gpu.tuned_for()) }).unwrap();
         case.named(format!("{:?}", intel.sizes())).check(&tuned);
     }
 }
@@ -94,7 +94,7 @@ fn foreign_and_damaged_tunings_change_nothing() {
         attention.variants().copied().collect::<Vec<_>>()
     };
     let default = variants(&gpu);
-    let empty = Tuning { tuned_for: gpu.tuned_for(), kernels: Vec::new() };
+    let empty = Tuning::new(gpu.tuned_for());
     for change in [
         |tuning: &mut Tuning| tuning.tuned_for.adapter.push('x'),
         |tuning: &mut Tuning| tuning.tuned_for.driver.push('x'),

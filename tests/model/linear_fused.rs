@@ -10,30 +10,38 @@ use crate::buffers::{block_on, empty, floats, read, run};
 /// Half of f32's epsilon: the relative error of one operation.
 const HALF_ULP: f64 = 1.0 / (1u64 << 24) as f64;
 const EPS: f32 = 1e-5;
+/// What becomes of a number as a half: it may go to either neighbour, and below the normal ones to zero. Rows are scaled so that their largest
+/// element is at least 8.
+const HALF_ROUNDING: f64 = 1.0 / 1024.0;
+const NORMAL_HALF: f64 = 1.0 / 16384.0;
+const FLUSHED: f64 = NORMAL_HALF / 8.0;
 
-struct Case {
-    config: LinearConfig,
-    weights: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    norm: Vec<f32>,
+pub(crate) struct Case {
+    pub(crate) config: LinearConfig,
+    pub(crate) weights: Vec<f32>,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) norm: Vec<f32>,
+    /// Whether products may be of halves.
+    pub(crate) f16_products: bool,
 }
 
-fn random(rng: &mut fastrand::Rng, len: u32) -> Vec<f32> {
+pub(crate) fn random(rng: &mut fastrand::Rng, len: u32) -> Vec<f32> {
     (0..len).map(|_| rng.f32() * 2.0 - 1.0).collect()
 }
 
 impl Case {
-    fn new(config: LinearConfig, rng: &mut fastrand::Rng) -> Self {
+    pub(crate) fn new(config: LinearConfig, rng: &mut fastrand::Rng) -> Self {
         let rows = config.out_features * if config.gated { 2 } else { 1 };
         Self {
             config,
             weights: random(rng, rows * config.in_features),
             bias: config.bias.then(|| random(rng, rows)),
             norm: random(rng, config.in_features),
+            f16_products: false,
         }
     }
 
-    fn build(&self, gpu: &Gpu, kernels: &LinearKernels) -> Linear {
+    pub(crate) fn build(&self, gpu: &Gpu, kernels: &LinearKernels) -> Linear {
         let width = self.config.in_features as usize;
         let mut rows = |first: u32, out: &mut [f32]| {
             out.copy_from_slice(&self.weights[first as usize * width..][..out.len()]);
@@ -44,7 +52,7 @@ impl Case {
     }
 
     /// Outputs of a row of x before gate and activation, and how far they may be off.
-    fn sums(&self, x: &[f32]) -> Vec<(f64, f64)> {
+    pub(crate) fn sums(&self, x: &[f32]) -> Vec<(f64, f64)> {
         let n = x.len() as f64;
         let mean_square = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / n;
         let scale = if self.config.norm { 1.0 / (mean_square + f64::from(EPS)).sqrt() } else { 1.0 };
@@ -53,9 +61,13 @@ impl Case {
             WeightFormat::Int8 { group_size } | WeightFormat::Int4 { group_size } => group_size as usize,
             _ => 1,
         };
+        let largest_x = x.iter().enumerate().map(|(k, x)| f64::from(x.abs()) * gain(k).abs()).fold(0.0, f64::max);
         let row = |(i, row): (usize, &[f32])| {
             let stored = self.config.format.round_trip(row).unwrap();
-            let (mut sum, mut size) = (0.0, 0.0);
+            let largest_w = stored.iter().fold(0.0, |most: f64, w| most.max(f64::from(w.abs())));
+            // Weights that are halves already are not scaled.
+            let flushed_w = if self.config.format == WeightFormat::F16 { NORMAL_HALF } else { FLUSHED * largest_w };
+            let (mut sum, mut size, mut halves) = (0.0, 0.0, 0.0);
             for (k, (x, w)) in x.iter().zip(&stored).enumerate() {
                 let group = &row[k / group_size * group_size..row.len().min((k / group_size + 1) * group_size)];
                 let largest = group.iter().fold(0.0, |most: f64, w| most.max(f64::from(w.abs())));
@@ -63,15 +75,21 @@ impl Case {
                 sum += x * f64::from(*w);
                 // Of the integer formats scale and minimum are rounded one by one.
                 size += x.abs() * if group_size > 1 { 3.1 * largest } else { f64::from(w.abs()) };
+                let w = f64::from(w.abs());
+                // Two roundings, and sums that matrix units may truncate.
+                halves += x.abs() * w * (2.0 * HALF_ROUNDING + HALF_ROUNDING.powi(2) + 2.0 * n * HALF_ULP);
+                halves += x.abs() * flushed_w + w * FLUSHED * largest_x;
             }
             let bias = self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[i]));
             // Any order of n additions, of products and of squares, and some operations more.
-            (sum + bias, (2.0 * n + 24.0) * HALF_ULP * (size + bias.abs()) + 1e-30)
+            let bound = (2.0 * n + 24.0) * HALF_ULP * (size + bias.abs()) + 1e-30;
+            (sum + bias, if self.f16_products { bound + halves } else { bound })
         };
         self.weights.chunks(x.len()).enumerate().map(row).collect()
     }
 
-    fn expected(&self, x: &[f32]) -> Vec<(f64, f64)> {
+    /// Outputs without what is in y before; with gates, the activation is SiLU.
+    pub(crate) fn expected(&self, x: &[f32]) -> Vec<(f64, f64)> {
         let sums = self.sums(x);
         if !self.config.gated {
             return sums;
@@ -83,6 +101,34 @@ impl Case {
             (value * up, bound * up.abs() + value.abs() * up_bound + bound * up_bound + (value * up).abs() * HALF_ULP)
         };
         gates.iter().zip(ups).map(product).collect()
+    }
+}
+
+impl Case {
+    /// Runs a layer on rows of x, and compares all of y: also that nothing else is written.
+    #[track_caller]
+    pub(crate) fn check(&self, gpu: &Gpu, linear: &Linear, values: &[f32], what: &str) {
+        let config = &self.config;
+        let rows = (values.len() / config.in_features as usize) as u32;
+        let (x, y) = (floats(gpu, values), empty(gpu, (rows * config.y_width()) as usize));
+        let x = Rows::new(&x, rows, config.in_features);
+        run(gpu, |pass| linear.record(&mut *pass, x, Rows::new(&y, rows, config.y_width())).unwrap());
+        let got = read(gpu, &y);
+        let mut written = vec![false; got.len()];
+        for (row, x) in values.chunks(config.in_features as usize).enumerate() {
+            for (col, (want, bound)) in self.expected(x).into_iter().enumerate() {
+                let at = place(config, rows as usize, row, col);
+                written[at] = true;
+                let error = (f64::from(got[at]) - want).abs();
+                assert!(
+                    error <= bound,
+                    "{what} {config:?}, {rows} rows: [{row}, {col}] is {}, not {want} within {bound:e}",
+                    got[at]
+                );
+            }
+        }
+        let untouched = got.iter().zip(written).all(|(y, written)| written || y.is_nan());
+        assert!(untouched, "{what} {config:?}, {rows} rows: the padding was written");
     }
 }
 
@@ -128,25 +174,7 @@ fn fused_layers_agree_with_f64() {
                     for (row, values) in values.chunks_mut(config.in_features as usize).enumerate() {
                         values.iter_mut().for_each(|x| *x *= [1.0, 1e3, 1e-2][row % 3]);
                     }
-                    let (x, y) = (floats(&gpu, &values), empty(&gpu, (rows * config.y_width()) as usize));
-                    let x = Rows::new(&x, rows, config.in_features);
-                    run(&gpu, |pass| linear.record(&mut *pass, x, Rows::new(&y, rows, config.y_width())).unwrap());
-                    let got = read(&gpu, &y);
-                    let mut written = vec![false; got.len()];
-                    for (row, x) in values.chunks(config.in_features as usize).enumerate() {
-                        for (col, (want, bound)) in case.expected(x).into_iter().enumerate() {
-                            let at = place(&config, rows as usize, row, col);
-                            written[at] = true;
-                            let error = (f64::from(got[at]) - want).abs();
-                            assert!(
-                                error <= bound,
-                                "{how:?} {config:?}, {rows} rows: [{row}, {col}] is {}, not {want} within {bound:e}",
-                                got[at]
-                            );
-                        }
-                    }
-                    let untouched = got.iter().zip(written).all(|(y, written)| written || y.is_nan());
-                    assert!(untouched, "{how:?} {config:?}, {rows} rows: the padding was written");
+                    case.check(&gpu, &linear, &values, &format!("{how:?}"));
                 }
             }
         }

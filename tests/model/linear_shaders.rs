@@ -3,8 +3,8 @@
 
 use crate::translate::translate;
 use folio::Profile;
-use folio::kernel::{Access, Target, Vendor};
-use folio::model::{ActivationKind, LinearConfig, LinearVariant, WeightFormat};
+use folio::kernel::{Access, MatrixSize, Target, Vendor};
+use folio::model::{ActivationKind, LinearConfig, LinearKernel, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
@@ -25,6 +25,18 @@ fn targets() -> Vec<Target> {
             }
         }
     }
+    // Lavapipe, Apple, NVIDIA, AMD.
+    let matrices =
+        [(MatrixSize::Eight, 8), (MatrixSize::Eight, 32), (MatrixSize::Sixteen, 32), (MatrixSize::Sixteen, 0)];
+    targets.extend(matrices.map(|(matrix, subgroup_size)| Target {
+        profile: Profile::Gpu,
+        vendor: Vendor::Other,
+        subgroups: true,
+        subgroup_size,
+        int64: false,
+        matrix: Some(matrix),
+        enable_directives: false,
+    }));
     targets
 }
 
@@ -57,10 +69,43 @@ fn variants() -> Vec<LinearVariant> {
     variants
 }
 
+/// Matrix units are for many rows on GPUs that have subgroups, and elsewhere make no difference.
+#[test]
+fn matrices_are_for_many_rows() {
+    for target in targets() {
+        for format in [WeightFormat::F32, WeightFormat::INT4] {
+            let config = LinearConfig::new(64, 64, format);
+            let plain = LinearVariant::of_layer(Target { matrix: None, ..target }, &config);
+            let matrix = Some(MatrixSize::Sixteen);
+            for (offered, plain) in LinearVariant::of_layer(Target { matrix, ..target }, &config).iter().zip(plain) {
+                let takes = offered.kernel == LinearKernel::Matmul && target.subgroups;
+                assert_eq!(offered.target.matrix.is_some(), takes, "{offered:?}");
+                assert_eq!(*offered != plain, takes, "{offered:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_variant_is_valid_and_translates() {
     for variant in variants() {
         check(&variant);
+    }
+}
+
+/// Sizes that a tuner may try, with and without everything that the text depends on.
+#[test]
+fn every_candidate_is_valid_and_translates() {
+    let mut seen = std::collections::HashSet::new();
+    for target in targets().into_iter().filter(|target| [0, 8, 32].contains(&target.subgroup_size) && !target.int64) {
+        let plain = LinearConfig::new(64, 64, WeightFormat::INT4);
+        let all = LinearConfig { gated: true, norm: true, bias: true, ..LinearConfig::new(63, 63, WeightFormat::F16) };
+        for variant in [plain, all].iter().flat_map(|config| LinearVariant::of_layer(target, config)) {
+            let candidates = variant.candidates();
+            assert_eq!(candidates[0], variant.sizes, "{variant:?}");
+            let variants = candidates.into_iter().skip(1).map(|sizes| variant.with_sizes(sizes));
+            variants.filter(|variant| seen.insert(*variant)).for_each(|variant| check(&variant));
+        }
     }
 }
 
@@ -106,6 +151,7 @@ fn check(variant: &LinearVariant) {
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, features.subgroups);
     capabilities.set(Capabilities::SHADER_INT64, features.int64);
+    capabilities.set(Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16, features.matrix);
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{variant:?}: {}", e.emit_to_string(text)));

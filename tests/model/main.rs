@@ -26,8 +26,12 @@ mod dispatches;
 mod forward;
 mod life_cycle;
 mod linear;
+mod linear_candidates;
 mod linear_fused;
+mod linear_matrix;
 mod linear_shaders;
+#[cfg(feature = "tune")]
+mod linear_tune;
 mod loading;
 mod ops;
 mod parity;

@@ -5,7 +5,7 @@ use super::super::variant::{Kernel, Variant};
 
 /// What may be chosen freely for a kernel: how fast it is depends on it, what it computes does not (but for rounding).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct Sizes {
     /// Invocations of a workgroup.
     pub workgroup_size: u32,

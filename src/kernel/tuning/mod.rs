@@ -1,9 +1,11 @@
 //! Sizes of kernels: the default table per profile, kernel and shape, the candidates that may replace a row of it, and what a tuner chose.
 
 mod candidates;
+mod linear;
 mod saved;
 
 pub use candidates::Sizes;
+pub use linear::{LinearShape, LinearSizes, LinearThresholds, TunedLinear, TunedLinearKernel};
 pub use saved::{TunedFor, TunedKernel, TunedShape, TunedSplit, Tuning};
 
 use super::geometry::decode_k_dims;

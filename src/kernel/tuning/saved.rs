@@ -1,6 +1,7 @@
 //! [`Tuning`]: what a tuner found out about an adapter.
 
 use super::candidates::Sizes;
+use super::linear::TunedLinear;
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 use crate::kernel::variant::{Kernel, Variant};
@@ -8,7 +9,7 @@ use crate::plan::SplitPolicy;
 
 /// What a tuning holds good for. Kernels are compiled by the driver, so it counts as much as the adapter does.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedFor {
     /// The adapter's name.
     pub adapter: String,
@@ -26,7 +27,7 @@ pub struct TunedFor {
 
 /// Which kernel, for which shape.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedShape {
     /// The kernel's entry point.
     pub kernel: String,
@@ -65,7 +66,7 @@ impl TunedShape {
 
 /// When keys are split: the two numbers of [`SplitPolicy`] that depend on the adapter only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedSplit {
     /// Workgroups that keep the adapter busy.
     pub target_workgroups: u32,
@@ -75,14 +76,14 @@ pub struct TunedSplit {
 
 /// The best sizes for one kernel and shape, and what they gain.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedKernel {
     /// What they are for.
     pub shape: TunedShape,
     /// The choice.
     pub sizes: Sizes,
     /// Of decode: when to split. `None`: as without a tuning.
-    #[cfg_attr(feature = "tune", serde(default, skip_serializing_if = "Option::is_none"))]
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default, skip_serializing_if = "Option::is_none"))]
     pub split: Option<TunedSplit>,
     /// What was timed: batch, lengths, heads.
     pub workload: String,
@@ -94,19 +95,28 @@ pub struct TunedKernel {
 
 /// Choices for one adapter, to be kept by the host and handed to `Gpu::with_tuning`.
 ///
-/// With the feature `tune` it is serialisable by serde, and made by `Gpu::tune`. Entries that are not among the candidates of their kernel
+/// With the features `tune` and `model` it is serialisable by serde; with `tune` it is made by `Gpu::tune`. Entries that are not among the candidates of their kernel
 /// (edited by hand, of another version) count as absent: whatever a file says, only tested kernels run.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "tune", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct Tuning {
     /// What it holds good for.
-    #[cfg_attr(feature = "tune", serde(rename = "for"))]
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(rename = "for"))]
     pub tuned_for: TunedFor,
-    /// The choices.
+    /// The choices for attention.
     pub kernels: Vec<TunedKernel>,
+    /// The choices for linear layers, made by `Gpu::tune_linear`.
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default, skip_serializing_if = "Vec::is_empty"))]
+    pub linear: Vec<TunedLinear>,
 }
 
 impl Tuning {
+    /// No choices yet.
+    #[must_use]
+    pub const fn new(tuned_for: TunedFor) -> Self {
+        Self { tuned_for, kernels: Vec::new(), linear: Vec::new() }
+    }
+
     /// The entry of a variant, if it has one that is among its candidates.
     fn entry(&self, variant: &Variant) -> Option<&TunedKernel> {
         let entry = self.kernels.iter().find(|entry| entry.shape.is_of(variant))?;
@@ -139,6 +149,8 @@ impl Tuning {
         }
         self.kernels.retain(|mine| other.kernels.iter().all(|theirs| theirs.shape != mine.shape));
         self.kernels.extend(other.kernels);
+        self.linear.retain(|mine| other.linear.iter().all(|theirs| theirs.shape != mine.shape));
+        self.linear.extend(other.linear);
         Ok(())
     }
 }

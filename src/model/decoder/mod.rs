@@ -153,8 +153,8 @@ impl Decoder {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
         check_step_tokens(&gpu, &config, options.max_step_tokens)?;
         let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
-        let attention_config =
-            AttentionConfig { window: config.sliding_window, ..AttentionConfig::new(config.num_q_heads) };
+        let mut attention_config = AttentionConfig::new(config.num_q_heads);
+        (attention_config.window, attention_config.deterministic) = (config.sliding_window, model.is_exact());
         let attention = Attention::new(&cache, attention_config).await?;
         let append = match &config.position {
             Position::Rope(rope) => {

@@ -1,0 +1,79 @@
+//! [`LinearConfig`]: shape and options of a linear layer.
+
+use super::ops::ActivationKind;
+use super::quantise::WeightFormat;
+use crate::layout::Region;
+use crate::{Error, Result};
+
+/// Shape and options of a [`Linear`](super::Linear) layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinearConfig {
+    /// Width of x: columns of W.
+    pub in_features: u32,
+    /// Width of y: rows of W.
+    pub out_features: u32,
+    /// How W is stored.
+    pub format: WeightFormat,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// Whether the result is added to y instead of written over it: a residual connection.
+    pub accumulate: bool,
+    /// What is applied to `x W^T + bias`.
+    pub activation: Option<ActivationKind>,
+    /// Whether W has `2 * out_features` rows (and the bias as many values): those of a gate, then those of up, and y is `activation(gate) * up`.
+    pub gated: bool,
+    /// Widths of matrices that y is cut into, one after another in its buffer: of queries, keys and values. Multiples of 4 whose sum is
+    /// `out_features`. See [`LinearConfig::y_width`].
+    pub regions: Option<[u32; 3]>,
+    /// Whether x is normalised first, row by row: RMSNorm with the weights that [`Linear::new`](super::Linear::new) is given.
+    pub norm: bool,
+    /// Whether a row of y has the same bits whatever other rows are computed with it, and however many. Then all kernels of the layer add in the
+    /// same order: one or two rows take the kernel for 4 on CPU adapters, many rows that for 8 on GPUs, and tunings and matrix units play no part.
+    pub exact: bool,
+}
+
+impl LinearConfig {
+    /// A layer without bias and activation that writes its result.
+    #[must_use]
+    pub const fn new(in_features: u32, out_features: u32, format: WeightFormat) -> Self {
+        Self {
+            in_features,
+            out_features,
+            format,
+            bias: false,
+            accumulate: false,
+            activation: None,
+            gated: false,
+            regions: None,
+            norm: false,
+            exact: false,
+        }
+    }
+
+    /// f32 of y per row of x: `out_features`, or with regions the sum of their widths, each padded to a multiple of 64. A region starts behind
+    /// `rows` times the padded widths before it, where every device can bind it, and has its padding behind its last row.
+    #[must_use]
+    pub fn y_width(&self) -> u32 {
+        self.regions.map_or(self.out_features, |widths| Region::of(widths).iter().map(Region::padded_width).sum())
+    }
+
+    /// Rows of W.
+    pub(super) fn weight_rows(&self) -> u32 {
+        if self.gated { 2 * self.out_features } else { self.out_features }
+    }
+}
+
+/// Regions start at whole `vec4`s, and are all of y.
+pub(super) fn check_regions(config: &LinearConfig) -> Result<()> {
+    let fits = |widths: [u32; 3]| {
+        let sum = widths.iter().map(|&width| u64::from(width)).sum::<u64>();
+        sum == u64::from(config.out_features) && widths.iter().all(|width| width.is_multiple_of(4) && *width > 0)
+    };
+    match config.regions {
+        Some(widths) if !fits(widths) => {
+            let rule = format!("multiples of 4 above 0 whose sum is out_features, {}", config.out_features);
+            Err(Error::argument("regions", format!("{widths:?}"), rule))
+        }
+        _ => Ok(()),
+    }
+}
