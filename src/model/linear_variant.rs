@@ -260,7 +260,7 @@ impl LinearVariant {
     /// The kernel, rendered.
     ///
     /// # Errors
-    /// [`Error::Shader`] if the template is broken, which tests over all variants exclude.
+    /// [`Error::Shader`](crate::Error::Shader) if the template is broken, which tests over all variants exclude.
     pub fn source(&self) -> Result<Source> {
         let cpu = self.target.profile == Profile::Cpu;
         let LinearSizes { workgroup_size, rows, cols, inputs } = self.sizes;
