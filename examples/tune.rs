@@ -37,6 +37,9 @@ struct Args {
     /// Seconds for all
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Let decode quantise queries for packed dot products (int8 and int4 keys), where that is faster
+    #[arg(long)]
+    packed_dots: bool,
     /// Part of the adapter's name
     #[arg(long)]
     adapter: Option<String>,
@@ -48,7 +51,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let mut options = GpuOptions::default();
-    (options.adapter_name, options.timestamps) = (args.adapter, true);
+    (options.adapter_name, options.timestamps, options.packed_dots) = (args.adapter, true, args.packed_dots);
     let gpu = Gpu::open_blocking(options)?;
     println!("{}", gpu.tuned_for());
     let shapes: Vec<_> = args

@@ -24,6 +24,8 @@ pub struct GpuOptions {
     /// have bugs with undefined behaviour: enabled only with the token by which the caller accepts that,
     /// [`wgpu::ExperimentalFeatures::enabled`].
     pub matrix_units: wgpu::ExperimentalFeatures,
+    /// Let kernels quantise queries for packed integer dot products where the instance has them, see [`Gpu::with_packed_dots`].
+    pub packed_dots: bool,
     /// Kernel family. `None`: what suits the adapter.
     pub profile: Option<Profile>,
     /// Whether wgpu's shader checks stay in.
@@ -48,6 +50,7 @@ impl Default for GpuOptions {
             without: wgpu::Features::empty(),
             timestamps: false,
             matrix_units: wgpu::ExperimentalFeatures::disabled(),
+            packed_dots: false,
             profile: None,
             shader_checks: ShaderChecks::default(),
             max_binding_bytes: None,
@@ -118,7 +121,10 @@ impl Gpu {
             .await
             .map_err(|error| Error::wgpu("opening the device", error))?;
         let profile = options.profile.unwrap_or_else(|| profile_of(&info));
-        let gpu = Self::from_parts_with(device, queue, profile, options.shader_checks)?;
+        let language = instance.wgsl_language_features();
+        let packed_dots =
+            options.packed_dots && language.contains(wgpu::WgslLanguageFeatures::Packed4x8IntegerDotProduct);
+        let gpu = Self::from_parts_with(device, queue, profile, options.shader_checks)?.with_packed_dots(packed_dots);
         if uses_matrices { gpu.with_matrix_units(&adapter.cooperative_matrix_properties()) } else { Ok(gpu) }
     }
 
