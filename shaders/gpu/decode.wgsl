@@ -9,6 +9,8 @@
 {% set v_row_scales = v_side.row_scales %}
 {% set k_channel_scales = k_side.channel_scales %}
 {% set k_affine = k_row_scales or k_channel_scales %}
+{# What a head's scores have in common of the minima of K: in a register, or with more of the kind in workgroup memory. #}
+{% set has_q_offset = k_affine and not packed_dots %}
 {% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
 {% set k_parts = range(0, g.k_dims, 4) %}
 {% set v_parts = range(0, g.v_dims, 4) %}
@@ -95,32 +97,33 @@ fn minima_of(words: vec4<u32>) -> vec4<f32> {
 }
 {% endif %}
 {% if packed_dots %}
-{{ packed.functions(k_side) }}
+
+{{ packed.functions(k_side)|trim }}
 {% endif %}
 
 // Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
 {% if packed_dots %}
-// A key is middle + scale * (codes - CENTRE), a query about q_step * its codes: the product is scale * q_step * (codes . codes) + middle .
-// query. q_offset is the sum of the query, or where scales are per channel, its product with the middles.
+// The products are of codes; see q_terms.
 {% elif k_row_scales %}
 // A key is minimum + scale * codes: its product with the query is minimum * q_offset + scale * (query . codes), where
 // q_offset is the sum of the query.
 {% elif k_channel_scales %}
 // The query in workgroup memory has the scales in it; q_offset is its product with the minima.
 {% endif %}
-fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}{{ ", q_step: f32" if packed_dots }}{{ ", code_offset: f32" if packed_dots and k_side.levels == 15 }}) -> vec4<f32> {
+fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if has_q_offset }}) -> vec4<f32> {
     var products = vec4<f32>(0.0);
 {% for part in range(g.parts) %}
     let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
     products += vec4<f32>(logits[at_{{ part }}], logits[at_{{ part }} + 1u], logits[at_{{ part }} + 2u], logits[at_{{ part }} + 3u]);
 {% endfor %}
 {% if packed_dots %}
-    products = q_step * {{ "(products - code_offset)" if k_side.levels == 15 else "products" }};
+    let terms = q_terms[head];
+    products = fma(products, vec4<f32>(terms.x), vec4<f32>(terms.y));
 {% endif %}
 {% if k_row_scales %}
     let words = k_quad_words(quad);
-    products = fma(products, scales_of(words), q_offset * {{ "fma(vec4<f32>(CENTRE), scales_of(words), minima_of(words))" if packed_dots else "minima_of(words)" }});
-{% elif k_channel_scales %}
+    products = fma(products, scales_of(words), {{ "terms.z" if packed_dots else "q_offset" }} * minima_of(words));
+{% elif k_channel_scales and not packed_dots %}
     products += vec4<f32>(q_offset);
 {% endif %}
     let query = item.context_len;
@@ -273,10 +276,12 @@ fn decode(
             let part = weights[softmax_head * QUADS + quad];
             q_offset += (part.x + part.y) + (part.z + part.w);
         }
-    }
-{% if packed_dots and k_side.levels == 15 %}
-    let code_offset = CENTRE * sum_of_codes(min(softmax_head, GROUP_SIZE - 1u));
+{% if packed_dots %}
+        if (softmax_stream == 0u) {
+            {{ packed.terms(k_side) }}
+        }
 {% endif %}
+    }
 {% endif %}
 
     for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
@@ -356,7 +361,7 @@ fn decode(
             var new_max = logit_max;
 {% for j in range(g.stream_quads) %}
             let quad_{{ j }} = softmax_stream + {{ j * g.streams }}u;
-            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if k_affine }}{{ ", q_step" if packed_dots }}{{ ", code_offset" if packed_dots and k_side.levels == 15 }});
+            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if has_q_offset }});
             new_max = max(new_max, max(max(logits_{{ j }}.x, logits_{{ j }}.y), max(logits_{{ j }}.z, logits_{{ j }}.w)));
 {% endfor %}
             let factor = exp2(logit_max - new_max);

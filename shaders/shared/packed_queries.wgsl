@@ -2,8 +2,8 @@
 Queries as codes, for packed integer dot products with the codes of K. A query of a token and head, times all factors of a score, is about
 q_step * codes, with codes of -127 to 127. The sums of products are exact: at most 127 * 128 * head_dim, below 2^24 to head_dim 1024.
 
-A query is multiplied with what a key is away from its middle (code CENTRE) only; its product with the middle is of the query as it was. Codes
-of keys are as small as they can be then, and with them what quantising the query costs.
+A key is minimum + scale * CENTRE + scale * (code - CENTRE), with the code in the middle of the range for CENTRE. Codes of the query are multiplied
+with code - CENTRE only, which is as small as it can be, and with it what quantising costs; the rest is multiplied with the query as it was.
 #}
 
 {% import "shared/kv_codes.wgsl" as codes %}
@@ -11,6 +11,8 @@ of keys are as small as they can be then, and with them what quantising the quer
 {% macro declare(g) %}
 // [GROUP_SIZE, Q_CODES_ROW] codes of the queries, bytes of words
 var<workgroup> q_codes: array<{{ g.q_codes_type }}, {{ g.q_codes_len }}>;
+// [GROUP_SIZE] of each head: q_step; what is added to q_step * products before the scale of the row; what the minimum of the row is multiplied by
+var<workgroup> q_terms: array<vec4<f32>, {{ g.q_terms_len }}>;
 {%- endmacro %}
 
 {% macro functions(k_side) %}
@@ -82,14 +84,23 @@ fn sum_of_codes(head: u32) -> f32 {
         let first = element * {{ g.k_dims // 4 }}u{{ " + place / LANES %% %du * 4u"|format(k_codes) if k_codes > 1 }};
         let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_CODES_ROW) * HEAD_VEC4S;
         let per_quarter = codes_per_quarter(largest_of_query(i / Q_CODES_ROW));
-{% for w in range(g.q_code_words) %}
         // Past the end of the row codes are 0.
+{% for w in range(g.q_code_words) %}
         let at_{{ w }} = min(first + {{ w }}u, HEAD_VEC4S - 1u);
         let codes_{{ w }} = query_codes({{ scaled("q[head + at_%d]"|format(w), "4u * at_%d"|format(w), k_channel_scales) }}, per_quarter);
 {% endfor %}
         q_codes[i] = {{ g.q_codes_type }}(
             {%- for w in range(g.q_code_words) %}select(0u, codes_{{ w }}, first + {{ w }}u < HEAD_VEC4S){{ ", " if not loop.last }}{% endfor %});
     }
+{%- endmacro %}
+
+{#
+Sets q_terms of softmax_head. q_offset is the sum of the query, or where scales are per channel, its product with minimum + scale * CENTRE. Codes of
+Int4 are multiplied as they are, 0 to 15, so that CENTRE times the sum of the query's codes is to be taken off.
+#}
+{% macro terms(k_side) %}
+let middle = {{ "CENTRE * q_offset" if k_side.row_scales else "q_offset" }}{{ " - q_step * (CENTRE * sum_of_codes(softmax_head))" if k_side.levels == 15 }};
+            q_terms[softmax_head] = vec4<f32>(q_step, middle, q_offset, 0.0);
 {%- endmacro %}
 
 {# Adds the products of an element of K with all heads to score_0, score_1, ... #}

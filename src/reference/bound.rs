@@ -52,8 +52,8 @@
 //!
 //! **Packed dot products** ([`ErrorModel::with_packed_dots`]). A query `x`, times all factors of a score, becomes `s * i` with integers `i` of -127
 //! to 127 and `s = max|x| / 127`, so an element errs by up to `s / 2`, and by no more than itself. A key of codes is `m + scale * (code - c)`, where
-//! `c` is the code in the middle of the range, 128 or 8, and `m` what it stands for. The integer dot product is with `code - c` only and exact; the
-//! product with `m` is of the query as it was. So a score errs by up to `s / 2 * sum(scale * |code - c|)`. A query is rounded once for all keys, so
+//! `c` is the code in the middle of the range, 128 or 8, and `m` what it stands for. The integer dot product is with `code - c` only and exact;
+//! products with `scale * c` and with the minimum are of the query as it was. So a score errs by up to `s / 2 * sum(scale * |code - c|)`. A query is rounded once for all keys, so
 //! that counts as shared; the elements' roundings are independent of one another. To it come some roundings of the two parts. Queries
 //! that are below `2^-116` throughout, in units of log2 or of the soft cap, count as 0. K in formats without codes is multiplied as ever.
 //!

@@ -67,7 +67,9 @@ fn packed_head_dims_groups_and_block_sizes() {
     ];
     for (how, first) in [(GPU, 0), (GPU_PLAIN, 3)] {
         let Some(gpu) = open(how) else { return };
-        for (i, (head_dim, group_size, num_kv_heads, block_size)) in SHAPES.into_iter().enumerate() {
+        // Half of them without subgroups: those of odd groups and short rows among them.
+        let every = if how == GPU { 1 } else { 2 };
+        for (i, (head_dim, group_size, num_kv_heads, block_size)) in SHAPES.into_iter().enumerate().step_by(every) {
             let lens = [(block_size - 1, 1), (block_size, 1), (2 * block_size + 1, 1), (0, 1), (150, 1)];
             let case = case(&lens, group_size * num_kv_heads, num_kv_heads, head_dim).block_size(block_size);
             let (k_format, v_format) = CODED[(first + i) % CODED.len()];
@@ -81,8 +83,8 @@ fn packed_head_dims_groups_and_block_sizes() {
 #[test]
 fn packed_formats() {
     let Some(gpu) = open(GPU) else { return };
-    for head_dim in [64, 72, 128] {
-        for (k_format, v_format) in CODED {
+    for (i, (k_format, v_format)) in CODED.into_iter().enumerate() {
+        for head_dim in [[64, 72], [72, 128], [128, 64]][i % 3] {
             let case = case(&[(50, 1), (7, 1), (0, 1), (129, 1)], 8, 2, head_dim).formats(k_format, v_format);
             check(&gpu, &case.config(|config| config.lse = true));
         }

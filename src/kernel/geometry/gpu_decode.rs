@@ -35,6 +35,8 @@ geometry! {
         q_code_words: u32,
         q_codes_row: u32,
         q_codes_len: u32,
+        /// `vec4`s of what else is known of packed queries, one per head.
+        q_terms_len: u32,
         /// Neighbouring lanes that add their parts of a score by shuffles, those of them that write, and the parts left then.
         butterfly: u32,
         writers: u32,
@@ -91,7 +93,10 @@ impl DecodeGeometry {
         let q_row = k_loads * lanes * k_dims / 4;
         let q_code_words = (k_dims / 4).min(4);
         let q_codes_row = q_row / q_code_words;
-        let merge_heads = group_size.min((group_size * q_row / head_sums).max(1));
+        // The sums take the room of the queries. Beside queries in codes, long rows get half of it: with all of it they need 17 216 bytes
+        // (head_dim 256, 8 heads), and WebGPU promises 16 384.
+        let q_room = group_size * q_row / if variant.packed_dots && head_dim > 128 { 2 } else { 1 };
+        let merge_heads = group_size.min((q_room / head_sums).max(1));
         let logits_row = tile_kv + 8;
         let per_key = |is_needed: bool| if is_needed { tile_kv } else { 0 };
         Self {
@@ -113,6 +118,7 @@ impl DecodeGeometry {
             q_code_words,
             q_codes_row,
             q_codes_len: if variant.packed_dots { group_size * q_codes_row } else { 0 },
+            q_terms_len: if variant.packed_dots { group_size } else { 0 },
             butterfly,
             writers: butterfly.min(4),
             parts,
@@ -136,6 +142,7 @@ impl DecodeGeometry {
         array_bytes(&[
             (self.tile_len, 16),
             (self.q_codes_len, 4 * self.q_code_words),
+            (self.q_terms_len, 16),
             (self.logits_len, 4),
             (self.weights_len, 16),
             (self.rescale_len, 4),

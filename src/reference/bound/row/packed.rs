@@ -28,22 +28,23 @@ pub(super) fn dot_error(
     let is_flushed = q_max.min(scaled_max) * scale.abs() / unit < FLUSHED;
     let step = scaled_max / LEVELS;
 
-    let [mut lost, mut rest, mut middle] = [Terms::default(); 3];
+    let [mut lost, mut rest, mut centres] = [Terms::default(); 3];
     for (q, k) in elements() {
         let x = q * k.scale;
         let off = if is_flushed { x.abs() } else { x.abs().min(HALF_STEP * step) };
         lost.add(off * (k.code() - centre));
         rest.add(x * (k.code() - centre));
-        middle.add(q * (k.zero_point + k.scale * centre));
+        centres.add(x * centre);
     }
-    let [lost, rest, middle] = [lost, rest, middle].map(|terms| terms.scaled(scale));
+    let [lost, rest, centres] = [lost, rest, centres].map(|terms| terms.scaled(scale));
     let sum = growth(q.len(), checked.rounding);
     match checked.rounding {
-        // The step and its product; the middles, the query's sum or product with them, and what the parts add up to.
+        // The step and its product; what codes are counted from, as a sum of the query, or of its products with the channels' scales.
         Rounding::Independent => {
-            lost.random()
-                + U * (6.0 * rest.sum.abs() + sum * middle.partial() + 6.0 * middle.sum.abs() + 2.0 * middle.random())
+            let roundings =
+                6.0 * (rest.sum.abs() + centres.sum.abs()) + sum * centres.partial() + 2.0 * centres.random();
+            lost.random() + U * roundings
         }
-        Rounding::Coherent => lost.abs + U * (6.0 * rest.abs + (sum + 8.0) * middle.abs),
+        Rounding::Coherent => lost.abs + U * (6.0 * rest.abs + (sum + 8.0) * centres.abs),
     }
 }
