@@ -56,6 +56,9 @@ struct Args {
     /// Rows of the matrices that matrix units multiply: 8, 16, or 0 for none.
     #[arg(long, default_value_t = 0)]
     matrix: u32,
+    /// With queries quantised for packed integer dot products (decode over int8 and int4 keys).
+    #[arg(long)]
+    packed_dots: bool,
     /// 64-bit integers are available.
     #[arg(long)]
     int64: bool,
@@ -84,6 +87,7 @@ fn main() -> folio::Result<()> {
             16 => Some(MatrixSize::Sixteen),
             _ => None,
         },
+        packed_dots: args.packed_dots,
         enable_directives: false,
     };
     let kernel = match args.kernel {

@@ -53,6 +53,7 @@ const TARGET: Target = Target {
     subgroup_size: 0,
     int64: false,
     matrix: None,
+    packed_dots: false,
     enable_directives: true,
 };
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use folio::model::{Decoder, DecoderOptions, Input, Model, ModelOptions, Prompt, Sampling, Tokenizer, WeightFormat};
-use folio::{Gpu, GpuOptions, KvFormats};
+use folio::{Gpu, GpuOptions, KvFormats, Profile};
 use serde::Deserialize;
 
 /// Answers the questions of the held-out stories, for each cache format.
@@ -50,6 +50,15 @@ struct Options {
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, value_name = "NAME")]
     adapter: Option<String>,
+    /// The kernels for GPUs, on whatever adapter
+    #[arg(long)]
+    gpu_kernels: bool,
+    /// Let decode quantise queries (kernels for GPUs, K in int8 and int4)
+    #[arg(long)]
+    packed_dots: bool,
+    /// The last token of each question in a step of its own, so that the first one of the answer comes from decode, too
+    #[arg(long)]
+    decode_last: bool,
 }
 
 /// Every format on both sides (K with scales per channel beside V with scales per token), and mixtures that spend more on one side.
@@ -139,19 +148,22 @@ fn main() -> Result<()> {
         .collect::<Result<_>>()?;
     ensure!(!stories.is_empty(), "{}: got no story, need at least one", path.display());
 
-    let adapter_name = options.adapter.clone();
     let gpu = Gpu::open_blocking({
-        let mut options = GpuOptions::default();
-        options.adapter_name = adapter_name;
-        options
+        let mut open = GpuOptions::default();
+        open.adapter_name.clone_from(&options.adapter);
+        open.profile = options.gpu_kernels.then_some(Profile::Gpu);
+        open.packed_dots = options.packed_dots;
+        open
     })?;
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
     let model = Arc::new(Model::load_blocking(&gpu, &folder, ModelOptions::new(options.weights), |_| {})?);
-    println!("{} stories on {} ({:?})\n", stories.len(), gpu.adapter_info().name, gpu.adapter_info().backend);
+    let (info, profile) = (gpu.adapter_info(), gpu.profile());
+    println!("{} stories on {} ({:?}), {profile:?} kernels", stories.len(), info.name, info.backend);
+    println!("packed dot products: {}\n", if gpu.target().packed_dots { "where kernels have them" } else { "none" });
 
     let mut outcomes = Vec::new();
     for &formats in &options.cache {
-        outcomes.push((formats, ask_all(&model, &tokenizer, &stories, formats, options.show_wrong)?));
+        outcomes.push((formats, ask_all(&model, &tokenizer, &stories, formats, &options)?));
     }
     print_table(&outcomes);
     if options.details {
@@ -164,7 +176,7 @@ fn main() -> Result<()> {
         bail!("{name}: {:.1} % right, need {percent} %", outcome.total.percent());
     }
     let base = outcomes[0].1.total.percent();
-    for MaxLoss { formats, points } in options.max_loss {
+    for &MaxLoss { formats, points } in &options.max_loss {
         let outcome = outcomes.iter().find(|(asked, _)| *asked == formats);
         let (_, outcome) = outcome.with_context(|| format!("{formats} is not among --cache"))?;
         let loss = base - outcome.total.percent();
@@ -178,7 +190,7 @@ fn ask_all(
     tokenizer: &Tokenizer,
     stories: &[Story],
     formats: KvFormats,
-    show_wrong: bool,
+    options: &Options,
 ) -> Result<Outcome> {
     const BLOCK_SIZE: u32 = 16;
     let most_questions = stories.iter().map(|s| s.questions.len()).max().unwrap_or(0) as u32;
@@ -211,10 +223,19 @@ fn ask_all(
         for _ in &questions {
             forks.push(decoder.fork(sequence)?);
         }
-        let prompts: Vec<_> = forks
-            .iter()
+        let inputs =
+            || forks.iter().copied().zip(questions.iter().map(|tokens: &Vec<u32>| tokens.split_at(tokens.len() - 1)));
+        if options.decode_last {
+            let inputs: Vec<_> =
+                inputs().map(|(sequence, (tokens, _))| Input { sequence, tokens, sampling: None }).collect();
+            gpu.block_on(decoder.step(&inputs))?;
+        }
+        let prompts: Vec<_> = inputs()
             .zip(&questions)
-            .map(|(&sequence, tokens)| Prompt { sequence, tokens, sampling: Sampling::greedy() })
+            .map(|((sequence, (_, last)), all)| {
+                let tokens = if options.decode_last { last } else { all };
+                Prompt { sequence, tokens, sampling: Sampling::greedy() }
+            })
             .collect();
         let mut first = None;
         let answers = decoder.generate_blocking(&prompts, MAX_ANSWER_TOKENS, &stop, |_, _| {
@@ -227,7 +248,7 @@ fn ask_all(
         for (question, answer) in story.questions.iter().zip(&answers) {
             let answer = tokenizer.decode(&answer.tokens, true)?;
             let right = answer.trim() == question.answer.trim();
-            if show_wrong && !right {
+            if options.show_wrong && !right {
                 println!("{} want {:?}, got {:?}", question.question, question.answer, answer.trim());
             }
             outcome.total.count(right);

@@ -47,6 +47,9 @@ struct Args {
     /// Seconds for attention, and as many for linear layers
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Let decode quantise queries for packed dot products (int8 and int4 keys), where that is faster
+    #[arg(long)]
+    packed_dots: bool,
     /// Part of the adapter's name
     #[arg(long)]
     adapter: Option<String>,
@@ -60,6 +63,7 @@ fn main() -> anyhow::Result<()> {
     let mut args = Args::parse();
     let mut options = GpuOptions::default();
     (options.adapter_name, options.timestamps) = (args.adapter.clone(), true);
+    options.packed_dots = args.packed_dots;
     let gpu = Gpu::open_blocking(options)?;
     println!("{}", gpu.tuned_for());
     // Before minutes of work: what is there must be readable, and this adapter's.

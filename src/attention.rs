@@ -6,7 +6,7 @@ use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::tuning::{self, Tuning};
-use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant};
+use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant};
 use crate::layout::{KvCacheConfig, Segments};
 use crate::plan::{
     AttendParams, AttentionConfig, PlanShape, PlannedDispatch, SplitPolicy, Stage, StepPlan, push_params,
@@ -82,8 +82,10 @@ impl Attention {
         let group_size = config.num_q_heads / geometry.num_kv_heads;
         let segments = cache.segments();
         let flags = AttendFlags::of(&config);
+        // Which kernels a tuner found faster must not show in results that are to be the same in every batch and on every day.
+        let target = Target { packed_dots: gpu.packed_dots() && !config.deterministic, ..gpu.target() };
         let variant = |kernel| {
-            let mut variant = Variant::new(kernel, gpu.target(), &geometry, group_size, flags).with_segments(segments);
+            let mut variant = Variant::new(kernel, target, &geometry, group_size, flags).with_segments(segments);
             // Only with matrix units does a kernel need more than every device has.
             if variant.workgroup_bytes() > gpu.limits().max_compute_workgroup_storage_size {
                 variant = variant.without_matrices();

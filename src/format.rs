@@ -131,6 +131,11 @@ impl KvFormat {
         0.5 * scale + magnitude * (4.0 / f64::from(1 << 24)) + f64::from(f32::MIN_POSITIVE)
     }
 
+    /// Whether elements are stored as codes with scales, per row or per channel.
+    pub(crate) const fn has_codes(self) -> bool {
+        self.has_row_scales() || self.has_channel_scales()
+    }
+
     /// The name that shader templates know the format by.
     pub(crate) const fn shader_name(self) -> &'static str {
         match self {

@@ -1,4 +1,5 @@
-{% from "shared/gpu_kv.wgsl" import kv_element %}
+{% from "shared/gpu_kv.wgsl" import kv_element, k_code_words %}
+{% import "shared/packed_queries.wgsl" as packed %}
 {% import "shared/kv_side.wgsl" as sides %}
 {% set g = geometry %}
 {# Rows of V that the mask hides may hold NaN: 0 stands for their elements, or for their scale. #}
@@ -8,6 +9,8 @@
 {% set v_row_scales = v_side.row_scales %}
 {% set k_channel_scales = k_side.channel_scales %}
 {% set k_affine = k_row_scales or k_channel_scales %}
+{# What a head's scores have in common of the minima of K: in a register, or with more of the kind in workgroup memory. #}
+{% set has_q_offset = k_affine and not packed_dots %}
 {% set scaled = [(k_side, k_row_scales), (v_side, v_row_scales)] %}
 {% set k_parts = range(0, g.k_dims, 4) %}
 {% set v_parts = range(0, g.v_dims, 4) %}
@@ -27,7 +30,12 @@
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV), and at most 300 to begin and end.
 
+{% if packed_dots %}
+alias KElement = {{ g.k_type }};
+{{ k_code_words(k_side, g.k_dims, head_dim) }}
+{% else %}
 {{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{% endif %}
 {{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
 {% include "shared/gpu_interface.wgsl" %}
 
@@ -47,7 +55,12 @@ const LOGITS_ROW: u32 = {{ g.logits_row }}u;
 const STREAMS: u32 = {{ g.streams }}u;
 const MERGE_HEADS: u32 = {{ g.merge_heads }}u;
 
+{% if packed_dots %}
+{{ packed.declare(g) }}
+// After the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
+{% else %}
 // [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
+{% endif %}
 var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
 // [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
 var<workgroup> logits: array<f32, {{ g.logits_len }}>;
@@ -83,24 +96,34 @@ fn minima_of(words: vec4<u32>) -> vec4<f32> {
     return bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
 }
 {% endif %}
+{% if packed_dots %}
+
+{{ packed.functions(k_side)|trim }}
+{% endif %}
 
 // Logits of a query head with a quad of the tile's keys; LOGIT_FLOOR where the key is hidden.
-{% if k_row_scales %}
+{% if packed_dots %}
+// The products are of codes; see q_terms.
+{% elif k_row_scales %}
 // A key is minimum + scale * codes: its product with the query is minimum * q_offset + scale * (query . codes), where
 // q_offset is the sum of the query.
 {% elif k_channel_scales %}
 // The query in workgroup memory has the scales in it; q_offset is its product with the minima.
 {% endif %}
-fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if k_affine }}) -> vec4<f32> {
+fn tile_logits(item: WorkItem, head: u32, quad: u32, tile_begin: u32, slope: f32{{ ", q_offset: f32" if has_q_offset }}) -> vec4<f32> {
     var products = vec4<f32>(0.0);
 {% for part in range(g.parts) %}
     let at_{{ part }} = ({{ part * group_size }}u + head) * LOGITS_ROW + 4u * quad;
     products += vec4<f32>(logits[at_{{ part }}], logits[at_{{ part }} + 1u], logits[at_{{ part }} + 2u], logits[at_{{ part }} + 3u]);
 {% endfor %}
+{% if packed_dots %}
+    let terms = q_terms[head];
+    products = fma(products, vec4<f32>(terms.x), vec4<f32>(terms.y));
+{% endif %}
 {% if k_row_scales %}
     let words = k_quad_words(quad);
-    products = fma(products, scales_of(words), q_offset * minima_of(words));
-{% elif k_channel_scales %}
+    products = fma(products, scales_of(words), {{ "terms.z" if packed_dots else "q_offset" }} * minima_of(words));
+{% elif k_channel_scales and not packed_dots %}
     products += vec4<f32>(q_offset);
 {% endif %}
     let query = item.context_len;
@@ -135,6 +158,7 @@ fn decode(
     let stream = local_idx / V_ROW;
     let v_idx = local_idx % V_ROW;
 
+{% if not packed_dots %}
     for (var i = local_idx; i < GROUP_SIZE * Q_ROW; i += WORKGROUP_SIZE) {
 {% if g.q_interleaved %}
         // In the order in which the lanes of a key read them: side by side, on different banks.
@@ -147,20 +171,35 @@ fn decode(
         let at = min(d, HEAD_VEC4S - 1u);
         tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channels(0u, kv_head, 4u * at)" if k_channel_scales }}, d < HEAD_VEC4S);
     }
+{% endif %}
 {% if k_affine %}
     // What the minima are multiplied by, per head in QUADS parts.
     if (local_idx < GROUP_SIZE * QUADS) {
         let head = (item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS) * HEAD_VEC4S;
         var part = vec4<f32>(0.0);
+{% if packed_dots %}
+        var largest = vec4<u32>(0u);
+{% endif %}
         for (var d = local_idx % QUADS; d < HEAD_VEC4S; d += QUADS) {
+{% if packed_dots %}
+            largest = max(largest, {{ packed.magnitudes("q[head + d]", "4u * d", k_channel_scales) }});
+{% endif %}
 {% if k_channel_scales %}
-            part = fma(q[head + d], k_channels(1u, kv_head, 4u * d), part);
+            part = fma(q[head + d], {{ "fma(vec4<f32>(CENTRE), k_channels(0u, kv_head, 4u * d), k_channels(1u, kv_head, 4u * d))" if packed_dots else "k_channels(1u, kv_head, 4u * d)" }}, part);
 {% else %}
             part += q[head + d];
 {% endif %}
         }
         weights[local_idx] = part * params.qk_scale;
+{% if packed_dots %}
+        logits[local_idx] = bitcast<f32>(max(max(largest.x, largest.y), max(largest.z, largest.w)));
+{% endif %}
     }
+{% endif %}
+{% if packed_dots %}
+    workgroupBarrier();
+{{ packed.quantise(g, k_channel_scales) }}
+    let q_step = step_of_query(largest_of_query(min(softmax_head, GROUP_SIZE - 1u)));
 {% endif %}
 
 {% for i in range(g.keys_per_lane) %}
@@ -237,6 +276,11 @@ fn decode(
             let part = weights[softmax_head * QUADS + quad];
             q_offset += (part.x + part.y) + (part.z + part.w);
         }
+{% if packed_dots %}
+        if (softmax_stream == 0u) {
+            {{ packed.terms(k_side) }}
+        }
+{% endif %}
     }
 {% endif %}
 
@@ -262,10 +306,13 @@ fn decode(
 {% for i in range(g.keys_per_lane) %}
         {
 {% for h in range(group_size) %}
-            var score_{{ h }} = 0.0;
+            var score_{{ h }} = {{ "0i" if packed_dots else "0.0" }};
 {% endfor %}
 {% for c in range(g.k_loads) %}
-{% for d in k_parts %}
+{% if packed_dots %}
+{{ packed.dots(g, group_size, c, "k_load_%d_%d"|format(i, c)) }}
+{% endif %}
+{% for d in k_parts if not packed_dots %}
             let k_{{ c }}_{{ d }} = k_dims_{{ d }}(k_load_{{ i }}_{{ c }});
 {% for h in range(group_size) %}
             score_{{ h }} = fma_dot(tile[{{ h }}u * Q_ROW + {% if g.q_interleaved %}lane + {{ g.lanes * (c * g.k_dims + d) // 4 }}u{% else %}lane * {{ g.k_dims // 4 }}u + {{ (c * g.lanes * g.k_dims + d) // 4 }}u{% endif %}], k_{{ c }}_{{ d }}, score_{{ h }});
@@ -281,14 +328,14 @@ fn decode(
             {{ "if (key_slot < TILE_KV) " if g.key_slots > tile_kv }}{
 {% if g.butterfly == 1 %}
 {% for h in range(group_size) %}
-                logits[logit + {{ h }}u * LOGITS_ROW] = score_{{ h }};
+                logits[logit + {{ h }}u * LOGITS_ROW] = {{ "f32(score_%d)"|format(h) if packed_dots else "score_%d"|format(h) }};
 {% endfor %}
 {% else %}
                 // Each lane holds all the sums: every one writes another head's.
                 let writer = lane % BUTTERFLY;
 {% for base in range(0, group_size, g.writers) %}
                 if (writer < {{ [g.writers, group_size - base]|min }}u) {
-                    logits[logit + (writer + {{ base }}u) * LOGITS_ROW] = vec4<f32>({% for w in range(4) %}score_{{ [base + [w, g.writers - 1]|min, group_size - 1]|min }}{{ ", " if not loop.last }}{% endfor %})[writer];
+                    logits[logit + (writer + {{ base }}u) * LOGITS_ROW] = {{ "f32(vec4<i32>(" if packed_dots else "vec4<f32>(" }}{% for w in range(4) %}score_{{ [base + [w, g.writers - 1]|min, group_size - 1]|min }}{{ ", " if not loop.last }}{% endfor %})[writer]{{ ")" if packed_dots }};
                 }
 {% endfor %}
 {% endif %}
@@ -314,7 +361,7 @@ fn decode(
             var new_max = logit_max;
 {% for j in range(g.stream_quads) %}
             let quad_{{ j }} = softmax_stream + {{ j * g.streams }}u;
-            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if k_affine }});
+            let logits_{{ j }} = tile_logits(item, softmax_head, quad_{{ j }}, tile_begin, slope{{ ", q_offset" if has_q_offset }});
             new_max = max(new_max, max(max(logits_{{ j }}.x, logits_{{ j }}.y), max(logits_{{ j }}.z, logits_{{ j }}.w)));
 {% endfor %}
             let factor = exp2(logit_max - new_max);

@@ -9,6 +9,23 @@
 {%- endmacro %}
 
 {#
+  A function for each four dims of an element of K: k_codes_0, k_codes_4, ... give their codes as signed bytes of a word: of int8 counted
+  from the middle of the range, of int4 as they are.
+#}
+{% macro k_code_words(side, dims, head_dim) %}
+{% for d in range(0, dims, 4) %}
+
+fn k_codes_{{ d }}(element: KElement) -> u32 {
+{% if side.levels == 255 %}
+    return {{ element_word(side, dims, head_dim, d // 4) }} ^ 0x80808080u;
+{% else %}
+    return ({{ element_word(side, dims, head_dim, d // 8) }}{{ " >> 4u" if d // 4 % 2 }}) & 0x0f0f0f0fu;
+{% endif %}
+}
+{% endfor %}
+{% endmacro %}
+
+{#
   The element type of `dims` dims of a side, and a function for each vec4 of dims in it: {name}_dims_0,
   {name}_dims_4, ... In formats with scales they give the codes. A word of int4 has 8 dims whatever `dims`
   is: where that is 4, the caller shifts the other 4 out of the way.

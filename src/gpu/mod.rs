@@ -78,7 +78,8 @@ struct Inner {
 
 /// A wgpu device and queue with what folio needs checked. Cheap to clone.
 ///
-/// Clones share everything but what [`Gpu::with_tuning`], [`Gpu::with_matrix_units`] and [`Gpu::with_rounded_f32`] change.
+/// Clones share everything but what [`Gpu::with_tuning`], [`Gpu::with_matrix_units`], [`Gpu::with_rounded_f32`] and
+/// [`Gpu::with_packed_dots`] change.
 ///
 /// folio never submits, polls, or spawns a thread unless a method's documentation says so. Each kernel is compiled once per device and kept
 /// for as long as a clone of this is alive. If the device is lost (destroyed, removed, given up by its driver), every call that needs it
@@ -89,6 +90,7 @@ pub struct Gpu {
     tuning: Option<Arc<Tuning>>,
     matrix_size: Option<MatrixSize>,
     rounds_f32: bool,
+    packed_dots: bool,
 }
 
 impl fmt::Debug for Gpu {
@@ -99,6 +101,7 @@ impl fmt::Debug for Gpu {
             .field("profile", &self.inner.profile)
             .field("shader_checks", &self.inner.shader_checks)
             .field("matrix_size", &self.matrix_size)
+            .field("packed_dots", &self.packed_dots)
             .finish_non_exhaustive()
     }
 }
@@ -145,7 +148,8 @@ impl Gpu {
             device,
             queue,
         };
-        let gpu = Self { inner: Arc::new(inner), tuning: None, matrix_size: None, rounds_f32: false };
+        let inner = Arc::new(inner);
+        let gpu = Self { inner, tuning: None, matrix_size: None, rounds_f32: false, packed_dots: false };
         gpu.check_alive("taking a device over")?;
         Ok(gpu)
     }
@@ -228,6 +232,7 @@ impl Gpu {
             subgroup_size: self.subgroup_size().unwrap_or(0),
             int64: self.features().contains(wgpu::Features::SHADER_INT64),
             matrix: self.matrix_size(),
+            packed_dots: self.packed_dots,
             enable_directives: self.adapter_info().backend == wgpu::Backend::BrowserWebGpu,
         }
     }
@@ -270,10 +275,31 @@ impl Gpu {
         self.matrix_size
     }
 
+    /// The same device, whose kernels may quantise queries where that lets them multiply by packed integer dot products (`dot4I8Packed`): decode
+    /// of the GPU family over K in Int8 or Int4, with either kind of scales. A query of a token and head has codes of 8 bits then, -127 to 127 times
+    /// the largest of its scaled elements over 127, with the errors that
+    /// [`with_packed_dots`](crate::reference::ErrorModel::with_packed_dots) bounds. Prefill, caches whose K has no codes, and attention that is
+    /// [`deterministic`](crate::AttentionConfig::deterministic) stay as they are. A tuner made with the result races both kinds.
+    ///
+    /// No feature of the device is needed. One without such instructions gets the same results by plain integer arithmetic, more slowly than
+    /// without packed dot products; wgpu can't say which it is. In a browser without WGSL's `packed_4x8_integer_dot_product`
+    /// ([`wgpu::Instance::wgsl_language_features`]) the kernels don't compile.
+    #[must_use]
+    pub fn with_packed_dots(&self, allowed: bool) -> Self {
+        Self { packed_dots: allowed, ..self.clone() }
+    }
+
+    /// Whether kernels may quantise queries for packed dot products.
+    #[must_use]
+    pub fn packed_dots(&self) -> bool {
+        self.packed_dots
+    }
+
     /// The same device with the kernel sizes that a tuner chose. Caches, attentions and models made with the result use them; nothing else changes.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks or matrix units, or version of folio.
+    /// [`Error::Argument`](crate::Error::Argument) if the tuning is for another adapter, driver, choice of shader checks, matrix units or
+    /// packed dot products, or version of folio.
     pub fn with_tuning(&self, tuning: Tuning) -> Result<Self> {
         let have = self.tuned_for();
         if tuning.tuned_for != have {
@@ -304,6 +330,7 @@ impl Gpu {
             driver: driver.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" "),
             full_checks: self.inner.shader_checks == ShaderChecks::Full,
             matrix_rows: self.matrix_size.map_or(0, MatrixSize::rows),
+            packed_dots: self.packed_dots,
             folio: env!("CARGO_PKG_VERSION").into(),
         }
     }

@@ -26,6 +26,8 @@ pub struct GpuOptions {
     pub matrix_units: wgpu::ExperimentalFeatures,
     /// Let matrix units round what is stored in f32, see [`Gpu::with_rounded_f32`].
     pub rounds_f32: bool,
+    /// Let kernels quantise queries for packed integer dot products where the instance has them, see [`Gpu::with_packed_dots`].
+    pub packed_dots: bool,
     /// Kernel family. `None`: what suits the adapter.
     pub profile: Option<Profile>,
     /// Whether wgpu's shader checks stay in.
@@ -51,6 +53,7 @@ impl Default for GpuOptions {
             timestamps: false,
             matrix_units: wgpu::ExperimentalFeatures::disabled(),
             rounds_f32: false,
+            packed_dots: false,
             profile: None,
             shader_checks: ShaderChecks::default(),
             max_binding_bytes: None,
@@ -121,8 +124,11 @@ impl Gpu {
             .await
             .map_err(|error| Error::wgpu("opening the device", error))?;
         let profile = options.profile.unwrap_or_else(|| profile_of(&info));
+        let language = instance.wgsl_language_features();
+        let packed_dots =
+            options.packed_dots && language.contains(wgpu::WgslLanguageFeatures::Packed4x8IntegerDotProduct);
         let gpu = Self::from_parts_with(device, queue, profile, options.shader_checks)?;
-        let gpu = gpu.with_rounded_f32(options.rounds_f32);
+        let gpu = gpu.with_packed_dots(packed_dots).with_rounded_f32(options.rounds_f32);
         if uses_matrices { gpu.with_matrix_units(&adapter.cooperative_matrix_properties()) } else { Ok(gpu) }
     }
 

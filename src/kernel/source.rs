@@ -38,6 +38,8 @@ fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
         channel_scales => layout.format.has_channel_scales(),
         // The largest code, in formats with scales.
         levels => (1_u64 << layout.format.element_bits()) - 1,
+        // The code that packed dot products count from, so that codes are as small as they can be: the middle of the range.
+        centre => (1_u64 << layout.format.element_bits()) / 2,
         row_bytes => layout.row_bytes(),
         block_rows => layout.block_rows(),
         block_bytes => layout.block_bytes(),
@@ -75,6 +77,7 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 rope => v.rope.map(|rope| rope.layout.shader_name()),
                 rotary_dim => v.rope.map(|rope| rope.rotary_dim),
                 head_norm => v.head_norm,
+                packed_dots => v.packed_dots,
                 regions => v.qkv_regions().map(template::region_context),
                 subgroups => v.target.subgroups,
                 subgroup_size => v.target.subgroup_size,

@@ -67,6 +67,8 @@ pub struct Target {
     pub int64: bool,
     /// The matrices that kernels may use, if any: where they do, products are of halves.
     pub matrix: Option<MatrixSize>,
+    /// Whether decode over codes may quantise queries, to multiply them by packed integer dot products.
+    pub packed_dots: bool,
     /// Whether the text must say `enable subgroups;`: browsers demand it, naga refuses it.
     pub enable_directives: bool,
 }
@@ -80,6 +82,9 @@ pub struct ShaderFeatures {
     pub int64: bool,
     /// Matrix units, and halves to feed them: wgpu's `EXPERIMENTAL_COOPERATIVE_MATRIX` and `SHADER_F16`.
     pub matrix: bool,
+    /// WGSL's language feature `packed_4x8_integer_dot_product`. It is no feature of a device: natively naga always has it, and writes plain integer
+    /// arithmetic for those without such instructions; on the web it is the browser's (`wgpu::Instance::wgsl_language_features`).
+    pub packed_dots: bool,
 }
 
 /// A kernel before it is compiled: text and interface. Only this crate makes them; to read, print, validate, or compile elsewhere.

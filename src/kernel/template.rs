@@ -59,6 +59,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/kv_codes.wgsl",
     "shared/kv_rows.wgsl",
     "shared/kv_side.wgsl",
+    "shared/packed_queries.wgsl",
     "shared/rope.wgsl",
     "shared/rotate_in_place.wgsl",
     "shared/rotated_rows.wgsl",

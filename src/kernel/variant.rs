@@ -135,6 +135,8 @@ pub struct Variant {
     pub rope: Option<RopeShape>,
     /// Whether `append_qkv` normalises queries and keys before.
     pub head_norm: bool,
+    /// Whether scores are integer dot products of quantised queries with the codes of K (`decode`).
+    pub packed_dots: bool,
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
     /// Query rows of a workgroup (decode and prefill).
@@ -171,6 +173,7 @@ impl Variant {
             flags,
             rope: None,
             head_norm: false,
+            packed_dots: false,
             workgroup_size: 0,
             tile_q: 0,
             tile_kv: 0,
@@ -181,6 +184,7 @@ impl Variant {
         if !variant.may_use_matrices() {
             variant.target.matrix = None;
         }
+        variant.target.packed_dots &= variant.may_pack_dots();
         super::tuning::choose(&mut variant);
         variant
     }
@@ -193,6 +197,11 @@ impl Variant {
             && target.subgroups
             && k_format != KvFormat::F32
             && v_format != KvFormat::F32
+    }
+
+    /// Whether the kernel has a form for packed dot products, and K has codes for them.
+    fn may_pack_dots(&self) -> bool {
+        self.kernel == Kernel::Decode && self.target.profile == Profile::Gpu && self.k_format.has_codes()
     }
 
     /// The same kernel without matrix units, with the sizes that suit it then.
@@ -290,6 +299,7 @@ impl Variant {
             subgroups: attends && self.target.subgroups,
             int64: attends && self.target.profile == Profile::Cpu && self.target.int64,
             matrix: attends && self.target.matrix.is_some(),
+            packed_dots: self.packed_dots,
         }
     }
 

@@ -33,7 +33,7 @@ pub struct AttentionConfig {
     /// Calls write the natural logarithm of the softmax denominator: use `Attention::attend_with_lse`.
     pub lse: bool,
     /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
-    /// speed with small batches of middling lengths.
+    /// speed with small batches of middling lengths. Queries are not quantised then, whatever the device allows.
     pub deterministic: bool,
     /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
     /// more on its own exceeds it.

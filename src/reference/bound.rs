@@ -50,6 +50,13 @@
 //! do matrix units say how they round sums: `2u` of the partial sum for each addition is allowed for, always of the same sign, over a head
 //! and over the 64 keys at most after which sums are added in `f32`.
 //!
+//! **Packed dot products** ([`ErrorModel::with_packed_dots`]). A query `x`, times all factors of a score, becomes `s * i` with integers `i` of -127
+//! to 127 and `s = max|x| / 127`, so an element errs by up to `s / 2`, and by no more than itself. A key of codes is `m + scale * (code - c)`, where
+//! `c` is the code in the middle of the range, 128 or 8, and `m` what it stands for. The integer dot product is with `code - c` only and exact;
+//! products with `scale * c` and with the minimum are of the query as it was. So a score errs by up to `s / 2 * sum(scale * |code - c|)`. A query is rounded once for all keys, so
+//! that counts as shared; the elements' roundings are independent of one another. To it come some roundings of the two parts. Queries
+//! that are below `2^-116` throughout, in units of log2 or of the soft cap, count as 0. K in formats without codes is multiplied as ever.
+//!
 //! **Overflow.** Where sums of magnitudes come near the largest `f32`, the bounds are infinite.
 //!
 //! **Adding errors up.** The worst case, in which all errors have the same sign, is wider than what happens by the
@@ -123,6 +130,7 @@ pub struct ErrorModel<'a> {
     rounding: Rounding,
     over_stored: bool,
     f16_products: bool,
+    packed_dots: bool,
 }
 
 impl ErrorModel<'_> {
@@ -143,6 +151,7 @@ impl<'a> ErrorModel<'a> {
             rounding: Rounding::Independent,
             over_stored: false,
             f16_products: false,
+            packed_dots: false,
         }
     }
 
@@ -172,6 +181,13 @@ impl<'a> ErrorModel<'a> {
         Self { f16_products: true, ..self }
     }
 
+    /// The same model for kernels that quantise queries where K has codes, to multiply them by packed integer dot products. That is what decode
+    /// may do on a device [that allows it](crate::kernel::Target::packed_dots).
+    #[must_use]
+    pub const fn with_packed_dots(self) -> Self {
+        Self { packed_dots: true, ..self }
+    }
+
     /// The same model with another way of adding errors up.
     #[must_use]
     pub const fn with_rounding(self, rounding: Rounding) -> Self {
@@ -185,6 +201,17 @@ impl<'a> ErrorModel<'a> {
 
     pub(super) const fn f16_products(&self) -> bool {
         self.f16_products
+    }
+
+    /// Where kernels quantise queries: the code that they count K's codes from. Of stored codes whose width nobody says, the bound holds for 4
+    /// bits as well.
+    pub(super) const fn packed_centre(&self) -> Option<f64> {
+        match self.k {
+            Source::Format(KvFormat::F32 | KvFormat::F16 | KvFormat::E4M3) => None,
+            Source::Format(KvFormat::Int4 | KvFormat::Int4PerChannel) if self.packed_dots => Some(8.0),
+            _ if self.packed_dots => Some(128.0),
+            _ => None,
+        }
     }
 
     pub(super) const fn rounding(&self) -> Rounding {

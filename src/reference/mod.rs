@@ -199,8 +199,9 @@ pub fn attention_with_bound(problem: &Problem<'_>, model: &ErrorModel<'_>) -> Re
     let kept =
         Problem { k: k.as_deref().unwrap_or(problem.k), v: v.as_deref().unwrap_or(problem.v), ..problem.clone() };
     let (stored_k, stored_v) = (stored_k.as_deref(), stored_v.as_deref());
-    let (rounding, f16_products) = (model.rounding(), model.f16_products());
-    let bounded = run(&Checked { stored_k, stored_v, rounding, f16_products, ..Checked::new(&kept)? }, true);
+    let (rounding, f16_products, packed_centre) = (model.rounding(), model.f16_products(), model.packed_centre());
+    let rules = Checked { stored_k, stored_v, rounding, f16_products, packed_centre, ..Checked::new(&kept)? };
+    let bounded = run(&rules, true);
     if model.is_over_stored() || (stored_k.is_none() && stored_v.is_none()) {
         return Ok(bounded);
     }
@@ -221,6 +222,8 @@ struct Checked<'a> {
     rounding: Rounding,
     /// Whether kernels multiply halves.
     f16_products: bool,
+    /// If kernels quantise queries: the code that they count K's codes from.
+    packed_centre: Option<f64>,
 }
 
 /// A key that a row sees.
@@ -307,6 +310,7 @@ impl<'a> Checked<'a> {
             stored_v: None,
             rounding: Rounding::Independent,
             f16_products: false,
+            packed_centre: None,
         })
     }
 
@@ -324,7 +328,7 @@ impl<'a> Checked<'a> {
     }
 
     /// The elements of a key, as a kernel finds them.
-    fn key_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + 'a {
+    fn key_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + Clone + 'a {
         bound::elements(self.key_row(pos, kv_head), self.row_start(pos, kv_head), self.stored_k)
     }
 

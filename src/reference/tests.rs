@@ -3,6 +3,7 @@ use super::*;
 mod formats;
 mod halves;
 mod limits;
+mod packed;
 
 /// A problem that owns its numbers.
 #[derive(Clone)]

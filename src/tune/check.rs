@@ -82,6 +82,9 @@ impl Check {
                 options: Options::default(),
             };
             let mut model = ErrorModel::new(config.k_format, config.v_format);
+            if gpu.packed_dots() && kernel == Kernel::Decode {
+                model = model.with_packed_dots();
+            }
             if let Some(scales) = &scales {
                 model = model.with_key_scales(scales);
             }

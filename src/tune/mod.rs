@@ -111,9 +111,10 @@ pub enum TuneEvent<'a> {
 
 impl fmt::Display for Sizes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { workgroup_size, tile_q, tile_kv, int64, subgroups } = self;
+        let Self { workgroup_size, tile_q, tile_kv, int64, subgroups, packed_dots } = self;
         write!(f, "workgroup {workgroup_size}, tile {tile_q} x {tile_kv}")?;
-        write!(f, "{}{}", if *subgroups { ", subgroups" } else { "" }, if *int64 { ", 64-bit loads" } else { "" })
+        write!(f, "{}{}", if *subgroups { ", subgroups" } else { "" }, if *int64 { ", 64-bit loads" } else { "" })?;
+        f.write_str(if *packed_dots { ", packed dot products" } else { "" })
     }
 }
 

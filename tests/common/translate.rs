@@ -21,7 +21,7 @@ pub(crate) fn translate(
 ) -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     let entry = || Some((ShaderStage::Compute, entry_point.to_owned()));
-    let ShaderFeatures { subgroups, int64, matrix } = features;
+    let ShaderFeatures { subgroups, int64, matrix, packed_dots: _ } = features;
 
     let lang_version = if matrix {
         (1, 6)

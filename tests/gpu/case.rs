@@ -28,6 +28,8 @@ pub(crate) struct Case {
     pub(crate) seed: u64,
     /// Whether the kernels may multiply halves.
     pub(crate) f16_products: bool,
+    /// Whether they may quantise queries.
+    pub(crate) packed_dots: bool,
 }
 
 /// The rows of one sequence.
@@ -58,6 +60,7 @@ impl Case {
             mask_density: 0.5,
             seed: 1,
             f16_products: false,
+            packed_dots: false,
         }
     }
 
@@ -173,6 +176,9 @@ impl Case {
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
         if self.f16_products {
             model = model.with_f16_products();
+        }
+        if self.packed_dots {
+            model = model.with_packed_dots();
         }
         if let Some(channels) = &channels {
             model = model.with_key_scales(channels);

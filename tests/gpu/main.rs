@@ -24,6 +24,7 @@ mod lost;
 mod matrix;
 mod model_based;
 mod movable;
+mod packed;
 mod rope;
 mod segments;
 mod soundness;

@@ -26,7 +26,7 @@ fn entry(variant: &Variant, sizes: Sizes, split: Option<TunedSplit>) -> TunedKer
 
 /// Runs a case with every candidate of each kernel: the n-th of all of them at a time.
 fn check_candidates(how: Open, case: &Case) {
-    let Some(gpu) = adapter::open(how) else { return };
+    let Some(gpu) = adapter::open(how).map(|gpu| gpu.with_packed_dots(case.packed_dots)) else { return };
     let variants = [Kernel::Decode, Kernel::Prefill, Kernel::Append].map(|kernel| default_variant(&gpu, case, kernel));
     let candidates = variants.map(|variant| variant.candidates());
     let most = candidates.iter().map(Vec::len).max().unwrap();
@@ -64,6 +64,40 @@ fn every_candidate_for_gpus_is_right() {
     check_candidates(GPU, &case(4, 1, 64, KvFormat::F16, KvFormat::Int8));
     check_candidates(GPU, &case(8, 1, 128, KvFormat::Int4, KvFormat::Int4));
     check_candidates(GPU_PLAIN, &case(2, 2, 40, KvFormat::F32, KvFormat::F32).block_size(5));
+    let packed = |case| Case { packed_dots: true, ..case };
+    check_candidates(GPU, &packed(case(4, 1, 64, KvFormat::Int4, KvFormat::Int4)));
+    check_candidates(GPU_PLAIN, &packed(case(8, 1, 72, KvFormat::Int8PerChannel, KvFormat::F16)));
+}
+
+/// Where queries may be quantised, decode races with and without; nowhere else does a choice quantise them.
+#[test]
+fn packed_dot_products_race_where_they_are_allowed() {
+    let Some(plain) = adapter::open(GPU) else { return };
+    let packed = plain.with_packed_dots(true);
+    let case = case(4, 1, 32, KvFormat::Int8, KvFormat::Int8);
+    let both = default_variant(&packed, &case, Kernel::Decode).candidates();
+    let quantised = both.iter().filter(|sizes| sizes.packed_dots).count();
+    assert!(both[0].packed_dots && quantised > 1 && both.len() == 2 * quantised, "{both:?}");
+    let default = default_variant(&plain, &case, Kernel::Decode);
+    assert!(default.candidates().iter().all(|sizes| !sizes.packed_dots));
+    // A file that says otherwise changes nothing.
+    let kernels = vec![entry(&default, both[0], None)];
+    let tuned = plain.with_tuning(Tuning { tuned_for: plain.tuned_for(), kernels }).unwrap();
+    case.check(&tuned);
+
+    let config = KvCacheConfig::new(1, 1, 32).with_blocks(8, 16).with_formats(KvFormat::Int8, KvFormat::Int8);
+    let shape = TuneShape::new(&config, 4).with_decode(2, 64).with_prefill(24, 48);
+    let mut timed = Vec::new();
+    let tuning = packed
+        .tune(&[shape], Duration::from_secs(15), |event| match event {
+            TuneEvent::Timed { sizes, .. } => timed.push(sizes),
+            TuneEvent::Dropped { sizes, reason } => panic!("{sizes}: {reason}"),
+            _ => {}
+        })
+        .unwrap();
+    assert!(timed.iter().any(|sizes| sizes.packed_dots) && timed.iter().any(|sizes| !sizes.packed_dots), "{timed:?}");
+    assert!(plain.with_tuning(tuning.clone()).is_err());
+    Case { packed_dots: true, ..case }.check(&packed.with_tuning(tuning).unwrap());
 }
 
 /// The default for Intel's GPUs, on an adapter of somebody else's.
@@ -101,6 +135,7 @@ fn foreign_and_damaged_tunings_change_nothing() {
         |tuning: &mut Tuning| tuning.tuned_for.folio.push('x'),
         |tuning: &mut Tuning| tuning.tuned_for.full_checks ^= true,
         |tuning: &mut Tuning| tuning.tuned_for.matrix_rows += 16,
+        |tuning: &mut Tuning| tuning.tuned_for.packed_dots ^= true,
     ] {
         let mut tuning = empty.clone();
         change(&mut tuning);

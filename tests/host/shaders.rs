@@ -324,6 +324,8 @@ fn validate(
 }
 
 fn check_features(variant: &Variant, text: &str, module: &Module, problems: &mut Problems) -> Option<ModuleInfo> {
+    // A language feature, which naga knows no shader without.
+    problems.expect_eq("packed dot products", text.contains("dot4I8Packed"), variant.features().packed_dots);
     validate(variant, module, variant.features())
         .map_err(|error| problems.add("validate", error.emit_to_string(text)))
         .ok()

@@ -37,6 +37,7 @@ pub(crate) fn targets() -> Vec<Target> {
                 subgroup_size: 0,
                 int64,
                 matrix: None,
+                packed_dots: false,
                 enable_directives: false,
             };
             targets.push(target);
@@ -48,6 +49,8 @@ pub(crate) fn targets() -> Vec<Target> {
                 let with =
                     |(matrix, subgroup_size)| Target { subgroups: true, subgroup_size, matrix: Some(matrix), ..target };
                 targets.extend(MATRICES.map(with));
+                targets.push(Target { packed_dots: true, ..target });
+                targets.extend([0, 8, 32].map(|size| Target { packed_dots: true, ..with_subgroups(size) }));
             }
         }
     }

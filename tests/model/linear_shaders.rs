@@ -20,6 +20,7 @@ fn targets() -> Vec<Target> {
                     subgroup_size,
                     int64,
                     matrix: None,
+                    packed_dots: false,
                     enable_directives: false,
                 });
             }

@@ -18,6 +18,7 @@ fn targets() -> impl Iterator<Item = Target> {
         subgroup_size: 0,
         int64,
         matrix: None,
+        packed_dots: false,
         enable_directives: false,
     })
 }

@@ -30,6 +30,13 @@ geometry! {
         q_row: u32,
         /// Whether `vec4`s of the query are interleaved by lane: read 16 words or more apart they would share their banks.
         q_interleaved: bool,
+        /// Packed queries: type and words (4 codes each) of an element, elements of a head in the order in which lanes read them, and of all heads.
+        q_codes_type: &'static str,
+        q_code_words: u32,
+        q_codes_row: u32,
+        q_codes_len: u32,
+        /// `vec4`s of what else is known of packed queries, one per head.
+        q_terms_len: u32,
         /// Neighbouring lanes that add their parts of a score by shuffles, those of them that write, and the parts left then.
         butterfly: u32,
         writers: u32,
@@ -84,7 +91,12 @@ impl DecodeGeometry {
         let streams = 1 << fit.ilog2();
         let head_sums = streams * head_dim / 4;
         let q_row = k_loads * lanes * k_dims / 4;
-        let merge_heads = group_size.min((group_size * q_row / head_sums).max(1));
+        let q_code_words = (k_dims / 4).min(4);
+        let q_codes_row = q_row / q_code_words;
+        // The sums take the room of the queries. Beside queries in codes, long rows get half of it: with all of it they need 17 216 bytes
+        // (head_dim 256, 8 heads), and WebGPU promises 16 384.
+        let q_room = group_size * q_row / if variant.packed_dots && head_dim > 128 { 2 } else { 1 };
+        let merge_heads = group_size.min((q_room / head_sums).max(1));
         let logits_row = tile_kv + 8;
         let per_key = |is_needed: bool| if is_needed { tile_kv } else { 0 };
         Self {
@@ -102,6 +114,11 @@ impl DecodeGeometry {
             k_loads,
             q_row,
             q_interleaved: k_dims > 8 && lanes > 1,
+            q_codes_type: if q_code_words == 2 { "vec2<u32>" } else { "vec4<u32>" },
+            q_code_words,
+            q_codes_row,
+            q_codes_len: if variant.packed_dots { group_size * q_codes_row } else { 0 },
+            q_terms_len: if variant.packed_dots { group_size } else { 0 },
             butterfly,
             writers: butterfly.min(4),
             parts,
@@ -109,7 +126,7 @@ impl DecodeGeometry {
             stream_quads: quads / streams,
             value_lanes: streams * v_row,
             merge_heads,
-            tile_len: (group_size * q_row).max(merge_heads * head_sums),
+            tile_len: if variant.packed_dots { 0 } else { group_size * q_row }.max(merge_heads * head_sums),
             logits_row,
             logits_len: parts * group_size * logits_row,
             weights_len: group_size * quads,
@@ -124,6 +141,8 @@ impl DecodeGeometry {
     pub(in crate::kernel) fn workgroup_bytes(&self) -> u32 {
         array_bytes(&[
             (self.tile_len, 16),
+            (self.q_codes_len, 4 * self.q_code_words),
+            (self.q_terms_len, 16),
             (self.logits_len, 4),
             (self.weights_len, 16),
             (self.rescale_len, 4),

@@ -11,6 +11,7 @@ fn variant(profile: Profile, kernel: Kernel, head_dim: u32, group_size: u32, for
         subgroup_size: 8,
         int64: true,
         matrix: None,
+        packed_dots: false,
         enable_directives: false,
     };
     let [k_format, v_format] = formats;

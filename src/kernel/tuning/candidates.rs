@@ -3,7 +3,8 @@
 use super::super::target::Profile;
 use super::super::variant::{Kernel, Variant};
 
-/// What may be chosen freely for a kernel: how fast it is depends on it, what it computes does not (but for rounding).
+/// What may be chosen freely for a kernel: how fast it is depends on it, what it computes does not, but for rounding and
+/// [`packed_dots`](Self::packed_dots).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
 pub struct Sizes {
@@ -17,6 +18,10 @@ pub struct Sizes {
     pub int64: bool,
     /// Whether invocations share by subgroup operations.
     pub subgroups: bool,
+    /// Whether queries are quantised for packed dot products. The one choice that shows in results, hence among the candidates only where
+    /// [`Target::packed_dots`](crate::kernel::Target::packed_dots) allows it.
+    #[cfg_attr(feature = "tune", serde(default))]
+    pub packed_dots: bool,
 }
 
 /// WebGPU's defaults, which no candidate exceeds: it would fail on some device that the default runs on.
@@ -45,16 +50,16 @@ impl Variant {
     /// What of this variant may be chosen freely.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        let Self { workgroup_size, tile_q, tile_kv, target, .. } = *self;
-        Sizes { workgroup_size, tile_q, tile_kv, int64: target.int64, subgroups: target.subgroups }
+        let Self { workgroup_size, tile_q, tile_kv, target, packed_dots, .. } = *self;
+        Sizes { workgroup_size, tile_q, tile_kv, int64: target.int64, subgroups: target.subgroups, packed_dots }
     }
 
     /// The same kernel with other sizes. Only [`candidates`](Self::candidates) are tested.
     #[must_use]
     pub fn with_sizes(mut self, sizes: Sizes) -> Self {
-        let Sizes { workgroup_size, tile_q, tile_kv, int64, subgroups } = sizes;
+        let Sizes { workgroup_size, tile_q, tile_kv, int64, subgroups, packed_dots } = sizes;
         (self.workgroup_size, self.tile_q, self.tile_kv) = (workgroup_size, tile_q, tile_kv);
-        (self.target.int64, self.target.subgroups) = (int64, subgroups);
+        (self.target.int64, self.target.subgroups, self.packed_dots) = (int64, subgroups, packed_dots);
         if self.target.profile == Profile::Cpu && !subgroups {
             self.target.subgroup_size = 0;
         }
@@ -106,7 +111,11 @@ impl Variant {
     }
 
     fn gpu_decode(&self, own: Sizes) -> Vec<Sizes> {
-        GPU_DECODE.into_iter().map(|(workgroup_size, tile_kv)| Sizes { workgroup_size, tile_kv, ..own }).collect()
+        let dots: &[bool] = if self.target.packed_dots { &[true, false] } else { &[false] };
+        let sizes = |packed_dots| {
+            GPU_DECODE.map(|(workgroup_size, tile_kv)| Sizes { workgroup_size, tile_kv, packed_dots, ..own })
+        };
+        dots.iter().flat_map(|&packed_dots| sizes(packed_dots)).collect()
     }
 
     fn gpu_prefill(&self, own: Sizes) -> Vec<Sizes> {

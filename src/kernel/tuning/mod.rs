@@ -17,6 +17,7 @@ use crate::plan::SplitPolicy;
 /// Sets the sizes of a variant from its kernel, target and shape. `docs/measurements.md` has the numbers behind the rows.
 pub(crate) fn choose(variant: &mut Variant) {
     let (head_dim, group_size) = (variant.head_dim, variant.group_size);
+    variant.packed_dots = variant.target.packed_dots;
     let lanes = cpu_lanes(variant);
     let both_narrow = variant.k_format != KvFormat::F32 && variant.v_format != KvFormat::F32;
     (variant.workgroup_size, variant.tile_q, variant.tile_kv) = match (variant.target.profile, variant.kernel) {

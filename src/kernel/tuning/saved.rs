@@ -21,6 +21,9 @@ pub struct TunedFor {
     pub full_checks: bool,
     /// Rows of the matrices that matrix units multiply; 0 without any.
     pub matrix_rows: u32,
+    /// Whether queries may be quantised for packed dot products.
+    #[cfg_attr(feature = "tune", serde(default))]
+    pub packed_dots: bool,
     /// folio's version.
     pub folio: String,
 }
@@ -167,11 +170,14 @@ impl TunedFor {
 
 impl std::fmt::Display for TunedFor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { adapter, backend, driver, full_checks, matrix_rows, folio } = self;
+        let Self { adapter, backend, driver, full_checks, matrix_rows, packed_dots, folio } = self;
         let checks = if *full_checks { "full" } else { "trusted" };
         write!(f, "{adapter} ({backend}, driver {driver}, {checks} checks")?;
         if *matrix_rows > 0 {
             write!(f, ", matrices of {matrix_rows}")?;
+        }
+        if *packed_dots {
+            write!(f, ", packed dot products")?;
         }
         write!(f, ") with folio {folio}")
     }

@@ -1,5 +1,7 @@
 //! The bounds of one row: a query token and a query head.
 
+mod packed;
+
 use super::Rounding;
 use crate::reference::quantise::Stored;
 use crate::reference::{Checked, Row, VisibleKey};
@@ -66,7 +68,7 @@ pub(in crate::reference) fn elements<'r>(
     row: &'r [f32],
     at: usize,
     stored: Option<&'r Stored>,
-) -> impl Iterator<Item = Element> + 'r {
+) -> impl Iterator<Item = Element> + Clone + 'r {
     row.iter().enumerate().map(move |(dim, &value)| {
         let value = f64::from(value);
         let Some(stored) = stored else {
@@ -144,7 +146,13 @@ impl Terms {
 }
 
 /// Error of `dot(q, k) * softmax_scale`, or `None` if it may overflow; `scaled` is its exact value.
-fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>, scaled: f64) -> Option<LogitError> {
+fn dot_error(
+    checked: &Checked<'_>,
+    q: &[f32],
+    k: impl Iterator<Item = Element> + Clone,
+    scaled: f64,
+) -> Option<LogitError> {
+    let elements = k.clone();
     let [mut rest, mut zero, mut rounding, mut uncertain] = [Terms::default(); 4];
     let (mut q_abs, mut is_coded) = (0.0, false);
     let (mut largest_half, mut codes_abs) = (0.0_f64, 0.0);
@@ -195,6 +203,9 @@ fn dot_error(checked: &Checked<'_>, q: &[f32], k: impl Iterator<Item = Element>,
             }
             Rounding::Coherent => error.shared += (2.0 * HALF + sums) * rest.abs + flushed,
         }
+    }
+    if let Some(centre) = checked.packed_centre {
+        error.shared += packed::dot_error(checked, q, elements, centre);
     }
     Some(error)
 }
