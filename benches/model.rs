@@ -90,9 +90,11 @@ struct Torch {
 impl Torch {
     fn start(python: &Path, model: &[&str]) -> Result<Self> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/torch_decoder_bench.py");
+        // As many as the adapter's, which on the machines that were measured has two.
+        let threads = std::env::var("OMP_NUM_THREADS").unwrap_or_else(|_| "2".into());
         let mut process = Command::new(python)
             .arg(script)
-            .args(["--serve", "--threads", "2"])
+            .args(["--serve", "--threads", &threads])
             .args(model)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

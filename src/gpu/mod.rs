@@ -40,8 +40,17 @@ fn is_cpu_adapter(info: &wgpu::AdapterInfo) -> bool {
         || ["llvmpipe", "swiftshader", "basic render"].iter().any(|cpu| name.contains(cpu))
 }
 
-/// Intel's PCI vendor id.
-const INTEL: u32 = 0x8086;
+/// By the PCI vendor id; Metal says none, and has the maker in the adapter's name.
+fn vendor_of(info: &wgpu::AdapterInfo) -> Vendor {
+    match info.vendor {
+        0x1002 => Vendor::Amd,
+        0x106b => Vendor::Apple,
+        0x10de => Vendor::Nvidia,
+        0x8086 => Vendor::Intel,
+        0 if info.name.starts_with("Apple ") => Vendor::Apple,
+        _ => Vendor::Other,
+    }
+}
 
 /// Whether wgpu adds bounds checks and loop guards to folio's shaders.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -227,7 +236,7 @@ impl Gpu {
     pub fn target(&self) -> Target {
         Target {
             profile: self.profile(),
-            vendor: if self.inner.info.vendor == INTEL { Vendor::Intel } else { Vendor::Other },
+            vendor: vendor_of(&self.inner.info),
             subgroups: self.has_subgroups(),
             subgroup_size: self.subgroup_size().unwrap_or(0),
             int64: self.features().contains(wgpu::Features::SHADER_INT64),

@@ -25,6 +25,12 @@ pub enum AdapterClass {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Vendor {
+    /// AMD's GPUs.
+    Amd,
+    /// Apple's GPUs.
+    Apple,
+    /// NVIDIA's GPUs.
+    Nvidia,
     /// Intel's GPUs: 128 registers of 32 bytes a thread, so that kernels with large tiles spill.
     Intel,
     /// All others, and browsers, which don't say.

@@ -104,7 +104,9 @@ fn packed_dot_products_race_where_they_are_allowed() {
 #[test]
 fn tiles_for_intel_are_right() {
     let Some(gpu) = adapter::open(GPU) else { return };
-    for (head_dim, format) in [(72, KvFormat::F32), (96, KvFormat::F16), (192, KvFormat::F16), (256, KvFormat::Int8)] {
+    for (head_dim, format) in
+        [(64, KvFormat::E4M3), (72, KvFormat::F32), (96, KvFormat::F16), (192, KvFormat::F16), (256, KvFormat::Int8)]
+    {
         let case = case(2, 1, head_dim, format, format);
         let variant = default_variant(&gpu, &case, Kernel::Prefill);
         let config = KvCacheConfig::new(1, 1, head_dim).with_blocks(1, case.block_size).with_formats(format, format);

@@ -70,8 +70,13 @@ impl Variant {
     /// needs nothing beyond WebGPU's defaults that this variant doesn't use already.
     #[must_use]
     pub fn candidates(&self) -> Vec<Sizes> {
-        let own = self.sizes();
-        let mut all = vec![own];
+        let mut all = vec![self.sizes()];
+        // What is around the general rules' choice, whatever was measured: otherwise each measured row would move the range.
+        let mut by_rule = *self;
+        super::choose_by_rule(&mut by_rule);
+        let own = by_rule.sizes();
+        all.push(own);
+        all.dedup();
         let tried = match (self.target.profile, self.kernel) {
             (Profile::Cpu, Kernel::Decode) => self.cpu_decode(own),
             (Profile::Cpu, Kernel::Prefill) => self.cpu_prefill(own),
