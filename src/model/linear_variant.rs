@@ -152,6 +152,7 @@ impl LinearVariant {
     /// Resets the fields that the kernel's text doesn't depend on.
     fn normalise(&mut self) {
         let target = &mut self.target;
+        target.packed_dots = false;
         if target.profile == Profile::Cpu && !(target.subgroups && CPU_SUBGROUP_SIZES.contains(&target.subgroup_size)) {
             (target.subgroups, target.subgroup_size, target.int64) = (false, 0, false);
         }
@@ -302,7 +303,7 @@ impl LinearVariant {
         };
         let text = render(template, values)?;
         let Target { subgroups, int64, .. } = self.target;
-        let features = ShaderFeatures { subgroups, int64, matrix: matrix.is_some() };
+        let features = ShaderFeatures { subgroups, int64, matrix: matrix.is_some(), packed_dots: false };
         let directive = if self.target.enable_directives && self.target.subgroups { "enable subgroups;\n" } else { "" };
         let weights = if cpu { Access::Texture } else { Access::Read };
         let x = if self.staged() { Access::Texture } else { Access::Read };

@@ -82,7 +82,7 @@ fn packed_dot_products_race_where_they_are_allowed() {
     assert!(default.candidates().iter().all(|sizes| !sizes.packed_dots));
     // A file that says otherwise changes nothing.
     let kernels = vec![entry(&default, both[0], None)];
-    let tuned = plain.with_tuning(Tuning { tuned_for: plain.tuned_for(), kernels }).unwrap();
+    let tuned = plain.with_tuning(Tuning { tuned_for: plain.tuned_for(), kernels, linear: Vec::new() }).unwrap();
     case.check(&tuned);
 
     let config = KvCacheConfig::new(1, 1, 32).with_blocks(8, 16).with_formats(KvFormat::Int8, KvFormat::Int8);

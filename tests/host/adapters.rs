@@ -75,7 +75,7 @@ fn is_sane(name: &str, tuned_for: &TunedFor) -> bool {
 }
 
 /// Everything that an adapter of a class may offer.
-fn targets(class: usize, matrix_rows: u32) -> Vec<Target> {
+fn targets(class: usize, matrix_rows: u32, packed_dots: bool) -> Vec<Target> {
     let (_, profile, vendor) = CLASSES[class];
     let matrix = match matrix_rows {
         8 => Some(MatrixSize::Eight),
@@ -84,8 +84,16 @@ fn targets(class: usize, matrix_rows: u32) -> Vec<Target> {
     };
     let mut targets = Vec::new();
     for int64 in [false, true] {
-        let target =
-            Target { profile, vendor, subgroups: false, subgroup_size: 0, int64, matrix, enable_directives: false };
+        let target = Target {
+            profile,
+            vendor,
+            subgroups: false,
+            subgroup_size: 0,
+            int64,
+            matrix,
+            packed_dots,
+            enable_directives: false,
+        };
         targets.push(target);
         targets.extend([0, 4, 8, 16, 32, 64].map(|subgroup_size| Target { subgroups: true, subgroup_size, ..target }));
     }
@@ -97,13 +105,13 @@ fn kernel_of(shape: &TunedShape) -> Option<Kernel> {
 }
 
 /// Whether some target of the class may run these sizes.
-fn is_candidate(class: usize, matrix_rows: u32, entry: &TunedKernel) -> bool {
+fn is_candidate(class: usize, tuned_for: &TunedFor, entry: &TunedKernel) -> bool {
     let TunedShape { head_dim, group_size, k_format, v_format, .. } = &entry.shape;
     let (Some(kernel), Ok(k), Ok(v)) = (kernel_of(&entry.shape), k_format.parse(), v_format.parse()) else {
         return false;
     };
     let config = KvCacheConfig::new(1, 1, *head_dim).with_formats(k, v);
-    targets(class, matrix_rows).into_iter().any(|target| {
+    targets(class, tuned_for.matrix_rows, tuned_for.packed_dots).into_iter().any(|target| {
         let variant = Variant::new(kernel, target, &config, *group_size, AttendFlags::default());
         TunedShape::of(&variant) == entry.shape && variant.candidates().contains(&entry.sizes)
     })
@@ -170,7 +178,7 @@ fn source(verdicts: &BTreeMap<Key, Verdict>) -> String {
         };
         let kernel = Kernel::ALL.into_iter().find(|known| known.entry_point() == kernel).unwrap();
         let format = |name: &str| format!("KvFormat::{:?}", name.parse::<KvFormat>().unwrap());
-        let Sizes { workgroup_size, tile_q, tile_kv, int64, subgroups } = sizes;
+        let Sizes { workgroup_size, tile_q, tile_kv, int64, subgroups, packed_dots } = sizes;
         write!(
             rows,
             "
@@ -180,7 +188,7 @@ fn source(verdicts: &BTreeMap<Key, Verdict>) -> String {
         head_dim: {head_dim},
         group_size: {group_size},
         formats: [{}, {}],
-        sizes: Sizes {{ workgroup_size: {workgroup_size}, tile_q: {tile_q}, tile_kv: {tile_kv}, int64: {int64}, subgroups: {subgroups} }},
+        sizes: Sizes {{ workgroup_size: {workgroup_size}, tile_q: {tile_q}, tile_kv: {tile_kv}, int64: {int64}, subgroups: {subgroups}, packed_dots: {packed_dots} }},
     }},",
             format(k),
             format(v),
@@ -235,7 +243,7 @@ fn every_file_is_sound() {
         assert!(!tuning.kernels.is_empty(), "{name} is empty");
         for entry in &tuning.kernels {
             assert!(entry.nanos > 0 && entry.default_nanos > 0, "{name}: {entry:?}");
-            assert!(is_candidate(class, tuning.tuned_for.matrix_rows, entry), "{name}: no candidate: {entry:?}");
+            assert!(is_candidate(class, &tuning.tuned_for, entry), "{name}: no candidate: {entry:?}");
         }
     }
 }
@@ -263,7 +271,7 @@ fn every_row_is_the_default_of_some_target() {
         let Verdict::Row(sizes) = verdict else { continue };
         let config = KvCacheConfig::new(1, 1, head_dim).with_formats(k.parse().unwrap(), v.parse().unwrap());
         let kernel = Kernel::ALL.into_iter().find(|known| known.entry_point() == kernel).unwrap();
-        let mut variants = targets(class, 0)
+        let mut variants = targets(class, 0, false)
             .into_iter()
             .map(|target| Variant::new(kernel, target, &config, group_size, AttendFlags::default()));
         assert!(variants.any(|variant| variant.sizes() == sizes), "{kernel:?} d{head_dim} of {lanes} lanes: {sizes}");
@@ -279,7 +287,7 @@ fn entry(tile_kv: u32, nanos: u64, split: bool) -> TunedKernel {
             k_format: "F16".into(),
             v_format: "F16".into(),
         },
-        sizes: Sizes { workgroup_size: 128, tile_q: 4, tile_kv, int64: false, subgroups: true },
+        sizes: Sizes { workgroup_size: 128, tile_q: 4, tile_kv, int64: false, subgroups: true, packed_dots: false },
         split: split.then_some(TunedSplit { target_workgroups: 64, min_split_len: 256 }),
         workload: String::new(),
         nanos,
@@ -303,7 +311,7 @@ fn a_row_needs_a_clear_gain_and_no_objection() {
 /// What is written is Rust, formatted as the rest is, and names the class.
 #[test]
 fn rows_are_written_as_source() {
-    let tuning = |entry| Tuning { tuned_for: tuned_for("NVIDIA X"), kernels: vec![entry] };
+    let tuning = |entry| Tuning { tuned_for: tuned_for("NVIDIA X"), kernels: vec![entry], linear: Vec::new() };
     let file = |class, entry| File { class, name: "x.json".into(), tuning: tuning(entry) };
     let text = source(&verdicts(&[file(4, entry(16, 500, false)), file(0, entry(64, 950, false))]));
     assert!(text.contains("class: Class::Gpu(Vendor::Nvidia),\n        kernel: Kernel::Decode,"), "{text}");
@@ -318,6 +326,7 @@ fn tuned_for(adapter: &str) -> TunedFor {
         driver: "1".into(),
         full_checks: false,
         matrix_rows: 0,
+        packed_dots: false,
         folio: "0.1.0".into(),
     }
 }
@@ -335,15 +344,15 @@ fn damaged_files_are_noticed() {
         assert!(!is_sane(name, &llvmpipe), "{name}");
     }
     let good = entry(16, 900, false);
-    assert!(is_candidate(0, 0, &good));
+    assert!(is_candidate(0, &llvmpipe, &good));
     // The lanes of no CPU adapter.
-    assert!(!is_candidate(2, 0, &good));
+    assert!(!is_candidate(2, &llvmpipe, &good));
     let mut bad = vec![good.clone(); 4];
     bad[0].sizes.tile_kv = 17;
     bad[1].shape.kernel = "merge_all".into();
     bad[2].shape.head_dim = 63;
     bad[3].shape.k_format = "F17".into();
     for bad in bad {
-        assert!(!is_candidate(0, 0, &bad), "{bad:?}");
+        assert!(!is_candidate(0, &llvmpipe, &bad), "{bad:?}");
     }
 }

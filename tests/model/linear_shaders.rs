@@ -36,6 +36,7 @@ fn targets() -> Vec<Target> {
         subgroup_size,
         int64: false,
         matrix: Some(matrix),
+        packed_dots: false,
         enable_directives: false,
     }));
     targets

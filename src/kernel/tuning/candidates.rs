@@ -20,7 +20,7 @@ pub struct Sizes {
     pub subgroups: bool,
     /// Whether queries are quantised for packed dot products. The one choice that shows in results, hence among the candidates only where
     /// [`Target::packed_dots`](crate::kernel::Target::packed_dots) allows it.
-    #[cfg_attr(feature = "tune", serde(default))]
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default))]
     pub packed_dots: bool,
 }
 

@@ -69,6 +69,7 @@ mod tests {
             subgroup_size,
             int64: true,
             matrix: None,
+            packed_dots: false,
             enable_directives: false,
         };
         let config = KvCacheConfig::new(1, 2, 64).with_formats(KvFormat::F16, KvFormat::Int8);

@@ -22,7 +22,7 @@ pub struct TunedFor {
     /// Rows of the matrices that matrix units multiply; 0 without any.
     pub matrix_rows: u32,
     /// Whether queries may be quantised for packed dot products.
-    #[cfg_attr(feature = "tune", serde(default))]
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default))]
     pub packed_dots: bool,
     /// folio's version.
     pub folio: String,
