@@ -7,9 +7,9 @@ use futures_channel::mpsc::UnboundedSender;
 
 use super::request::{EndReason, Event, Request, Usage};
 use super::text::{AnswerText, Pushed};
-use crate::SequenceId;
 use crate::model::{Decoder, Sampling, TextStream};
 use crate::schedule::{Memory, PrefixHit, RequestId};
+use crate::{PrefixProbe, SequenceId};
 
 /// A request in an engine.
 #[derive(Debug)]
@@ -162,16 +162,20 @@ impl Memory for CacheView<'_> {
 
     fn prefix(&self, request: RequestId) -> PrefixHit {
         let Some(request) = self.requests.get(&request) else { return PrefixHit::default() };
-        if let Some((_, tokens)) = self.fork_of(request) {
-            // The last block is shared, unless it is full, and copied by the next token.
-            let copies = !tokens.is_multiple_of(self.decoder.options().block_size);
-            return PrefixHit { tokens, free_blocks: u32::from(copies) };
+        let probe = if self.decoder.options().prefix_cache {
+            self.decoder.probe_prefix(&request.text)
+        } else {
+            PrefixProbe::default()
+        };
+        // The index has more than the prompt where an answer is computed again.
+        match self.fork_of(request).filter(|&(_, tokens)| tokens >= probe.len) {
+            Some((_, tokens)) => {
+                // The last block is shared, unless it is full, and copied by the next token.
+                let copies = !tokens.is_multiple_of(self.decoder.options().block_size);
+                PrefixHit { tokens, free_blocks: u32::from(copies) }
+            }
+            None => PrefixHit { tokens: probe.len, free_blocks: probe.reclaimable_blocks },
         }
-        if !self.decoder.options().prefix_cache {
-            return PrefixHit::default();
-        }
-        let probe = self.decoder.probe_prefix(&request.text);
-        PrefixHit { tokens: probe.len, free_blocks: probe.reclaimable_blocks }
     }
 
     /// True if another request is computing more of a common prefix than the index has: one that runs, or one that waits and will run first.
@@ -191,6 +195,12 @@ impl Memory for CacheView<'_> {
             return false;
         }
         let known = self.decoder.probe_prefix(&request.text).len;
+        let block_size = self.decoder.options().block_size;
+        if known + block_size >= request.text.len() as u32 {
+            return false;
+        }
+        // Most texts differ in the block after what is known, so that is looked at first.
+        let next = known as usize..(known + block_size) as usize;
         self.requests.iter().any(|(&other_id, other)| {
             let cached = match self.cached(other) {
                 Some(cached) => cached,
@@ -200,6 +210,7 @@ impl Memory for CacheView<'_> {
             // What the other one has computed is in the index.
             other_id != id
                 && cached < other.text.len() as u32
+                && other.text.get(next.clone()) == request.text.get(next.clone())
                 && self.common(&request.text, &other.text) > known.max(cached)
         })
     }

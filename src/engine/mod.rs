@@ -1,10 +1,10 @@
-//! Continuous batching on a [`Decoder`](crate::model::Decoder): many requests share its cache and its steps, each joins and leaves when it likes.
+//! Continuous batching on a [`Decoder`]: many requests share its cache and its steps, each joins and leaves when it likes.
 //!
 //! An [`Engine`] has no thread, no runtime and no timer. [`Engine::step`] records and submits one step of the model and hands out what came of it; a
 //! host with a frame loop calls it when it likes. [`Engine::spawn`] is the thread for everybody else. What a request yields is a stream of events,
 //! an [`Answer`]; dropping it cancels the request.
 //!
-//! Which requests take part in a step is decided by a [`Scheduler`](crate::schedule::Scheduler).
+//! Which requests take part in a step is decided by a [`Scheduler`].
 
 mod active;
 mod inspect;
@@ -154,8 +154,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`SubmitError::Invalid`] for an empty prompt, ids outside the vocabulary, a prompt longer than the model has positions, sampling
-    /// settings outside their ranges, an empty stop string, stop strings without a tokenizer; [`SubmitError::Refused`] if the queue is
-    /// full, or the cache too small for prompt and `max_tokens` even without other requests.
+    /// settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer;
+    /// [`SubmitError::Refused`] if the queue is full, or the cache too small for prompt and `max_tokens` even without other requests.
     pub fn submit(&mut self, request: Request) -> Result<Answer, SubmitError> {
         self.check(&request)?;
         let now = self.start.elapsed();
@@ -177,10 +177,11 @@ impl Engine {
     /// once; the others fork it as long as the first answer is in the cache.
     ///
     /// # Errors
-    /// Those of [`submit`](Self::submit), and [`SubmitError::Invalid`] if `count` is 0.
+    /// Those of [`submit`](Self::submit), and [`SubmitError::Invalid`] if `count` is 0 or more than may wait.
     pub fn submit_many(&mut self, request: Request, count: u32) -> Result<Vec<Answer>, SubmitError> {
-        if count == 0 {
-            return Err(ModelError::argument("count", 0, "at least 1").into());
+        let max_queued = self.scheduler.config().max_queued;
+        if count == 0 || count > max_queued {
+            return Err(ModelError::argument("count", count, format!("1 to max_queued, {max_queued}")).into());
         }
         let mut answers: Vec<Answer> = Vec::new();
         for i in 0..count {
@@ -221,6 +222,12 @@ impl Engine {
         }
         if !request.stop_strings.is_empty() && self.tokenizer.is_none() {
             return Err(ModelError::argument("stop_strings", "no tokenizer", "an engine that was given one"));
+        }
+        if request.max_tokens == 0 {
+            return Err(ModelError::argument("max_tokens", 0, "at least 1"));
+        }
+        if request.time_limit == Some(Duration::ZERO) {
+            return Err(ModelError::argument("time_limit", "0 s", "more than that, or None"));
         }
         request.sampling.validate()?;
         Ok(())

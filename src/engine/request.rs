@@ -114,7 +114,7 @@ pub enum EndReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
-    /// Those of them that were in the prefix index when the request first started.
+    /// Those of them that were in the prefix index, or came by fork, when the request first started.
     pub cached_tokens: u32,
     /// Tokens that went through the model for this request, those of computing again after a preemption included.
     pub computed_tokens: u32,
@@ -130,7 +130,7 @@ pub struct Usage {
     pub total_time: Duration,
 }
 
-/// What an [`Answer`] yields: tokens, then one end.
+/// What an [`Answer`] yields: tokens, then one end. There is no end if the engine was dropped without [`Engine::shutdown`](super::Engine::shutdown).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {

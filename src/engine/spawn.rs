@@ -45,15 +45,25 @@ impl Engine {
     }
 }
 
-/// The thread. Ends when it is told to, when all handles and clients are gone, or when the device fails.
+/// Commands that a busy engine takes between two steps, so that callers who keep trying don't keep it from stepping.
+const MAX_COMMANDS: u32 = 64;
+
+/// The thread. Ends when it is told to, which dropping the handle does, or when the device fails.
 fn run(mut engine: Engine, inbox: &Receiver<Command>) -> (ModelResult<()>, Decoder) {
     let gpu = engine.gpu().clone();
     let mut is_open = true;
+    let mut num_taken = 0;
     let mut result = Ok(());
     while is_open || !engine.is_idle() {
-        // An idle engine waits; a busy one looks whether there is something new.
-        let command =
-            if engine.is_idle() { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
+        // An idle engine waits; a busy one looks whether there is something new, but not for ever.
+        let command = if engine.is_idle() {
+            inbox.recv().map_err(|_| TryRecvError::Disconnected)
+        } else if num_taken >= MAX_COMMANDS {
+            Err(TryRecvError::Empty)
+        } else {
+            inbox.try_recv()
+        };
+        num_taken += 1;
         match command {
             Ok(Command::Submit(request, reply)) => {
                 let answer = if is_open { engine.submit(*request) } else { Err(SubmitError::Shutdown) };
@@ -69,6 +79,7 @@ fn run(mut engine: Engine, inbox: &Receiver<Command>) -> (ModelResult<()>, Decod
             Err(TryRecvError::Disconnected) if engine.is_idle() => break,
             Err(_) => {}
         }
+        num_taken = 0;
         result = gpu.block_on(engine.step()).map(|_| ());
         if result.is_err() {
             break;

@@ -110,7 +110,7 @@ impl Engine {
 
     /// Runs the model, and hands out what was sampled.
     async fn compute(&mut self, chunks: &[ScheduledChunk], report: &mut StepReport) -> ModelResult<()> {
-        let mut inputs = Vec::with_capacity(chunks.len());
+        let (mut inputs, mut fed) = (Vec::with_capacity(chunks.len()), Vec::with_capacity(chunks.len()));
         for chunk in chunks {
             let Some(request) = self.requests.get(&chunk.request) else { continue };
             let Some(sequence) = request.sequence else { continue };
@@ -119,6 +119,10 @@ impl Engine {
             let pending = usize::from(self.decoder.pending(sequence)?.is_some());
             let tokens = &request.text[cached + pending..cached + chunk.tokens as usize];
             inputs.push(Input { sequence, tokens, sampling: chunk.samples.then_some(&request.sampling) });
+            fed.push(chunk);
+        }
+        if inputs.is_empty() {
+            return Ok(());
         }
         let start = Instant::now();
         let sampled = match self.decoder.step(&inputs).await {
@@ -143,7 +147,7 @@ impl Engine {
             MeasuredCosts::note(&mut self.costs.compute_token, start.elapsed(), tokens);
             self.set_costs();
         }
-        for (chunk, token) in chunks.iter().zip(sampled) {
+        for (chunk, token) in fed.into_iter().zip(sampled) {
             if chunk.tokens == 1 {
                 report.decode_tokens += 1;
             } else {
@@ -182,7 +186,8 @@ impl Engine {
         let Some(sequence) = request.sequence else { return Ok(()) };
         request.usage.preemptions += 1;
         if how == Preemption::Swap {
-            let blocks = self.decoder.cache().exclusive_blocks(sequence)?;
+            // All of its blocks move, also those that others hold.
+            let blocks = (self.decoder.tokens(sequence)?.len() as u32).div_ceil(self.decoder.options().block_size);
             let start = Instant::now();
             match self.decoder.swap_out(sequence).await {
                 Ok(_) => {

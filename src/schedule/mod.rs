@@ -9,7 +9,7 @@
 //! * **Order.** A level of priority is worth a head start of [`SchedulerConfig::ageing`]: requests are ranked by `arrival - priority * ageing`. That
 //!   never changes while a request waits, and whoever comes later by more than the difference in levels can't overtake: nobody starves.
 //! * **Progress.** A request is refused unless the pool can hold it alone. Where memory runs out the lowest rank is preempted; the highest
-//!   rank never is. After [`SchedulerConfig::max_preemptions`] a request is *pinned*: it is admitted again when its whole length has a
+//!   rank only for a pinned request. After [`SchedulerConfig::max_preemptions`] a request is *pinned*: it is admitted again when its whole length has a
 //!   reservation, and then stays until it ends.
 
 mod memory;
@@ -151,7 +151,7 @@ impl Demand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// It could never finish.
+    /// It could never finish, or has more than 2^32 - 1 tokens.
     #[error("request: {need} blocks for its prompt and new tokens; need at most the cache's {have}")]
     TooLong {
         /// Blocks of the request at its longest.

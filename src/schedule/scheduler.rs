@@ -41,7 +41,7 @@ impl Request {
 
     /// Tokens that it is sure to have in the cache soon: its text and the next token, if that is ever fed.
     pub(super) fn soon(&self) -> u32 {
-        (self.known + 1).min(self.demand.max_cached()).max(self.known)
+        self.known.saturating_add(1).min(self.demand.max_cached()).max(self.known)
     }
 }
 
@@ -91,7 +91,9 @@ impl Scheduler {
             return Err(Refusal::DeadlinePassed);
         }
         let need = self.config.blocks(demand.max_cached());
-        if need > self.config.num_blocks {
+        // Numbers of tokens are u32 everywhere.
+        let countable = demand.prompt_tokens.checked_add(demand.max_new_tokens).is_some();
+        if need > self.config.num_blocks || !countable {
             return Err(Refusal::TooLong { need, have: self.config.num_blocks });
         }
         let queued = self.num_waiting();
@@ -131,7 +133,7 @@ impl Scheduler {
     pub fn push_token(&mut self, request: RequestId) {
         if let Some(request) = self.requests.get_mut(&request) {
             let most = request.demand.prompt_tokens.saturating_add(request.demand.max_new_tokens);
-            request.known = (request.known + 1).min(most);
+            request.known = request.known.saturating_add(1).min(most);
         }
     }
 

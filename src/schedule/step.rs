@@ -22,8 +22,8 @@ struct Planner<'a, M: Memory> {
 
 impl Scheduler {
     /// Decides what happens next, and counts on it being carried out: requests change their place here. Only [`set_cached`](Self::set_cached)
-    /// and [`push_token`](Self::push_token) say what a step has done. Takes time in proportion to the number of requests, and a little more for
-    /// their order.
+    /// and [`push_token`](Self::push_token) say what a step has done. Takes time in proportion to the number of requests, a little more for
+    /// their order, and what `memory` takes.
     pub fn next_step(&mut self, now: Duration, memory: &impl Memory) -> StepSchedule {
         let free = memory.free_blocks();
         let mut planner = Planner { scheduler: self, memory, free, schedule: StepSchedule::default() };
@@ -68,7 +68,7 @@ impl<M: Memory> Planner<'_, M> {
         let late: Vec<_> = requests.iter().filter(|(_, request)| is_late(request)).map(|(&id, _)| id).collect();
         for id in late {
             if self.request(id).phase == Phase::Running {
-                self.free += self.memory.exclusive_blocks(id);
+                self.free = self.free.saturating_add(self.memory.exclusive_blocks(id));
             }
             self.scheduler.requests.remove(&id);
             self.schedule.expired.push(id);
@@ -76,7 +76,7 @@ impl<M: Memory> Planner<'_, M> {
     }
 
     fn preempt(&mut self, id: RequestId) {
-        self.free += self.memory.exclusive_blocks(id);
+        self.free = self.free.saturating_add(self.memory.exclusive_blocks(id));
         if let Some(how) = self.scheduler.preempt(id) {
             self.schedule.preempted.push((id, how));
         }
@@ -109,6 +109,7 @@ impl<M: Memory> Planner<'_, M> {
         let need = self.scheduler.growth(request, request.cached + reserved, self.memory);
         let is_pinned = self.scheduler.is_pinned(request);
         let has_blocks = request.cached > 0;
+        let num_preempted = self.schedule.preempted.len();
         while self.free < need && !others.is_empty() {
             let worst = others.remove(0);
             self.preempt(worst);
@@ -119,9 +120,10 @@ impl<M: Memory> Planner<'_, M> {
         } else if running.is_empty() && self.schedule.preempted.is_empty() {
             // Nothing is left to take from.
             self.schedule.blocked = Some(id);
-        } else if !is_pinned && has_blocks {
+        } else if !is_pinned && has_blocks && self.schedule.preempted.len() == num_preempted {
             self.preempt(id);
         }
+        // Where others were preempted for it, blocks that these shared with each other count only in the next step: it waits for that.
     }
 
     /// Lets waiting requests start, and swapped ones come back, strictly by rank: where the first one finds no room, nobody behind it gets it.
@@ -134,7 +136,7 @@ impl<M: Memory> Planner<'_, M> {
                 let now = this.scheduler.growth(request, request.cached + kept.reserved, this.memory);
                 this.scheduler.growth(request, request.soon(), this.memory).saturating_sub(now) + 1
             };
-            running.iter().map(soon).sum()
+            running.iter().map(soon).fold(0, u32::saturating_add)
         };
         let mut promised_blocks = promised(running, self);
         for id in waiting {
@@ -150,10 +152,13 @@ impl<M: Memory> Planner<'_, M> {
             } else {
                 Default::default()
             };
+            if self.scheduler.is_pinned(request) && !self.can_reserve(request, running) {
+                return;
+            }
             let hit_tokens = hit.tokens.min(request.known - 1);
             let config = &self.scheduler.config;
             let own = config.blocks(request.soon()) - config.blocks(hit_tokens);
-            let need = own + hit.free_blocks;
+            let need = own.saturating_add(hit.free_blocks);
             // With nothing else running there is nothing to be careful of.
             let careful_need = if running.is_empty() { need } else { need.saturating_add(promised_blocks) };
             if self.free < careful_need {
@@ -163,14 +168,11 @@ impl<M: Memory> Planner<'_, M> {
                 self.preempt_for(id, careful_need, running);
                 return;
             }
-            if self.scheduler.is_pinned(request) && !self.can_reserve(request, running) {
-                return;
-            }
             let reserved = self.start(id, hit_tokens, hit.free_blocks);
             let request = self.request(id);
             let rest =
                 self.scheduler.config.blocks(request.soon()) - self.scheduler.config.blocks(request.cached + reserved);
-            promised_blocks += rest + 1;
+            promised_blocks = promised_blocks.saturating_add(rest + 1);
             running.push(Running { id, reserved });
         }
     }
@@ -218,7 +220,7 @@ impl<M: Memory> Planner<'_, M> {
         let mut free = self.free;
         while free < need {
             let Some((_, victim)) = behind.pop() else { return };
-            free += self.memory.exclusive_blocks(victim);
+            free = free.saturating_add(self.memory.exclusive_blocks(victim));
             victims.push(victim);
         }
         for victim in victims {
@@ -232,6 +234,13 @@ impl<M: Memory> Planner<'_, M> {
         let mut left = self.scheduler.config.max_step_tokens;
         let (mut single, mut many): (Vec<_>, Vec<_>) =
             running.iter().filter(|kept| kept.reserved > 0).partition(|kept| self.request(kept.id).remaining() == 1);
+        // Where they fill the step alone, a chunk must not wait for ever: the one that has waited longest takes its turn among them, by a token.
+        if single.len() >= left as usize {
+            let turn = |kept: &&Running| (self.request(kept.id).last_turn, self.request(kept.id).rank);
+            if let Some(at) = (0..many.len()).min_by_key(|&at| turn(&many[at])) {
+                single.push(many.remove(at));
+            }
+        }
         // If there are more than a step holds, they take turns.
         single.sort_by_key(|kept| (self.request(kept.id).last_turn, self.request(kept.id).rank));
         many.sort_by_key(|kept| self.request(kept.id).rank);

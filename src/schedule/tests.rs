@@ -257,6 +257,53 @@ fn more_decodes_than_the_budget_take_turns() {
     assert!(least >= Some(9) && most <= Some(11), "{made:?}");
 }
 
+/// Tokens of a chunk come, however many requests want a single one.
+#[test]
+fn a_prompt_gets_its_turn_among_decodes_that_fill_every_step() {
+    let mut config = SchedulerConfig::new(1000, 16);
+    config.max_step_tokens = 8;
+    let mut world = World::new(config);
+    for _ in 0..20 {
+        world.submit(Demand::new(1, 300), 300).expect("room");
+    }
+    world.step();
+    let prompt = world.submit(Demand::new(6, 3), 3).expect("room");
+    for _ in 0..40 {
+        world.step();
+    }
+    assert_eq!(world.finished, [prompt]);
+}
+
+/// Victims that share blocks with each other only: their true number counts in the next step, and the best rank waits for it.
+#[test]
+fn shared_blocks_of_victims_are_no_reason_to_preempt_the_best_rank() {
+    struct Pair {
+        free: u32,
+    }
+    impl Memory for Pair {
+        fn free_blocks(&self) -> u32 {
+            self.free
+        }
+        fn exclusive_blocks(&self, request: RequestId) -> u32 {
+            u32::from(request == RequestId(0))
+        }
+    }
+    let mut config = SchedulerConfig::new(8, 1);
+    config.max_step_tokens = 64;
+    let mut scheduler = Scheduler::new(config).expect("valid");
+    let ids = [0; 3].map(|_| scheduler.submit(Duration::ZERO, Demand::new(1, 7)).expect("room"));
+    scheduler.next_step(TICK, &Pair { free: 8 });
+    for id in ids {
+        scheduler.set_cached(id, 1);
+        scheduler.push_token(id);
+    }
+    let schedule = scheduler.next_step(TICK, &Pair { free: 0 });
+    assert_eq!(schedule.preempted.iter().map(|&(id, _)| id).collect::<Vec<_>>(), [ids[2], ids[1]]);
+    assert_eq!(scheduler.preemptions(ids[0]), Some(0));
+    let schedule = scheduler.next_step(TICK, &Pair { free: 2 });
+    assert_eq!(schedule.chunks[0].request, ids[0]);
+}
+
 #[test]
 fn a_short_prompt_does_not_wait_for_all_of_a_long_one() {
     let mut config = SchedulerConfig::new(10_000, 16);
@@ -378,6 +425,11 @@ fn what_can_never_run_is_refused() {
     assert!(scheduler.submit(zero, Demand::new(60, 5)).is_ok());
     assert_eq!(scheduler.submit(zero, Demand::new(60, 6)), Err(Refusal::TooLong { need: 5, have: 4 }));
     assert!(matches!(scheduler.submit(zero, Demand::new(u32::MAX, u32::MAX)), Err(Refusal::TooLong { .. })));
+    let mut huge = Scheduler::new(SchedulerConfig::new(1 << 28, 16)).expect("valid");
+    assert!(matches!(huge.submit(zero, Demand::new(u32::MAX, 1)), Err(Refusal::TooLong { .. })));
+    assert!(huge.submit(zero, Demand::new(u32::MAX - 1, 1)).is_ok());
+    let full = Pool { num_blocks: 1 << 28, block_size: 16, ..Pool::default() };
+    assert_eq!(huge.next_step(zero, &full).chunks.len(), 1);
     assert_eq!(scheduler.submit(zero, Demand::new(0, 5)), Err(Refusal::Empty("prompt_tokens")));
     assert_eq!(scheduler.submit(zero, Demand::new(5, 0)), Err(Refusal::Empty("max_new_tokens")));
     assert!(!scheduler.remove(RequestId(7)));

@@ -97,6 +97,8 @@ fn what_breaks_a_rule_is_refused_and_changes_nothing() {
     invalid(Request::new([vocab], 5), "prompt");
     invalid(Request::new(vec![1; 100_000], 5), "prompt");
     invalid(Request::new([1], 5).with_stops([], [String::new()]), "stop_strings");
+    invalid(Request::new([1], 0), "max_tokens");
+    invalid(Request::new([1], 5).with_time_limit(Duration::ZERO), "time_limit");
     let mut hot = Sampling::greedy();
     hot.temperature = f32::NAN;
     invalid(Request::new([1], 5).with_sampling(hot), "temperature");
@@ -104,9 +106,9 @@ fn what_breaks_a_rule_is_refused_and_changes_nothing() {
         Err(SubmitError::Refused(refusal)) => refusal,
         other => panic!("{other:?}"),
     };
-    assert_eq!(refused(Request::new([1], 0)), Refusal::Empty("max_new_tokens"));
+
     assert_eq!(refused(Request::new([1], 81)), Refusal::TooLong { need: 11, have: 10 });
-    assert_eq!(refused(Request::new([1], 5).with_time_limit(Duration::ZERO)), Refusal::DeadlinePassed);
+
     let answer = engine.submit(Request::new([1], 5)).unwrap();
     assert!(matches!(engine.submit(Request::new([1], 5)), Err(SubmitError::Refused(Refusal::QueueFull(1)))));
     engine.run_blocking().unwrap();
