@@ -45,11 +45,9 @@ fn logits_have_the_same_bits_alone_and_in_any_batch() {
     let text = prompt("Once upon a time there was a girl named Anna. She had a dog and");
     let cases = [
         (adapter::DEFAULT, WeightFormat::F32, KvFormat::F32),
-        (adapter::DEFAULT, WeightFormat::F16, KvFormat::Int8),
         (adapter::DEFAULT, WeightFormat::Int8 { group_size: 32 }, KvFormat::F16),
         (adapter::CPU_PLAIN, WeightFormat::F16, KvFormat::F16),
         (adapter::GPU, WeightFormat::F32, KvFormat::F16),
-        (adapter::GPU, WeightFormat::Int4 { group_size: 32 }, KvFormat::Int4),
         (adapter::GPU_PLAIN, WeightFormat::F16, KvFormat::F32),
     ];
     for (how, weights, format) in cases {
