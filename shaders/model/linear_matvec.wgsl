@@ -32,19 +32,7 @@ const SUMS: u32 = {{ sums }}u;
 @group(0) @binding(1) var<storage, read> x: array<{{ "vec4<f32>" if aligned else "f32" }}>;
 // {{ outputs.shape(regions) }}
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
-@group(0) @binding(3) var<uniform> params: LinearParams;
-{% if quantised %}
-// [rows of W, row_groups] words
-@group(0) @binding(4) var<storage, read> scales: array<u32>;
-{% endif %}
-{% if bias %}
-// [{{ "gate and up, " if gated }}out_features]
-@group(0) @binding({{ 5 if quantised else 4 }}) var<storage, read> bias: array<f32>;
-{% endif %}
-{% if norm %}
-// [in_features]
-@group(0) @binding({{ 4 + quantised + bias }}) var<storage, read> norm_weight: array<{{ "vec4<f32>" if aligned else "f32" }}>;
-{% endif %}
+{% include "model/linear_bindings.wgsl" %}
 
 {% if subgroups %}
 // [SUMS{{ " and squares of ROWS" if norm }}, subgroups]; of four lanes at least

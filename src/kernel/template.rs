@@ -32,6 +32,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/activation.wgsl",
     "model/add_positions.wgsl",
     "model/linear_activation.wgsl",
+    "model/linear_bindings.wgsl",
     "model/linear_cpu.wgsl",
     "model/linear_gather.wgsl",
     "model/linear_matmul.wgsl",

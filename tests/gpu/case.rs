@@ -405,3 +405,16 @@ pub(crate) fn upload(gpu: &Gpu, data: &[f32]) -> wgpu::Buffer {
         usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
     })
 }
+
+/// Sets option `i` of 8, for 4 query heads: each alone, and with 7 all that go together.
+pub(crate) fn option_of_four_heads(config: &mut AttentionConfig, i: usize) {
+    let all = i == 7;
+    config.lse = i % 2 == 1;
+    config.causal = i != 0;
+    config.window = (i == 1 || all).then_some(13);
+    config.softcap = (i == 2 || all).then_some(30.0);
+    config.alibi_slopes = (i == 3 || all).then(|| vec![0.5, 0.25, 0.125, 0.0625]);
+    config.sinks = (i == 4 || all).then(|| vec![0.5, -3.0, 2.0, 0.0]);
+    config.custom_mask = i == 5 || all;
+    config.softmax_scale = (i == 6).then_some(-0.3);
+}

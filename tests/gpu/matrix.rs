@@ -8,7 +8,7 @@ use folio::kernel::Kernel;
 use folio::{Attention, Gpu, ShaderChecks};
 
 use crate::adapter::{self, GPU_MATRIX, Open};
-use crate::case::{Case, Rows};
+use crate::case::{Case, Rows, option_of_four_heads};
 use crate::hidden::{Poison, behind_window_and_position, check_poisoned_on};
 
 const NARROW: [(KvFormat, KvFormat); 9] = [
@@ -92,25 +92,11 @@ fn matrices_of_every_format() {
 #[test]
 fn matrices_with_options() {
     let Some(gpu) = open() else { return };
-    let slopes = |heads: u32| (0..heads).map(|head| 0.5_f32.powi(head as i32 + 1)).collect::<Vec<_>>();
     for (i, q_scale) in (0..8).flat_map(|i| [(i, 1.0), (i, 200.0)]) {
         let formats = NARROW[i % NARROW.len()];
         let case =
             case(&[(50, 33), (7, 16), (0, 40), (129, 3)], 4, 2, 24).formats(formats.0, formats.1).q_scale(q_scale);
-        let all = i == 7;
-        check(
-            &gpu,
-            &case.config(|config| {
-                config.lse = i % 2 == 1;
-                config.causal = i != 0;
-                config.window = (i == 1 || all).then_some(13);
-                config.softcap = (i == 2 || all).then_some(30.0);
-                config.alibi_slopes = (i == 3 || all).then(|| slopes(4));
-                config.sinks = (i == 4 || all).then(|| vec![0.5, -3.0, 2.0, 0.0]);
-                config.custom_mask = i == 5 || all;
-                config.softmax_scale = (i == 6).then_some(-0.3);
-            }),
-        );
+        check(&gpu, &case.config(|config| option_of_four_heads(config, i)));
     }
 }
 

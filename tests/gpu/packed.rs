@@ -5,7 +5,7 @@ use folio::kernel::Kernel;
 use folio::{Attention, Gpu, ShaderChecks};
 
 use crate::adapter::{self, GPU, GPU_PLAIN, Open};
-use crate::case::{Case, Rows};
+use crate::case::{Case, Rows, option_of_four_heads};
 use crate::hidden::{Poison, check_poisoned_on};
 
 /// K with codes, beside every kind of V.
@@ -94,25 +94,11 @@ fn packed_formats() {
 /// Each option alone and all together, with small and with large logits.
 #[test]
 fn packed_options() {
-    let slopes = |heads: u32| (0..heads).map(|head| 0.5_f32.powi(head as i32 + 1)).collect::<Vec<_>>();
     for (i, q_scale) in (0..8).flat_map(|i| [(i, 1.0), (i, 30.0)]) {
         let Some(gpu) = open([GPU, GPU_PLAIN][i % 2]) else { return };
         let (k_format, v_format) = CODED[i % CODED.len()];
         let case = case(&[(50, 1), (7, 1), (0, 1), (129, 1)], 4, 2, 24).formats(k_format, v_format).q_scale(q_scale);
-        let all = i == 7;
-        check(
-            &gpu,
-            &case.config(|config| {
-                config.lse = i % 2 == 1;
-                config.causal = i != 0;
-                config.window = (i == 1 || all).then_some(13);
-                config.softcap = (i == 2 || all).then_some(30.0);
-                config.alibi_slopes = (i == 3 || all).then(|| slopes(4));
-                config.sinks = (i == 4 || all).then(|| vec![0.5, -3.0, 2.0, 0.0]);
-                config.custom_mask = i == 5 || all;
-                config.softmax_scale = (i == 6).then_some(-0.3);
-            }),
-        );
+        check(&gpu, &case.config(|config| option_of_four_heads(config, i)));
     }
 }
 
