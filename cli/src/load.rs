@@ -1,0 +1,1 @@
+//! Options that every command has which loads a model, and the loading.
