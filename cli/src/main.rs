@@ -5,6 +5,7 @@ mod files;
 mod load;
 mod serve;
 mod template;
+mod watch;
 
 use std::process::ExitCode;
 
