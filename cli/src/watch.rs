@@ -158,8 +158,7 @@ pub(crate) fn draw(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection, h
     // The requests and the step stay in sight, however large the cache is.
     let most = u32::from(area.height / 2).max(3);
     let cache = Constraint::Length((rows + 2).min(most) as u16);
-    let [cache, step, requests] =
-        Layout::vertical([cache, Constraint::Length(5), Constraint::Min(0)]).areas(area);
+    let [cache, step, requests] = Layout::vertical([cache, Constraint::Length(5), Constraint::Min(0)]).areas(area);
     draw_cache(frame, cache, inspection);
     draw_step(frame, step, inspection, history);
     draw_requests(frame, requests, inspection);
@@ -176,7 +175,9 @@ fn draw_cache(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection) {
     let free = blocks.len() as u32 - held - indexed;
     let border = Block::bordered()
         .title(format!(" cache: {} blocks of {block_size} tokens, {formats} ", blocks.len()))
-        .title_bottom(format!(" {held} held, {shared} shared (upper case) + {indexed} known beginnings · {free} free "));
+        .title_bottom(format!(
+            " {held} held, {shared} shared (upper case) + {indexed} known beginnings · {free} free "
+        ));
     let inner = border.inner(area);
     frame.render_widget(border, area);
     let cells = inner.area() as usize;

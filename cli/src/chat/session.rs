@@ -54,8 +54,14 @@ impl Session {
         Ok(Self { options, decoder, turns, sequence, counters, peak, screen, interrupts })
     }
 
+    /// Tokens of prompts that went through the model.
+    #[cfg(test)]
+    pub(crate) fn num_fed(&self) -> usize {
+        self.counters.prompt_tokens
+    }
+
     /// The tokens of the conversation so far.
-    fn text(&self) -> ModelResult<Vec<u32>> {
+    pub(crate) fn text(&self) -> ModelResult<Vec<u32>> {
         let pending = self.decoder.pending(self.sequence)?;
         Ok(self.decoder.tokens(self.sequence)?.iter().copied().chain(pending).collect())
     }

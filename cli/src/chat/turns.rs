@@ -41,9 +41,7 @@ impl Turns {
                 let system = options.system.iter().map(|text| Message::new("system", text));
                 Form::Messages { template: Box::new(template.clone()), messages: system.collect() }
             }
-            None if options.load.is_stories() => {
-                Form::Stories { bos: loaded.decoder.model().config().bos_token_id }
-            }
+            None if options.load.is_stories() => Form::Stories { bos: loaded.decoder.model().config().bos_token_id },
             None => Form::Text,
         };
         let takes_system = options.system.is_none() || matches!(form, Form::Messages { .. });

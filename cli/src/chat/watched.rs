@@ -155,7 +155,8 @@ impl Watched {
             Ok(Some(asked)) if asked.text.len() < room => asked,
             Ok(Some(asked)) => {
                 let len = asked.text.len();
-                return Ok(self.refuse(&format!("it has {len} tokens, and an answer needs one more; there is room for {room}")));
+                return Ok(self
+                    .refuse(&format!("it has {len} tokens, and an answer needs one more; there is room for {room}")));
             }
             Ok(None) => return Ok(self.refuse("it is no text")),
             Err(error) => return Ok(self.refuse(&format!("{error:#}"))),

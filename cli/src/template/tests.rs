@@ -16,7 +16,8 @@ fn folder(config: &Value) -> TempDir {
 }
 
 fn template(source: &str) -> ChatTemplate {
-    let config = json!({ "chat_template": source, "bos_token": "<s>", "eos_token": { "content": "</s>", "lstrip": false } });
+    let config =
+        json!({ "chat_template": source, "bos_token": "<s>", "eos_token": { "content": "</s>", "lstrip": false } });
     ChatTemplate::from_folder(folder(&config).path()).unwrap().unwrap()
 }
 
@@ -144,7 +145,10 @@ fn turns_of_a_model() {
 fn json_is_that_of_python() {
     let render = |expression: &str| template(&format!("{{{{ {expression} }}}}")).render(&talk()[..1], false).unwrap();
     assert_eq!(render("messages | tojson"), r#"[{"role": "user", "content": "Hi"}]"#);
-    assert_eq!(render("{'b': '<ä>\\'', 'a': [1, none, true]} | tojson(ensure_ascii=False)"), r#"{"b": "<ä>'", "a": [1, null, true]}"#);
+    assert_eq!(
+        render("{'b': '<ä>\\'', 'a': [1, none, true]} | tojson(ensure_ascii=False)"),
+        r#"{"b": "<ä>'", "a": [1, null, true]}"#
+    );
     assert_eq!(render("[1] | tojson(indent=4)"), "[\n    1\n]");
 }
 
@@ -183,7 +187,10 @@ fn broken_ones_are_errors() {
     }
     for (config, want) in [
         (json!({ "chat_template": 7 }), "chat_template: need a text, or a list of {name, template}"),
-        (json!({ "chat_template": [{ "name": "rag", "template": "" }] }), "got templates named [\"rag\"], need one named \"default\""),
+        (
+            json!({ "chat_template": [{ "name": "rag", "template": "" }] }),
+            "got templates named [\"rag\"], need one named \"default\"",
+        ),
         (json!({ "chat_template": "", "bos_token": 3 }), "need a text, or an object with a text named content"),
         (json!([1, 2]), "tokenizer_config.json: invalid"),
     ] {
