@@ -25,8 +25,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Chat(chat::Options),
-    Serve(serve::Options),
+    Chat(Box<chat::Options>),
+    Serve(Box<serve::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -36,8 +36,8 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Chat(options) => chat::run(options),
-        Command::Serve(options) => serve::run(options),
+        Command::Chat(options) => chat::run(*options),
+        Command::Serve(options) => serve::run(*options),
         Command::Completions { shell } => completions(shell),
     }
 }
