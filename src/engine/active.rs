@@ -1,13 +1,16 @@
 //! A request that has not ended, and what the scheduler asks about it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use futures_channel::mpsc::UnboundedSender;
 
+use super::beams::Beams;
+use super::grammar::Constraint;
+use super::propose::Depth;
 use super::request::{EndReason, Event, Request, Usage};
 use super::text::{AnswerText, Pushed};
-use crate::model::{Decoder, Sampling, TextStream};
+use crate::model::{Decoder, Drawn, Sampling, TextStream};
 use crate::schedule::{Memory, PrefixHit, RequestId};
 use crate::{PrefixProbe, SequenceId};
 
@@ -21,10 +24,18 @@ pub(super) struct Active {
     /// The prompt, and what was sampled.
     pub(super) text: Vec<u32>,
     pub(super) sampling: Sampling,
-    stop_tokens: Vec<u32>,
+    pub(super) stop_tokens: Vec<u32>,
     wanted_tokens: u32,
-    max_tokens: u32,
+    pub(super) max_tokens: u32,
     priority: i32,
+    pub(super) logprobs: Option<u32>,
+    /// The texts of a beam search.
+    pub(super) beams: Option<Beams>,
+    /// How far the answer has come in its grammar.
+    pub(super) constraint: Option<Constraint>,
+    /// Guesses at what comes after the text, for the next step.
+    pub(super) drafts: Vec<u32>,
+    pub(super) depth: Depth,
     answer: AnswerText,
     events: UnboundedSender<Event>,
     submitted: Duration,
@@ -38,6 +49,7 @@ impl Active {
         request: Request,
         max_tokens: u32,
         stream: Option<TextStream>,
+        constraint: Option<Constraint>,
         events: UnboundedSender<Event>,
         now: Duration,
     ) -> Self {
@@ -51,12 +63,32 @@ impl Active {
             wanted_tokens: request.max_tokens,
             max_tokens,
             priority: request.priority,
+            logprobs: request.logprobs,
+            beams: (request.beams > 1).then(|| Beams::new(request.beams)),
+            constraint,
+            drafts: Vec::new(),
+            depth: Depth::new(),
             answer: AnswerText::new(stream, request.stop_strings),
             events,
             submitted: now,
             started: false,
             usage,
         }
+    }
+
+    /// Its sequences: one, or one per beam.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = SequenceId> {
+        self.sequence.into_iter().chain(self.beams.iter().flat_map(Beams::others))
+    }
+
+    /// Forgets its sequences, and hands them out to be freed.
+    pub(super) fn take_sequences(&mut self) -> Vec<SequenceId> {
+        let sequences = self.sequences().collect();
+        self.sequence = None;
+        if let Some(beams) = &mut self.beams {
+            beams.reset();
+        }
+        sequences
     }
 
     /// Whether nobody listens any more.
@@ -74,7 +106,8 @@ impl Active {
     }
 
     /// Adds a sampled token. Returns why the answer ends with it, if it does.
-    pub(super) fn push(&mut self, token: u32, now: Duration) -> Option<EndReason> {
+    pub(super) fn push(&mut self, drawn: Drawn, now: Duration) -> Option<EndReason> {
+        let Drawn { token, logprob } = drawn;
         self.usage.time_to_first_token.get_or_insert(now.saturating_sub(self.submitted));
         if self.stop_tokens.contains(&token) {
             return Some(EndReason::StopToken(token));
@@ -87,10 +120,15 @@ impl Active {
             Err(error) => (String::new(), Some(EndReason::Failed((&error).into()))),
         };
         // A closed channel is noticed by the next step.
-        let _ = self.events.unbounded_send(Event::Token { token, text });
+        let _ = self.events.unbounded_send(Event::Token { token, text, logprob });
+        let complete = match self.constraint.as_mut().map(|constraint| constraint.push(token)) {
+            Some(Ok(true)) => Some(EndReason::Complete),
+            Some(Err(error)) => Some(EndReason::Failed((&error).into())),
+            Some(Ok(false)) | None => None,
+        };
         let is_full = self.usage.new_tokens >= self.max_tokens;
         let at_most = if self.max_tokens < self.wanted_tokens { EndReason::Positions } else { EndReason::Length };
-        stop.or(is_full.then_some(at_most))
+        stop.or(complete).or(is_full.then_some(at_most))
     }
 
     /// Sends the last event.
@@ -124,6 +162,14 @@ impl CacheView<'_> {
         equal / block_size * block_size
     }
 
+    /// The part of a request's text that may be in the prefix index. In an exact model what was sampled has other bits than the same tokens in a
+    /// prompt have.
+    pub(super) fn findable<'r>(&self, request: &'r Active) -> &'r [u32] {
+        let len =
+            if self.decoder.model().is_exact() { request.usage.prompt_tokens as usize } else { request.text.len() };
+        &request.text[..len]
+    }
+
     /// Tokens of a request that are in the cache; `None` while it waits or is swapped out.
     fn cached(&self, request: &Active) -> Option<u32> {
         self.decoder.cache().seq_len(request.sequence?).ok()
@@ -155,15 +201,23 @@ impl Memory for CacheView<'_> {
         sequence.and_then(|sequence| self.decoder.cache().exclusive_blocks(sequence).ok()).unwrap_or(0)
     }
 
-    fn copies_last_block(&self, request: RequestId) -> bool {
-        let sequence = self.requests.get(&request).and_then(|request| request.sequence);
-        sequence.is_some_and(|sequence| self.decoder.cache().copies_last_block(sequence).unwrap_or(false))
+    fn copied_blocks(&self, request: RequestId) -> u32 {
+        let sequences = self.requests.get(&request).into_iter().flat_map(Active::sequences);
+        let cache = self.decoder.cache();
+        sequences.filter(|&sequence| cache.copies_last_block(sequence).unwrap_or(false)).count() as u32
+    }
+
+    fn beam_blocks(&self, request: RequestId) -> u32 {
+        let Some(request) = self.requests.get(&request) else { return 0 };
+        let shared = (request.usage.prompt_tokens / self.decoder.options().block_size) as usize;
+        let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_table(sequence).ok());
+        tables.flat_map(|table| table.into_iter().skip(shared)).collect::<HashSet<_>>().len() as u32
     }
 
     fn prefix(&self, request: RequestId) -> PrefixHit {
         let Some(request) = self.requests.get(&request) else { return PrefixHit::default() };
         let probe = if self.decoder.options().prefix_cache {
-            self.decoder.probe_prefix(&request.text)
+            self.decoder.probe_prefix(self.findable(request))
         } else {
             PrefixProbe::default()
         };
@@ -194,9 +248,10 @@ impl Memory for CacheView<'_> {
         if !self.decoder.options().prefix_cache || self.fork_of(request).is_some() {
             return false;
         }
-        let known = self.decoder.probe_prefix(&request.text).len;
+        let text = self.findable(request);
+        let known = self.decoder.probe_prefix(text).len;
         let block_size = self.decoder.options().block_size;
-        if known + block_size >= request.text.len() as u32 {
+        if known + block_size >= text.len() as u32 {
             return false;
         }
         // Most texts differ in the block after what is known, so that is looked at first.
@@ -208,10 +263,11 @@ impl Memory for CacheView<'_> {
                 None => return false,
             };
             // What the other one has computed is in the index.
+            let others = self.findable(other);
             other_id != id
-                && cached < other.text.len() as u32
-                && other.text.get(next.clone()) == request.text.get(next.clone())
-                && self.common(&request.text, &other.text) > known.max(cached)
+                && cached < others.len() as u32
+                && others.get(next.clone()) == text.get(next.clone())
+                && self.common(text, others) > known.max(cached)
         })
     }
 }

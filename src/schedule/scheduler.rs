@@ -29,6 +29,8 @@ pub(super) struct Request {
     /// Tokens of them in the cache.
     pub(super) cached: u32,
     pub(super) preemptions: u32,
+    /// Guesses at what comes after its text, for the next step.
+    pub(super) drafts: u32,
     /// When it last had tokens in a step, counted in chunks.
     pub(super) last_turn: u64,
 }
@@ -37,6 +39,11 @@ impl Request {
     /// Tokens that it wants in the cache.
     pub(super) const fn remaining(&self) -> u32 {
         self.known.saturating_sub(self.cached)
+    }
+
+    /// Texts of it that are in the cache: one until the prompt is there.
+    pub(super) fn num_texts(&self) -> u32 {
+        if self.known > self.demand.prompt_tokens { self.demand.beams } else { 1 }
     }
 
     /// Tokens that it is sure to have in the cache soon: its text and the next token, if that is ever fed.
@@ -87,10 +94,16 @@ impl Scheduler {
         if demand.max_new_tokens == 0 {
             return Err(Refusal::Empty("max_new_tokens"));
         }
+        if demand.beams == 0 {
+            return Err(Refusal::Empty("beams"));
+        }
+        if demand.beams > self.config.max_step_tokens {
+            return Err(Refusal::TooWide { got: demand.beams, have: self.config.max_step_tokens });
+        }
         if demand.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Refusal::DeadlinePassed);
         }
-        let need = self.config.blocks(demand.max_cached());
+        let need = u32::try_from(demand.max_blocks(&self.config)).unwrap_or(u32::MAX);
         // Numbers of tokens are u32 everywhere.
         let countable = demand.prompt_tokens.checked_add(demand.max_new_tokens).is_some();
         if need > self.config.num_blocks || !countable {
@@ -110,6 +123,7 @@ impl Scheduler {
             known: demand.prompt_tokens,
             cached: 0,
             preemptions: 0,
+            drafts: 0,
             last_turn: 0,
         };
         self.requests.insert(id, request);
@@ -129,6 +143,25 @@ impl Scheduler {
         }
     }
 
+    /// Offers guesses at the next tokens of a running request that wants one token, to be verified in the next step if there is room. Any
+    /// other step, and the one that takes them, forgets them.
+    pub fn set_drafts(&mut self, request: RequestId, drafts: u32) {
+        if let Some(request) = self.requests.get_mut(&request) {
+            // Each draft that is right is followed by one more token, which is never fed if it is the last.
+            let room = request.demand.max_cached().saturating_sub(request.known);
+            request.drafts = drafts.min(room);
+        }
+    }
+
+    /// Whether drafts for a request can be of use: it runs and wants one more token, and the next token won't be its last.
+    #[must_use]
+    pub fn may_draft(&self, request: RequestId) -> bool {
+        self.requests.get(&request).is_some_and(|request| {
+            let has_room = request.known < request.demand.max_cached() && request.demand.beams == 1;
+            request.phase == Phase::Running && request.remaining() == 1 && has_room
+        })
+    }
+
     /// Adds a sampled token to a request's text. Ignored beyond its `max_new_tokens`, as the request has ended then.
     pub fn push_token(&mut self, request: RequestId) {
         if let Some(request) = self.requests.get_mut(&request) {
@@ -141,6 +174,14 @@ impl Scheduler {
     pub fn set_lost(&mut self, request: RequestId) {
         if let Some(request) = self.requests.get_mut(&request) {
             (request.phase, request.cached) = (Phase::Waiting, 0);
+        }
+    }
+
+    /// Says that a request has to start from its prompt, without blocks: its beams are lost.
+    pub fn restart(&mut self, request: RequestId) {
+        self.set_lost(request);
+        if let Some(request) = self.requests.get_mut(&request) {
+            request.known = request.demand.prompt_tokens;
         }
     }
 
@@ -187,7 +228,7 @@ impl Scheduler {
 
     /// Whether a request is never preempted any more.
     pub(super) const fn is_pinned(&self, request: &Request) -> bool {
-        request.preemptions >= self.config.max_preemptions
+        request.preemptions >= self.config.max_preemptions || request.demand.beams > 1
     }
 
     /// Takes a running request's blocks away.

@@ -34,7 +34,9 @@ impl Scheduler {
             planner.admit(&mut running);
         }
         planner.share_tokens(&running);
-        planner.schedule
+        let schedule = planner.schedule;
+        self.requests.values_mut().for_each(|request| request.drafts = 0);
+        schedule
     }
 
     /// Requests in a phase, best rank first.
@@ -51,8 +53,17 @@ impl Scheduler {
         if to <= cached {
             return 0;
         }
-        let copy = !cached.is_multiple_of(self.config.block_size) && memory.copies_last_block(request.rank.1);
-        self.config.blocks(to) - self.config.blocks(cached) + u32::from(copy)
+        let grows = !cached.is_multiple_of(self.config.block_size);
+        let copies = if grows { memory.copied_blocks(request.rank.1) } else { 0 };
+        let need = (self.config.blocks(to) - self.config.blocks(cached)).saturating_mul(request.num_texts());
+        let need = need.saturating_add(copies);
+        if request.num_texts() == 1 {
+            return need;
+        }
+        // Beams that end make room for copies: they never have more than this together.
+        let own = self.config.blocks(to) - request.demand.prompt_tokens / self.config.block_size;
+        let most = own.saturating_mul(request.demand.beams).saturating_add(1);
+        need.min(most.saturating_sub(memory.beam_blocks(request.rank.1)))
     }
 }
 
@@ -139,8 +150,10 @@ impl<M: Memory> Planner<'_, M> {
             running.iter().map(soon).fold(0, u32::saturating_add)
         };
         let mut promised_blocks = promised(running, self);
+        // Some may have blocks and no turn.
+        let mut num_running = self.scheduler.num_running();
         for id in waiting {
-            if running.len() as u32 >= self.scheduler.config.max_running {
+            if num_running >= self.scheduler.config.max_running {
                 return;
             }
             let request = self.request(id);
@@ -174,6 +187,7 @@ impl<M: Memory> Planner<'_, M> {
                 self.scheduler.config.blocks(request.soon()) - self.scheduler.config.blocks(request.cached + reserved);
             promised_blocks = promised_blocks.saturating_add(rest + 1);
             running.push(Running { id, reserved });
+            num_running += 1;
         }
     }
 
@@ -198,7 +212,7 @@ impl<M: Memory> Planner<'_, M> {
     /// Whether the cache holds this request and the pinned ones that run, each at its longest.
     fn can_reserve(&self, request: &Request, running: &[Running]) -> bool {
         let config = &self.scheduler.config;
-        let most = |request: &Request| u64::from(config.blocks(request.demand.max_cached()));
+        let most = |request: &Request| request.demand.max_blocks(config);
         let pinned = running.iter().map(|kept| self.request(kept.id)).filter(|other| self.scheduler.is_pinned(other));
         pinned.map(most).sum::<u64>() + most(request) <= u64::from(config.num_blocks)
     }
@@ -229,13 +243,29 @@ impl<M: Memory> Planner<'_, M> {
         }
     }
 
-    /// Shares the step's tokens out: one each to those that want one, then chunks, best rank first.
+    /// Shares the step's tokens out: one each to those that want one, then chunks, best rank first, then drafts.
     fn share_tokens(&mut self, running: &[Running]) {
         let mut left = self.scheduler.config.max_step_tokens;
+        self.share_among(running, &mut left);
+        let mut chunks = std::mem::take(&mut self.schedule.chunks);
+        for chunk in chunks.iter_mut().filter(|chunk| chunk.samples && chunk.tokens == 1) {
+            let request = self.request(chunk.request);
+            let config = &self.scheduler.config;
+            let end = request.cached + 1;
+            let blocks = config.blocks(end);
+            let room = blocks.saturating_add(self.free).saturating_mul(config.block_size).saturating_sub(end);
+            chunk.drafts = request.drafts.min(left).min(room);
+            self.free -= config.blocks(end + chunk.drafts) - blocks;
+            left -= chunk.drafts;
+        }
+        self.schedule.chunks = chunks;
+    }
+
+    fn share_among(&mut self, running: &[Running], left: &mut u32) {
         let (mut single, mut many): (Vec<_>, Vec<_>) =
             running.iter().filter(|kept| kept.reserved > 0).partition(|kept| self.request(kept.id).remaining() == 1);
         // Where they fill the step alone, a chunk must not wait for ever: the one that has waited longest takes its turn among them, by a token.
-        if single.len() >= left as usize {
+        if single.iter().map(|kept| self.request(kept.id).num_texts()).sum::<u32>() >= *left {
             let turn = |kept: &&Running| (self.request(kept.id).last_turn, self.request(kept.id).rank);
             if let Some(at) = (0..many.len()).min_by_key(|&at| turn(&many[at])) {
                 single.push(many.remove(at));
@@ -245,21 +275,25 @@ impl<M: Memory> Planner<'_, M> {
         single.sort_by_key(|kept| (self.request(kept.id).last_turn, self.request(kept.id).rank));
         many.sort_by_key(|kept| self.request(kept.id).rank);
         for kept in single {
-            if left == 0 {
+            if *left == 0 {
                 return;
             }
-            left -= 1;
-            self.push_chunk(kept.id, 1);
+            // Beams go through the model together, in a step that has room for all.
+            let num_texts = self.request(kept.id).num_texts();
+            if *left >= num_texts {
+                *left -= num_texts;
+                self.push_chunk(kept.id, 1);
+            }
         }
         let num_chunks = many.len();
         for (i, kept) in many.into_iter().enumerate() {
-            if left == 0 {
+            if *left == 0 {
                 return;
             }
             // Half of what is left for each but the last, so that a short prompt doesn't wait for all of a long one.
-            let share = if i + 1 < num_chunks { left.div_ceil(2) } else { left };
+            let share = if i + 1 < num_chunks { left.div_ceil(2) } else { *left };
             let tokens = self.fill(kept, share);
-            left -= tokens;
+            *left -= tokens;
             self.push_chunk(kept.id, tokens);
         }
     }
@@ -282,7 +316,7 @@ impl<M: Memory> Planner<'_, M> {
         if let Some(request) = self.scheduler.requests.get_mut(&id) {
             request.last_turn = num_turns;
             let samples = tokens == request.remaining();
-            self.schedule.chunks.push(ScheduledChunk { request: id, tokens, samples });
+            self.schedule.chunks.push(ScheduledChunk { request: id, tokens, samples, drafts: 0 });
         }
     }
 }
