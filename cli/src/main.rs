@@ -1,8 +1,10 @@
 //! folio on the command line.
 
 mod chat;
+mod files;
 mod load;
 mod serve;
+mod template;
 
 use std::process::ExitCode;
 
