@@ -1,0 +1,2 @@
+//! Without sockets: what can't be brought about from outside.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
