@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the demo, after installing what is missing. Arguments go to the demo.
+# Runs the demo, `folio chat`, after installing what is missing. Arguments go to it. FOLIO names a program that is built already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,4 +14,7 @@ fi
 scripts/install_adapter.sh
 # On a terminal the demo asks for prompts; elsewhere it holds its own conversation, and doesn't wait for a pipe that nobody writes to.
 [ -t 0 ] || exec </dev/null
-cargo run --release --features model --example chat -- "$@"
+if [ -n "${FOLIO:-}" ]; then
+    exec "$FOLIO" chat "$@"
+fi
+cargo run --release -p folio-cli -- chat "$@"

@@ -16,12 +16,12 @@ section "Adapter"
 scripts/install_adapter.sh
 
 section "Format"
-cargo fmt --check
+cargo fmt --check --all
 # A workspace of its own, which is too large to build here.
 cargo fmt --check --all --manifest-path compare/Cargo.toml
 
 section "Lints, all features"
-cargo clippy --all-targets --all-features -- -D warnings
+cargo clippy --workspace --all-targets --all-features -- -D warnings
 
 section "Lints of each feature alone, of pairs, and of none"
 scripts/check_features.sh
@@ -40,15 +40,15 @@ scripts/check_wasm.sh
 
 # In release, which the benches and the demo share: wgpu is compiled once, and the oracle is fast.
 section "The pure half, without wgpu"
-tree=$(cargo tree --no-default-features -e normal,build,dev --prefix none)
+tree=$(cargo tree -p folio --no-default-features -e normal,build,dev --prefix none)
 if grep -E '^wgpu' <<<"$tree"; then
     echo "wgpu is in the dependency tree of --no-default-features" >&2
     exit 1
 fi
-cargo test --release --no-default-features
+cargo test --release -p folio --no-default-features
 
-section "Tests (library, host, GPU, examples)"
-cargo test --release --all-features --lib --tests --examples
+section "Tests (library, host, GPU, command line, examples)"
+cargo test --release --workspace --all-features --lib --bins --tests --examples
 
 section "Tests in the documentation"
 cargo test --release --all-features --doc

@@ -5,12 +5,17 @@ mod files;
 mod load;
 mod serve;
 mod template;
+mod watch;
 
+use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-/// Language models on any GPU: chat with one, or serve it over HTTP.
+/// Language models on any GPU: chat with one, or serve it over HTTP
+///
+/// Runs Hugging Face checkpoints (GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX) through wgpu: Vulkan, Metal, DX12, or a software adapter. Without
+/// --model it is the small story model that comes with folio.
 #[derive(Parser)]
 #[command(name = "folio", version)]
 struct Cli {
@@ -22,7 +27,7 @@ struct Cli {
 enum Command {
     Chat(chat::Options),
     Serve(serve::Options),
-    /// Writes a script of completions for a shell to stdout
+    /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -33,9 +38,19 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Chat(options) => chat::run(options),
         Command::Serve(options) => serve::run(options),
-        Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "folio", &mut std::io::stdout());
-            ExitCode::SUCCESS
+        Command::Completions { shell } => completions(shell),
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "folio", &mut script);
+    match io::stdout().write_all(&script) {
+        // Whoever read has had enough.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            eprintln!("error: stdout: {error}");
+            ExitCode::FAILURE
         }
+        _ => ExitCode::SUCCESS,
     }
 }

@@ -238,3 +238,6 @@ impl Formatter for PythonFormatter {
         writer.write_all(b": ")
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,13 @@
 //! [`Engine::inspect`]: what there is to see, as plain data.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Engine, StepReport};
 use crate::KvFormats;
 use crate::schedule::RequestId;
 
 /// The engine and its cache between two steps, as plain data for a picture or a log. Nothing is read back from the GPU.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Inspection {
     /// Of this structure: rises when a field changes its meaning or goes.
@@ -31,7 +31,7 @@ pub struct Inspection {
 }
 
 /// A block.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BlockState {
     /// The request that has it in its table; of several the first.
@@ -45,7 +45,7 @@ pub struct BlockState {
 }
 
 /// Where a request stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum RequestPhase {
@@ -60,7 +60,7 @@ pub enum RequestPhase {
 }
 
 /// A request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RequestState {
     /// Its number.

@@ -11,7 +11,7 @@ use crate::schedule::{Costs, Preemption, RequestId, ScheduledChunk, StepSchedule
 use crate::{Error, ErrorKind};
 
 /// What a step has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub struct StepReport {
     /// Tokens that went through the model, one for each of a number of requests.

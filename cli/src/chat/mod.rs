@@ -1,30 +1,26 @@
-//! A model that talks: prompt in, text out, on whatever GPU is there.
-//!
-//! `cargo run --release --features model --example chat -- --help`
+//! `folio chat`: prompt in, text out.
 //!
 //! Without arguments it loads the story model of this repository. On a terminal it reads prompts until an empty line or Ctrl-D; piped text is
 //! taken as prompts; with neither it runs a short fixed conversation. Earlier turns stay in the cache: each turn feeds its own text only.
-#![allow(clippy::print_stderr, reason = "a program for the terminal")]
 
 mod options;
 mod screen;
 mod session;
 #[cfg(test)]
 mod tests;
+mod turns;
+mod watched;
+
+pub(crate) use options::Options;
 
 use std::io::{BufRead, IsTerminal};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use clap::Parser;
-use folio::kernel::tuning::Tuning;
-use folio::model::{Decoder, Model, ModelOptions, Tokenizer};
-use folio::{Gpu, GpuOptions};
+use anyhow::{Result, bail};
 
-use options::Options;
+use crate::load::{self, Loaded};
 use screen::{Interrupts, Screen};
 use session::Session;
 
@@ -42,74 +38,52 @@ const CONVERSATION: [&str; 4] = [
     "Who was Mia?",
 ];
 
-fn main() -> ExitCode {
-    run(Options::parse())
-}
-
-fn run(options: Options) -> ExitCode {
-    let mut session = match open(options) {
-        Ok(session) => session,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
-    match talk(&mut session) {
+/// Runs the command.
+pub(crate) fn run(options: Options) -> ExitCode {
+    let interrupts = Interrupts::default();
+    let said = if options.watch { watch(options, &interrupts) } else { chat(options, interrupts) };
+    match said {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         // Whoever read has had enough.
         Err(error) if screen::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            session.screen.note(&format!("error: {error:#}"));
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// Loads the model and compiles its kernels.
-fn open(options: Options) -> Result<Session> {
-    let interrupts = Interrupts::default();
-    interrupts.listen()?;
-    let mut gpu_options = GpuOptions::default();
-    gpu_options.adapter_name.clone_from(&options.adapter);
-    let mut gpu = Gpu::open_blocking(gpu_options)?;
-    if let Some(file) = &options.tuning {
-        gpu = tuned(&gpu, file).with_context(|| file.display().to_string())?;
-    }
-    let stories = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
-    let folder: PathBuf = options.model.clone().unwrap_or_else(stories);
-    let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
-    let start = Instant::now();
-    let model = Model::load_blocking(&gpu, &folder, ModelOptions::new(options.weights), screen::loading_bar())?;
-    let load_time = start.elapsed();
-    tokenizer.check_vocab_size(model.config().vocab_size)?;
-
-    let start = Instant::now();
-    let busy = screen::busy("compiling kernels...");
-    let model = Arc::new(model);
-    let mut decoder = Decoder::new_blocking(Arc::clone(&model), options.decoder(model.config()))?;
-    if options.cache.k.has_channel_scales() {
-        let opening = tokenizer.encode(options.prompt.first().map_or("Once upon a time", String::as_str), true)?;
-        gpu.block_on(decoder.calibrate_keys_on_own_text(&[&opening], 200))?;
-    }
-    gpu.block_on(decoder.warm_up())?;
-    drop(busy);
-    eprintln!(
-        "{}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",
-        folder.display(),
-        model.weight_bytes() as f64 / 1e6,
-        load_time.as_secs_f64(),
-        start.elapsed().as_secs_f64()
-    );
-    interrupts.begin_talking();
+/// Talks line by line. Returns whether every prompt could be said.
+fn chat(options: Options, interrupts: Interrupts) -> Result<bool> {
+    let loaded = open(&options, &interrupts)?;
     let screen = Screen::new(std::io::stdout(), std::io::stderr());
-    Ok(Session::new(options, decoder, tokenizer, screen, interrupts))
+    let mut session = Session::new(options, loaded, screen, interrupts)?;
+    let result = talk(&mut session);
+    if result.is_err() {
+        let _ = session.screen.end_line();
+    }
+    result
 }
 
-/// The same device with the kernel sizes of a file.
-fn tuned(gpu: &Gpu, file: &Path) -> Result<Gpu> {
-    let tuning: Tuning = serde_json::from_str(&std::fs::read_to_string(file)?).context("not a tuning")?;
-    Ok(gpu.with_tuning(tuning)?)
+/// Talks beside a picture of the cache.
+fn watch(options: Options, interrupts: &Interrupts) -> Result<bool> {
+    crate::watch::check_terminal()?;
+    let loaded = open(&options, interrupts)?;
+    watched::run(options, loaded, interrupts)
+}
+
+/// Loads the model.
+fn open(options: &Options, interrupts: &Interrupts) -> Result<Loaded> {
+    interrupts.listen()?;
+    let mut load = options.load.clone();
+    load.opening = options.prompt.first().cloned();
+    let loaded = load::load(&load, options.branches, |decoder| {
+        // A request of the engine finds the conversation so far there.
+        decoder.prefix_cache = options.watch;
+    })?;
+    interrupts.begin_talking();
+    Ok(loaded)
 }
 
 /// Holds the conversation. Returns whether every prompt could be said.
@@ -124,13 +98,15 @@ fn talk(session: &mut Session) -> Result<bool> {
         let mut lines = lines().into_iter().filter(|line| !line.trim().is_empty()).peekable();
         if lines.peek().is_some() {
             session.recite(lines)?
-        } else if session.options.model.is_none() {
+        } else if session.options.load.is_stories() {
             session.recite(CONVERSATION)?
         } else {
             bail!("prompt: got none, need --prompt TEXT, piped text, or a terminal to ask on");
         }
     };
-    session.report()?;
+    if session.options.verbose {
+        session.report()?;
+    }
     Ok(all_said)
 }
 

@@ -1,30 +1,40 @@
-//! The command line.
+//! The command line of `folio chat`.
 
-use std::path::PathBuf;
+use folio::model::Sampling;
 
-use clap::Parser;
-use folio::model::{DecoderOptions, ModelConfig, Sampling, WeightFormat};
-use folio::{KvFormat, KvFormats};
+use crate::load::LoadOptions;
 
-/// Streams text from a Hugging Face checkpoint (GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX) through folio's paged KV cache.
+/// Talk with a model, or let it go on with a text
+///
+/// Streams text from a Hugging Face checkpoint (GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX) through folio's paged KV cache. For a model with a
+/// chat template, what is said are the turns of a conversation; any other goes on with the text.
 ///
 /// On a terminal it reads prompts until an empty line or Ctrl-D. Piped text is taken as prompts, one per line. With neither, the story model
 /// of this repository holds a short fixed conversation. Ctrl-C ends an answer; pressed twice, it ends the program.
-#[derive(Clone, Parser)]
-#[command(version, after_help = EXAMPLES)]
+#[derive(Clone, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Options {
-    /// Folder with config.json, tokenizer.json and safetensors [default: the story model of this repository]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) load: LoadOptions,
+
     /// What to say, once per turn; may be given several times. Without it: prompts from the terminal or a pipe
     #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: Vec<String>,
+    /// What a model with a chat template is told before the conversation
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
     /// Tokens per answer, at most
     #[arg(long, short = 'n', default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), allow_negative_numbers = true)]
     pub(crate) max_tokens: u32,
-    /// Answers that continue each prompt side by side, from one cached copy of it
+    /// Answers to each prompt side by side, from one cached copy of it
     #[arg(long, short, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), allow_negative_numbers = true)]
     pub(crate) branches: u32,
+    /// Show the blocks of the cache beside the text as it comes; needs a terminal
+    #[arg(long, short, conflicts_with = "verbose")]
+    pub(crate) watch: bool,
+    /// At the end: adapter, times, and what the cache held
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
 
     /// 0 takes the most probable token; higher is more adventurous [default: 0.8, and 0 for questions to the story model]
     #[arg(long, short, help_heading = "Sampling", value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
@@ -44,41 +54,16 @@ pub(crate) struct Options {
     /// The same seed gives the same text
     #[arg(long, default_value_t = 0, value_name = "SEED", help_heading = "Sampling")]
     pub(crate) seed: u64,
-
-    #[arg(long, default_value = "f16", value_name = "FORMAT", help_heading = "Cache", help = cache_help())]
-    pub(crate) cache: KvFormats,
-    /// Tokens per block
-    #[arg(long, default_value_t = 16, help_heading = "Cache", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), allow_negative_numbers = true)]
-    pub(crate) block_size: u32,
-    /// Blocks of the pool [default: room for the model's positions, once per branch, at most 512 MiB]
-    #[arg(long, help_heading = "Cache", value_name = "N", value_parser = clap::value_parser!(u32).range(1..), allow_negative_numbers = true)]
-    pub(crate) blocks: Option<u32>,
-
-    /// How the weights of the linear layers are stored: f32, f16, int8 or int4
-    #[arg(long, default_value = "f16", value_name = "FORMAT", help_heading = "Device")]
-    pub(crate) weights: WeightFormat,
-    /// Part of an adapter's name [default: the best adapter]
-    #[arg(long, help_heading = "Device", value_name = "NAME")]
-    pub(crate) adapter: Option<String>,
-    /// Kernel sizes for this adapter, as the example `tune` writes them
-    #[arg(long, help_heading = "Device", value_name = "FILE")]
-    pub(crate) tuning: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  chat                                        the story model: a conversation on a terminal, a fixed one elsewhere
-  chat -p 'Once upon a time' -t 0.8 -b 4      four stories from one prompt
-  echo 'Once upon a time' | chat              a prompt from a pipe
-  chat --model ~/models/Qwen3-0.6B -p 'The capital of France is' -n 20";
-
-fn cache_help() -> String {
-    let names: Vec<_> = KvFormat::ALL.iter().map(|format| format.to_string().to_ascii_lowercase()).collect();
-    format!(
-        "How keys and values are stored: {}; or both apart, as in int8:int4. Formats with -channel are for keys",
-        names.join(", ")
-    )
-}
+  folio chat                                        the story model: a conversation on a terminal, a fixed one elsewhere
+  folio chat -p 'Once upon a time' -t 0.8 -b 4      four stories from one prompt
+  echo 'Once upon a time' | folio chat              a prompt from a pipe
+  folio chat --watch                                the cache's blocks beside the text
+  folio chat --model ~/models/Qwen3-0.6B --system 'Answer in one sentence.'
+  folio chat --model ~/models/Qwen3-0.6B --raw -p 'The capital of France is' -n 20";
 
 /// A number, in the range that the sampler accepts.
 fn sampled(text: &str, set: impl FnOnce(&mut Sampling, f32)) -> Result<f32, String> {
@@ -115,18 +100,5 @@ impl Options {
         sampling.repetition_penalty = self.repetition_penalty;
         sampling.seed = self.seed.wrapping_add(u64::from(branch));
         sampling
-    }
-
-    pub(crate) fn decoder(&self, model: &ModelConfig) -> DecoderOptions {
-        const MAX_BYTES: u64 = 512 << 20;
-        let mut options = DecoderOptions::default();
-        options.block_size = self.block_size;
-        options.k_format = self.cache.k;
-        options.v_format = self.cache.v;
-        let per_sequence = model.max_positions.div_ceil(self.block_size) + 1;
-        let affordable = MAX_BYTES / options.cache_config(model).block_bytes().max(1);
-        let affordable = affordable.clamp(1, u64::from(u32::MAX)) as u32;
-        options.num_blocks = self.blocks.unwrap_or(per_sequence.saturating_mul(self.branches).min(affordable));
-        options
     }
 }

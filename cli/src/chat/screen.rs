@@ -1,13 +1,12 @@
 //! What is shown, and what is heard from the keyboard.
 
-use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::Context;
-use folio::model::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::watch;
 
 /// Text for stdout, and notes for stderr, which begin on a line of their own.
 pub(crate) struct Screen {
@@ -72,6 +71,7 @@ impl Interrupts {
         let handler = move || {
             let count = presses.count.fetch_add(1, Ordering::Relaxed) + 1;
             if count > 1 || !presses.is_talking.load(Ordering::Relaxed) {
+                watch::restore_terminal();
                 // Leaves a line begun by a prompt, an answer or a progress bar.
                 let _ = writeln!(io::stderr());
                 std::process::exit(130);
@@ -97,42 +97,4 @@ impl Interrupts {
     pub(crate) fn press(&self) {
         self.0.count.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// Goes away when it is dropped.
-pub(crate) struct Bar(ProgressBar);
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
-
-/// A bar on stderr that shows how far loading has come, and nothing if stderr is no terminal. It's gone when all is done or the closure is
-/// dropped.
-pub(crate) fn loading_bar() -> impl FnMut(Progress<'_>) {
-    let bar = Bar(ProgressBar::no_length());
-    // The template is constant; indicatif's own style is the fallback of one that it can't parse.
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {wide_msg}") {
-        bar.0.set_style(style);
-    }
-    move |progress| {
-        // All of it, not only the field.
-        let bar = &bar;
-        bar.0.set_length(progress.bytes_total);
-        bar.0.set_position(progress.bytes_done);
-        bar.0.set_message(progress.what.to_owned());
-        if progress.bytes_done >= progress.bytes_total {
-            bar.0.finish_and_clear();
-        }
-    }
-}
-
-/// Shows that something is under way for which there is no measure. Nothing if stderr is no terminal.
-pub(crate) fn busy(what: &'static str) -> Bar {
-    let bar = Bar(ProgressBar::new_spinner().with_message(what));
-    if io::stderr().is_terminal() {
-        bar.0.enable_steady_tick(Duration::from_millis(80));
-    }
-    bar
 }

@@ -4,11 +4,13 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use folio::model::{Decoder, Finish, Input, ModelError, ModelResult, Prompt, TextStream, Tokenizer};
+use folio::model::{Decoder, Finish, Input, ModelError, ModelResult, Prompt, TextStream};
 use folio::{ErrorKind, PoolUsage, SequenceId};
 
-use crate::options::Options;
-use crate::screen::{Interrupts, Screen};
+use super::options::Options;
+use super::screen::{Interrupts, Screen};
+use super::turns::{Asked, Turns};
+use crate::load::Loaded;
 
 /// What the closing report counts.
 #[derive(Default)]
@@ -24,9 +26,7 @@ struct Counters {
 pub(crate) struct Session {
     pub(crate) options: Options,
     decoder: Decoder,
-    tokenizer: Tokenizer,
-    /// Tokens that end an answer.
-    stop: Vec<u32>,
+    turns: Turns,
     /// The conversation so far.
     sequence: SequenceId,
     counters: Counters,
@@ -41,96 +41,89 @@ fn is_full(error: &ModelError) -> bool {
     error.kind() == ErrorKind::Retry
 }
 
+fn common_len(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
 impl Session {
-    pub(crate) fn new(
-        options: Options,
-        mut decoder: Decoder,
-        tokenizer: Tokenizer,
-        screen: Screen,
-        interrupts: Interrupts,
-    ) -> Self {
-        let stop = decoder.model().config().eos_token_ids.clone();
+    pub(crate) fn new(options: Options, loaded: Loaded, screen: Screen, interrupts: Interrupts) -> Result<Self> {
+        let turns = Turns::new(&options, &loaded)?;
+        let mut decoder = loaded.decoder;
         let sequence = decoder.create_sequence();
         let (counters, peak) = Default::default();
-        Self { options, decoder, tokenizer, stop, sequence, counters, peak, screen, interrupts }
+        Ok(Self { options, decoder, turns, sequence, counters, peak, screen, interrupts })
     }
 
-    /// The story model answers questions in a form of its own; see its model card.
-    fn tells_stories(&self) -> bool {
-        self.options.model.is_none()
+    /// Tokens of prompts that went through the model.
+    #[cfg(test)]
+    pub(crate) fn num_fed(&self) -> usize {
+        self.counters.prompt_tokens
     }
 
-    /// The text that is fed for what somebody says, the tokens that end the answer, and its temperature unless the options say one.
-    fn dress(&self, said: &str) -> Result<(String, Vec<u32>, f32)> {
-        if self.tells_stories() && said.trim_end().ends_with('?') {
-            let newline = self.tokenizer.encode("\n", false)?;
-            Ok((format!("\nQuestion: {}\nAnswer:", said.trim()), [&self.stop[..], &newline].concat(), 0.0))
-        } else {
-            Ok((said.to_owned(), self.stop.clone(), 0.8))
-        }
-    }
-
-    /// The tokens of a prompt, which begin with what the model wants at the beginning of a text.
-    fn encode(&self, text: &str, is_first: bool) -> Result<Vec<u32>> {
-        let mut tokens = Vec::new();
-        if is_first && self.tells_stories() {
-            // Its tokenizer leaves that to the host; others add what their models want.
-            tokens.extend(self.decoder.model().config().bos_token_id);
-        }
-        tokens.extend(self.tokenizer.encode(text, is_first)?);
-        Ok(tokens)
-    }
-
-    /// Tokens of the conversation so far.
-    fn len(&self) -> ModelResult<usize> {
+    /// The tokens of the conversation so far.
+    pub(crate) fn text(&self) -> ModelResult<Vec<u32>> {
         let pending = self.decoder.pending(self.sequence)?;
-        Ok(self.decoder.tokens(self.sequence)?.len() + usize::from(pending.is_some()))
+        Ok(self.decoder.tokens(self.sequence)?.iter().copied().chain(pending).collect())
     }
 
     fn start_anew(&mut self, why: &str) -> Result<()> {
         self.screen.note(&format!("[{why}: a new conversation begins]"));
         self.decoder.free(self.sequence)?;
         self.sequence = self.decoder.create_sequence();
+        self.turns.forget();
         Ok(())
+    }
+
+    /// Explains why something can't be said.
+    fn refuse(&mut self, why: &str) -> bool {
+        self.screen.note(&format!("[not said: {why}]"));
+        false
+    }
+
+    /// The text up to an answer; `None` begins a new conversation. If there is none, that has been explained.
+    fn ask(&mut self, so_far: Option<&[u32]>, said: &str) -> Option<Asked> {
+        match self.turns.ask(so_far, said) {
+            Ok(None) => self.screen.note("[got no text, need at least one character]"),
+            Ok(asked) => return asked,
+            Err(error) => {
+                self.refuse(&format!("{error:#}"));
+            }
+        }
+        None
     }
 
     /// Feeds a prompt and prints what follows. False if it can't be said, which has been explained then; the conversation is as it was.
     pub(crate) fn turn(&mut self, said: &str) -> Result<bool> {
         self.interrupts.begin_answer();
-        let (prompt, stop, temperature) = self.dress(said)?;
         let max_positions = self.decoder.model().config().max_positions as usize;
-        let before = self.len()?;
-        let mut tokens = self.encode(&prompt, before == 0)?;
-        if tokens.is_empty() {
-            self.screen.note("[got no text, need at least one character]");
-            return Ok(false);
-        }
-        if before + tokens.len() > max_positions {
-            let anew = self.encode(&prompt, true)?;
-            if anew.len() > max_positions {
-                let len = anew.len();
-                self.screen.note(&format!("[not said: it has {len} tokens, and the model takes {max_positions}]"));
-                return Ok(false);
+        let before = self.text()?;
+        let Some(mut asked) = self.ask(Some(&before), said) else { return Ok(false) };
+        if asked.text.len() > max_positions {
+            let Some(anew) = self.ask(None, said) else { return Ok(false) };
+            let len = anew.text.len();
+            if len > max_positions {
+                return Ok(self.refuse(&format!("it has {len} tokens, and the model takes {max_positions}")));
             }
-            self.start_anew(&format!("{before} of the model's {max_positions} positions are used"))?;
-            tokens = anew;
+            self.start_anew(&format!("{} of the model's {max_positions} positions are used", before.len()))?;
+            asked = anew;
         }
-        let mut answers = self.answer(&tokens, &stop, temperature);
-        if before > 0 && matches!(&answers, Err(error) if error.downcast_ref().is_some_and(is_full)) {
+        let mut answers = self.answer(&asked);
+        if !before.is_empty() && matches!(&answers, Err(error) if error.downcast_ref().is_some_and(is_full)) {
+            let Some(anew) = self.ask(None, said) else { return Ok(false) };
             self.start_anew(&format!("the cache's {} blocks are full", self.decoder.usage().total))?;
-            tokens = self.encode(&prompt, true)?;
-            answers = self.answer(&tokens, &stop, temperature);
+            asked = anew;
+            answers = self.answer(&asked);
         }
-        let finish = match answers {
-            Ok(finish) => finish,
+        let (finish, text) = match answers {
+            Ok(answer) => answer,
             Err(error) if error.downcast_ref().is_some_and(is_full) => {
                 let (blocks, size) = (self.decoder.usage().total, self.decoder.options().block_size);
-                let len = tokens.len();
-                self.screen.note(&format!("[not said: it has {len} tokens, and the cache {blocks} blocks of {size}]"));
-                return Ok(false);
+                let len = asked.text.len();
+                return Ok(self.refuse(&format!("it has {len} tokens, and the cache {blocks} blocks of {size}")));
             }
             Err(error) => return Err(error),
         };
+        self.turns.note(said, text.trim());
         self.screen.end_line()?;
         match finish {
             None => self.screen.note("[the cache is full: the answer ends here]"),
@@ -167,30 +160,35 @@ impl Session {
         Ok(())
     }
 
-    /// Feeds a prompt and prints the answer as it comes, if there is one branch. Fails with nothing changed if the cache has no room for the
-    /// prompt and a first token. Returns how it ended, or `None` if the cache became full.
-    fn answer(&mut self, prompt: &[u32], stop: &[u32], temperature: f32) -> Result<Option<Finish>> {
+    /// Feeds what the cache doesn't have of a text, and prints the answer as it comes, if there is one branch. Fails if the cache has no room for
+    /// the prompt and a first token; what it has is a beginning of the conversation then. Returns how the answer ended, or `None` if the cache
+    /// became full, and its text.
+    fn answer(&mut self, asked: &Asked) -> Result<(Option<Finish>, String)> {
         let start = Instant::now();
         let branches = self.options.branches as usize;
-        let before: Vec<u32> = self.decoder.pending(self.sequence)?.into_iter().chain(prompt.iter().copied()).collect();
+        // A template may write earlier turns in another way than they were fed. The last token is fed in any case: its logits are what counts.
+        let known = common_len(&self.text()?, &asked.text).min(asked.text.len() - 1);
+        self.decoder.truncate(self.sequence, known as u32)?;
+        let prompt = &asked.text[known..];
+        let num_fed = prompt.len() + usize::from(self.decoder.pending(self.sequence)?.is_some());
         let (shared, last) = prompt.split_at(prompt.len() - 1);
         let (sequences, fed) =
             if branches > 1 { (self.fork_for_branches(shared)?, last) } else { (vec![self.sequence], prompt) };
-        let sampling = |i| self.options.sampling(i, temperature);
+        let sampling = |i| self.options.sampling(i, asked.temperature);
         let prompts: Vec<_> = (0..)
             .zip(&sequences)
             .map(|(i, &sequence)| Prompt { sequence, tokens: fed, sampling: sampling(i) })
             .collect();
 
         let mut streams: Vec<TextStream> =
-            sequences.iter().map(|_| self.tokenizer.stream_after(&before, true)).collect();
+            sequences.iter().map(|_| self.turns.tokenizer.stream_after(&asked.text, true)).collect();
         let mut texts = vec![String::new(); branches];
         let mut first_token = None;
         let mut failure = None;
         let mut count = 0_usize;
         let (screen, interrupts) = (&mut self.screen, &self.interrupts);
         let max_tokens = self.options.max_tokens as usize;
-        let result = self.decoder.generate_blocking(&prompts, max_tokens, stop, |branch, token| {
+        let result = self.decoder.generate_blocking(&prompts, max_tokens, &asked.stop, |branch, token| {
             first_token.get_or_insert_with(|| start.elapsed());
             count += 1;
             let shown = streams[branch].push(token).map_err(anyhow::Error::from).and_then(|text| {
@@ -233,7 +231,7 @@ impl Session {
             text.push_str(&rest);
         }
         let first_token = first_token.unwrap_or(time);
-        self.counters.prompt_tokens += before.len();
+        self.counters.prompt_tokens += num_fed;
         self.counters.prompt_time += first_token;
         self.counters.first_token.push(first_token);
         // The first token of each branch comes out of the prompt's own step.
@@ -257,7 +255,7 @@ impl Session {
         if finish == Some(Finish::Stop) {
             self.decoder.discard_pending(self.sequence)?;
         }
-        Ok(finish)
+        Ok((finish, texts.swap_remove(0)))
     }
 
     /// Says one prompt after another. Returns whether all could be said.
@@ -265,12 +263,12 @@ impl Session {
         let mut all_said = true;
         for (i, prompt) in prompts.into_iter().enumerate() {
             if i > 0 {
-                self.screen.say(
-                    "
-",
-                )?;
+                self.screen.say("\n")?;
             }
             self.screen.say(prompt.as_ref())?;
+            if self.turns.are_messages() {
+                self.screen.end_line()?;
+            }
             all_said &= self.turn(prompt.as_ref())?;
         }
         Ok(all_said)

@@ -1,9 +1,9 @@
-//! The conversation on a small cache, and the program itself, run as a child of the test.
+//! The conversation on a small cache. The program itself is run by tests/chat.rs.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use std::cell::RefCell;
-use std::io::{self, Read, Write};
-use std::process::{Child, Command, Stdio};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,14 +11,21 @@ use clap::{CommandFactory, Parser};
 use folio::kernel::tuning::Tuning;
 use folio::model::{Decoder, Model, ModelOptions, Tokenizer};
 use folio::{Gpu, GpuOptions, KvFormat};
+use tempfile::TempDir;
 
-use crate::options::Options;
-use crate::screen::{Interrupts, Screen, is_closed_pipe};
-use crate::session::Session;
+use super::options::Options;
+use super::screen::{Interrupts, Screen, is_closed_pipe};
+use super::session::Session;
+use crate::load::{Loaded, tuned};
+use crate::template::{ChatTemplate, Message};
+use crate::{Cli, Command};
 
 fn parse(arguments: &[&str]) -> Result<Options, String> {
-    let arguments = [&["chat"], arguments].concat();
-    Options::try_parse_from(arguments).map_err(|error| error.to_string())
+    let arguments = [&["folio", "chat"], arguments].concat();
+    match Cli::try_parse_from(arguments).map_err(|error| error.to_string())?.command {
+        Command::Chat(options) => Ok(options),
+        _ => Err("another command".to_owned()),
+    }
 }
 
 #[test]
@@ -35,6 +42,7 @@ fn arguments_are_refused_before_anything_is_loaded() {
         (["--blocks", "0"], "0 is not in 1.."),
         (["--block-size", "0"], "0 is not in 1..=256"),
         (["--branches", "-3"], "-3 is not in 1..=64"),
+        (["--system=Be brief.", "--raw"], "cannot be used with"),
     ] {
         let error = parse(&arguments).err().unwrap_or_else(|| panic!("{arguments:?} is taken"));
         assert!(error.contains(want), "{arguments:?}: {error}");
@@ -46,7 +54,8 @@ fn arguments_are_refused_before_anything_is_loaded() {
 
 #[test]
 fn help_lists_what_there_is() {
-    let help = Options::command().render_help().to_string();
+    let mut cli = Cli::command();
+    let help = cli.find_subcommand_mut("chat").unwrap().render_long_help().to_string();
     for format in KvFormat::ALL {
         assert!(help.contains(&format.to_string().to_ascii_lowercase()), "{format}");
     }
@@ -121,15 +130,22 @@ fn open() -> Option<Gpu> {
     }
 }
 
+fn stories() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories")
+}
+
 fn session_on(arguments: &[&str], screen: Screen) -> Option<Session> {
     let gpu = open()?;
     let options = parse(arguments).unwrap();
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories");
-    let model = Model::load_blocking(&gpu, folder, ModelOptions::new(options.weights), |_| {}).unwrap();
-    let decoder_options = options.decoder(model.config());
+    let folder = options.load.model.clone().unwrap_or_else(stories);
+    let model = Model::load_blocking(&gpu, &folder, ModelOptions::new(options.load.weights), |_| {}).unwrap();
+    let stop_tokens = model.config().eos_token_ids.clone();
+    let decoder_options = options.load.decoder(model.config(), options.branches);
     let decoder = Decoder::new_blocking(Arc::new(model), decoder_options).unwrap();
-    let tokenizer = Tokenizer::from_file(folder).unwrap();
-    Some(Session::new(options, decoder, tokenizer, screen, Interrupts::default()))
+    let tokenizer = Tokenizer::from_file(&folder).unwrap();
+    let template = ChatTemplate::from_folder(&folder).unwrap();
+    let loaded = Loaded { gpu, decoder, tokenizer, template, name: "stories".to_owned(), stop_tokens };
+    Some(Session::new(options, loaded, screen, Interrupts::default()).unwrap())
 }
 
 #[test]
@@ -221,108 +237,100 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
     assert!(is_closed_pipe(&error), "{error:#}");
 }
 
-const ARGUMENTS: &str = "FOLIO_CHAT_ARGUMENTS";
-
-/// The program, when a test below runs it as a child.
-#[test]
-#[ignore = "run by other tests"]
-fn program() {
-    let Ok(arguments) = std::env::var(ARGUMENTS) else { return };
-    let code = crate::run(parse(&arguments.split('\n').collect::<Vec<_>>()).unwrap());
-    // ExitCode doesn't tell its value.
-    std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
-}
-
-/// Starts the program, its stdout behind libtest's own first line.
-fn start(arguments: &[&str]) -> Option<Child> {
-    // One that skips, or fails, without an adapter.
-    session(&[])?;
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "tests::program", "--ignored", "--nocapture", "--test-threads=1"]);
-    let adapter = std::env::var("FOLIO_ADAPTER").map(|name| format!("--adapter\n{name}\n")).unwrap_or_default();
-    command.env(ARGUMENTS, adapter + &arguments.join("\n"));
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Some(command.spawn().unwrap())
-}
-
-/// Reads until a text has come.
-fn read_until(from: &mut impl Read, text: &str) -> String {
-    let mut seen = Vec::new();
-    let mut byte = [0];
-    while !String::from_utf8_lossy(&seen).contains(text) {
-        assert_eq!(from.read(&mut byte).unwrap(), 1, "no {text:?} in {}", String::from_utf8_lossy(&seen));
-        seen.push(byte[0]);
+/// The story model with a template.
+fn with_template(template: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(stories().join(file), folder.path().join(file)).unwrap();
     }
-    String::from_utf8_lossy(&seen).into_owned()
+    let config = serde_json::json!({ "chat_template": template, "bos_token": "<|begin|>" });
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    folder
 }
 
-fn finish(child: Child) -> (Option<i32>, String, String) {
-    let output = child.wait_with_output().unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    (output.status.code(), text(output.stdout), text(output.stderr))
+const MESSAGES: &str = "{{ bos_token }}{% for message in messages %}{{ '\\n' + message.role + ': ' + message.content }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '\\nassistant:' }}{% endif %}";
+
+#[test]
+fn turns_of_a_template_feed_what_is_new() {
+    let folder = with_template(MESSAGES);
+    let path = folder.path().to_str().unwrap();
+    let Some((mut session, seen)) = session(&["--model", path, "-n", "12", "-t", "0", "--system", "A tale."]) else {
+        return;
+    };
+    assert!(session.turn("Once upon a time").unwrap());
+    let answer = seen.take();
+    let first = session.num_fed();
+    assert!(session.turn("Who was Mia?").unwrap());
+    let (second, text) = (session.num_fed() - first, session.text().unwrap());
+    let messages = [
+        Message::new("system", "A tale."),
+        Message::new("user", "Once upon a time"),
+        Message::new("assistant", answer.trim()),
+        Message::new("user", "Who was Mia?"),
+    ];
+    let template = ChatTemplate::from_folder(folder.path()).unwrap().unwrap();
+    let rendered = template.render(&messages, true).unwrap();
+    let want = Tokenizer::from_file(folder.path()).unwrap().encode(&rendered, false).unwrap();
+    assert!(rendered.starts_with("<|begin|>\nsystem: A tale.\nuser: ") && text.starts_with(&want), "{rendered}");
+    // The first turn and its answer are there already, but for a token or two where the answer was cut off.
+    assert!(second < want.len() - first, "{second} of {} fed, after {first}", want.len());
 }
 
 #[test]
-fn piped_lines_are_prompts() {
-    let Some(mut child) = start(&["-n", "6", "-t", "0"]) else { return };
-    child.stdin.take().unwrap().write_all(b"Once upon a time\r\n\n\xffWhere is the key?").unwrap();
-    let (code, out, err) = finish(child);
-    assert_eq!(code, Some(0), "{err}");
-    let position = |text| out.find(text).unwrap_or_else(|| panic!("{text:?} in {out}"));
-    assert!(position("Once upon a time") < position("\u{fffd}Where is the key?"), "{out}");
-    assert!(!out.contains("Mia and the silver key") && out.contains("first token"), "{out}");
+fn a_template_may_write_earlier_turns_in_another_way() {
+    // Of earlier answers only the first letter stays.
+    let folder =
+        with_template(&MESSAGES.replace(
+            "message.content }}",
+            "(message.content[:1] if message.role == 'assistant' else message.content) }}",
+        ));
+    let path = folder.path().to_str().unwrap();
+    let Some((mut session, seen)) = session(&["--model", path, "-n", "20", "-t", "0"]) else { return };
+    assert!(session.turn("Once upon a time").unwrap());
+    let answer = seen.take();
+    let long = session.text().unwrap().len();
+    assert!(session.turn("Who?").unwrap());
+    let rendered =
+        format!("<|begin|>\nuser: Once upon a time\nassistant: {}\nuser: Who?\nassistant:", &answer.trim()[..1]);
+    let want = Tokenizer::from_file(folder.path()).unwrap().encode(&rendered, false).unwrap();
+    let text = session.text().unwrap();
+    assert!(text.starts_with(&want) && text.len() < long + 20, "{long}, then {}", text.len());
 }
 
 #[test]
-fn without_any_prompt_there_is_a_conversation() {
-    let Some(mut child) = start(&["-n", "6", "-t", "0"]) else { return };
-    drop(child.stdin.take());
-    let (code, out, err) = finish(child);
-    assert_eq!(code, Some(0), "{err}");
-    assert!(out.contains("Title: Mia and the silver key") && out.contains("Who was Mia?"), "{out}");
+fn a_template_that_refuses_a_turn_leaves_the_conversation_as_it_was() {
+    let folder = with_template(
+        &("{% if messages[-1].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}".to_owned()
+            + MESSAGES),
+    );
+    let path = folder.path().to_str().unwrap();
+    let Some((mut session, seen)) = session(&["--model", path, "-n", "5", "-t", "0"]) else { return };
+    assert!(session.turn("Once upon a time").unwrap());
+    let before = session.text().unwrap();
+    seen.take();
+    assert!(!session.turn("bad").unwrap());
+    let refused = seen.take();
+    assert!(refused.starts_with("[not said: ") && refused.contains("no bad words"), "{refused}");
+    assert_eq!(session.text().unwrap(), before);
+    assert!(session.turn("good").unwrap());
+    assert!(!session.turn(&"the silver key ".repeat(4000)).unwrap());
+    assert!(seen.take().contains("tokens, and the model takes 1024]"));
 }
 
 #[test]
-fn a_reader_that_has_enough_ends_it() {
-    let Some(mut child) = start(&["-p", "Once upon a time", "-n", "300"]) else { return };
-    let mut out = child.stdout.take().unwrap();
-    read_until(&mut out, "Once upon a time");
-    drop(out);
-    let (code, _, err) = finish(child);
-    assert!(code == Some(0) && !err.contains("panicked"), "{code:?}: {err}");
-}
-
-#[test]
-fn a_refused_prompt_shows_in_the_exit_code() {
-    let long = "the silver key ".repeat(4000);
-    let Some(child) = start(&["-p", &long, "-p", "Once upon a time", "-n", "3"]) else { return };
-    let (code, out, err) = finish(child);
-    assert!(code == Some(1) && err.contains("[not said: it has"), "{code:?}: {err}");
-    assert!(out.contains("first token"), "{out}");
-}
-
-#[cfg(unix)]
-#[test]
-fn control_c_ends_the_answer_and_twice_the_program() {
-    let Some(mut child) = start(&["-n", "4000"]) else { return };
-    let (mut stdin, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let mut err = child.stderr.take().unwrap();
-    let pid = child.id().to_string();
-    let interrupt = || assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    writeln!(stdin, "Once upon a time").unwrap();
-    read_until(&mut out, "Once upon a time");
-    out.read_exact(&mut [0; 12]).unwrap();
-    interrupt();
-    read_until(&mut err, "[stopped]");
-    // It goes on: the next prompt is answered, and a press ends that answer, too.
-    writeln!(stdin, "Later the clouds").unwrap();
-    read_until(&mut out, "Later the clouds");
-    out.read_exact(&mut [0; 12]).unwrap();
-    interrupt();
-    read_until(&mut err, "[stopped]");
-    interrupt();
-    drop((out, err));
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+fn a_system_text_needs_a_template() {
+    let Some(gpu) = open() else { return };
+    let options = parse(&["--system", "Be brief."]).unwrap();
+    let model = Model::load_blocking(&gpu, stories(), ModelOptions::new(options.load.weights), |_| {}).unwrap();
+    let decoder_options = options.load.decoder(model.config(), 1);
+    let decoder = Decoder::new_blocking(Arc::new(model), decoder_options).unwrap();
+    let tokenizer = Tokenizer::from_file(stories()).unwrap();
+    let loaded = Loaded { gpu, decoder, tokenizer, template: None, name: String::new(), stop_tokens: Vec::new() };
+    let both = Shared::default();
+    let screen = Screen::new(both.clone(), both);
+    let error = Session::new(options, loaded, screen, Interrupts::default()).err().unwrap();
+    assert_eq!(error.to_string(), "--system: the model has no chat template, need one that has");
 }
 
 #[test]
@@ -345,7 +353,7 @@ fn a_tuning_must_be_one_for_this_adapter() {
         if let Some(text) = &text {
             std::fs::write(&file, text).unwrap();
         }
-        match (crate::tuned(&gpu, &file), want) {
+        match (tuned(&gpu, &file), want) {
             (Ok(tuned), None) => assert_eq!(tuned.tuning(), Some(&own)),
             (Err(error), Some(want)) => assert!(format!("{error:#}").contains(want), "{error:#}"),
             (got, want) => panic!("{text:?}: {got:?}, not {want:?}"),
