@@ -149,7 +149,7 @@ fn name_of(folder: &Path) -> String {
 /// The same device with the kernel sizes of a file.
 pub(crate) fn tuned(gpu: &Gpu, file: &Path) -> Result<Gpu> {
     let text = read_text(file)?;
-    let tuned = || {
+    let tuned = || -> Result<Gpu> {
         let tuning: Tuning = serde_json::from_str(&text).context("not a tuning")?;
         Ok(gpu.with_tuning(tuning)?)
     };
