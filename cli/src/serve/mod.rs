@@ -164,7 +164,7 @@ fn serve(options: &Options) -> Result<()> {
 
 /// The engine, and what requests share.
 fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle)> {
-    let Loaded { decoder, tokenizer, template, name, stop_tokens, .. } = loaded;
+    let Loaded { gpu, decoder, tokenizer, template, name, stop_tokens } = loaded;
     let max_positions = decoder.model().config().max_positions;
     let usage = decoder.usage();
     let max_cached_tokens = usage.total.saturating_mul(decoder.options().block_size);
@@ -197,6 +197,7 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
     };
     tracing::info!(
         model = %server.model.name,
+        adapter = %gpu.adapter_info().name,
         positions = max_positions,
         cached_tokens = max_cached_tokens,
         chat_template = server.template.is_some(),

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::harness::{Api, Test, check_error};
 
 pub(crate) const TESTS: &[Test] = &[
-    ("fuzz::mutated_bodies_are_answered", |api| mutated(api, bytes()).boxed()),
-    ("fuzz::fields_of_any_value_are_answered", |api| mutated(api, values()).boxed()),
+    ("fuzz::mutated_bodies_are_answered", |api| mutated(api, bodies(&bytes())).boxed()),
+    ("fuzz::fields_of_any_value_are_answered", |api| mutated(api, bodies(&values())).boxed()),
 ];
 
 const COUNT: u32 = 200;
@@ -89,13 +89,17 @@ fn values() -> BoxedStrategy<Vec<u8>> {
     (seed(), any::<prop::sample::Index>(), any::<bool>(), value()).prop_map(replace).boxed()
 }
 
-/// Sends what the strategy makes, always the same, and looks at what comes back.
-async fn mutated(api: Api, strategy: BoxedStrategy<Vec<u8>>) {
+/// What the strategy makes, always the same.
+fn bodies(strategy: &BoxedStrategy<Vec<u8>>) -> Vec<Vec<u8>> {
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    (0..COUNT).map(|_| strategy.new_tree(&mut runner).unwrap().current()).collect()
+}
+
+/// Sends bodies, and looks at what comes back.
+async fn mutated(api: Api, bodies: Vec<Vec<u8>>) {
     let mut statuses = [0; 2];
-    for _ in 0..COUNT {
-        let body = strategy.new_tree(&mut runner).unwrap().current();
+    for body in bodies {
         for path in ["/v1/completions", "/v1/chat/completions"] {
             let request = api.http.post(api.url(path)).header("content-type", "application/json");
             let response = request.body(body.clone()).send().await.unwrap();
