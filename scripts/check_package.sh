@@ -1,17 +1,33 @@
 #!/usr/bin/env bash
-# The archive that would be published builds by itself: the library, and every test, example and bench type-checks with the files that it
-# includes.
+# The archives that would be published build by themselves: the library, the command line with it, and every test, example and bench type-checks
+# with the files that it includes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-cargo package --allow-dirty --no-verify --quiet
-name=$(sed -n 's/^name = "\(.*\)"$/\1/p;T;q' Cargo.toml)-$(sed -n 's/^version = "\(.*\)"$/\1/p;T;q' Cargo.toml)
-# The dependencies are those that are compiled already.
+cargo package --workspace --allow-dirty --no-verify --quiet
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p;T;q' Cargo.toml)
+folder=target/package/workspace
+rm -rf "$folder"
+mkdir -p "$folder"
+for name in folio folio-cli; do
+    tar -xf "target/package/$name-$version.crate" -C "$folder"
+done
+# Both in one workspace, with the versions of this one: so the dependencies have the same features, and are those that are compiled already.
+cat >"$folder/Cargo.toml" <<EOF
+[workspace]
+members = ["folio-$version", "folio-cli-$version"]
+resolver = "3"
+[patch.crates-io]
+folio = { path = "folio-$version" }
+[profile.release]
+overflow-checks = true
+[profile.dev]
+opt-level = 1
+EOF
+cp Cargo.lock "$folder"
 CARGO_TARGET_DIR=$PWD/target
 export CARGO_TARGET_DIR
-rm -rf "target/package/$name"
-tar -xf "target/package/$name.crate" -C target/package
-cd "target/package/$name"
+cd "$folder"
 # With the features that dev-dependencies add, as above: without them cargo would compile wgpu once more.
-cargo test --release --all-features --lib --no-run
-cargo check --all-features --all-targets
+cargo test --release --workspace --all-features --lib --bins --no-run
+cargo check --workspace --all-features --all-targets

@@ -51,7 +51,7 @@ section "Tests (library, host, GPU, command line, examples)"
 cargo test --release --workspace --all-features --lib --bins --tests --examples
 
 section "Tests in the documentation"
-cargo test --release --all-features --doc
+cargo test --release --workspace --all-features --doc
 
 section "The package builds from its own archive"
 scripts/check_package.sh

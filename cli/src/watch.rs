@@ -175,9 +175,7 @@ fn draw_cache(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection) {
     let free = blocks.len() as u32 - held - indexed;
     let border = Block::bordered()
         .title(format!(" cache: {} blocks of {block_size} tokens, {formats} ", blocks.len()))
-        .title_bottom(format!(
-            " {held} held, {shared} shared (upper case) + {indexed} known beginnings · {free} free "
-        ));
+        .title_bottom(format!(" {held} held ({shared} shared) · {indexed} known beginnings · {free} free "));
     let inner = border.inner(area);
     frame.render_widget(border, area);
     let cells = inner.area() as usize;
@@ -199,10 +197,9 @@ fn draw_cache(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection) {
 
 fn draw_step(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection, history: &History) {
     let (step, budget) = (&inspection.last_step, inspection.max_step_tokens);
-    let mut border = Block::bordered().title(" last step ");
-    if let Some(speed) = history.speed() {
-        border = border.title_bottom(format!(" {speed:.0} tokens/s "));
-    }
+    let speed = history.speed().map_or_else(String::new, |speed| format!("{speed:.0} tokens/s · "));
+    let moved = format!(" {speed}{} preempted, {} resumed ", step.preempted, step.resumed);
+    let border = Block::bordered().title(" last step ").title_bottom(moved);
     let inner = border.inner(area);
     frame.render_widget(border, area);
     let [text, bar, past] = Layout::vertical([Constraint::Length(1); 3]).areas(inner);
@@ -211,7 +208,7 @@ fn draw_step(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection, history
         Span::from(format!("{prompt} prompt")).fg(Color::Cyan),
         Span::from(" + "),
         Span::from(format!("{decode} decode")).fg(Color::Green),
-        Span::from(format!(" of {budget} tokens; {} preempted, {} resumed", step.preempted, step.resumed)),
+        Span::from(format!(" of {budget} tokens")),
     ]);
     frame.render_widget(line, text);
     frame.render_widget(budget_bar(usize::from(bar.width), prompt, decode, budget), bar);

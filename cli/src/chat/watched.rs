@@ -323,8 +323,8 @@ mod tests {
     fn the_end_of_the_text_is_seen() {
         let text = "first line\nsecond line that is longer than that\n\nlast";
         let lines = screen(16, 6, |frame| draw_text(frame, frame.area(), text));
-        assert_eq!(lines[1].trim_matches(['│', ' ']), "is longer than");
-        assert_eq!(lines[2].trim_matches(['│', ' ']), "that");
+        assert_eq!(lines[1].trim_matches(['│', ' ']), "that is longer");
+        assert_eq!(lines[2].trim_matches(['│', ' ']), "than that");
         assert_eq!(lines[3].trim_matches(['│', ' ']), "");
         assert_eq!(lines[4].trim_matches(['│', ' ']), "last");
     }

@@ -83,7 +83,7 @@ const HEADERS: &str = "\
 {%- for message in messages %}
     {%- set header = '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>\\n\\n' %}
     {% if loop.index0 == 0 %}
-        {{- 'Today: ' + date_string + '\\n' }}
+        {{- 'Today: ' + date_string }}
     {% endif %}
     {{- header + message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
@@ -192,7 +192,7 @@ fn broken_ones_are_errors() {
             "got templates named [\"rag\"], need one named \"default\"",
         ),
         (json!({ "chat_template": "", "bos_token": 3 }), "need a text, or an object with a text named content"),
-        (json!([1, 2]), "tokenizer_config.json: invalid"),
+        (json!("text"), "tokenizer_config.json: invalid"),
     ] {
         let error = format!("{:#}", ChatTemplate::from_folder(folder(&config).path()).unwrap_err());
         assert!(error.contains(want), "{config}: {error}");
