@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::harness::{Api, KEY, MAX_QUEUED, MAX_RUNNING, Test};
@@ -29,7 +29,7 @@ async fn send_raw(api: &Api, body: &Value) -> TcpStream {
     let body = body.to_string();
     let head = format!(
         "POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n{body}",
+         Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -86,14 +86,37 @@ async fn gone(api: Api) {
     api.wait_for(&cancelled, |count| count >= least).await;
 }
 
-/// A client that reads nothing keeps nobody else from being served; its answer ends in the engine as all do.
+/// A client that reads nothing keeps nobody else from being served, and is cut off where its answers don't fit on the way.
 async fn slow_reader(api: Api) {
+    let mut body = long(true);
+    body["max_tokens"] = json!(250);
     let mut readers = Vec::new();
     for _ in 0..MAX_RUNNING {
-        readers.push(send_raw(&api, &long(true)).await);
+        readers.push(send_raw(&api, &body).await);
     }
+    api.wait_for(RUNNING, |running| running == MAX_RUNNING as f64).await;
+    // One that asks on and on meanwhile, and reads nothing of what it gets.
+    let (mut reader, mut writer) = TcpStream::connect(api.address()).await.unwrap().into_split();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n\r\n").repeat(100);
+    let asked = tokio::spawn(async move {
+        let mut sent = 0;
+        while writer.write_all(request.as_bytes()).await.is_ok() {
+            sent += 100;
+        }
+        sent
+    });
     let (choices, _) = api.choices(COMPLETIONS, json!({ "prompt": "Once", "max_tokens": 5 })).await;
     assert_eq!(choices.len(), 1);
     api.wait_for(USED, |used| used == 0.0).await;
-    drop(readers);
+    // All that was made for them is on its way.
+    for mut reader in readers {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).await.unwrap();
+        assert!(text.contains("data: [DONE]"), "{text}");
+    }
+    let sent = asked.await.unwrap();
+    let mut answered = Vec::new();
+    let _ = reader.read_to_end(&mut answered).await;
+    let answered = String::from_utf8_lossy(&answered).matches("HTTP/1.1 200").count();
+    assert!(answered < sent, "{answered} of {sent} requests are answered");
 }

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     let alone = [load::TESTS, stop::TESTS].into_iter().flatten().copied();
     let parts = parts.into_iter().flatten().copied();
     if arguments.list {
-        libtest_mimic::run(&arguments, parts.chain(alone).map(|test| trial(None, test)).collect());
+        let _ = libtest_mimic::run(&arguments, parts.chain(alone).map(|test| trial(None, test)).collect());
         return ExitCode::SUCCESS;
     }
     let Some(server) = Server::start() else { return ExitCode::SUCCESS };
