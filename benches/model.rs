@@ -240,7 +240,7 @@ impl Bench<'_> {
             };
             let base = decoder.create_sequence();
             if matches!(job, Job::Decode(_)) {
-                gpu.block_on(decoder.step(&[Input { sequence: base, tokens: &tokens, sampling: None }]))?;
+                gpu.block_on(decoder.step(&[Input::new(base, &tokens)]))?;
             }
             let batch = if let Job::Decode(batch) = job { batch } else { 0 };
             let branches: Vec<_> = (0..batch).map(|_| decoder.fork(base)).collect::<Result<_, _>>()?;
@@ -273,7 +273,7 @@ fn prefill(decoder: &mut Decoder, tokens: &[u32]) -> Result<f64> {
     let greedy = Sampling::greedy();
     let gpu = decoder.gpu().clone();
     let start = Instant::now();
-    gpu.block_on(decoder.step(&[Input { sequence, tokens, sampling: Some(&greedy) }]))?;
+    gpu.block_on(decoder.step(&[Input::new(sequence, tokens).with_sampling(&greedy)]))?;
     let time = start.elapsed();
     decoder.free(sequence)?;
     Ok(time.as_secs_f64())
@@ -281,8 +281,7 @@ fn prefill(decoder: &mut Decoder, tokens: &[u32]) -> Result<f64> {
 
 fn decode(decoder: &mut Decoder, sequences: &[SequenceId]) -> Result<f64> {
     let greedy = Sampling::greedy();
-    let inputs: Vec<_> =
-        sequences.iter().map(|&sequence| Input { sequence, tokens: &[1], sampling: Some(&greedy) }).collect();
+    let inputs: Vec<_> = sequences.iter().map(|&sequence| Input::new(sequence, &[1]).with_sampling(&greedy)).collect();
     let gpu = decoder.gpu().clone();
     let start = Instant::now();
     let tokens = gpu.block_on(decoder.step(&inputs))?;

@@ -216,7 +216,7 @@ fn ask_all(
         let sequence = decoder.create_sequence();
         let mut tokens: Vec<u32> = model.config().bos_token_id.into_iter().collect();
         tokens.extend(tokenizer.encode(&story.story, false)?);
-        gpu.block_on(decoder.step(&[Input { sequence, tokens: &tokens, sampling: None }]))?;
+        gpu.block_on(decoder.step(&[Input::new(sequence, &tokens)]))?;
         let questions: Vec<_> =
             story.questions.iter().map(|q| tokenizer.encode(&prompt(&q.question), false)).collect::<Result<_, _>>()?;
         let mut forks = Vec::with_capacity(questions.len());
@@ -226,8 +226,7 @@ fn ask_all(
         let inputs =
             || forks.iter().copied().zip(questions.iter().map(|tokens: &Vec<u32>| tokens.split_at(tokens.len() - 1)));
         if options.decode_last {
-            let inputs: Vec<_> =
-                inputs().map(|(sequence, (tokens, _))| Input { sequence, tokens, sampling: None }).collect();
+            let inputs: Vec<_> = inputs().map(|(sequence, (tokens, _))| Input::new(sequence, tokens)).collect();
             gpu.block_on(decoder.step(&inputs))?;
         }
         let prompts: Vec<_> = inputs()

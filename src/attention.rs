@@ -1,5 +1,6 @@
 //! [`Attention`]: the public face of decode, prefill and merge.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
@@ -11,6 +12,7 @@ use crate::layout::{KvCacheConfig, Segments};
 use crate::plan::{
     AttendParams, AttentionConfig, PlanShape, PlannedDispatch, SplitPolicy, Stage, StepPlan, push_params,
 };
+use crate::sequence::QueryKernel;
 
 /// Attention over a [`KvCache`]: compiled kernels and a workspace. Make one per distinct [`AttentionConfig`] (a model whose layers
 /// alternate between windowed and full attention has two) and use it for all layers and steps.
@@ -166,7 +168,24 @@ impl Attention {
         if self.config.custom_mask {
             return Err(Error::argument("custom_mask", "plan", "plan_with_masks, which gives the masks"));
         }
-        self.plan_any(step, &[])
+        self.plan_any(step, None, &[])
+    }
+
+    /// [`Attention::plan`] with a kernel for each sequence of the step. With [`AttentionConfig::deterministic`] a token's result then has the same
+    /// bits however it comes to the cache, as long as it is the same kernel that computes it.
+    ///
+    /// # Errors
+    /// Those of [`Attention::plan`], and [`Error::Argument`] for another number of kernels.
+    pub fn plan_with_kernels(&self, step: &Step, kernels: &[QueryKernel]) -> Result<AttentionPlan> {
+        if self.config.custom_mask {
+            return Err(Error::argument("custom_mask", "plan_with_kernels", "plan_with_masks, which gives the masks"));
+        }
+        let need = step.batch().entries.len();
+        if kernels.len() != need {
+            let rule = format!("one per sequence of the step, {need}");
+            return Err(Error::argument("kernels", kernels.len(), rule));
+        }
+        self.plan_any(step, Some(kernels), &[])
     }
 
     /// [`Attention::plan`] with a mask per sequence of the step: `[query_len, ceil(seq_len / 32)]` words, bit `key % 32` (lowest first) of word
@@ -178,10 +197,10 @@ impl Attention {
         if !self.config.custom_mask {
             return Err(Error::argument("custom_mask", false, "true, to plan with masks"));
         }
-        self.plan_any(step, masks)
+        self.plan_any(step, None, masks)
     }
 
-    fn plan_any(&self, step: &Step, masks: &[&[u32]]) -> Result<AttentionPlan> {
+    fn plan_any(&self, step: &Step, kernels: Option<&[QueryKernel]>, masks: &[&[u32]]) -> Result<AttentionPlan> {
         let ticket = step.ticket();
         ticket.check()?;
         if *step.config() != self.cache {
@@ -192,7 +211,11 @@ impl Attention {
                 format!("a step of a cache like the attention's, {:?}", self.cache),
             ));
         }
-        let batch = step.batch();
+        let mut batch = Cow::Borrowed(step.batch());
+        if let Some(kernels) = kernels {
+            batch.to_mut().entries.iter_mut().zip(kernels).for_each(|(entry, &kernel)| entry.kernel = kernel);
+        }
+        let batch = &*batch;
         let mut plan = StepPlan::new(&self.shape, &self.policy, &self.params, batch, masks)?;
         let workspace = self.workspace(plan.workspace_bytes)?;
         let upload = Upload::new(&self.gpu, "step", std::mem::take(&mut plan.words))?;

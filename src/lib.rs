@@ -47,7 +47,9 @@ pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use plan::AttentionConfig;
-pub use sequence::{BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, SequenceMemory};
+pub use sequence::{
+    BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory,
+};
 #[cfg(feature = "wgpu")]
 pub use wgpu;
 

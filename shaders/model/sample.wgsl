@@ -28,7 +28,7 @@ const BAD: u32 = 0x80000000u;
 const MAX_F32: f32 = 3.4028234e38;
 
 @group(0) @binding(0) var<storage, read> logits: array<{{ "vec4<u32>" if vocab % 4 == 0 else "u32" }}>;  // [rows, VOCAB], bits of f32
-@group(0) @binding(1) var<storage, read> requests: array<u32>;  // [rows, REQUEST_WORDS], then a bit per token for rows with a penalty
+@group(0) @binding(1) var<storage, read> requests: array<u32>;  // [rows, REQUEST_WORDS], then sets of a bit per token
 @group(0) @binding(2) var<storage, read_write> result: array<vec4<u32>>;  // [rows]: token, status, bits of the log probability, tokens kept
 
 var<workgroup> counts: array<vec4<u32>, {{ lanes }}>;
@@ -40,8 +40,9 @@ var<workgroup> candidates: array<u32, {{ candidates }}>;  // keys
 struct Request {
     row: u32,
     logprob: bool,
-{% if penalty %}
-    history: u32,  // where its bits are; 0: no penalty
+{% if edits %}
+    allowed: u32,  // where the set of tokens is that may be drawn; 0: all
+    history: u32,  // where the set of tokens is that have a penalty; 0: none
     penalty: f32,
     inverse_penalty: f32,
 {% endif %}
@@ -64,13 +65,23 @@ fn logit_bits(row: u32, quad: u32) -> vec4<u32> {
 {% endif %}
 }
 
-// Keys in the order of the logits, after the repetition penalty (Keskar et al. 2019).
+{% if edits %}
+// Which of four tokens are in the set whose bits start at a word of the upload.
+fn in_set(start: u32, quad: u32) -> vec4<bool> {
+    let word = requests[start + min(quad, QUADS - 1u) / 8u] >> (quad % 8u * 4u);
+    return ((vec4<u32>(word) >> vec4<u32>(0u, 1u, 2u, 3u)) & vec4<u32>(1u)) != vec4<u32>(0u);
+}
+
+{% endif %}
+// Keys in the order of the logits, after the repetition penalty (Keskar et al. 2019), without tokens that may not be drawn.
 fn to_keys(request: Request, quad: u32, logit_bits: vec4<u32>) -> vec4<u32> {
     var bits = logit_bits;
-{% if penalty %}
+{% if edits %}
+    if (request.allowed != 0u) {
+        bits = select(vec4<u32>(NO_LOGIT), bits, in_set(request.allowed, quad));
+    }
     if (request.history != 0u) {
-        let word = requests[request.history + min(quad, QUADS - 1u) / 8u] >> (quad % 8u * 4u);
-        let seen = ((vec4<u32>(word) >> vec4<u32>(0u, 1u, 2u, 3u)) & vec4<u32>(1u)) != vec4<u32>(0u);
+        let seen = in_set(request.history, quad);
         let x = bitcast<vec4<f32>>(select(bits, vec4<u32>(0u), bits == vec4<u32>(NO_LOGIT)));
         let y = select(x * request.penalty, x * request.inverse_penalty, x > vec4<f32>(0.0));
         let finite = clamp(y, vec4<f32>(-MAX_F32), vec4<f32>(MAX_F32));
@@ -219,7 +230,8 @@ fn sample(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     var request: Request;
     request.row = row;
     request.logprob = (flags & 2u) != 0u;
-{% if penalty %}
+{% if edits %}
+    request.allowed = requests[words + 11u];
     request.history = requests[words + 10u];
     request.penalty = bitcast<f32>(requests[words + 5u]);
     request.inverse_penalty = bitcast<f32>(requests[words + 6u]);

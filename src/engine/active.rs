@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use futures_channel::mpsc::UnboundedSender;
 
+use super::grammar::Constraint;
+use super::propose::Depth;
 use super::request::{EndReason, Event, Request, Usage};
 use super::text::{AnswerText, Pushed};
-use crate::model::{Decoder, Sampling, TextStream};
+use crate::model::{Decoder, Drawn, Sampling, TextStream};
 use crate::schedule::{Memory, PrefixHit, RequestId};
 use crate::{PrefixProbe, SequenceId};
 
@@ -25,6 +27,12 @@ pub(super) struct Active {
     wanted_tokens: u32,
     max_tokens: u32,
     priority: i32,
+    pub(super) logprobs: Option<u32>,
+    /// How far the answer has come in its grammar.
+    pub(super) constraint: Option<Constraint>,
+    /// Guesses at what comes after the text, for the next step.
+    pub(super) drafts: Vec<u32>,
+    pub(super) depth: Depth,
     answer: AnswerText,
     events: UnboundedSender<Event>,
     submitted: Duration,
@@ -38,6 +46,7 @@ impl Active {
         request: Request,
         max_tokens: u32,
         stream: Option<TextStream>,
+        constraint: Option<Constraint>,
         events: UnboundedSender<Event>,
         now: Duration,
     ) -> Self {
@@ -51,6 +60,10 @@ impl Active {
             wanted_tokens: request.max_tokens,
             max_tokens,
             priority: request.priority,
+            logprobs: request.logprobs,
+            constraint,
+            drafts: Vec::new(),
+            depth: Depth::new(),
             answer: AnswerText::new(stream, request.stop_strings),
             events,
             submitted: now,
@@ -74,7 +87,8 @@ impl Active {
     }
 
     /// Adds a sampled token. Returns why the answer ends with it, if it does.
-    pub(super) fn push(&mut self, token: u32, now: Duration) -> Option<EndReason> {
+    pub(super) fn push(&mut self, drawn: Drawn, now: Duration) -> Option<EndReason> {
+        let Drawn { token, logprob } = drawn;
         self.usage.time_to_first_token.get_or_insert(now.saturating_sub(self.submitted));
         if self.stop_tokens.contains(&token) {
             return Some(EndReason::StopToken(token));
@@ -87,10 +101,15 @@ impl Active {
             Err(error) => (String::new(), Some(EndReason::Failed((&error).into()))),
         };
         // A closed channel is noticed by the next step.
-        let _ = self.events.unbounded_send(Event::Token { token, text });
+        let _ = self.events.unbounded_send(Event::Token { token, text, logprob });
+        let complete = match self.constraint.as_mut().map(|constraint| constraint.push(token)) {
+            Some(Ok(true)) => Some(EndReason::Complete),
+            Some(Err(error)) => Some(EndReason::Failed((&error).into())),
+            Some(Ok(false)) | None => None,
+        };
         let is_full = self.usage.new_tokens >= self.max_tokens;
         let at_most = if self.max_tokens < self.wanted_tokens { EndReason::Positions } else { EndReason::Length };
-        stop.or(is_full.then_some(at_most))
+        stop.or(complete).or(is_full.then_some(at_most))
     }
 
     /// Sends the last event.
@@ -122,6 +141,14 @@ impl CacheView<'_> {
         let equal = but_last.iter().zip(other).take_while(|(a, b)| a == b).count() as u32;
         let block_size = self.decoder.options().block_size;
         equal / block_size * block_size
+    }
+
+    /// The part of a request's text that may be in the prefix index. In an exact model what was sampled has other bits than the same tokens in a
+    /// prompt have.
+    pub(super) fn findable<'r>(&self, request: &'r Active) -> &'r [u32] {
+        let len =
+            if self.decoder.model().is_exact() { request.usage.prompt_tokens as usize } else { request.text.len() };
+        &request.text[..len]
     }
 
     /// Tokens of a request that are in the cache; `None` while it waits or is swapped out.
@@ -163,7 +190,7 @@ impl Memory for CacheView<'_> {
     fn prefix(&self, request: RequestId) -> PrefixHit {
         let Some(request) = self.requests.get(&request) else { return PrefixHit::default() };
         let probe = if self.decoder.options().prefix_cache {
-            self.decoder.probe_prefix(&request.text)
+            self.decoder.probe_prefix(self.findable(request))
         } else {
             PrefixProbe::default()
         };
@@ -194,9 +221,10 @@ impl Memory for CacheView<'_> {
         if !self.decoder.options().prefix_cache || self.fork_of(request).is_some() {
             return false;
         }
-        let known = self.decoder.probe_prefix(&request.text).len;
+        let text = self.findable(request);
+        let known = self.decoder.probe_prefix(text).len;
         let block_size = self.decoder.options().block_size;
-        if known + block_size >= request.text.len() as u32 {
+        if known + block_size >= text.len() as u32 {
             return false;
         }
         // Most texts differ in the block after what is known, so that is looked at first.
@@ -208,10 +236,11 @@ impl Memory for CacheView<'_> {
                 None => return false,
             };
             // What the other one has computed is in the index.
+            let others = self.findable(other);
             other_id != id
-                && cached < other.text.len() as u32
-                && other.text.get(next.clone()) == request.text.get(next.clone())
-                && self.common(&request.text, &other.text) > known.max(cached)
+                && cached < others.len() as u32
+                && others.get(next.clone()) == text.get(next.clone())
+                && self.common(text, others) > known.max(cached)
         })
     }
 }

@@ -7,7 +7,10 @@
 //! Which requests take part in a step is decided by a [`Scheduler`].
 
 mod active;
+#[cfg_attr(not(feature = "grammar"), path = "no_grammar.rs")]
+mod grammar;
 mod inspect;
+mod propose;
 mod request;
 #[cfg(not(target_arch = "wasm32"))]
 mod spawn;
@@ -15,7 +18,8 @@ mod step;
 mod text;
 
 pub use inspect::{BlockState, Inspection, RequestPhase, RequestState};
-pub use request::{Answer, EndReason, Event, Failure, Request, SubmitError, Usage};
+pub use propose::{DraftModel, Draftable, PromptLookup, Proposals, Proposer};
+pub use request::{Answer, EndReason, Event, Failure, Grammar, Request, SubmitError, Usage};
 #[cfg(not(target_arch = "wasm32"))]
 pub use spawn::{EngineClient, EngineHandle};
 pub use step::StepReport;
@@ -46,10 +50,13 @@ pub struct EngineOptions {
     pub ageing: Duration,
     /// Memory of the host for swapped-out requests, in bytes.
     pub max_swapped_bytes: u64,
+    /// Drafts of a request in a step, at most, if there is a [`Proposer`]. How many it gets follows how many were right.
+    pub max_drafts: u32,
 }
 
 impl Default for EngineOptions {
-    /// 256 running and 1024 waiting requests, 3 preemptions, 10 s of head start per level, 1 GiB for swapped-out ones.
+    /// 256 running and 1024 waiting requests, 3 preemptions, 10 s of head start per level, 1 GiB for swapped-out ones, 16
+    /// drafts.
     fn default() -> Self {
         Self {
             max_step_tokens: None,
@@ -58,6 +65,7 @@ impl Default for EngineOptions {
             max_preemptions: 3,
             ageing: Duration::from_secs(10),
             max_swapped_bytes: 1 << 30,
+            max_drafts: 16,
         }
     }
 }
@@ -86,6 +94,9 @@ pub struct Engine {
     requests: HashMap<RequestId, Active>,
     start: Instant,
     costs: step::MeasuredCosts,
+    proposer: Option<Box<dyn Proposer>>,
+    max_drafts: u32,
+    grammars: grammar::Grammars,
     last_step: StepReport,
     /// Set while a step is carried out. If it is set when the next one begins, a step's future was dropped half-way.
     in_step: bool,
@@ -115,9 +126,19 @@ impl Engine {
             requests: HashMap::new(),
             start,
             costs,
+            proposer: None,
+            max_drafts: options.max_drafts,
+            grammars: grammar::Grammars::default(),
             last_step: StepReport::default(),
             in_step: false,
         })
+    }
+
+    /// The same with speculative decoding: the proposer's drafts are verified in the steps of all, in what room these have left. Tokens are the
+    /// same as without.
+    #[must_use]
+    pub fn with_proposer(self, proposer: impl Proposer + 'static) -> Self {
+        Self { proposer: Some(Box::new(proposer)), ..self }
     }
 
     /// The device.
@@ -154,10 +175,14 @@ impl Engine {
     ///
     /// # Errors
     /// [`SubmitError::Invalid`] for an empty prompt, ids outside the vocabulary, a prompt longer than the model has positions, sampling
-    /// settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer;
+    /// settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer, a grammar
+    /// that is none or has no stop token to end with;
     /// [`SubmitError::Refused`] if the queue is full, or the cache too small for prompt and `max_tokens` even without other requests.
     pub fn submit(&mut self, request: Request) -> Result<Answer, SubmitError> {
         self.check(&request)?;
+        let vocab = self.decoder.model().config().vocab_size;
+        let start = |grammar| self.grammars.start(grammar, self.tokenizer.as_ref(), &request.stop_tokens, vocab);
+        let constraint = request.grammar.as_ref().map(start).transpose()?;
         let now = self.start.elapsed();
         let max_positions = self.decoder.model().config().max_positions;
         let prompt_tokens = request.prompt.len() as u32;
@@ -169,7 +194,7 @@ impl Engine {
         let id = self.scheduler.submit(now, demand)?;
         let (events, answer) = Answer::new(id);
         let stream = self.tokenizer.as_ref().map(|tokenizer| tokenizer.stream_after(&request.prompt, true));
-        self.requests.insert(id, Active::new(request, max_tokens, stream, events, now));
+        self.requests.insert(id, Active::new(request, max_tokens, stream, constraint, events, now));
         Ok(answer)
     }
 
@@ -226,11 +251,23 @@ impl Engine {
         if request.max_tokens == 0 {
             return Err(ModelError::argument("max_tokens", 0, "at least 1"));
         }
+        if request.logprobs.is_some_and(|top| top > config.vocab_size) {
+            let rule = format!("at most vocab_size, {}", config.vocab_size);
+            return Err(ModelError::argument("logprobs", request.logprobs.unwrap_or_default(), rule));
+        }
         if request.time_limit == Some(Duration::ZERO) {
             return Err(ModelError::argument("time_limit", "0 s", "more than that, or None"));
         }
         request.sampling.validate()?;
         Ok(())
+    }
+
+    /// Moves used blocks to the front of the cache between two steps, and returns how many moved: [`Decoder::defragment`].
+    ///
+    /// # Errors
+    /// Those of [`Decoder::defragment`].
+    pub async fn defragment(&mut self) -> ModelResult<u32> {
+        self.decoder.defragment().await
     }
 
     /// Ends all requests, and gives the decoder back. Their answers end with [`EndReason::Shutdown`].

@@ -9,7 +9,7 @@ use futures_channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 use futures_core::Stream;
 
 use crate::ErrorKind;
-use crate::model::{ModelError, Sampling};
+use crate::model::{ModelError, Sampling, TokenLogprob};
 use crate::schedule::{Refusal, RequestId};
 
 /// A text to be continued.
@@ -26,6 +26,11 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Texts that end the answer where they begin. They need an engine with a tokenizer.
     pub stop_strings: Vec<String>,
+    /// Log-probabilities of each token of the answer, and of so many most probable ones beside it. They cost a readback of a row of logits per
+    /// token.
+    pub logprobs: Option<u32>,
+    /// What the answer must look like.
+    pub grammar: Option<Grammar>,
     /// Higher comes first; see [`ageing`](crate::schedule::SchedulerConfig::ageing).
     pub priority: i32,
     /// It is given up if it takes longer than this from its submission on.
@@ -42,6 +47,8 @@ impl Request {
             max_tokens,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
+            logprobs: None,
+            grammar: None,
             priority: 0,
             time_limit: None,
         }
@@ -59,6 +66,18 @@ impl Request {
         Self { stop_tokens: stop_tokens.into(), stop_strings: stop_strings.into(), ..self }
     }
 
+    /// The same with log-probabilities, `top` of the most probable tokens among them.
+    #[must_use]
+    pub fn with_logprobs(self, top: u32) -> Self {
+        Self { logprobs: Some(top), ..self }
+    }
+
+    /// The same with an answer of this form.
+    #[must_use]
+    pub fn with_grammar(self, grammar: Grammar) -> Self {
+        Self { grammar: Some(grammar), ..self }
+    }
+
     /// The same with another priority.
     #[must_use]
     pub fn with_priority(self, priority: i32) -> Self {
@@ -70,6 +89,20 @@ impl Request {
     pub fn with_time_limit(self, limit: Duration) -> Self {
         Self { time_limit: Some(limit), ..self }
     }
+}
+
+/// What an answer must look like. Needs folio's feature `grammar`, an engine with a tokenizer, and a request with a stop token, which comes when
+/// the text is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Grammar {
+    /// JSON of a schema, which is JSON text itself; `{}` stands for any JSON. Without white space between its tokens, unless the schema says
+    /// `"x-guidance": {"whitespace_flexible": true}`.
+    JsonSchema(String),
+    /// Text that a regular expression matches as a whole.
+    Regex(String),
+    /// A grammar in the dialect of Lark that `llguidance` reads.
+    Lark(String),
 }
 
 /// Why a request could not be continued.
@@ -96,6 +129,8 @@ pub enum EndReason {
     StopToken(u32),
     /// The text had this stop string.
     StopString(String),
+    /// By its grammar the text is complete, and nothing may follow.
+    Complete,
     /// `max_tokens` are there.
     Length,
     /// The model has no more positions.
@@ -118,6 +153,10 @@ pub struct Usage {
     pub cached_tokens: u32,
     /// Tokens that went through the model for this request, those of computing again after a preemption included.
     pub computed_tokens: u32,
+    /// Drafts that were verified for this request, in [`computed_tokens`](Self::computed_tokens) too.
+    pub drafted_tokens: u32,
+    /// Those of them that were right.
+    pub accepted_tokens: u32,
     /// Tokens of the answer, without a stop token.
     pub new_tokens: u32,
     /// How often it lost its blocks and got them back.
@@ -131,7 +170,7 @@ pub struct Usage {
 }
 
 /// What an [`Answer`] yields: tokens, then one end. There is no end if the engine was dropped without [`Engine::shutdown`](super::Engine::shutdown).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
     /// A token.
@@ -141,6 +180,8 @@ pub enum Event {
         /// Text that is complete with it: empty while a character is not, or while it may be the beginning of a stop string, and without a
         /// tokenizer.
         text: String,
+        /// How probable it was, if the request asked for that.
+        logprob: Option<TokenLogprob>,
     },
     /// The last event.
     End {
@@ -217,6 +258,7 @@ impl fmt::Display for EndReason {
         match self {
             Self::StopToken(token) => write!(f, "stop token {token}"),
             Self::StopString(text) => write!(f, "stop string {text:?}"),
+            Self::Complete => f.write_str("complete"),
             Self::Length => f.write_str("length"),
             Self::Positions => f.write_str("no more positions"),
             Self::TimeLimit => f.write_str("time limit"),

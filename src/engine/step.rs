@@ -5,8 +5,8 @@ use std::time::Duration;
 use web_time::Instant;
 
 use super::active::CacheView;
-use super::{EndReason, Engine};
-use crate::model::{Input, ModelError, ModelResult};
+use super::{Draftable, EndReason, Engine};
+use crate::model::{Drawn, Input, ModelError, ModelResult};
 use crate::schedule::{Costs, Preemption, RequestId, ScheduledChunk, StepSchedule};
 use crate::{Error, ErrorKind};
 
@@ -18,7 +18,11 @@ pub struct StepReport {
     pub decode_tokens: u32,
     /// Tokens that went through the model in chunks of several.
     pub prompt_tokens: u32,
-    /// Tokens that were sampled.
+    /// Drafts that were verified, beside those.
+    pub draft_tokens: u32,
+    /// Drafts that were right.
+    pub accepted_tokens: u32,
+    /// Tokens that were sampled, for drafts that were right too.
     pub sampled_tokens: u32,
     /// Requests that started.
     pub admitted: u32,
@@ -75,7 +79,49 @@ impl Engine {
         result.map(|()| report)
     }
 
+    /// Asks the proposer for drafts.
+    async fn propose(&mut self) -> ModelResult<()> {
+        let Self { proposer, requests, scheduler, decoder, max_drafts, .. } = self;
+        let Some(proposer) = proposer else { return Ok(()) };
+        let mut wanted = Vec::new();
+        for (&id, request) in requests.iter_mut() {
+            request.drafts.clear();
+            if scheduler.may_draft(id) {
+                let most = request.depth.next(*max_drafts);
+                if most > 0 {
+                    wanted.push((id, most));
+                }
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        wanted.sort_unstable();
+        let draftable = wanted.iter().filter_map(|&(id, max_drafts)| {
+            let request = requests.get(&id)?;
+            Some(Draftable { request: id, text: &request.text, sampling: &request.sampling, max_drafts })
+        });
+        let draftable: Vec<_> = draftable.collect();
+        let proposals = match proposer.propose(&draftable).await {
+            Ok(proposals) => proposals,
+            Err(error) if error.kind() == ErrorKind::DeviceLost => return Err(error),
+            Err(_) => return Ok(()),
+        };
+        let vocab = decoder.model().config().vocab_size;
+        for ((id, most), drafts) in wanted.into_iter().zip(proposals) {
+            let Some(request) = requests.get_mut(&id) else { continue };
+            request.drafts = drafts.into_iter().take(most as usize).take_while(|&token| token < vocab).collect();
+            if let Some(constraint) = &mut request.constraint {
+                let valid = constraint.valid(&request.drafts).unwrap_or(0);
+                request.drafts.truncate(valid);
+            }
+            scheduler.set_drafts(id, request.drafts.len() as u32);
+        }
+        Ok(())
+    }
+
     async fn scheduled_step(&mut self, report: &mut StepReport) -> ModelResult<()> {
+        self.propose().await?;
         let now = self.start.elapsed();
         let view = CacheView { decoder: &self.decoder, requests: &self.requests };
         let StepSchedule { expired, preempted, resumed, admitted, mut chunks, blocked } =
@@ -110,23 +156,44 @@ impl Engine {
 
     /// Runs the model, and hands out what was sampled.
     async fn compute(&mut self, chunks: &[ScheduledChunk], report: &mut StepReport) -> ModelResult<()> {
-        let (mut inputs, mut fed) = (Vec::with_capacity(chunks.len()), Vec::with_capacity(chunks.len()));
+        // What is fed: the sequence, its new tokens, how many of them were sampled before, and what may come next.
+        let mut feeds = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            let Some(request) = self.requests.get(&chunk.request) else { continue };
+            let Some(request) = self.requests.get_mut(&chunk.request) else { continue };
             let Some(sequence) = request.sequence else { continue };
             let cached = self.decoder.tokens(sequence)?.len();
             // The pending token is in the text, too, and the decoder feeds it by itself.
-            let pending = usize::from(self.decoder.pending(sequence)?.is_some());
-            let tokens = &request.text[cached + pending..cached + chunk.tokens as usize];
-            inputs.push(Input { sequence, tokens, sampling: chunk.samples.then_some(&request.sampling) });
-            fed.push(chunk);
+            let first = cached + usize::from(self.decoder.pending(sequence)?.is_some());
+            let end = cached + chunk.tokens as usize;
+            let drafts = request.drafts.get(..chunk.drafts as usize).unwrap_or_default();
+            let replayed = end - first.max(request.usage.prompt_tokens as usize).min(end);
+            let allowed = match request.constraint.as_mut().filter(|_| chunk.samples) {
+                Some(constraint) => constraint.allowed(drafts),
+                None => Ok(Vec::new()),
+            };
+            match allowed {
+                Ok(allowed) => {
+                    feeds.push((chunk, sequence, [&request.text[first..end], drafts].concat(), replayed, allowed));
+                }
+                Err(error) => self.end(chunk.request, EndReason::Failed((&error).into())),
+            }
         }
-        if inputs.is_empty() {
+        if feeds.is_empty() {
             return Ok(());
         }
+        let inputs = feeds.iter().filter_map(|(chunk, sequence, tokens, replayed, allowed)| {
+            let request = self.requests.get(&chunk.request)?;
+            let mut input = Input::new(*sequence, tokens).with_replayed(*replayed as u32);
+            if chunk.samples {
+                input = input.with_sampling(&request.sampling).with_drafts(chunk.drafts).with_allowed(allowed);
+                input.logprobs = request.logprobs;
+            }
+            Some(input)
+        });
+        let inputs: Vec<_> = inputs.collect();
         let start = Instant::now();
-        let sampled = match self.decoder.step(&inputs).await {
-            Ok(sampled) => sampled,
+        let drawn = match self.decoder.draw(&inputs).await {
+            Ok(drawn) => drawn,
             Err(ModelError::BadLogits { sequence }) => {
                 let bad = self.requests.iter().find(|(_, request)| request.sequence == Some(sequence));
                 if let Some(&id) = bad.map(|(id, _)| id) {
@@ -142,18 +209,18 @@ impl Engine {
             Err(error) => return Err(error),
         };
         let now = self.start.elapsed();
-        let tokens: u32 = chunks.iter().map(|chunk| chunk.tokens).sum();
+        let tokens: u32 = chunks.iter().map(|chunk| chunk.tokens + chunk.drafts).sum();
         if tokens >= MIN_MEASURED_TOKENS {
             MeasuredCosts::note(&mut self.costs.compute_token, start.elapsed(), tokens);
             self.set_costs();
         }
-        for (chunk, token) in fed.into_iter().zip(sampled) {
+        for ((chunk, ..), drawn) in feeds.into_iter().zip(drawn) {
             if chunk.tokens == 1 {
                 report.decode_tokens += 1;
             } else {
                 report.prompt_tokens += chunk.tokens;
             }
-            self.finish_chunk(chunk, token, now, report)?;
+            self.finish_chunk(chunk, drawn, now, report)?;
         }
         Ok(())
     }
@@ -161,22 +228,29 @@ impl Engine {
     fn finish_chunk(
         &mut self,
         chunk: &ScheduledChunk,
-        token: Option<u32>,
+        drawn: Vec<Drawn>,
         now: Duration,
         report: &mut StepReport,
     ) -> ModelResult<()> {
         let id = chunk.request;
         let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
         let Some(sequence) = request.sequence else { return Ok(()) };
-        request.usage.computed_tokens += chunk.tokens;
-        self.scheduler.set_cached(id, self.decoder.tokens(sequence)?.len() as u32);
-        if let Some(token) = token {
+        let accepted = drawn.len().saturating_sub(1) as u32;
+        request.usage.computed_tokens += chunk.tokens + chunk.drafts;
+        request.usage.drafted_tokens += chunk.drafts;
+        request.usage.accepted_tokens += accepted;
+        request.depth.note(chunk.drafts, accepted);
+        report.draft_tokens += chunk.drafts;
+        report.accepted_tokens += accepted;
+        for drawn in drawn {
             report.sampled_tokens += 1;
             self.scheduler.push_token(id);
-            if let Some(reason) = request.push(token, now) {
+            if let Some(reason) = request.push(drawn, now) {
                 self.end(id, reason);
+                return Ok(());
             }
         }
+        self.scheduler.set_cached(id, self.decoder.tokens(sequence)?.len() as u32);
         Ok(())
     }
 
@@ -223,17 +297,19 @@ impl Engine {
     /// Gives a request a sequence. Returns whether it has as many tokens as the scheduler counts on.
     fn admit(&mut self, id: RequestId, hit: u32, now: Duration) -> bool {
         let view = CacheView { decoder: &self.decoder, requests: &self.requests };
-        let fork = self.requests.get(&id).and_then(|request| view.fork_of(request)).filter(|&(_, len)| len == hit);
-        let Some(request) = self.requests.get_mut(&id) else { return false };
+        let Some(request) = self.requests.get(&id) else { return false };
+        let fork = view.fork_of(request).filter(|&(_, len)| len == hit);
+        let findable = view.findable(request);
         let forked = fork.and_then(|(sibling, len)| Some((self.decoder.fork_at(sibling, len).ok()?, len)));
         let (sequence, found) = forked.unwrap_or_else(|| {
             if hit > 0 {
-                let found = self.decoder.match_prefix(&request.text);
+                let found = self.decoder.match_prefix(findable);
                 (found.sequence, found.len)
             } else {
                 (self.decoder.create_sequence(), 0)
             }
         });
+        let Some(request) = self.requests.get_mut(&id) else { return false };
         request.sequence = Some(sequence);
         request.note_start(now, found);
         self.scheduler.set_cached(id, found);
@@ -252,6 +328,9 @@ impl Engine {
     /// Ends a request: its blocks are free, and its last event is sent.
     pub(super) fn end(&mut self, id: RequestId, reason: EndReason) {
         self.scheduler.remove(id);
+        if let Some(proposer) = &mut self.proposer {
+            proposer.forget(id);
+        }
         let Some(mut request) = self.requests.remove(&id) else { return };
         if let Some(sequence) = request.sequence.take() {
             // It can only fail for a sequence that is gone.

@@ -75,10 +75,9 @@ impl Decoder {
         while !active.is_empty() {
             let inputs: Vec<_> = active
                 .iter()
-                .map(|&i| Input {
-                    sequence: prompts[i].sequence,
-                    tokens: if is_first { prompts[i].tokens } else { &[] },
-                    sampling: Some(&prompts[i].sampling),
+                .map(|&i| {
+                    let tokens = if is_first { prompts[i].tokens } else { &[] };
+                    Input::new(prompts[i].sequence, tokens).with_sampling(&prompts[i].sampling)
                 })
                 .collect();
             let sampled = self.step(&inputs).await?;

@@ -27,7 +27,7 @@ mod tune;
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, NormSettings, Position};
-pub use decoder::{Decoder, DecoderOptions, Input, LogitRows};
+pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use linear::{Linear, RmsNorm};

@@ -102,15 +102,18 @@ pub struct SamplingRequest<'a> {
     pub history: &'a [u32],
     /// Whether the token's log probability is wanted, which costs one more pass over the row.
     pub logprob: bool,
+    /// The tokens that may be drawn, a bit each, lowest first: `vocab.div_ceil(32)` words. `None`: all. The others count as if their logits
+    /// were -infinity.
+    pub allowed: Option<&'a [u32]>,
 }
 
 /// What a row of logits yielded.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampled {
-    /// The token. `None`: the row has NaN, +infinity, or no finite logit.
+    /// The token. `None`: the row has NaN, +infinity, or no finite logit of an allowed token.
     pub token: Option<u32>,
-    /// Natural logarithm of the token's probability in the softmax of the row after the repetition penalty, before temperature and
-    /// filters, if it was asked for.
+    /// Natural logarithm of the token's probability in the softmax of the allowed tokens after the repetition penalty, before temperature
+    /// and filters, if it was asked for.
     pub logprob: Option<f32>,
     /// Tokens that the draw was from; 1 if greedy, 0 without a token.
     pub num_kept: u32,
@@ -134,7 +137,7 @@ const REQUEST_WORDS: usize = 12;
 pub struct Sampler {
     gpu: Gpu,
     vocab: u32,
-    /// By `greedy + 2 * penalty`: simple requests run, and on some drivers compile, less.
+    /// By `greedy + 2 * edits`: simple requests run, and on some drivers compile, less.
     programs: [Arc<Program>; 4],
 }
 
@@ -148,8 +151,8 @@ impl Sampler {
     /// [`Error::Argument`] if `vocab` is 0 or above 966 656; [`Error::Unsupported`] if the device is below WebGPU's default limits;
     /// [`Error::Wgpu`].
     pub async fn new(gpu: &Gpu, vocab: u32) -> Result<Self> {
-        let compile = async |greedy, penalty| {
-            let source = Self::source(gpu.profile(), vocab, greedy, penalty)?;
+        let compile = async |greedy, edits| {
+            let source = Self::source(gpu.profile(), vocab, greedy, edits)?;
             Program::get(gpu, source).await
         };
         let programs = [
@@ -161,12 +164,12 @@ impl Sampler {
         Ok(Self { gpu: gpu.clone(), vocab, programs })
     }
 
-    /// The text of a kernel, for reading and for tests: the one for batches whose requests are all greedy or not, and where some have a
-    /// repetition penalty or none has.
+    /// The text of a kernel, for reading and for tests: the one for batches whose requests are all greedy or not, and where some edit the
+    /// logits, by a repetition penalty or a set of allowed tokens, or none does.
     ///
     /// # Errors
     /// [`Error::Argument`] for a vocabulary that breaks the rule.
-    pub fn source(profile: Profile, vocab: u32, greedy: bool, penalty: bool) -> Result<Source> {
+    pub fn source(profile: Profile, vocab: u32, greedy: bool, edits: bool) -> Result<Source> {
         if vocab == 0 || vocab > MAX_VOCAB {
             return Err(Error::argument("vocab", vocab, format!("1 to {MAX_VOCAB}")));
         }
@@ -181,7 +184,7 @@ impl Sampler {
             lanes,
             group,
             greedy,
-            penalty,
+            edits,
             candidates => MAX_CANDIDATES,
             profile_cpu => profile == Profile::Cpu,
         };
@@ -211,7 +214,8 @@ impl Sampler {
     /// is `0xffffffff`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for requests that break a rule, a token of a history outside the vocabulary, or ranges that don't fit;
+    /// [`Error::Argument`] for requests that break a rule, a token of a history outside the vocabulary, a set of allowed tokens of another
+    /// length, or ranges that don't fit;
     /// [`Error::Wgpu`].
     pub fn record<'a>(
         &self,
@@ -233,8 +237,8 @@ impl Sampler {
         }
         let (words, lease) = Upload::new(gpu, "requests", self.request_words(requests)?)?.buffer()?;
         let greedy = requests.iter().all(|request| request.sampling.is_greedy());
-        let penalty = requests.iter().any(|request| request.sampling.has_penalty());
-        let program = &self.programs[usize::from(greedy) + 2 * usize::from(penalty)];
+        let edits = requests.iter().any(|request| request.sampling.has_penalty() || request.allowed.is_some());
+        let program = &self.programs[usize::from(greedy) + 2 * usize::from(edits)];
         let resources = vec![logits.binding(), words.as_entire_binding(), output.binding()];
         let dispatch = Dispatch { program, resources, grid: [rows, 1, 1] };
         recorder.into().record(gpu, "folio sample", &[dispatch], &[lease])
@@ -253,14 +257,23 @@ impl Sampler {
             .collect()
     }
 
-    /// The upload: [`REQUEST_WORDS`] per request, then a bit per token of the vocabulary for each request with a penalty.
+    /// The upload: [`REQUEST_WORDS`] per request, then sets of a bit per token of the vocabulary: histories, and tokens that are allowed.
     fn request_words(&self, requests: &[SamplingRequest<'_>]) -> Result<Vec<u32>> {
         let mut words = vec![0; requests.len() * REQUEST_WORDS];
-        for (i, SamplingRequest { sampling, draw_index, history, logprob }) in requests.iter().enumerate() {
+        for (i, SamplingRequest { sampling, draw_index, history, logprob, allowed }) in requests.iter().enumerate() {
             sampling.validate()?;
+            let set_words = self.vocab.div_ceil(32) as usize;
+            let allowed_offset = words.len();
+            if let Some(allowed) = allowed {
+                if allowed.len() != set_words {
+                    let got = format!("{} words", allowed.len());
+                    return Err(Error::argument("allowed", got, format!("a bit per token, {set_words} words")));
+                }
+                words.extend_from_slice(allowed);
+            }
             let history_offset = words.len();
             if sampling.has_penalty() {
-                words.resize(history_offset + self.vocab.div_ceil(32) as usize, 0);
+                words.resize(history_offset + set_words, 0);
                 for &token in *history {
                     if token >= self.vocab {
                         return Err(Error::argument("history", token, format!("tokens below {}", self.vocab)));
@@ -282,7 +295,7 @@ impl Sampler {
                 (sampling.seed >> 32) as u32,
                 *draw_index,
                 if sampling.has_penalty() { history_offset as u32 } else { 0 },
-                0,
+                if allowed.is_some() { allowed_offset as u32 } else { 0 },
             ]);
         }
         Ok(words)

@@ -100,6 +100,21 @@ impl Tokenizer {
         self.tokenizer.token_to_id(token)
     }
 
+    /// The bytes of each token, by a library that reads a `tokenizer.json`.
+    #[cfg(feature = "grammar")]
+    pub(crate) fn token_bytes<E: std::fmt::Display>(
+        &self,
+        read: impl FnOnce(Value) -> Result<Vec<Vec<u8>>, E>,
+    ) -> ModelResult<Vec<Vec<u8>>> {
+        let failed = |reason: String| ModelError::file(&*self.path, reason);
+        let bytes = guard(&self.path, "reading its tokens", || {
+            let json = self.tokenizer.to_string(false).map_err(|e| e.to_string())?;
+            let json = serde_json::from_str(&json).map_err(|e| e.to_string())?;
+            read(json).map_err(|e| e.to_string())
+        })?;
+        bytes.map_err(|e| failed(format!("got {e}, need tokens whose bytes are known, for a grammar")))
+    }
+
     /// One more than the largest id.
     #[must_use]
     pub fn vocab_size(&self) -> u32 {

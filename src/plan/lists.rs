@@ -1,11 +1,12 @@
 //! [`WorkLists`]: a batch becomes work items.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::items::{MergeItem, NO_PARTIAL, WorkItem};
 use super::split::SplitPolicy;
 use crate::error::{Error, Result};
-use crate::sequence::{Batch, BatchEntry};
+use crate::sequence::{Batch, BatchEntry, QueryKernel};
 
 /// Shapes and options that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +107,7 @@ impl PlanShape {
     }
 
     fn uses_decode(&self, entry: &BatchEntry) -> bool {
-        self.has_decode && entry.query_len == 1
+        self.has_decode && entry.query_len == 1 && entry.kernel != QueryKernel::Prefill
     }
 
     /// Rows of a tile of a sequence: all that there are, or as many as a prefill workgroup has.
@@ -149,7 +150,7 @@ impl WorkLists {
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape with zeros, a sequence of no new tokens, of 2^31 tokens or more or without a table in the batch, or more
-    /// rows (tokens times query heads) than fit 32 bits.
+    /// rows (tokens times query heads) than fit 32 bits; for masks beside [`QueryKernel::Decode`] for several tokens.
     pub fn new(
         shape: &PlanShape,
         policy: &SplitPolicy,
@@ -158,6 +159,11 @@ impl WorkLists {
         mask_offsets: &[u32],
     ) -> Result<Self> {
         shape.check(batch)?;
+        let batch = batch.by_kernel();
+        if matches!(batch, Cow::Owned(_)) && !mask_offsets.is_empty() {
+            let got = "some beside tokens for the decode kernel one by one";
+            return Err(Error::argument("masks", got, "none, or another kernel"));
+        }
         let split_len = policy.split_len(
             batch.entries.iter().flat_map(|e| shape.tiles(e, shape.tile_rows(e))).map(|t| t.keys.1 - t.keys.0),
             shape.num_kv_heads,
@@ -213,7 +219,7 @@ impl WorkLists {
                 let chunk = BatchEntry {
                     query_len: chunk_len.min(entry.query_len - chunk_start),
                     context_len: entry.context_len + chunk_start,
-                    table: entry.table.clone(),
+                    ..entry.clone()
                 };
                 // Without a causal mask every query sees the keys behind its chunk as well.
                 let keys = |t: Tile| if shape.causal { t.keys } else { (t.keys.0, end) };

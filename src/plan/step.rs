@@ -146,7 +146,7 @@ fn check_masks(batch: &Batch, masks: &[&[u32]]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::plan::{MergeItem, WorkItem};
-    use crate::sequence::BatchEntry;
+    use crate::sequence::{BatchEntry, QueryKernel};
 
     const SHAPE: PlanShape = PlanShape {
         num_kv_heads: 2,
@@ -168,7 +168,8 @@ mod tests {
 
     /// One token of a long sequence, five of a short one and one of an even longer one.
     fn batch() -> Batch {
-        let entry = |query_len, context_len, table| BatchEntry { query_len, context_len, table };
+        let kernel = QueryKernel::Fastest;
+        let entry = |query_len, context_len, table| BatchEntry { query_len, context_len, table, kernel };
         Batch {
             entries: vec![entry(1, 199, 0..13), entry(5, 7, 13..14), entry(1, 999, 14..77)],
             tables: (100..177).collect(),
@@ -225,7 +226,8 @@ mod tests {
 
     #[test]
     fn a_step_of_a_million_tokens_is_planned() {
-        let million = BatchEntry { query_len: 1 << 20, context_len: 1 << 20, table: 0..1 << 17 };
+        let million =
+            BatchEntry { table: 0..1 << 17, query_len: 1 << 20, context_len: 1 << 20, ..batch().entries[0].clone() };
         let batch = Batch { entries: vec![million], tables: vec![0; 1 << 17] };
         let policy = SplitPolicy { min_split_len: 1 << 20, max_split_len: 1 << 20, ..POLICY };
         let policy = SplitPolicy { max_workspace_bytes: 1 << 28, ..policy };
@@ -238,6 +240,44 @@ mod tests {
         let error =
             StepPlan::new(&PlanShape { group_size: 8192, ..shape }, &policy, &AttendParams::default(), &huge, &[]);
         assert!(error.is_err());
+    }
+
+    /// Kernels that are asked for change who computes a token, and nothing else about it.
+    #[test]
+    fn tokens_go_to_the_kernel_that_is_asked_for() {
+        let plan = |kernels: [QueryKernel; 3]| {
+            let mut batch = batch();
+            for (entry, kernel) in batch.entries.iter_mut().zip(kernels) {
+                entry.kernel = kernel;
+            }
+            let policy = SplitPolicy { fixed_split_len: Some(64), ..POLICY };
+            StepPlan::new(&SHAPE, &policy, &AttendParams::default(), &batch, &[]).expect("a plan").lists
+        };
+        let (fastest, prefill, decode) = (QueryKernel::Fastest, QueryKernel::Prefill, QueryKernel::Decode);
+        let tokens = |items: &[WorkItem]| {
+            let tokens = items.iter().flat_map(|item| item.query_start..item.query_start + item.query_len);
+            tokens.collect::<std::collections::BTreeSet<u32>>().into_iter().collect::<Vec<_>>()
+        };
+        let lists = plan([fastest; 3]);
+        assert_eq!((tokens(&lists.decode), tokens(&lists.prefill)), (vec![0, 6], vec![1, 2, 3, 4, 5]));
+        assert_eq!(plan([decode, prefill, fastest]), lists, "that is what the fastest are");
+        let lists = plan([prefill, decode, prefill]);
+        assert_eq!((tokens(&lists.decode), tokens(&lists.prefill)), (vec![1, 2, 3, 4, 5], vec![0, 6]));
+        for item in &lists.decode {
+            let position = 7 + item.query_start - 1;
+            assert_eq!((item.query_len, item.context_len, item.row_start), (1, position, 0));
+            assert_eq!((item.kv_begin, item.kv_end, item.table_offset), (0, position + 1, 13));
+        }
+        // Without that kernel prefill does it, still token by token.
+        let mut batch = batch();
+        batch.entries[1].kernel = decode;
+        let shape = PlanShape { has_decode: false, ..SHAPE };
+        let lists = StepPlan::new(&shape, &POLICY, &AttendParams::default(), &batch, &[]).expect("a plan").lists;
+        assert!(lists.decode.is_empty() && lists.prefill.iter().all(|item| item.query_len == 1));
+        // A mask has a row per token of an entry.
+        let masks = [vec![0; 7], vec![0; 5], vec![0; 32]];
+        let masks: Vec<_> = masks.iter().map(Vec::as_slice).collect();
+        assert!(StepPlan::new(&SHAPE, &POLICY, &AttendParams::default(), &batch, &masks).is_err());
     }
 
     #[test]
@@ -253,7 +293,8 @@ mod tests {
     /// Whatever a program with a library of its own passes in: an error or a plan, no panic.
     #[test]
     fn nonsense_is_refused() {
-        let entry = |query_len, context_len| BatchEntry { query_len, context_len, table: 0..1 };
+        let entry =
+            |query_len, context_len| BatchEntry { query_len, context_len, table: 0..1, kernel: QueryKernel::Fastest };
         let one = |entry| Batch { entries: vec![entry], tables: vec![0] };
         let new = |shape: PlanShape, policy: SplitPolicy, batch: &Batch, masks: &[&[u32]]| {
             StepPlan::new(&shape, &policy, &AttendParams::default(), batch, masks).map(drop)

@@ -6,6 +6,8 @@
 //!
 //! * **No prompt phase, no decode phase.** A request has tokens that it wants in the cache, and tokens that are there. A step has a budget of
 //!   tokens. Requests that want one more token come first, then chunks of those that want many (Sarathi-Serve, Agrawal et al. 2024).
+//! * **Drafts** (speculative decoding) take what a step has left, of its tokens and of blocks. They never delay another request, nor cost it its
+//!   blocks.
 //! * **Order.** A level of priority is worth a head start of [`SchedulerConfig::ageing`]: requests are ranked by `arrival - priority * ageing`. That
 //!   never changes while a request waits, and whoever comes later by more than the difference in levels can't overtake: nobody starves.
 //! * **Progress.** A request is refused unless the pool can hold it alone. Where memory runs out the lowest rank is preempted; the highest
@@ -188,6 +190,8 @@ pub struct ScheduledChunk {
     pub tokens: u32,
     /// Whether these are all, so that the next token is sampled.
     pub samples: bool,
+    /// Drafts that are verified behind them, at most as many as [`Scheduler::set_drafts`] has offered.
+    pub drafts: u32,
 }
 
 /// What to do, in this order. Each request is in one list at most, but for those admitted or resumed, which may also have a chunk.
@@ -202,7 +206,7 @@ pub struct StepSchedule {
     pub resumed: Vec<RequestId>,
     /// They start, with so many tokens from the prefix index.
     pub admitted: Vec<(RequestId, u32)>,
-    /// What goes through the model: all in one step, `max_step_tokens` tokens together at most.
+    /// What goes through the model: all in one step, `max_step_tokens` tokens and drafts together at most.
     pub chunks: Vec<ScheduledChunk>,
     /// A request that has the cache for itself and still gets no room: somebody else holds blocks.
     pub blocked: Option<RequestId>,

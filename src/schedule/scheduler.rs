@@ -29,6 +29,8 @@ pub(super) struct Request {
     /// Tokens of them in the cache.
     pub(super) cached: u32,
     pub(super) preemptions: u32,
+    /// Guesses at what comes after its text, for the next step.
+    pub(super) drafts: u32,
     /// When it last had tokens in a step, counted in chunks.
     pub(super) last_turn: u64,
 }
@@ -110,6 +112,7 @@ impl Scheduler {
             known: demand.prompt_tokens,
             cached: 0,
             preemptions: 0,
+            drafts: 0,
             last_turn: 0,
         };
         self.requests.insert(id, request);
@@ -127,6 +130,25 @@ impl Scheduler {
         if let Some(request) = self.requests.get_mut(&request) {
             request.cached = cached.min(request.known);
         }
+    }
+
+    /// Offers guesses at the next tokens of a running request that wants one token, to be verified in the next step if there is room. Any
+    /// other step, and the one that takes them, forgets them.
+    pub fn set_drafts(&mut self, request: RequestId, drafts: u32) {
+        if let Some(request) = self.requests.get_mut(&request) {
+            // Each draft that is right is followed by one more token, which is never fed if it is the last.
+            let room = request.demand.max_cached().saturating_sub(request.known);
+            request.drafts = drafts.min(room);
+        }
+    }
+
+    /// Whether drafts for a request can be of use: it runs and wants one more token, and the next token won't be its last.
+    #[must_use]
+    pub fn may_draft(&self, request: RequestId) -> bool {
+        self.requests.get(&request).is_some_and(|request| {
+            let has_room = request.known < request.demand.max_cached();
+            request.phase == Phase::Running && request.remaining() == 1 && has_room
+        })
     }
 
     /// Adds a sampled token to a request's text. Ignored beyond its `max_new_tokens`, as the request has ended then.

@@ -34,7 +34,9 @@ impl Scheduler {
             planner.admit(&mut running);
         }
         planner.share_tokens(&running);
-        planner.schedule
+        let schedule = planner.schedule;
+        self.requests.values_mut().for_each(|request| request.drafts = 0);
+        schedule
     }
 
     /// Requests in a phase, best rank first.
@@ -229,13 +231,29 @@ impl<M: Memory> Planner<'_, M> {
         }
     }
 
-    /// Shares the step's tokens out: one each to those that want one, then chunks, best rank first.
+    /// Shares the step's tokens out: one each to those that want one, then chunks, best rank first, then drafts.
     fn share_tokens(&mut self, running: &[Running]) {
         let mut left = self.scheduler.config.max_step_tokens;
+        self.share_among(running, &mut left);
+        let mut chunks = std::mem::take(&mut self.schedule.chunks);
+        for chunk in chunks.iter_mut().filter(|chunk| chunk.samples && chunk.tokens == 1) {
+            let request = self.request(chunk.request);
+            let config = &self.scheduler.config;
+            let end = request.cached + 1;
+            let blocks = config.blocks(end);
+            let room = blocks.saturating_add(self.free).saturating_mul(config.block_size).saturating_sub(end);
+            chunk.drafts = request.drafts.min(left).min(room);
+            self.free -= config.blocks(end + chunk.drafts) - blocks;
+            left -= chunk.drafts;
+        }
+        self.schedule.chunks = chunks;
+    }
+
+    fn share_among(&mut self, running: &[Running], left: &mut u32) {
         let (mut single, mut many): (Vec<_>, Vec<_>) =
             running.iter().filter(|kept| kept.reserved > 0).partition(|kept| self.request(kept.id).remaining() == 1);
         // Where they fill the step alone, a chunk must not wait for ever: the one that has waited longest takes its turn among them, by a token.
-        if single.len() >= left as usize {
+        if single.len() >= *left as usize {
             let turn = |kept: &&Running| (self.request(kept.id).last_turn, self.request(kept.id).rank);
             if let Some(at) = (0..many.len()).min_by_key(|&at| turn(&many[at])) {
                 single.push(many.remove(at));
@@ -245,21 +263,21 @@ impl<M: Memory> Planner<'_, M> {
         single.sort_by_key(|kept| (self.request(kept.id).last_turn, self.request(kept.id).rank));
         many.sort_by_key(|kept| self.request(kept.id).rank);
         for kept in single {
-            if left == 0 {
+            if *left == 0 {
                 return;
             }
-            left -= 1;
+            *left -= 1;
             self.push_chunk(kept.id, 1);
         }
         let num_chunks = many.len();
         for (i, kept) in many.into_iter().enumerate() {
-            if left == 0 {
+            if *left == 0 {
                 return;
             }
             // Half of what is left for each but the last, so that a short prompt doesn't wait for all of a long one.
-            let share = if i + 1 < num_chunks { left.div_ceil(2) } else { left };
+            let share = if i + 1 < num_chunks { left.div_ceil(2) } else { *left };
             let tokens = self.fill(kept, share);
-            left -= tokens;
+            *left -= tokens;
             self.push_chunk(kept.id, tokens);
         }
     }
@@ -282,7 +300,7 @@ impl<M: Memory> Planner<'_, M> {
         if let Some(request) = self.scheduler.requests.get_mut(&id) {
             request.last_turn = num_turns;
             let samples = tokens == request.remaining();
-            self.schedule.chunks.push(ScheduledChunk { request: id, tokens, samples });
+            self.schedule.chunks.push(ScheduledChunk { request: id, tokens, samples, drafts: 0 });
         }
     }
 }

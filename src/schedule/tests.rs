@@ -48,6 +48,9 @@ struct World {
     finished: Vec<RequestId>,
     expired: Vec<RequestId>,
     max_preemptions_seen: u32,
+    /// Where requests have drafts: how many, and how many are right.
+    drafts: Option<Rng>,
+    num_accepted: u32,
 }
 
 impl World {
@@ -61,6 +64,8 @@ impl World {
             finished: Vec::new(),
             expired: Vec::new(),
             max_preemptions_seen: 0,
+            drafts: None,
+            num_accepted: 0,
         }
     }
 
@@ -91,6 +96,16 @@ impl World {
             .copied()
             .filter(|&id| self.scheduler.preemptions(id) == Some(config.max_preemptions))
             .collect();
+        let mut offered = BTreeMap::new();
+        if let Some(rng) = &mut self.drafts {
+            for &id in self.answers.keys() {
+                if self.scheduler.may_draft(id) && rng.bool() {
+                    let drafts = rng.u32(0..9);
+                    self.scheduler.set_drafts(id, drafts);
+                    offered.insert(id, drafts);
+                }
+            }
+        }
         let schedule = self.scheduler.next_step(self.now, &self.pool);
         for &id in &schedule.expired {
             self.drop_request(id);
@@ -115,13 +130,14 @@ impl World {
             assert_eq!(self.pool.cached.insert(id, 0), None, "{id} was running already");
         }
         let mut tokens = 0;
-        for &ScheduledChunk { request, tokens: count, samples } in &schedule.chunks {
+        for &ScheduledChunk { request, tokens: count, samples, drafts } in &schedule.chunks {
             assert!(count > 0);
-            tokens += count;
+            assert!(drafts <= offered.get(&request).copied().unwrap_or(0) && (drafts == 0 || samples));
+            tokens += count + drafts;
             let (known, cached) = self.scheduler.progress(request).expect("it is there");
             assert_eq!(samples, cached + count == known);
             assert_eq!(self.pool.cached[&request], cached);
-            *self.pool.cached.get_mut(&request).expect("it has blocks") += count;
+            *self.pool.cached.get_mut(&request).expect("it has blocks") += count + drafts;
         }
         assert!(tokens <= config.max_step_tokens, "{tokens} tokens");
         assert!(self.pool.used() <= config.num_blocks, "{} of {} blocks", self.pool.used(), config.num_blocks);
@@ -135,13 +151,18 @@ impl World {
     /// Says what the step has done; ends what is complete.
     fn finish(&mut self, schedule: &StepSchedule) {
         for chunk in &schedule.chunks {
-            self.scheduler.set_cached(chunk.request, self.pool.cached[&chunk.request]);
-            if !chunk.samples {
-                continue;
-            }
-            self.scheduler.push_token(chunk.request);
+            let accepted = self.drafts.as_mut().map_or(0, |rng| rng.u32(0..=chunk.drafts));
+            self.num_accepted += accepted;
+            let cached = self.pool.cached.get_mut(&chunk.request).expect("it has blocks");
+            *cached -= chunk.drafts - accepted;
             let (want, have) = self.answers.get_mut(&chunk.request).expect("it is there");
-            *have += 1;
+            if chunk.samples {
+                // What is right beyond the answer's end counts for nothing.
+                let made = (accepted + 1).min(*want - *have);
+                *have += made;
+                (0..made).for_each(|_| self.scheduler.push_token(chunk.request));
+            }
+            self.scheduler.set_cached(chunk.request, *cached);
             if have == want {
                 assert!(self.scheduler.remove(chunk.request));
                 self.drop_request(chunk.request);
@@ -187,10 +208,12 @@ fn random_demand(rng: &mut Rng, config: &SchedulerConfig) -> Demand {
 fn random_workloads_finish_within_memory_and_budget() {
     let mut total = 0;
     let mut preempted = 0;
+    let mut num_right = 0;
     for seed in 0..2000 {
         let mut rng = Rng::with_seed(seed);
         let config = random_config(&mut rng);
         let mut world = World::new(config);
+        world.drafts = rng.bool().then(|| rng.fork());
         let mut accepted = 0;
         let mut cancelled = 0;
         for _ in 0..rng.u32(1..60) {
@@ -214,9 +237,11 @@ fn random_workloads_finish_within_memory_and_budget() {
         assert!(world.max_preemptions_seen <= config.max_preemptions, "seed {seed}");
         total += accepted;
         preempted += usize::from(world.max_preemptions_seen > 0);
+        num_right += world.num_accepted;
     }
     // The workloads are as hard as they are meant to be.
     assert!(total > 20_000 && preempted > 500, "{total} requests, {preempted} workloads with preemptions");
+    assert!(num_right > 20_000, "{num_right} drafts were right");
 }
 
 #[test]
@@ -238,6 +263,33 @@ fn every_request_that_wants_one_token_is_in_every_step() {
         assert_eq!(single, decoding);
         assert_eq!(schedule.chunks.iter().map(|chunk| chunk.tokens).sum::<u32>(), 64, "the rest is for prompts");
     }
+}
+
+/// Drafts take what is left of tokens and blocks, after prompts.
+#[test]
+fn drafts_come_last() {
+    let mut config = SchedulerConfig::new(100, 4);
+    config.max_step_tokens = 10;
+    let mut world = World::new(config);
+    let drafter = world.submit(Demand::new(3, 20), 20).expect("room");
+    world.step();
+    let prompt = world.submit(Demand::new(7, 1), 1).expect("room");
+    let drafts_of = |world: &mut World, drafts: u32| {
+        world.scheduler.set_drafts(drafter, drafts);
+        let schedule = world.scheduler.clone().next_step(world.now, &world.pool);
+        schedule.chunks.iter().map(|chunk| (chunk.request, chunk.tokens, chunk.drafts)).collect::<Vec<_>>()
+    };
+    assert_eq!(drafts_of(&mut world, 8), [(drafter, 1, 2), (prompt, 7, 0)]);
+    // One block is left, too little for the prompt.
+    world.pool.held_by_others = 98;
+    assert_eq!(drafts_of(&mut world, 8), [(drafter, 1, 4)]);
+    world.pool.held_by_others = 0;
+    world.cancel(prompt);
+    assert_eq!(drafts_of(&mut world, 30), [(drafter, 1, 9)]);
+    assert!(world.scheduler.may_draft(drafter) && !world.scheduler.may_draft(prompt));
+    // An answer of 20 tokens feeds 19: the one it has now, and 18 more.
+    world.scheduler.config.max_step_tokens = 64;
+    assert_eq!(drafts_of(&mut world, 30), [(drafter, 1, 18)]);
 }
 
 #[test]

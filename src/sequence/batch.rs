@@ -1,5 +1,6 @@
 //! [`Batch`]: a validated ragged batch, as plain data.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// One sequence of a batch.
@@ -11,6 +12,21 @@ pub struct BatchEntry {
     pub context_len: u32,
     /// Where in [`Batch::tables`] the blocks of the sequence stand; they hold all of `seq_len`.
     pub table: Range<usize>,
+    /// Which kernel computes its queries.
+    pub kernel: QueryKernel,
+}
+
+/// Which attention kernel computes the new tokens of a sequence. The two round differently, so whoever wants the same bits for a token however it
+/// comes to the cache (alone, in a chunk, as a draft, computed again) says which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum QueryKernel {
+    /// Whichever is faster: decode for a single token, prefill for more.
+    #[default]
+    Fastest,
+    /// The prefill kernel, also for a single token.
+    Prefill,
+    /// The decode kernel, token by token: each reads the keys for itself. Where the group is too large for that kernel, prefill.
+    Decode,
 }
 
 impl BatchEntry {
@@ -49,5 +65,18 @@ impl Batch {
         }
         starts.push(start);
         starts
+    }
+
+    /// The same work with an entry of its own for every token that the decode kernel shall compute.
+    pub(crate) fn by_kernel(&self) -> Cow<'_, Self> {
+        let is_cut = |entry: &BatchEntry| entry.kernel == QueryKernel::Decode && entry.query_len > 1;
+        if !self.entries.iter().any(is_cut) {
+            return Cow::Borrowed(self);
+        }
+        let entries = self.entries.iter().flat_map(|entry| {
+            let (pieces, query_len) = if is_cut(entry) { (entry.query_len, 1) } else { (1, entry.query_len) };
+            (0..pieces).map(move |i| BatchEntry { query_len, context_len: entry.context_len + i, ..entry.clone() })
+        });
+        Cow::Owned(Self { entries: entries.collect(), tables: self.tables.clone() })
     }
 }

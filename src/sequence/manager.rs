@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::batch::{Batch, BatchEntry};
+use super::batch::{Batch, BatchEntry, QueryKernel};
 use super::pool::BlockPool;
 use super::prefix::{PrefixIndex, PrefixMatch, PrefixProbe, PrefixStats};
 use super::report::MemoryReport;
@@ -481,7 +481,8 @@ impl Manager {
                 (context_len..len)
                     .map(|position| blocks[(position / block_size) as usize] * block_size + position % block_size),
             );
-            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range });
+            let kernel = QueryKernel::default();
+            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range, kernel });
             reservation.pending.changes.push(Change { sequence: id, replacement, new_blocks, len });
         }
         reservation

@@ -10,7 +10,7 @@ mod prefix;
 mod report;
 mod table;
 
-pub use batch::{Batch, BatchEntry};
+pub use batch::{Batch, BatchEntry, QueryKernel};
 pub use manager::{BlockUse, Manager, Pending, PoolUsage, Reservation};
 pub(crate) use moves::Moves;
 pub use pool::BlockPool;

@@ -14,13 +14,14 @@ mod adapter;
 mod equal;
 mod exact;
 mod life;
+mod wishes;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use folio::engine::{Answer, EndReason, Engine, EngineOptions, Event, Usage};
-use folio::model::{Decoder, DecoderOptions, Model, ModelOptions, Sampling, Tokenizer, WeightFormat};
+use folio::model::{Decoder, DecoderOptions, Model, ModelOptions, Sampling, TokenLogprob, Tokenizer, WeightFormat};
 use folio::{Gpu, KvFormat};
 
 fn stories() -> PathBuf {
@@ -63,21 +64,23 @@ struct Collected {
     text: String,
     reason: EndReason,
     usage: Usage,
+    logprobs: Vec<Option<TokenLogprob>>,
 }
 
 /// All of an answer that has ended.
 fn collect(mut answer: Answer) -> Collected {
-    let (mut tokens, mut text) = (Vec::new(), String::new());
+    let (mut tokens, mut text, mut logprobs) = (Vec::new(), String::new(), Vec::new());
     loop {
         match answer.try_next().expect("the request has ended") {
-            Event::Token { token, text: piece } => {
+            Event::Token { token, text: piece, logprob } => {
                 tokens.push(token);
+                logprobs.push(logprob);
                 text += &piece;
             }
             Event::End { reason, text: rest, usage } => {
                 assert!(answer.try_next().is_none(), "nothing comes after the end");
                 assert_eq!(usage.new_tokens as usize, tokens.len());
-                return Collected { tokens, text: text + &rest, reason, usage };
+                return Collected { tokens, text: text + &rest, reason, usage, logprobs };
             }
             _ => unreachable!("there are two kinds of events"),
         }

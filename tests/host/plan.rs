@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use folio::plan::{NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes};
-use folio::sequence::{Batch, BatchEntry};
+use folio::sequence::{Batch, BatchEntry, QueryKernel};
 use proptest::prelude::*;
 
 const TABLE_OFFSET: u32 = 1000;
@@ -17,7 +17,12 @@ fn batch(lens: &[(u32, u32)]) -> Batch {
         let start = batch.tables.len();
         let num_blocks = (query_len + context_len).div_ceil(BLOCK_SIZE) as usize;
         batch.tables.resize(start + num_blocks, 7);
-        batch.entries.push(BatchEntry { query_len, context_len, table: start..start + num_blocks });
+        batch.entries.push(BatchEntry {
+            query_len,
+            context_len,
+            table: start..start + num_blocks,
+            kernel: QueryKernel::Fastest,
+        });
     }
     batch
 }

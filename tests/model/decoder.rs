@@ -53,7 +53,7 @@ fn forks_and_rollbacks_continue_as_if_alone() {
     // A fork in the middle of a block, which both then write into.
     let (last, shared) = prompt.split_last().unwrap();
     let base = decoder.create_sequence();
-    gpu.block_on(decoder.step(&[Input { sequence: base, tokens: shared, sampling: None }])).unwrap();
+    gpu.block_on(decoder.step(&[Input::new(base, shared)])).unwrap();
     let fork = decoder.fork(base).unwrap();
     assert_eq!(decoder.tokens(fork).unwrap(), shared);
     assert!(decoder.usage().shared > 0);
@@ -92,7 +92,7 @@ fn every_cache_format_tells_about_the_same() {
         );
         let sequence = decoder.create_sequence();
         if formats.k.has_channel_scales() {
-            let input = Input { sequence, tokens: &prompt, sampling: None };
+            let input = Input::new(sequence, &prompt);
             let error = gpu.block_on(decoder.step(&[input])).expect_err("not calibrated").to_string();
             assert!(error.contains("calibrate_keys"), "{error}");
             assert_eq!((decoder.tokens(sequence).unwrap().len(), decoder.usage().used), (0, 0));
@@ -209,7 +209,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     let vocab = decoder.model().config().vocab_size;
     let (a, b) = (decoder.create_sequence(), decoder.create_sequence());
     let prompt = tokens(20, 5);
-    gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &prompt, sampling: None }])).unwrap();
+    gpu.block_on(decoder.step(&[Input::new(a, &prompt)])).unwrap();
     let before = decoder.usage();
     let greedy = Sampling::greedy();
 
@@ -225,7 +225,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     ];
     for (what, batch, argument) in cases {
         let inputs: Vec<_> =
-            batch.iter().map(|&(sequence, tokens)| Input { sequence, tokens, sampling: Some(&greedy) }).collect();
+            batch.iter().map(|&(sequence, tokens)| Input::new(sequence, tokens).with_sampling(&greedy)).collect();
         match gpu.block_on(decoder.step(&inputs)) {
             Err(ModelError::Folio(Error::Argument { argument: got, .. })) => assert_eq!(got, argument, "{what}"),
             other => panic!("{what}: {other:?}"),
@@ -251,32 +251,27 @@ fn bad_input_is_refused_and_changes_nothing() {
         ),
         (with(greedy, |c| c.repetition_penalty = 0.0), "repetition_penalty"),
     ] {
-        let error =
-            gpu.block_on(decoder.step(&[Input { sequence: b, tokens: &[1], sampling: Some(&sampling) }])).unwrap_err();
+        let error = gpu.block_on(decoder.step(&[Input::new(b, &[1]).with_sampling(&sampling)])).unwrap_err();
         assert!(error.to_string().starts_with(field), "{error}");
     }
 
     // More than the pool has, noticed in the first step or only in a later one.
     for len in [40, 70] {
         let fits = tokens(len, 6);
-        let error =
-            gpu.block_on(decoder.step(&[Input { sequence: b, tokens: &fits, sampling: Some(&greedy) }])).unwrap_err();
+        let error = gpu.block_on(decoder.step(&[Input::new(b, &fits).with_sampling(&greedy)])).unwrap_err();
         assert!(matches!(error, ModelError::Folio(Error::OutOfBlocks { .. })), "{error}");
         assert!(decoder.tokens(b).unwrap().is_empty());
     }
     let c = decoder.create_sequence();
     decoder.free(c).unwrap();
-    let error = gpu.block_on(decoder.step(&[Input { sequence: c, tokens: &[1], sampling: None }])).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input::new(c, &[1])])).unwrap_err();
     assert!(matches!(error, ModelError::Folio(Error::UnknownSequence(id)) if id == c), "{error}");
 
     assert_eq!(decoder.tokens(a).unwrap(), prompt);
     let now = decoder.usage();
     assert_eq!((now.used, now.free), (before.used, before.free));
     // And everything still works.
-    assert_eq!(
-        gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[1], sampling: Some(&greedy) }])).unwrap().len(),
-        1
-    );
+    assert_eq!(gpu.block_on(decoder.step(&[Input::new(a, &[1]).with_sampling(&greedy)])).unwrap().len(), 1);
 }
 
 /// A model whose embedding of one token is NaN.
@@ -306,12 +301,11 @@ fn a_future_that_is_dropped_half_way_changes_nothing() {
     // Two steps of 64 tokens at most: the first is committed, the second waits for its readback when it is dropped.
     let prompt = tokens(100, 8);
     let whole = decoder.create_sequence();
-    let expected =
-        gpu.block_on(decoder.step(&[Input { sequence: whole, tokens: &prompt, sampling: Some(&greedy) }])).unwrap();
+    let expected = gpu.block_on(decoder.step(&[Input::new(whole, &prompt).with_sampling(&greedy)])).unwrap();
     decoder.free(whole).unwrap();
 
     let sequence = decoder.create_sequence();
-    let input = [Input { sequence, tokens: &prompt, sampling: Some(&greedy) }];
+    let input = [Input::new(sequence, &prompt).with_sampling(&greedy)];
     {
         let mut step = Box::pin(decoder.step(&input));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -337,8 +331,7 @@ fn nan_logits_name_their_sequence() {
     let (good, bad) = (decoder.create_sequence(), decoder.create_sequence());
     let greedy = Sampling::greedy();
     // Row 96 of the head is NaN as well: only a vocabulary of 97 rows has it, the head and the embedding. So every logit row has a NaN.
-    let error =
-        gpu.block_on(decoder.step(&[Input { sequence: good, tokens: &[1, 2], sampling: Some(&greedy) }])).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input::new(good, &[1, 2]).with_sampling(&greedy)])).unwrap_err();
     assert!(matches!(error, ModelError::BadLogits { sequence } if sequence == good), "{error}");
     assert!(decoder.tokens(good).unwrap().is_empty());
     assert_eq!(decoder.usage().used, 0);
@@ -397,5 +390,86 @@ fn a_decoder_must_be_able_to_step() {
         let error = Decoder::new_blocking(Arc::clone(&model), options).unwrap_err();
         assert!(matches!(error, ModelError::Folio(Error::Argument { argument: "max_step_tokens", .. })), "{error}");
         assert!(error.to_string().contains(&format!("got {got}, need {need}")), "{error}");
+    }
+}
+
+/// Right drafts are kept, wrong ones leave nothing behind, and what goes on is the text of single steps.
+#[test]
+fn drafts_are_verified_and_taken_back() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    for max_step_tokens in [64, 5] {
+        let mut decoder = decoder_with(&gpu, with(small(64), |c| c.max_step_tokens = max_step_tokens));
+        let prompt = tokens(21, 1);
+        let sampling = with(Sampling::default(), |c| {
+            c.seed = 4;
+            c.repetition_penalty = 1.3;
+        });
+        let alone = decoder.create_sequence();
+        let expected = generate(&mut decoder, &[Prompt { sequence: alone, tokens: &prompt, sampling }], 12);
+        let expected = &expected[0];
+        let wrong = (expected[3] + 1) % 90;
+        for (right, drafts) in [
+            (3, [&expected[..3], &[wrong, expected[4]]].concat()),
+            (0, vec![(expected[0] + 1) % 90, expected[1]]),
+            (6, expected[..6].to_vec()),
+        ] {
+            let free = decoder.usage().free;
+            let sequence = decoder.create_sequence();
+            let fed = [&prompt[..], &drafts].concat();
+            let input = Input::new(sequence, &fed).with_sampling(&sampling).with_drafts(drafts.len() as u32);
+            let drawn = gpu.block_on(decoder.draw(&[input.with_logprobs(2)])).unwrap().remove(0);
+            assert_eq!(drawn.iter().map(|drawn| drawn.token).collect::<Vec<_>>(), expected[..=right]);
+            assert!(drawn.iter().all(|drawn| drawn.logprob.as_ref().is_some_and(|logprob| logprob.top.len() == 2)));
+            assert_eq!(decoder.tokens(sequence).unwrap(), [&prompt[..], &expected[..right]].concat());
+            assert_eq!(decoder.pending(sequence).unwrap(), Some(expected[right]));
+            // From the pending token on, with a draft behind it.
+            let input = Input::new(sequence, &expected[right + 1..right + 2]).with_sampling(&sampling).with_drafts(1);
+            let token = gpu.block_on(decoder.step(&[input])).unwrap()[0];
+            assert_eq!(token, Some(expected[right + 2]));
+            let rest = generate(&mut decoder, &[Prompt { sequence, tokens: &[], sampling }], 9 - right);
+            assert_eq!(rest[0], expected[right + 3..]);
+            decoder.free(sequence).unwrap();
+            assert_eq!(decoder.usage().free, free);
+        }
+        // What may be drawn after each draft.
+        let set = |tokens: &[u32]| {
+            let mut set = vec![0_u32; decoder.model().config().vocab_size.div_ceil(32) as usize];
+            tokens.iter().for_each(|token| set[*token as usize / 32] |= 1 << (token % 32));
+            set
+        };
+        let sets = [set(&[expected[0], 7]), set(&[8, 9]), set(&[10])];
+        let sequence = decoder.create_sequence();
+        let fed = [&prompt[..], &[expected[0], 8]].concat();
+        let input = Input::new(sequence, &fed).with_drafts(2).with_allowed(&sets);
+        for seed in 0..5 {
+            let sampling = with(Sampling::default(), |c| (c.seed, c.temperature) = (seed, 2.0));
+            let drawn = gpu.block_on(decoder.draw(&[input.with_sampling(&sampling)])).unwrap().remove(0);
+            let drawn: Vec<_> = drawn.iter().map(|drawn| drawn.token).collect();
+            assert!([7, expected[0]].contains(&drawn[0]), "{drawn:?}");
+            assert!(
+                drawn.get(1).is_none_or(|token| [8, 9].contains(token))
+                    && drawn.get(2).is_none_or(|&token| token == 10)
+            );
+            decoder.truncate(sequence, 0).unwrap();
+        }
+        let greedy = Sampling::greedy();
+        let bad = |decoder: &mut Decoder, input: Input<'_>, argument: &str| {
+            let error = gpu.block_on(decoder.draw(&[input])).unwrap_err().to_string();
+            assert!(error.starts_with(argument), "{error}");
+        };
+        let (three, sampled) =
+            (Input::new(sequence, &[1, 2, 3]), Input::new(sequence, &[1, 2, 3]).with_sampling(&greedy));
+        bad(&mut decoder, three.with_drafts(1), "drafts");
+        bad(&mut decoder, sampled.with_drafts(3), "drafts");
+        bad(&mut decoder, sampled.with_drafts(u32::MAX), "drafts");
+        bad(&mut decoder, sampled.with_drafts(2).with_replayed(2), "replayed");
+        bad(&mut decoder, three.with_replayed(u32::MAX), "replayed");
+        bad(&mut decoder, sampled.with_allowed(&sets), "allowed");
+        bad(&mut decoder, three.with_allowed(&sets[..1]), "allowed");
+        bad(&mut decoder, sampled.with_allowed(&[vec![1]]), "allowed");
+        let none = vec![vec![0; sets[0].len()]];
+        let error = gpu.block_on(decoder.draw(&[sampled.with_allowed(&none)])).unwrap_err();
+        assert!(matches!(error, ModelError::BadLogits { .. }), "{error}");
+        assert!(decoder.tokens(sequence).unwrap().is_empty());
     }
 }

@@ -44,7 +44,7 @@ fn count(how: Open, model_type: &str, num_layers: u32, weights: WeightFormat) ->
     let (sequence, greedy) = (decoder.create_sequence(), Sampling::greedy());
     let mut step = |tokens: &[u32]| {
         let before = gpu.num_dispatches();
-        gpu.block_on(decoder.step(&[Input { sequence, tokens, sampling: Some(&greedy) }])).unwrap();
+        gpu.block_on(decoder.step(&[Input::new(sequence, tokens).with_sampling(&greedy)])).unwrap();
         gpu.num_dispatches() - before
     };
     Some([step(&[1, 2, 3, 4, 5]), step(&[])])

@@ -71,7 +71,8 @@ fn a_text_in_pieces_is_the_text_of_one_generation() {
         assert_eq!((decoder.pending(s).unwrap(), decoder.tokens(s).unwrap().len()), (said.last().copied(), 24));
         // Single steps after a generation, and a generation after them.
         for _ in 0..2 {
-            let input = Input { sequence: s, tokens: &[], sampling: Some(&sampling()) };
+            let sampling = sampling();
+            let input = Input::new(s, &[]).with_sampling(&sampling);
             said.push(gpu.block_on(decoder.step(&[input])).unwrap()[0].unwrap());
         }
         assert_eq!(said, text[..6]);
@@ -154,7 +155,7 @@ fn a_stop_token_is_fed_or_discarded() {
     let dropped = stopped(&mut decoder);
     assert_eq!(decoder.discard_pending(dropped).unwrap(), Some(text[at]));
     assert_eq!(decoder.discard_pending(dropped).unwrap(), None);
-    let error = gpu.block_on(decoder.step(&[Input { sequence: dropped, tokens: &[], sampling: None }])).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input::new(dropped, &[])])).unwrap_err();
     assert!(error.to_string().contains("at least one, as none is pending"), "{error}");
     // As if it had never been sampled.
     let without = decoder.create_sequence();
@@ -184,10 +185,7 @@ fn what_is_refused_changes_nothing() {
         c
     };
     // The pool has 4 blocks, and all are used.
-    assert_eq!(
-        kind(gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[1; 20], sampling: None }]))),
-        ErrorKind::Retry
-    );
+    assert_eq!(kind(gpu.block_on(decoder.step(&[Input::new(a, &[1; 20])]))), ErrorKind::Retry);
     assert_eq!(kind(gpu.block_on(decoder.load(&path))), ErrorKind::Retry);
     for sequence in [unknown, b] {
         let wanted = if sequence == b { ErrorKind::Caller } else { kind(decoder.tokens(sequence).map(|_| ())) };
@@ -203,7 +201,7 @@ fn what_is_refused_changes_nothing() {
     assert_eq!(state(&decoder, &[a, b]), before);
 
     // Futures that are dropped half-way.
-    poll_once(decoder.step(&[Input { sequence: a, tokens: &[], sampling: Some(&sampling()) }]));
+    poll_once(decoder.step(&[Input::new(a, &[]).with_sampling(&sampling())]));
     poll_once(decoder.generate(&[Prompt { sequence: a, tokens: &[], sampling: sampling() }], 2, &[], |_, _| {
         ControlFlow::Continue(())
     }));
@@ -216,7 +214,7 @@ fn what_is_refused_changes_nothing() {
     let usage = decoder.usage();
     poll_once(decoder.warm_up());
     assert_eq!(decoder.usage(), usage, "nor does a warm-up leave anything");
-    let error = gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[], sampling: None }])).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input::new(a, &[])])).unwrap_err();
     assert!(matches!(error, ModelError::Folio(Error::UnknownSequence(id)) if id == a), "{error}");
     assert_eq!(kind(gpu.block_on(decoder.swap_out(a))), ErrorKind::Caller);
     assert_eq!(kind(decoder.fork(a)), ErrorKind::Caller);
@@ -244,7 +242,7 @@ fn what_is_refused_changes_nothing() {
 
     // Who changes a sequence behind the decoder's back is told.
     decoder.cache().truncate(whole, 5).unwrap();
-    let error = gpu.block_on(decoder.step(&[Input { sequence: whole, tokens: &[1], sampling: None }])).unwrap_err();
+    let error = gpu.block_on(decoder.step(&[Input::new(whole, &[1])])).unwrap_err();
     assert!(error.to_string().contains("with 5 tokens in the cache, need the decoder's own 37"), "{error}");
     // A swapped-out sequence can end.
     let c = decoder.create_sequence();
@@ -340,7 +338,7 @@ fn known_beginnings_are_found() {
         // Of a prompt that is known in full, the last token is computed, and a future that is dropped takes nothing along.
         let (whole_blocks, sequence) = (&longer[..48], decoder.create_sequence());
         let before = state(&decoder, &[sequence]).1;
-        poll_once(decoder.step(&[Input { sequence, tokens: whole_blocks, sampling: Some(&sampling()) }]));
+        poll_once(decoder.step(&[Input::new(sequence, whole_blocks).with_sampling(&sampling())]));
         assert_eq!((state(&decoder, &[sequence]).1, decoder.prefix_len(sequence).unwrap()), (before, 0));
         let fed = [(sequence, whole_blocks)];
         let logits = gpu.block_on(decoder.logits(&fed, LogitRows::Last)).unwrap();
@@ -389,7 +387,9 @@ fn a_lost_device_is_an_error_of_its_own() {
     };
     let sampled = sampling();
     for sampling in [None, Some(&sampled)] {
-        lost("step", gpu.block_on(decoder.step(&[Input { sequence: a, tokens: &[1, 2], sampling }])).map(drop));
+        let mut input = Input::new(a, &[1, 2]);
+        input.sampling = sampling;
+        lost("step", gpu.block_on(decoder.step(&[input])).map(drop));
     }
     let prompt = Prompt { sequence: a, tokens: &[], sampling: sampled };
     lost("generate", decoder.generate_blocking(&[prompt], 3, &[], |_, _| ControlFlow::Continue(())).map(drop));

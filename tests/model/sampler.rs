@@ -14,10 +14,12 @@ struct Case {
     sampling: Sampling,
     draw_index: u32,
     history: Vec<u32>,
+    /// The set of tokens that may be drawn, a bit each.
+    allowed: Option<Vec<u32>>,
 }
 
 fn case(logits: Vec<f32>, sampling: Sampling) -> Case {
-    Case { logits, sampling, draw_index: 0, history: Vec::new() }
+    Case { logits, sampling, draw_index: 0, history: Vec::new(), allowed: None }
 }
 
 fn sample(gpu: &Gpu, sampler: &Sampler, cases: &[Case]) -> Vec<Sampled> {
@@ -28,6 +30,7 @@ fn sample(gpu: &Gpu, sampler: &Sampler, cases: &[Case]) -> Vec<Sampled> {
             draw_index: case.draw_index,
             history: &case.history,
             logprob: true,
+            allowed: case.allowed.as_deref(),
         })
         .collect();
     let logits = floats(gpu, &cases.iter().flat_map(|case| case.logits.iter().copied()).collect::<Vec<_>>());
@@ -65,7 +68,7 @@ fn gumbel(seed: u64, draw_index: u32, token: u32) -> f64 {
 
 /// What the host says about a row.
 struct Expected {
-    /// Logits after the penalty.
+    /// Logits of allowed tokens, after the penalty.
     logits: Vec<f32>,
     /// Kept tokens if the mass that top-p asks for is a little more and a little less.
     kept: Vec<u32>,
@@ -81,6 +84,11 @@ struct Expected {
 fn penalised(case: &Case) -> Vec<f32> {
     let penalty = case.sampling.repetition_penalty;
     let mut logits = case.logits.clone();
+    for (token, logit) in logits.iter_mut().enumerate() {
+        if case.allowed.as_ref().is_some_and(|set| set[token / 32] >> (token % 32) & 1 == 0) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
     if penalty != 1.0 {
         let mut history = case.history.clone();
         history.sort_unstable();
@@ -254,7 +262,15 @@ fn cases_of_vocab(vocab: usize, rng: &mut fastrand::Rng) -> Vec<Case> {
                 logits[vocab / 2] = 1.0;
             }
             let history = (0..20).map(|_| rng.u32(0..vocab as u32)).collect();
-            Case { logits, sampling: samplings[i % samplings.len()], draw_index: i as u32 * 7, history }
+            let allowed = (i % 3 == 1).then(|| {
+                let mut set: Vec<u32> = (0..vocab.div_ceil(32)).map(|_| rng.u32(..) & rng.u32(..)).collect();
+                set[vocab / 2 / 32] |= 1 << (vocab / 2 % 32);
+                if logits[vocab / 2] == f32::NEG_INFINITY {
+                    logits[vocab / 2] = -3.0;
+                }
+                set
+            });
+            Case { logits, sampling: samplings[i % samplings.len()], draw_index: i as u32 * 7, history, allowed }
         })
         .chain(ties)
         .chain([two_values])
@@ -426,6 +442,7 @@ fn calls_before_one_submit_do_not_share_requests() {
                     draw_index: draw(i),
                     history: &[],
                     logprob: false,
+                    allowed: None,
                 };
                 sampler.record(&mut *pass, Rows::new(&buffer, 1, vocab), &[request], out).unwrap();
             };
@@ -526,7 +543,7 @@ fn bad_arguments_are_named() {
     }
     let sampler = block_on(Sampler::new(gpu, 8)).unwrap();
     let (logits, out) = (floats(gpu, &[0.0; 128]), empty(gpu, 128));
-    let request = SamplingRequest { sampling: good, draw_index: 0, history: &[8], logprob: false };
+    let request = SamplingRequest { sampling: good, draw_index: 0, history: &[8], logprob: false, allowed: None };
     let penalty = SamplingRequest { sampling: with(good, |c| c.repetition_penalty = 2.0), ..request };
     let cold = SamplingRequest { sampling: with(good, |c| c.temperature = -1.0), ..request };
     run(gpu, |pass| {
@@ -545,6 +562,7 @@ fn bad_arguments_are_named() {
         named(Rows::new(&logits, 1, 8), &[request], (&logits).into(), "output");
         named(Rows::new(&logits, 1, 8), &[penalty], whole, "history");
         named(Rows::new(&logits, 1, 8), &[cold], whole, "temperature");
+        named(Rows::new(&logits, 1, 8), &[SamplingRequest { allowed: Some(&[1, 1]), ..request }], whole, "allowed");
         // Without a penalty nobody looks at the history.
         sampler.record(&mut *pass, Rows::new(&logits, 1, 8), &[request], &out).unwrap();
     });

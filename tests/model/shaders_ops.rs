@@ -118,9 +118,9 @@ fn sampler_variants() {
     for profile in PROFILES {
         for vocab in [1, 7, 768, 50_257, 151_936, 262_144, 966_656] {
             for greedy in [false, true] {
-                for penalty in [false, true] {
-                    let source = Sampler::source(profile, vocab, greedy, penalty).unwrap();
-                    check(&source, &format!("{profile:?} {vocab} {greedy} {penalty}"));
+                for edits in [false, true] {
+                    let source = Sampler::source(profile, vocab, greedy, edits).unwrap();
+                    check(&source, &format!("{profile:?} {vocab} {greedy} {edits}"));
                     let iterations = 34 * vocab.div_ceil(4).div_ceil(source.workgroup_size()) + 70 * 8 + 32;
                     assert!(iterations < 65_535 / 2, "{profile:?} {vocab}: {iterations} iterations");
                 }

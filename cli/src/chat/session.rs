@@ -139,7 +139,7 @@ impl Session {
         let gpu = self.decoder.gpu().clone();
         let first = self.decoder.fork(self.sequence)?;
         if !shared.is_empty() || self.decoder.pending(first)?.is_some() {
-            let input = Input { sequence: first, tokens: shared, sampling: None };
+            let input = Input::new(first, shared);
             if let Err(error) = gpu.block_on(self.decoder.step(&[input])) {
                 self.decoder.free(first)?;
                 return Err(error.into());

@@ -239,7 +239,7 @@ impl Coming {
     fn take(&mut self) {
         while let Some(event) = self.answer.as_mut().and_then(Answer::try_next) {
             match event {
-                Event::Token { token, text } => {
+                Event::Token { token, text, .. } => {
                     self.tokens.push(token);
                     self.text += &text;
                 }

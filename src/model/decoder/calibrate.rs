@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::step::Input;
+use super::input::Input;
 use super::{Decoder, DecoderOptions};
 use crate::model::error::{ModelError, ModelResult};
 use crate::model::generate::Prompt;
@@ -43,7 +43,7 @@ impl Decoder {
         let mut keys = vec![Vec::new(); self.model.config().num_layers as usize];
         for tokens in texts {
             let sequence = decoder.create_sequence();
-            decoder.step(&[Input { sequence, tokens, sampling: None }]).await?;
+            decoder.step(&[Input::new(sequence, tokens)]).await?;
             for (layer, keys) in (0..).zip(&mut keys) {
                 keys.extend(decoder.cache.gather(sequence, layer).await?.k);
             }
@@ -105,7 +105,7 @@ impl Decoder {
             let ended = Ended { cache: Arc::clone(&self.cache), sequence: self.cache.create_sequence() };
             let tokens = vec![0; len as usize];
             let sampling = Some(&samplings[i % samplings.len()]);
-            let result = self.sample(&[Input { sequence: ended.sequence, tokens: &tokens, sampling }]).await;
+            let result = self.sample(&[Input { sampling, ..Input::new(ended.sequence, &tokens) }]).await;
             // A model may well compute nonsense for a row of equal tokens; the kernels have run.
             if let Err(error) = result
                 && !matches!(error, ModelError::BadLogits { .. })

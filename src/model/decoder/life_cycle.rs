@@ -130,13 +130,15 @@ impl Decoder {
 
     /// Makes the sequence's full blocks findable for [`match_prefix`](Self::match_prefix), and for every new sequence if
     /// [`prefix_cache`](super::DecoderOptions::prefix_cache) is set, which also does this by itself. Returns the number of blocks that were not
-    /// in the index yet. See [`KvCache::publish_prefix`](crate::KvCache::publish_prefix).
+    /// in the index yet. Of an [exact](crate::model::ModelOptions::with_exact) model only blocks of tokens that were given, before the first one
+    /// that was sampled. See [`KvCache::publish_prefix`](crate::KvCache::publish_prefix).
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], also for one that is swapped out.
     pub fn publish_prefix(&mut self, sequence: SequenceId) -> ModelResult<u32> {
         let text = self.cached_text(sequence)?;
-        Ok(self.cache.publish_prefix(sequence, &text.cached, PREFIX_SALT)?)
+        let tokens = if self.model.is_exact() { &text.cached[..text.given as usize] } else { &text.cached };
+        Ok(self.cache.publish_prefix(sequence, tokens, PREFIX_SALT)?)
     }
 
     /// A new sequence that begins with the longest known run of full blocks of `tokens`; it may be empty. The last token is not looked for: what
@@ -146,7 +148,8 @@ impl Decoder {
         let found = self.cache.match_prefix(but_last, PREFIX_SALT);
         let published = found.len / self.options.block_size;
         let cached = tokens[..found.len as usize].to_vec();
-        self.texts.insert(found.sequence, Text { cached, pending: None, prefix_len: found.len, published });
+        let given = found.len;
+        self.texts.insert(found.sequence, Text { cached, pending: None, prefix_len: found.len, published, given });
         found
     }
 

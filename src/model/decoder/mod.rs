@@ -1,10 +1,12 @@
 //! [`Decoder`]: sequences of tokens that a [`Model`] continues.
 
 mod calibrate;
+mod feed;
+mod input;
 mod life_cycle;
 mod step;
 
-pub use step::{Input, LogitRows};
+pub use input::{Drawn, Input, LogitRows, TokenLogprob};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -105,6 +107,8 @@ struct Text {
     prefix_len: u32,
     /// Full blocks that are in the prefix index, as far as is known.
     published: u32,
+    /// Tokens at the front that were given, and not sampled, before the first that was.
+    given: u32,
 }
 
 impl Text {
@@ -120,6 +124,7 @@ impl Text {
             self.pending = None;
             self.prefix_len = self.prefix_len.min(len);
             self.published = self.published.min(len / block_size);
+            self.given = self.given.min(len);
         }
     }
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use super::feed::{Chunk, Feed, StepLimits, next_chunks};
+use super::input::{Drawn, Input, LogitRows, TokenLogprob};
 use super::{Decoder, Text, storage};
 use crate::gpu::{Readback, Upload};
 use crate::model::error::{ModelError, ModelResult};
@@ -10,72 +12,6 @@ use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
 use crate::{BufferRef, KvCache, Result, SequenceId};
-
-/// New tokens of one sequence, and whether the next one is wanted.
-#[derive(Clone, Copy, Debug)]
-pub struct Input<'a> {
-    /// The sequence that grows.
-    pub sequence: SequenceId,
-    /// What it grows by, after its [pending](Decoder::pending) token. None are needed if there is one.
-    pub tokens: &'a [u32],
-    /// How the token after these is chosen, which is pending then. `None`: it is not wanted, and the head is not computed.
-    pub sampling: Option<&'a Sampling>,
-}
-
-/// Which rows of logits [`Decoder::logits`] returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogitRows {
-    /// Those after each sequence's last token: `[vocab_size]`.
-    Last,
-    /// Those after every token that was fed, the pending one included: `[pending + tokens.len(), vocab_size]`.
-    All,
-}
-
-/// What one sequence of a batch is fed.
-struct Feed<'a> {
-    sequence: SequenceId,
-    /// The pending token and the new ones.
-    tokens: Cow<'a, [u32]>,
-    /// Tokens of the sequence before.
-    len: u32,
-    /// How many of the tokens were found in the prefix index.
-    found: usize,
-    /// How many of the tokens are in the cache.
-    done: usize,
-    head: Head<'a>,
-}
-
-/// Part of a feed that goes through the layers in one step.
-struct Chunk<'a> {
-    /// Which feed.
-    input: usize,
-    sequence: SequenceId,
-    tokens: &'a [u32],
-    /// The position of the first token.
-    position: u32,
-    head: Head<'a>,
-    /// All tokens of the feed.
-    feed_tokens: &'a [u32],
-}
-
-/// What a chunk wants of the head.
-#[derive(Clone, Copy)]
-enum Head<'a> {
-    Nothing,
-    Sample(&'a Sampling),
-    LastRow,
-    AllRows,
-}
-
-impl Head<'_> {
-    fn rows(self, tokens: usize) -> usize {
-        match self {
-            Self::Nothing => 0,
-            Self::Sample(_) | Self::LastRow => 1,
-            Self::AllRows => tokens,
-        }
-    }
-}
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
@@ -116,38 +52,75 @@ impl Decoder {
         for input in batch {
             self.cached_text(input.sequence)?;
         }
+        let drawn = self.sample(batch).await?;
+        Ok(drawn.iter().map(|drawn| drawn.last().map(|last| last.token)).collect())
+    }
+
+    /// [`Decoder::step`] that returns all that was sampled: for each input none, or as many tokens as drafts were right, and one more, which is
+    /// pending then; with log-probabilities if they were asked for.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::step`]; [`Error::Argument`](crate::Error::Argument) for drafts without sampling, or more of them than a step or the
+    /// tokens before them allow, for more replayed tokens than there are, and for sets of allowed tokens of another number or length.
+    pub async fn draw(&mut self, batch: &[Input<'_>]) -> ModelResult<Vec<Vec<Drawn>>> {
+        for input in batch {
+            self.cached_text(input.sequence)?;
+        }
         self.sample(batch).await
     }
 
-    /// [`Decoder::step`], also for sequences that only the cache knows.
-    pub(super) async fn sample(&mut self, batch: &[Input<'_>]) -> ModelResult<Vec<Option<u32>>> {
+    /// [`Decoder::draw`], also for sequences that only the cache knows.
+    pub(super) async fn sample(&mut self, batch: &[Input<'_>]) -> ModelResult<Vec<Vec<Drawn>>> {
         for input in batch {
             if let Some(sampling) = input.sampling {
                 sampling.validate()?;
             }
         }
-        let inputs: Vec<_> = batch
-            .iter()
-            .map(|input| (input.sequence, input.tokens, input.sampling.map_or(Head::Nothing, Head::Sample)))
-            .collect();
-        let mut tokens = vec![None; batch.len()];
-        self.run(&inputs, |_, chunks, words| {
-            let sampling = chunks.iter().filter(|chunk| matches!(chunk.head, Head::Sample(_)));
-            for (chunk, sampled) in sampling.zip(Sampler::read_output(words)) {
-                let Some(token) = sampled.token else {
-                    return Err(ModelError::BadLogits { sequence: chunk.sequence });
-                };
-                tokens[chunk.input] = Some(token);
+        let mut feeds = self.feeds(batch.iter().map(|input| (*input, input.draws())))?;
+        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
+        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
+        let mut drawn = vec![Vec::new(); batch.len()];
+        self.run(&mut feeds, |vocab, chunks, words| {
+            let num_drawn = chunks.iter().map(|chunk| chunk.rows).sum::<usize>();
+            let (output, mut logits) = words.split_at(num_drawn * Sampler::OUTPUT_WORDS as usize);
+            let mut sampled = Sampler::read_output(output).into_iter();
+            for chunk in chunks {
+                for sampled in sampled.by_ref().take(chunk.rows) {
+                    let Some(token) = sampled.token else {
+                        return Err(ModelError::BadLogits { sequence: chunk.sequence });
+                    };
+                    let top = chunk.draw.and_then(|(input, _)| input.logprobs);
+                    let logprob = top.map(|top| {
+                        let (row, rest) = logits.split_at(vocab);
+                        logits = rest;
+                        let row: Vec<f32> = row.iter().map(|&bits| f32::from_bits(bits)).collect();
+                        TokenLogprob::of(&row, token, top as usize)
+                    });
+                    drawn[chunk.input].push(Drawn { token, logprob });
+                }
             }
             Ok(())
         })
         .await?;
-        for (input, &token) in batch.iter().zip(&tokens) {
-            if let Some(text) = self.texts.get_mut(&input.sequence) {
-                text.pending = token;
+        for ((input, feed), drawn) in batch.iter().zip(&mut feeds).zip(&mut drawn) {
+            let (_, drafts) = feed.tokens.split_at(feed.tokens.len() - input.drafts as usize);
+            let right = drafts.iter().zip(drawn.iter()).take_while(|(draft, drawn)| **draft == drawn.token).count();
+            let rejected = drafts.len() - right;
+            drawn.truncate(right + 1);
+            if rejected > 0 {
+                let kept = feed.tokens.len() - rejected;
+                self.cache.truncate(feed.sequence, feed.len + kept as u32)?;
+                feed.tokens.to_mut().truncate(kept);
             }
         }
-        Ok(tokens)
+        rollback.disarm();
+        self.extend_texts(&feeds);
+        for (input, drawn) in batch.iter().zip(&drawn) {
+            if let Some(text) = self.texts.get_mut(&input.sequence) {
+                text.pending = drawn.last().map(|last| last.token);
+            }
+        }
+        Ok(drawn)
     }
 
     /// Feeds each sequence its pending token and new ones, and returns logits: for each input one row or one row per token that was fed,
@@ -156,45 +129,54 @@ impl Decoder {
     /// # Errors
     /// Those of [`Decoder::step`], except that logits are returned as they are, NaN included.
     pub async fn logits(&mut self, batch: &[(SequenceId, &[u32])], rows: LogitRows) -> ModelResult<Vec<Vec<f32>>> {
-        let head = match rows {
-            LogitRows::Last => Head::LastRow,
-            LogitRows::All => Head::AllRows,
-        };
-        let inputs: Vec<_> = batch.iter().map(|&(sequence, tokens)| (sequence, tokens, head)).collect();
         for &(sequence, _) in batch {
             self.cached_text(sequence)?;
         }
+        let rows_of = |tokens: &[u32]| match rows {
+            LogitRows::Last => 1,
+            // And one for the pending token.
+            LogitRows::All => tokens.len() + 1,
+        };
+        let inputs = batch.iter().map(|&(sequence, tokens)| (Input::new(sequence, tokens), rows_of(tokens)));
+        let mut feeds = self.feeds(inputs)?;
+        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
+        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
         let mut logits = vec![Vec::new(); batch.len()];
-        self.run(&inputs, |vocab, chunks, words| {
+        self.run(&mut feeds, |vocab, chunks, words| {
             let mut rest = words;
             for chunk in chunks {
-                let (own, after) = rest.split_at(chunk.head.rows(chunk.tokens.len()) * vocab);
+                let (own, after) = rest.split_at(chunk.rows * vocab);
                 logits[chunk.input].extend(own.iter().map(|&bits| f32::from_bits(bits)));
                 rest = after;
             }
             Ok(())
         })
         .await?;
+        rollback.disarm();
+        self.extend_texts(&feeds);
         Ok(logits)
     }
 
-    /// Checks a batch against the model, before anything happens, and puts pending tokens in front.
-    fn feeds<'a>(&self, batch: &[(SequenceId, &'a [u32], Head<'a>)]) -> ModelResult<Vec<Feed<'a>>> {
+    /// Checks a batch against the model, before anything happens, and puts pending tokens in front. Each input comes with the number of its
+    /// last tokens whose rows of the head are wanted; more than there are stands for all.
+    fn feeds<'a>(&self, batch: impl ExactSizeIterator<Item = (Input<'a>, usize)>) -> ModelResult<Vec<Feed<'a>>> {
         let config = self.model.config();
-        if batch.is_empty() {
+        if batch.len() == 0 {
             return Err(ModelError::argument("batch", "no input", "at least one"));
         }
-        let mut feeds = Vec::with_capacity(batch.len());
-        for (i, &(sequence, tokens, head)) in batch.iter().enumerate() {
+        let mut feeds: Vec<Feed<'a>> = Vec::with_capacity(batch.len());
+        for (input, rows) in batch {
+            let Input { sequence, tokens, .. } = input;
             let len = self.cache.seq_len(sequence)?;
-            if batch[..i].iter().any(|&(other, ..)| other == sequence) {
+            if feeds.iter().any(|other| other.sequence == sequence) {
                 return Err(ModelError::argument("batch", format!("{sequence} twice"), "each sequence once"));
             }
             if let Some(id) = tokens.iter().find(|&&id| id >= config.vocab_size) {
                 let rule = format!("an id below vocab_size, {}", config.vocab_size);
                 return Err(ModelError::argument("tokens", format!("id {id} for {sequence}"), rule));
             }
-            let tokens = match self.texts.get(&sequence).and_then(|text| text.pending) {
+            let pending = self.texts.get(&sequence).and_then(|text| text.pending);
+            let tokens = match pending {
                 Some(pending) => Cow::Owned([&[pending], tokens].concat()),
                 None => Cow::Borrowed(tokens),
             };
@@ -207,7 +189,19 @@ impl Decoder {
                 let rule = format!("at most the model's {} positions", config.max_positions);
                 return Err(ModelError::argument("tokens", got, rule));
             }
-            feeds.push(Feed { sequence, tokens, len, found: 0, done: 0, head });
+            check_draws(&input, &tokens, config.vocab_size)?;
+            let sampled_once = input.drafts as usize + input.replayed as usize;
+            let first_given = usize::from(pending.is_some());
+            feeds.push(Feed {
+                sequence,
+                len,
+                found: 0,
+                done: 0,
+                wanted_from: tokens.len().saturating_sub(rows),
+                draw: input.sampling.map(|_| input),
+                given: first_given..tokens.len().saturating_sub(sampled_once).max(first_given),
+                tokens,
+            });
         }
         Ok(feeds)
     }
@@ -219,22 +213,23 @@ impl Decoder {
         (bytes / (u64::from(self.model.config().vocab_size) * 4)).max(1) as usize
     }
 
-    /// Runs a batch in as many steps as it takes. `finish` gets the words that each step has read back.
+    /// Runs a batch in as many steps as it takes. `finish` gets the words that each step has read back. Texts don't change yet.
     async fn run(
         &mut self,
-        batch: &[(SequenceId, &[u32], Head<'_>)],
+        feeds: &mut [Feed<'_>],
         mut finish: impl FnMut(usize, &[Chunk<'_>], &[u32]) -> ModelResult<()>,
     ) -> ModelResult<()> {
-        let mut feeds = self.feeds(batch)?;
         let vocab = self.model.config().vocab_size as usize;
-        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
-        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
-        self.find_prefixes(&mut feeds)?;
-        let (max_tokens, max_rows) = (self.options.max_step_tokens as usize, self.max_logit_rows());
+        self.find_prefixes(feeds)?;
+        let limits = StepLimits {
+            tokens: self.options.max_step_tokens as usize,
+            rows: self.max_logit_rows(),
+            exact: self.model.is_exact(),
+        };
         loop {
-            let chunks = next_chunks(&feeds, max_tokens, max_rows);
+            let chunks = next_chunks(feeds, limits);
             if chunks.is_empty() {
-                break;
+                return Ok(());
             }
             self.run_step(&chunks, |words| finish(vocab, &chunks, words)).await?;
             let done: Vec<_> = chunks.iter().map(|chunk| (chunk.input, chunk.tokens.len())).collect();
@@ -242,28 +237,40 @@ impl Decoder {
                 feeds[input].done += count;
             }
         }
-        rollback.disarm();
-        for feed in &feeds {
+    }
+
+    /// What was fed is part of the texts.
+    fn extend_texts(&mut self, feeds: &[Feed<'_>]) {
+        for feed in feeds {
             if let Some(text) = self.texts.get_mut(&feed.sequence) {
+                if text.given == text.cached.len() as u32 && feed.given.start == 0 {
+                    text.given += feed.given.end as u32;
+                }
                 text.cached.extend_from_slice(&feed.tokens);
                 text.pending = None;
                 text.prefix_len += feed.found as u32;
                 if self.options.prefix_cache {
-                    publish(&self.cache, feed.sequence, text);
+                    publish(&self.cache, feed.sequence, text, self.model.is_exact());
                 }
             }
         }
-        Ok(())
     }
 
-    /// Starts sequences that are empty with what is known of their tokens, except the last one, whose logits somebody may want.
+    /// Starts sequences that are empty with what is known of their tokens, except those that have rows of the head, which somebody may want.
     fn find_prefixes(&self, feeds: &mut [Feed<'_>]) -> ModelResult<()> {
-        let wants = |feed: &Feed<'_>| {
-            feed.len == 0 && !matches!(feed.head, Head::AllRows) && self.texts.contains_key(&feed.sequence)
-        };
-        for feed in feeds.iter_mut().filter(|feed| self.options.prefix_cache && wants(feed)) {
-            let but_last = &feed.tokens[..feed.tokens.len() - 1];
-            feed.found = self.cache.match_prefix_into(feed.sequence, but_last, PREFIX_SALT)? as usize;
+        for feed in feeds.iter_mut() {
+            if !self.options.prefix_cache || feed.len > 0 || !self.texts.contains_key(&feed.sequence) {
+                continue;
+            }
+            let mut most = feed.wanted_from.min(feed.tokens.len() - 1);
+            if self.model.is_exact() {
+                // Tokens that were sampled are not in the index.
+                most = most.min(feed.given.end);
+            }
+            if most == 0 {
+                continue;
+            }
+            feed.found = self.cache.match_prefix_into(feed.sequence, &feed.tokens[..most], PREFIX_SALT)? as usize;
             feed.done = feed.found;
         }
         Ok(())
@@ -280,7 +287,8 @@ impl Decoder {
         let vocab = model.config().vocab_size;
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let step = self.cache.begin_step(&batch)?;
-        let plan = self.attention.plan(&step)?;
+        let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
+        let plan = self.attention.plan_with_kernels(&step, &kernels)?;
 
         let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
         let positions: Vec<u32> = chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len() as u32).collect();
@@ -288,7 +296,7 @@ impl Decoder {
         let mut start = 0;
         for chunk in chunks {
             let end = start + chunk.tokens.len();
-            head_rows.extend((end - chunk.head.rows(chunk.tokens.len())..end).map(|row| row as u32));
+            head_rows.extend((end - chunk.rows..end).map(|row| row as u32));
             start = end;
         }
         let rows = ids.len() as u32;
@@ -306,31 +314,45 @@ impl Decoder {
         let [ids, positions, head_rows] =
             [ids, positions, head_rows].map(|(offset, bytes)| BufferRef::new(&lists, offset, bytes));
 
-        let sampling: Vec<_> = chunks
+        // A row of the head, and how a token is drawn from it.
+        let draws: Vec<_> = chunks
             .iter()
-            .filter_map(|chunk| match chunk.head {
-                Head::Sample(sampling) => Some((chunk, sampling)),
-                _ => None,
+            .filter_map(|chunk| chunk.draw.map(|(input, first)| (chunk, input, first)))
+            .flat_map(|(chunk, input, first)| (0..chunk.rows).map(move |row| (chunk, input, first + row, row)))
+            .filter_map(|(chunk, input, draw, row)| Some((chunk, input, input.sampling?, draw, row)))
+            .collect();
+        let histories: Vec<_> = draws
+            .iter()
+            .map(|(chunk, _, sampling, _, row)| {
+                self.history(chunk.sequence, &chunk.fed[..chunk.fed.len() - chunk.rows + row + 1], sampling)
             })
             .collect();
-        let histories: Vec<_> = sampling.iter().map(|(chunk, sampling)| self.history(chunk, sampling)).collect();
-        let requests: Vec<_> = sampling
+        let requests: Vec<_> = draws
             .iter()
             .zip(&histories)
-            .map(|(&(chunk, &sampling), history)| SamplingRequest {
+            .map(|(&(chunk, input, &sampling, draw, row), history)| SamplingRequest {
                 sampling,
                 // The position of the token that is drawn, so that a seed gives the same text however it is cut into steps.
-                draw_index: chunk.position + chunk.tokens.len() as u32,
+                draw_index: chunk.position + (chunk.tokens.len() - chunk.rows + row + 1) as u32,
                 history,
                 logprob: false,
+                allowed: input.allowed.get(draw).map(Vec::as_slice),
             })
             .collect();
-        let result_bytes = if requests.is_empty() {
-            u64::from(num_head_rows) * u64::from(vocab) * 4
-        } else {
-            requests.len() as u64 * OUTPUT_BYTES
-        };
-        let staging = self.reserve(num_head_rows, requests.len() as u64 * OUTPUT_BYTES, result_bytes)?;
+        // What is read back: sampled tokens, then rows of logits; where nothing is sampled, all rows.
+        let output_bytes = requests.len() as u64 * OUTPUT_BYTES;
+        let row_bytes = u64::from(vocab) * 4;
+        let mut logit_rows = Vec::new();
+        let mut first_row = 0;
+        for chunk in chunks {
+            if chunk.draw.is_none_or(|(input, _)| input.logprobs.is_some()) {
+                logit_rows.push((first_row, chunk.rows as u64));
+            }
+            first_row += chunk.rows as u64;
+        }
+        let num_logit_rows: u64 = logit_rows.iter().map(|(_, rows)| rows).sum();
+        let result_bytes = output_bytes + num_logit_rows * row_bytes;
+        let staging = self.reserve(num_head_rows, output_bytes, result_bytes)?;
 
         let mut encoder = gpu.encoder()?;
         {
@@ -356,9 +378,13 @@ impl Decoder {
                 }
             }
         }
-        if num_head_rows > 0 {
-            let source = if requests.is_empty() { &self.logits } else { &self.output };
-            encoder.copy_buffer_to_buffer(source, 0, staging.buffer(), 0, result_bytes);
+        if output_bytes > 0 {
+            encoder.copy_buffer_to_buffer(&self.output, 0, staging.buffer(), 0, output_bytes);
+        }
+        let mut at = output_bytes;
+        for (first, rows) in logit_rows.into_iter().filter(|&(_, rows)| rows > 0) {
+            encoder.copy_buffer_to_buffer(&self.logits, first * row_bytes, staging.buffer(), at, rows * row_bytes);
+            at += rows * row_bytes;
         }
         gpu.submit("running the model", encoder).await?;
         if num_head_rows > 0 {
@@ -370,13 +396,13 @@ impl Decoder {
         Ok(())
     }
 
-    /// All tokens before the one that is drawn, if the repetition penalty asks for them.
-    fn history(&self, chunk: &Chunk<'_>, sampling: &Sampling) -> Vec<u32> {
+    /// All tokens before the one that is drawn after `fed`, if the repetition penalty asks for them.
+    fn history(&self, sequence: SequenceId, fed: &[u32], sampling: &Sampling) -> Vec<u32> {
         if sampling.repetition_penalty == 1.0 {
             return Vec::new();
         }
-        let before = self.texts.get(&chunk.sequence).map_or(&[][..], |text| &text.cached);
-        [before, chunk.feed_tokens].concat()
+        let before = self.texts.get(&sequence).map_or(&[][..], |text| &text.cached);
+        [before, fed].concat()
     }
 
     /// Makes the buffers of the head large enough, and takes the one to read back through.
@@ -399,43 +425,34 @@ impl Decoder {
 /// The index has one kind of tokens only: one model, no adapters.
 pub(super) const PREFIX_SALT: u64 = 0;
 
-/// Makes a sequence's full blocks findable, if there are new ones.
-fn publish(cache: &KvCache, sequence: SequenceId, text: &mut Text) {
-    let full = text.cached.len() as u32 / cache.config().block_size;
+/// Makes a sequence's full blocks findable, if there are new ones. Of an exact model only those that were given: the others have the bits of
+/// another kernel than a prompt with the same tokens gets.
+fn publish(cache: &KvCache, sequence: SequenceId, text: &mut Text, exact: bool) {
+    let tokens = if exact { &text.cached[..text.given as usize] } else { &text.cached[..] };
+    let full = tokens.len() as u32 / cache.config().block_size;
     // It can only fail for tokens that are not in the cache.
-    if full > text.published && cache.publish_prefix(sequence, &text.cached, PREFIX_SALT).is_ok() {
+    if full > text.published && cache.publish_prefix(sequence, tokens, PREFIX_SALT).is_ok() {
         text.published = full;
     }
 }
 
-/// The next step's share of a batch: up to `max_tokens` tokens with up to `max_rows` rows of logits, in the order of the inputs.
-fn next_chunks<'a>(feeds: &'a [Feed<'a>], max_tokens: usize, max_rows: usize) -> Vec<Chunk<'a>> {
-    let (mut tokens_left, mut rows_left) = (max_tokens, max_rows);
-    let mut chunks = Vec::new();
-    for (input, feed) in feeds.iter().enumerate() {
-        let rest = &feed.tokens[feed.done..];
-        if rest.is_empty() {
-            continue;
-        }
-        let mut take = rest.len().min(tokens_left);
-        let mut head = feed.head;
-        match head {
-            Head::AllRows => take = take.min(rows_left),
-            // The head is for the last token, and waits with it for a step that has room.
-            Head::Sample(_) | Head::LastRow if take == rest.len() && rows_left == 0 => take -= 1,
-            _ => {}
-        }
-        if take < rest.len() && !matches!(head, Head::AllRows) {
-            head = Head::Nothing;
-        }
-        if take == 0 {
-            break;
-        }
-        let position = feed.len + feed.done as u32;
-        tokens_left -= take;
-        rows_left -= head.rows(take);
-        let (sequence, tokens) = (feed.sequence, &rest[..take]);
-        chunks.push(Chunk { input, sequence, tokens, position, head, feed_tokens: &feed.tokens });
+/// Checks what an input wants to be drawn. `tokens` are those that it feeds, the pending one included.
+fn check_draws(input: &Input<'_>, tokens: &[u32], vocab: u32) -> ModelResult<()> {
+    let (drafts, len) = (input.drafts as usize, tokens.len());
+    if drafts > 0 && (input.sampling.is_none() || drafts >= len || drafts > input.tokens.len()) {
+        let rule = "sampling, a token before them, and at most the tokens that are fed";
+        return Err(ModelError::argument("drafts", format!("{drafts} of {len} tokens"), rule));
     }
-    chunks
+    if input.replayed as usize > input.tokens.len() - drafts {
+        let rule = format!("at most the tokens before the drafts, {}", input.tokens.len() - drafts);
+        return Err(ModelError::argument("replayed", input.replayed, rule));
+    }
+    let words = vocab.div_ceil(32) as usize;
+    let wrong = input.allowed.iter().find(|set| set.len() != words);
+    if !input.allowed.is_empty() && (input.allowed.len() != input.draws() || wrong.is_some()) {
+        let got = format!("{} sets, of {} words", input.allowed.len(), wrong.map_or(words, Vec::len));
+        let rule = format!("one for each of {} draws, of {words} words", input.draws());
+        return Err(ModelError::argument("allowed", got, rule));
+    }
+    Ok(())
 }
