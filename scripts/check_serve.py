@@ -105,11 +105,17 @@ def check(base):
     with client.chat.completions.stream(model="stories", messages=messages, max_completion_tokens=24, temperature=0, stop="\n") as stream:
         assert stream.get_final_completion().choices[0].message.content == answer.choices[0].message.content
 
+    told = complete(logprobs=2).choices[0].logprobs
+    assert "".join(told.tokens) == whole.choices[0].text and all(len(top) == 2 for top in told.top_logprobs), told
+    told = chat(logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert "".join(token.token for token in told) == answer.choices[0].message.content
+    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in told), told
+
     raised(openai.NotFoundError, lambda: complete(model="gpt-4"), code="model_not_found", param="model")
     raised(openai.NotFoundError, lambda: client.models.retrieve("gpt-4"), code="model_not_found")
     raised(openai.BadRequestError, lambda: complete(temperature=-1), param="temperature")
     raised(openai.BadRequestError, lambda: complete(logit_bias={"5": 1}), param="logit_bias", code="unsupported_parameter")
-    raised(openai.BadRequestError, lambda: complete(logprobs=2), param="logprobs", code="unsupported_parameter")
+    raised(openai.BadRequestError, lambda: complete(logprobs=21), param="logprobs")
     raised(openai.BadRequestError, lambda: chat(tools=[{"type": "function", "function": {"name": "f"}}]), param="tools")
     raised(openai.BadRequestError, lambda: complete(prompt=[5] * 2000), param="prompt", code="context_length_exceeded")
     raised(openai.BadRequestError, lambda: chat(messages=[]), param="messages")

@@ -14,6 +14,7 @@ use folio::engine::{Answer, EndReason, Event};
 use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 
 use super::error::ApiError;
+use super::logprobs::{Logprobs, Pending};
 use super::metrics::Outcome;
 use super::prompt::Job;
 use super::reply::{Head, Totals};
@@ -42,6 +43,8 @@ struct Run {
     /// Answers to a prompt.
     count: usize,
     totals: Totals,
+    /// Of each answer.
+    logprobs: Vec<Pending>,
 }
 
 #[derive(Clone, Copy)]
@@ -53,14 +56,16 @@ enum LastToken {
 }
 
 impl Run {
-    fn new(server: Arc<Server>, record: Arc<Record>, answers: Vec<Answer>, count: u32) -> Self {
+    fn new(server: Arc<Server>, record: Arc<Record>, answers: Vec<Answer>, count: u32, is_chat: bool) -> Self {
+        let logprobs = answers.iter().map(|_| Pending::new(is_chat)).collect();
         let last_tokens = vec![LastToken::None; answers.len()];
         let events = answers.into_iter().enumerate().map(|(index, answer)| {
             let end = stream::once(std::future::ready(None));
             answer.map(Some).chain(end).map(move |event| (index, event)).boxed()
         });
         let count = (count as usize).max(1);
-        Self { server, record, events: stream::select_all(events), last_tokens, count, totals: Totals::default() }
+        let (events, totals) = (stream::select_all(events), Totals::default());
+        Self { server, record, events, last_tokens, count, totals, logprobs }
     }
 
     /// What comes next of any answer. `None` after the ends of all.
@@ -69,12 +74,15 @@ impl Run {
             let (index, event) = self.events.next().await?;
             let last = self.last_tokens.get_mut(index)?;
             match event {
-                Some(Event::Token { text, .. }) => {
+                Some(Event::Token { token, text, logprob, .. }) => {
                     let now = Instant::now();
                     let before = std::mem::replace(last, LastToken::At(now));
                     let gap = if let LastToken::At(before) = before { Some(now - before) } else { None };
                     self.server.metrics.token(gap);
                     self.record.add_token();
+                    if let (Some(logprob), Some(pending)) = (logprob, self.logprobs.get_mut(index)) {
+                        pending.push(&self.server.tokenizer, token, &logprob);
+                    }
                     return Some(Ok(Piece::Text(index, text)));
                 }
                 Some(Event::End { reason, text, usage }) => {
@@ -91,9 +99,14 @@ impl Run {
         }
     }
 
+    /// Log-probabilities of an answer that have not been sent.
+    fn take_logprobs(&mut self, index: usize) -> Option<Logprobs> {
+        self.logprobs.get_mut(index).and_then(Pending::take)
+    }
+
     fn finish_reason(&self, reason: &EndReason) -> Result<&'static str, ApiError> {
         match reason {
-            EndReason::StopToken(_) | EndReason::StopString(_) => Ok("stop"),
+            EndReason::StopToken(_) | EndReason::StopString(_) | EndReason::Complete => Ok("stop"),
             EndReason::Length | EndReason::Positions => Ok("length"),
             EndReason::TimeLimit => {
                 let limit = self.server.limits.request_timeout.as_secs_f64();
@@ -120,7 +133,7 @@ pub(crate) async fn answer(server: Arc<Server>, record: Arc<Record>, job: Job) -
     let kind = if is_chat { "chatcmpl" } else { "cmpl" };
     let head =
         Head { id: format!("{kind}-{}", record.id), created: unix_time(), model: server.model.name.clone(), is_chat };
-    let run = Run::new(server, record, answers, count);
+    let run = Run::new(server, record, answers, count, is_chat);
     if stream { Ok(streamed(run, head, include_usage)) } else { whole(run, &head).await }
 }
 
@@ -136,7 +149,9 @@ async fn whole(mut run: Run, head: &Head) -> Result<Response, ApiError> {
             *finish_reason = end.unwrap_or(finish_reason);
         }
     }
-    let choices = choices.into_iter().enumerate().map(|(i, (text, reason))| head.whole(i, text, reason)).collect();
+    let choices = choices.into_iter().enumerate();
+    let choices = choices.map(|(i, (text, reason))| head.whole(i, text, reason).with_logprobs(run.take_logprobs(i)));
+    let choices = choices.collect();
     Ok(Json(head.reply(choices, run.totals)).into_response())
 }
 
@@ -153,8 +168,10 @@ fn streamed(mut run: Run, head: Head, include_usage: bool) -> Response {
             let choice = match piece {
                 // A part of a character, or what may become a stop string.
                 Ok(Piece::Text(_, text)) if text.is_empty() => continue,
-                Ok(Piece::Text(index, text)) => head.piece(index, text, None),
-                Ok(Piece::End(index, text, reason)) => head.piece(index, text, Some(reason)),
+                Ok(Piece::Text(index, text)) => head.piece(index, text, None).with_logprobs(run.take_logprobs(index)),
+                Ok(Piece::End(index, text, reason)) => {
+                    head.piece(index, text, Some(reason)).with_logprobs(run.take_logprobs(index))
+                }
                 Err(error) => {
                     run.record.end(error.outcome());
                     yield SseEvent::default().json_data(error.body());

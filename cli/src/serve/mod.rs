@@ -7,6 +7,7 @@ mod answer;
 mod error;
 mod http;
 mod listen;
+mod logprobs;
 mod metrics;
 mod prompt;
 mod reply;

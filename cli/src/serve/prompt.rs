@@ -44,12 +44,17 @@ impl Job {
         };
         server.check_choices("n", u64::from(count) * prompts.len() as u64)?;
         let sampling = body.sampling();
+        let logprobs = body.logprobs(is_chat)?.map(|top| top.min(server.tokenizer.vocab_size()));
         let requests = prompts.into_iter().map(|prompt| {
             let default = if is_chat { server.room_after(prompt.len()) } else { DEFAULT_MAX_TOKENS };
-            Request::new(prompt, body.max_tokens().unwrap_or(default))
+            let request = Request::new(prompt, body.max_tokens().unwrap_or(default))
                 .with_sampling(sampling)
                 .with_stops(stop_tokens.clone(), stop_strings.clone())
-                .with_time_limit(server.limits.request_timeout)
+                .with_time_limit(server.limits.request_timeout);
+            match logprobs {
+                Some(top) => request.with_logprobs(top),
+                None => request,
+            }
         });
         Ok(Self {
             requests: requests.collect(),

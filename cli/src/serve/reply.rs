@@ -3,6 +3,8 @@
 use folio::engine::Usage;
 use serde::Serialize;
 
+use super::logprobs::Logprobs;
+
 /// What all parts of a reply begin with.
 #[derive(Clone, Debug)]
 pub(crate) struct Head {
@@ -30,8 +32,8 @@ pub(crate) struct Choice {
     index: usize,
     #[serde(flatten)]
     content: Content,
-    /// Until the engine has them.
-    logprobs: Option<()>,
+    /// Those of its tokens, or of the tokens since the last chunk.
+    logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
 }
 
@@ -76,6 +78,12 @@ impl Totals {
         }
         self.completion_tokens = self.completion_tokens.saturating_add(usage.new_tokens);
         self.total_tokens = self.prompt_tokens.saturating_add(self.completion_tokens);
+    }
+}
+
+impl Choice {
+    pub(crate) fn with_logprobs(self, logprobs: Option<Logprobs>) -> Self {
+        Self { logprobs, ..self }
     }
 }
 

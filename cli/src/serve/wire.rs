@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
+use super::logprobs::MAX_TOP;
 
 /// Stop strings of a request, at most, and their bytes: after each token the text is compared with all of them.
 const MAX_STOPS: usize = 16;
@@ -33,6 +34,8 @@ pub(crate) struct Body {
     seed: Option<Seed>,
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
+    logprobs: Option<WantedLogprobs>,
+    top_logprobs: Option<u32>,
 }
 
 /// What to continue.
@@ -80,6 +83,14 @@ enum Seed {
     Signed(i64),
 }
 
+/// A switch in chats, a number in completions.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged, expecting = "need a whole number for completions, true or false for chats")]
+enum WantedLogprobs {
+    Switch(bool),
+    Top(u32),
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(untagged, expecting = "need a text or a list of texts")]
 enum Stop {
@@ -88,7 +99,7 @@ enum Stop {
 }
 
 /// What OpenAI's interface has and this server has not. Each may be there as long as it asks for nothing.
-const UNSUPPORTED: [&str; 17] = [
+const UNSUPPORTED: [&str; 15] = [
     "audio",
     "best_of",
     "echo",
@@ -96,7 +107,6 @@ const UNSUPPORTED: [&str; 17] = [
     "function_call",
     "functions",
     "logit_bias",
-    "logprobs",
     "modalities",
     "prediction",
     "presence_penalty",
@@ -104,7 +114,6 @@ const UNSUPPORTED: [&str; 17] = [
     "suffix",
     "tool_choice",
     "tools",
-    "top_logprobs",
     "web_search_options",
 ];
 
@@ -186,6 +195,29 @@ impl Body {
     /// New tokens, at most, if the request says so.
     pub(crate) fn max_tokens(&self) -> Option<u32> {
         self.max_completion_tokens.or(self.max_tokens)
+    }
+
+    /// Of each token, how probable it was, and so many others beside it.
+    pub(crate) fn logprobs(&self, is_chat: bool) -> Result<Option<u32>, ApiError> {
+        let (field, top) = match (is_chat, self.logprobs, self.top_logprobs) {
+            (true, Some(WantedLogprobs::Switch(true)), top) => ("top_logprobs", Some(top.unwrap_or(0))),
+            (false, Some(WantedLogprobs::Top(top)), None) => ("logprobs", Some(top)),
+            (_, None | Some(WantedLogprobs::Switch(false)), None | Some(0)) => return Ok(None),
+            (true, Some(WantedLogprobs::Top(_)), _) => {
+                return Err(ApiError::invalid("logprobs", "logprobs: got a number, need true or false for a chat"));
+            }
+            (false, Some(WantedLogprobs::Switch(true)), _) => {
+                return Err(ApiError::invalid("logprobs", "logprobs: got true, need a whole number for completions"));
+            }
+            (_, _, Some(_)) => {
+                let message = "top_logprobs: got it without \"logprobs\": true, need both, and those for a chat";
+                return Err(ApiError::invalid("top_logprobs", message));
+            }
+        };
+        if let Some(top) = top.filter(|&top| top > MAX_TOP) {
+            return Err(ApiError::invalid(field, format!("{field}: got {top}, need at most {MAX_TOP}")));
+        }
+        Ok(top)
     }
 
     pub(crate) fn ignore_eos(&self) -> bool {

@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("answers::stop_strings_end_answers", |api| stops(api).boxed()),
     ("answers::text_is_utf8_however_tokens_are_cut", |api| utf8(api).boxed()),
     ("answers::what_asks_for_nothing_is_ignored", |api| nothing(api).boxed()),
+    ("answers::log_probabilities_have_the_form_of_openai", |api| logprobs(api).boxed()),
     ("answers::the_models_are_listed", |api| models(api).boxed()),
 ];
 
@@ -186,4 +187,63 @@ async fn models(api: Api) {
         super::harness::check_error(status, &body["error"]);
         assert!(status == 404 || missing == "%FF", "{missing}: {status}");
     }
+}
+
+/// Of a chunk or a choice: the texts of tokens, their log-probabilities, and those of the best tokens.
+fn told(choice: &Value, is_chat: bool) -> Vec<(String, f64, Vec<f64>)> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let logprobs = &choice["logprobs"];
+    if is_chat {
+        let number = |token: &Value| token["logprob"].as_f64().unwrap();
+        let told = |token: &Value| {
+            let text = token["token"].as_str().unwrap().to_owned();
+            assert_eq!(token["bytes"], json!(text.as_bytes()));
+            (text, number(token), list(&token["top_logprobs"]).iter().map(number).collect())
+        };
+        return list(&logprobs["content"]).iter().map(told).collect();
+    }
+    let each = list(&logprobs["tokens"]).into_iter().zip(list(&logprobs["token_logprobs"]));
+    let told = |((token, logprob), top): ((Value, Value), Value)| {
+        let mut top: Vec<f64> = top.as_object().unwrap().values().map(|value| value.as_f64().unwrap()).collect();
+        top.sort_by(|a, b| b.total_cmp(a));
+        (token.as_str().unwrap().to_owned(), logprob.as_f64().unwrap(), top)
+    };
+    each.zip(list(&logprobs["top_logprobs"])).map(told).collect()
+}
+
+async fn logprobs(api: Api) {
+    let completion = json!({ "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "logprobs": 3 });
+    let chat = json!({
+        "messages": [{ "role": "user", "content": "Once upon a time" }], "max_tokens": 12, "temperature": 0, "logprobs": true, "top_logprobs": 3
+    });
+    let mut of_both = Vec::new();
+    for (path, body, is_chat) in [(COMPLETIONS, completion.clone(), false), (CHAT, chat, true)] {
+        let (choices, reply) = api.choices(path, body.clone()).await;
+        let whole = told(&reply["choices"][0], is_chat);
+        assert_eq!(whole.len(), 12);
+        assert_eq!(whole.iter().map(|(token, ..)| token.as_str()).collect::<String>(), choices[0].text);
+        for (token, logprob, top) in &whole {
+            // Greedy: the most probable token was taken.
+            assert!(top.len() == 3 && *logprob < 0.0 && (logprob - top[0]).abs() < 1e-5, "{token:?} {logprob} {top:?}");
+            assert!(top[0] >= top[1] && top[1] >= top[2] && top.iter().map(|x| x.exp()).sum::<f64>() < 1.0 + 1e-5);
+        }
+        let (_, chunks) = api.streamed(path, body).await;
+        let streamed: Vec<_> = chunks.iter().flat_map(|chunk| told(&chunk["choices"][0], is_chat)).collect();
+        assert_eq!(streamed.len(), whole.len());
+        assert!(
+            streamed.iter().zip(&whole).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-3),
+            "{streamed:?} {whole:?}"
+        );
+        of_both.push(whole);
+    }
+    assert!(of_both[0].iter().zip(&of_both[1]).all(|(a, b)| a.0 == b.0), "{of_both:?}");
+    let (choices, reply) = api.choices(COMPLETIONS, completion).await;
+    let offsets = reply["choices"][0]["logprobs"]["text_offset"].as_array().unwrap().clone();
+    for (offset, (token, ..)) in offsets.iter().zip(&of_both[0]) {
+        let rest: String = choices[0].text.chars().skip(offset.as_u64().unwrap() as usize).collect();
+        assert!(rest.starts_with(token.as_str()));
+    }
+    let none = json!({ "prompt": "Once", "max_tokens": 2, "logprobs": 0 });
+    let (_, reply) = api.choices(COMPLETIONS, none).await;
+    assert_eq!(reply["choices"][0]["logprobs"]["top_logprobs"], json!([{}, {}]));
 }
