@@ -89,6 +89,10 @@ fn run(mut engine: Engine, inbox: &Receiver<Command>, note: &EndNote) -> (ModelR
         };
         num_taken += 1;
         match command {
+            // A caller that has gone already costs no more than this.
+            Ok(Command::Submit(_, reply)) if reply.is_canceled() => continue,
+            Ok(Command::SubmitMany(_, _, reply)) if reply.is_canceled() => continue,
+            Ok(Command::Inspect(reply)) if reply.is_canceled() => continue,
             Ok(Command::Submit(request, reply)) => {
                 let answer = if is_open { engine.submit(*request) } else { Err(SubmitError::Shutdown) };
                 // A caller that has gone drops the answer, which cancels the request.

@@ -26,14 +26,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use folio::engine::{Engine, EngineHandle, EngineOptions};
-use tokio::sync::{Mutex, Semaphore};
 use tokio_util::task::TaskTracker;
 use tracing_subscriber::EnvFilter;
 
 use crate::load::{LoadOptions, Loaded, load};
 use listen::ConnectionLimits;
 use metrics::Metrics;
-use state::{Limits, ModelCard, Server};
+use state::{Limits, ModelCard, Permits, Server};
 
 /// Serves a model over HTTP, by OpenAI's interface
 ///
@@ -173,7 +172,6 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
     engine_options.max_running = options.max_running;
     engine_options.max_queued = options.max_queued;
     let engine = Engine::new(decoder, Some(tokenizer.clone()), engine_options)?.spawn()?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let server = Server {
         client: engine.client(),
         longest_token: Server::longest_token(&tokenizer),
@@ -193,8 +191,8 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
         metrics: Metrics::new(),
         requests: TaskTracker::new(),
         is_stopping: AtomicBool::new(false),
-        readers: Arc::new(Semaphore::new(cores)),
-        inspection: Mutex::new(None),
+        permits: Permits::new(),
+        inspection: Arc::default(),
     };
     tracing::info!(
         model = %server.model.name,

@@ -12,6 +12,9 @@ use crate::template::Message;
 /// New tokens of a completion that says nothing about it, as in OpenAI's interface. A chat may go on to the model's last position.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
+/// Log-probabilities in the answers to a request, at most. In JSON each takes some 60 bytes, which lie here until the answer is complete.
+const MAX_LOGPROBS: u64 = 1 << 20;
+
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) struct Job {
@@ -56,8 +59,19 @@ impl Job {
                 None => request,
             }
         });
+        let requests: Vec<Request> = requests.collect();
+        if let Some(top) = logprobs {
+            let tokens: u64 = requests.iter().map(|request| u64::from(server.bounded(request))).sum();
+            let told = tokens.saturating_mul(u64::from(count)).saturating_mul(u64::from(top) + 1);
+            if told > MAX_LOGPROBS {
+                let message = format!(
+                    "logprobs: got {told} of them, answers times max_tokens times tokens; need at most {MAX_LOGPROBS}"
+                );
+                return Err(ApiError::invalid("logprobs", message));
+            }
+        }
         Ok(Self {
-            requests: requests.collect(),
+            requests,
             count,
             is_chat,
             stream: body.stream.unwrap_or(false),
@@ -166,6 +180,11 @@ impl Server {
             return Err(ApiError::invalid(param, message));
         }
         Ok(())
+    }
+
+    /// New tokens of a request, at most.
+    fn bounded(&self, request: &Request) -> u32 {
+        request.max_tokens.min(self.room_after(request.prompt.len()))
     }
 
     /// New tokens that a prompt leaves room for, in the model and in the cache.

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use folio::engine::{Answer, EngineClient, Inspection, Request, SubmitError};
 use folio::model::Tokenizer;
 use serde::Serialize;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use super::error::ApiError;
@@ -68,16 +68,37 @@ pub(crate) struct Server {
     /// Requests that have not ended. Closed when the server stops.
     pub(crate) requests: TaskTracker,
     pub(crate) is_stopping: AtomicBool,
-    /// Permits to read long bodies: as many as there are cores.
-    pub(crate) readers: Arc<Semaphore>,
+    pub(crate) permits: Permits,
     /// What was seen last.
-    pub(crate) inspection: Mutex<Option<(Instant, Arc<Inspection>)>>,
+    pub(crate) inspection: Arc<Mutex<Option<(Instant, Arc<Inspection>)>>>,
+}
+
+/// How much goes on at the same time that does not end when its client hangs up. Without them, clients who ask and leave could pile it up; those who wait
+/// for a permit leave nothing behind.
+pub(crate) struct Permits {
+    /// To read bodies, short and long ones: a short one doesn't wait for many long ones.
+    short: Arc<Semaphore>,
+    long: Arc<Semaphore>,
+    /// To hand requests to the engine, which takes them between two steps.
+    submit: Arc<Semaphore>,
+}
+
+impl Permits {
+    pub(crate) fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let permits = |count| Arc::new(Semaphore::new(count));
+        Self { short: permits(4 * cores), long: permits(cores), submit: permits(64) }
+    }
+}
+
+async fn permit(permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    Arc::clone(permits).acquire_owned().await.map_err(|_| ApiError::stopping())
 }
 
 /// How long an inspection is good for. It costs the engine's thread time, so it must not be anybody's lever.
 const INSPECTION_AGE: Duration = Duration::from_millis(50);
 
-/// Bodies up to this length are read without a permit.
+/// The longest body that counts as a short one.
 const SHORT_BODY: usize = 64 << 10;
 
 impl Server {
@@ -102,15 +123,20 @@ impl Server {
     /// # Errors
     /// [`SubmitError::Shutdown`].
     pub(crate) async fn inspect(&self) -> Result<Arc<Inspection>, SubmitError> {
-        let mut last = self.inspection.lock().await;
+        let mut last = Arc::clone(&self.inspection).lock_owned().await;
         if let Some((at, inspection)) = &*last
             && at.elapsed() < INSPECTION_AGE
         {
             return Ok(Arc::clone(inspection));
         }
-        let inspection = Arc::new(self.client.inspect().await?);
-        *last = Some((Instant::now(), Arc::clone(&inspection)));
-        Ok(inspection)
+        let client = self.client.clone();
+        // A task of its own holds the lock until the engine has answered, also where the client doesn't wait for it.
+        let look = tokio::spawn(async move {
+            let inspection = Arc::new(client.inspect().await?);
+            *last = Some((Instant::now(), Arc::clone(&inspection)));
+            Ok(inspection)
+        });
+        look.await.map_err(|_| SubmitError::Shutdown)?
     }
 
     /// Runs work that takes the processor for long beside the reactor; `size` is that of what it works on.
@@ -123,11 +149,7 @@ impl Server {
         work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let broken = || ApiError::failed("the server failed to read the request");
-        let permit = if size > SHORT_BODY {
-            Some(Arc::clone(&self.readers).acquire_owned().await.map_err(|_| broken())?)
-        } else {
-            None
-        };
+        let permit = permit(if size > SHORT_BODY { &self.permits.long } else { &self.permits.short }).await?;
         let server = Arc::clone(self);
         let work = move || {
             // Also where the client has gone: the work goes on to its end.
@@ -147,7 +169,12 @@ impl Server {
             if self.is_stopping() {
                 return Err(ApiError::stopping());
             }
-            let submitted = self.client.submit_many(request, count).await;
+            let (client, permit) = (self.client.clone(), permit(&self.permits.submit).await?);
+            let submit = tokio::spawn(async move {
+                let _permit = permit;
+                client.submit_many(request, count).await
+            });
+            let submitted = submit.await.unwrap_or(Err(SubmitError::Shutdown));
             answers.extend(submitted.map_err(|error| ApiError::refused(&error).unwrap_or_else(|| self.ended()))?);
         }
         Ok(answers)

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderValue, Method, StatusCode};
+use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -18,7 +18,8 @@ pub(crate) struct Record {
     server: Arc<Server>,
     /// Also a header of the response, for those who look for its line in the log.
     pub(crate) id: String,
-    method: Method,
+    /// At most some characters: clients may make up methods of any length.
+    method: String,
     /// The route, not what the client wrote.
     endpoint: String,
     start: Instant,
@@ -42,7 +43,7 @@ impl Record {
         let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
         Self {
             id: format!("{:016x}", fastrand::u64(..)),
-            method: request.method().clone(),
+            method: request.method().as_str().chars().take(16).collect(),
             endpoint: path.to_owned(),
             start: Instant::now(),
             status: Mutex::default(),

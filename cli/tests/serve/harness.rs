@@ -17,8 +17,8 @@ pub(crate) type Test = (&'static str, fn(Api) -> BoxFuture<'static, ()>);
 /// What clients send, at least those that may.
 pub(crate) const KEY: &str = "a-key-of-24-characters-ok";
 pub(crate) const MAX_RUNNING: usize = 4;
-pub(crate) const MAX_QUEUED: usize = 32;
-pub(crate) const MAX_CHOICES: usize = 20;
+pub(crate) const MAX_QUEUED: usize = 48;
+pub(crate) const MAX_CHOICES: usize = 60;
 pub(crate) const MAX_BODY: usize = 128 << 10;
 pub(crate) const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 

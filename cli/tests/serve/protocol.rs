@@ -79,6 +79,12 @@ async fn fields(api: Api) {
         (COMPLETIONS, with("suffix", json!("end")), 400, json!("suffix")),
         (COMPLETIONS, with("logprobs", json!(21)), 400, json!("logprobs")),
         (COMPLETIONS, with("logprobs", json!(true)), 400, json!("logprobs")),
+        (
+            COMPLETIONS,
+            json!({ "prompt": [1], "n": MAX_CHOICES, "max_tokens": 1000, "logprobs": 20 }),
+            400,
+            json!("logprobs"),
+        ),
         (COMPLETIONS, with("top_logprobs", json!(2)), 400, json!("top_logprobs")),
         (COMPLETIONS, with("logit_bias", json!({ "5": -100 })), 400, json!("logit_bias")),
         (COMPLETIONS, with("presence_penalty", json!(0.5)), 400, json!("presence_penalty")),
