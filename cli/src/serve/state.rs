@@ -70,8 +70,10 @@ pub(crate) struct Server {
     pub(crate) is_stopping: AtomicBool,
     pub(crate) permits: Permits,
     /// What was seen last.
-    pub(crate) inspection: Arc<Mutex<Option<(Instant, Arc<Inspection>)>>>,
+    pub(crate) inspection: Arc<Mutex<LastInspection>>,
 }
+
+type LastInspection = Option<(Instant, Arc<Inspection>)>;
 
 /// How much goes on at the same time that does not end when its client hangs up. Without them, clients who ask and leave could pile it up; those who wait
 /// for a permit leave nothing behind.
