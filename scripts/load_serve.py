@@ -64,8 +64,8 @@ class Load:
 
     def client(self, seed):
         rng = random.Random(seed)
-        kinds = [self.whole, self.stream, self.leave, self.leave_early, self.malformed, self.huge, self.slow_reader, self.half_body]
-        weights = [6, 6, 4, 2, 3, 1, 1, 1]
+        kinds = [self.whole, self.stream, self.leave, self.leave_early, self.malformed, self.garbage, self.huge, self.slow_reader, self.half_body]
+        weights = [6, 6, 4, 2, 3, 3, 1, 1, 1]
         while time.monotonic() < self.deadline:
             kind = rng.choices(kinds, weights)[0]
             try:
@@ -120,6 +120,20 @@ class Load:
             body[at : at + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
         connection.sendall(request(bytes(body), rng.choice(["/v1/completions", "/v1/chat/completions", "/v1/models", "/nothing"])))
         return self.status(read_all(connection)), (200, 400, 404, 405, 429)
+
+    def garbage(self, rng, connection):
+        """A request with anything changed, its headers too. Any answer will do, or none, but not that the server has failed."""
+        data = bytearray(request(good(rng, max_tokens=1)))
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 3)] = rng.choice([rng.randbytes(rng.randint(0, 3)), b"\r\n", b": ", b"Transfer-Encoding: chunked\r\n", b"\0" * 9])
+        connection.sendall(bytes(data) * rng.choice([1, 1, 3]))
+        connection.shutdown(socket.SHUT_WR)
+        try:
+            status = self.status(read_all(connection))
+        except ConnectionError:
+            status = 0
+        return status, (0, *range(200, 500), 501, 505)
 
     def huge(self, rng, connection):
         body = json.dumps({"prompt": "a " * rng.choice([1 << 20, 3 << 20])}).encode()
