@@ -1,5 +1,6 @@
 //! folio on the command line.
 
+mod bench;
 mod chat;
 mod files;
 mod load;
@@ -27,6 +28,7 @@ struct Cli {
 enum Command {
     Chat(chat::Options),
     Serve(serve::Options),
+    Bench(bench::Options),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Chat(options) => chat::run(options),
         Command::Serve(options) => serve::run(options),
+        Command::Bench(options) => bench::main(options),
         Command::Completions { shell } => completions(shell),
     }
 }

@@ -1,10 +1,11 @@
 //! A request that has not ended, and what the scheduler asks about it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use futures_channel::mpsc::UnboundedSender;
 
+use super::beams::Beams;
 use super::grammar::Constraint;
 use super::propose::Depth;
 use super::request::{EndReason, Event, Request, Usage};
@@ -23,11 +24,13 @@ pub(super) struct Active {
     /// The prompt, and what was sampled.
     pub(super) text: Vec<u32>,
     pub(super) sampling: Sampling,
-    stop_tokens: Vec<u32>,
+    pub(super) stop_tokens: Vec<u32>,
     wanted_tokens: u32,
-    max_tokens: u32,
+    pub(super) max_tokens: u32,
     priority: i32,
     pub(super) logprobs: Option<u32>,
+    /// The texts of a beam search.
+    pub(super) beams: Option<Beams>,
     /// How far the answer has come in its grammar.
     pub(super) constraint: Option<Constraint>,
     /// Guesses at what comes after the text, for the next step.
@@ -61,6 +64,7 @@ impl Active {
             max_tokens,
             priority: request.priority,
             logprobs: request.logprobs,
+            beams: (request.beams > 1).then(|| Beams::new(request.beams)),
             constraint,
             drafts: Vec::new(),
             depth: Depth::new(),
@@ -70,6 +74,21 @@ impl Active {
             started: false,
             usage,
         }
+    }
+
+    /// Its sequences: one, or one per beam.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = SequenceId> {
+        self.sequence.into_iter().chain(self.beams.iter().flat_map(Beams::others))
+    }
+
+    /// Forgets its sequences, and hands them out to be freed.
+    pub(super) fn take_sequences(&mut self) -> Vec<SequenceId> {
+        let sequences = self.sequences().collect();
+        self.sequence = None;
+        if let Some(beams) = &mut self.beams {
+            beams.reset();
+        }
+        sequences
     }
 
     /// Whether nobody listens any more.
@@ -182,9 +201,17 @@ impl Memory for CacheView<'_> {
         sequence.and_then(|sequence| self.decoder.cache().exclusive_blocks(sequence).ok()).unwrap_or(0)
     }
 
-    fn copies_last_block(&self, request: RequestId) -> bool {
-        let sequence = self.requests.get(&request).and_then(|request| request.sequence);
-        sequence.is_some_and(|sequence| self.decoder.cache().copies_last_block(sequence).unwrap_or(false))
+    fn copied_blocks(&self, request: RequestId) -> u32 {
+        let sequences = self.requests.get(&request).into_iter().flat_map(Active::sequences);
+        let cache = self.decoder.cache();
+        sequences.filter(|&sequence| cache.copies_last_block(sequence).unwrap_or(false)).count() as u32
+    }
+
+    fn beam_blocks(&self, request: RequestId) -> u32 {
+        let Some(request) = self.requests.get(&request) else { return 0 };
+        let shared = (request.usage.prompt_tokens / self.decoder.options().block_size) as usize;
+        let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_table(sequence).ok());
+        tables.flat_map(|table| table.into_iter().skip(shared)).collect::<HashSet<_>>().len() as u32
     }
 
     fn prefix(&self, request: RequestId) -> PrefixHit {

@@ -115,10 +115,11 @@ impl Engine {
             (None, Some(_)) => RequestPhase::Swapped,
             (None, None) => RequestPhase::Waiting,
         };
-        let mut left = cached;
-        for block in table.into_iter().flatten() {
+        let others = request.sequences().skip(1).filter_map(|other| self.decoder.cache().block_table(other).ok());
+        let tables = table.into_iter().chain(others).flat_map(|table| table.into_iter().enumerate());
+        for (i, block) in tables {
+            let left = cached.saturating_sub(i as u32 * self.decoder.options().block_size);
             let tokens = left.min(self.decoder.options().block_size);
-            left -= tokens;
             if let Some(state) = blocks.get_mut(block.index() as usize) {
                 state.owner.get_or_insert(id.index());
                 state.holders += 1;

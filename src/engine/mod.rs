@@ -7,6 +7,7 @@
 //! Which requests take part in a step is decided by a [`Scheduler`].
 
 mod active;
+mod beams;
 #[cfg_attr(not(feature = "grammar"), path = "no_grammar.rs")]
 mod grammar;
 mod inspect;
@@ -174,10 +175,10 @@ impl Engine {
     /// Takes a request. It starts in one of the next steps.
     ///
     /// # Errors
-    /// [`SubmitError::Invalid`] for an empty prompt, ids outside the vocabulary, a prompt longer than the model has positions, sampling
+    /// [`SubmitError::Invalid`] for an empty prompt, ids of prompt or stops outside the vocabulary, a prompt longer than the model has positions, sampling
     /// settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer, a grammar
     /// that is none or has no stop token to end with;
-    /// [`SubmitError::Refused`] if the queue is full, or the cache too small for prompt and `max_tokens` even without other requests.
+    /// a beam search that is not greedy; [`SubmitError::Refused`] if the queue is full, or the cache too small for prompt and `max_tokens` even without other requests.
     pub fn submit(&mut self, request: Request) -> Result<Answer, SubmitError> {
         self.check(&request)?;
         let vocab = self.decoder.model().config().vocab_size;
@@ -190,6 +191,7 @@ impl Engine {
         let max_tokens = request.max_tokens.min(max_positions - prompt_tokens + 1);
         let mut demand = Demand::new(prompt_tokens, max_tokens);
         demand.priority = request.priority;
+        demand.beams = request.beams;
         demand.deadline = request.time_limit.map(|limit| now.saturating_add(limit));
         let id = self.scheduler.submit(now, demand)?;
         let (events, answer) = Answer::new(id);
@@ -242,6 +244,10 @@ impl Engine {
             let rule = format!("at most the model's {} positions", config.max_positions);
             return Err(ModelError::argument("prompt", got, rule));
         }
+        if let Some(id) = request.stop_tokens.iter().find(|&&id| id >= config.vocab_size) {
+            let rule = format!("ids below vocab_size, {}", config.vocab_size);
+            return Err(ModelError::argument("stop_tokens", format!("id {id}"), rule));
+        }
         if request.stop_strings.iter().any(String::is_empty) {
             return Err(ModelError::argument("stop_strings", "an empty one", "texts of at least one character"));
         }
@@ -254,6 +260,21 @@ impl Engine {
         if request.logprobs.is_some_and(|top| top > config.vocab_size) {
             let rule = format!("at most vocab_size, {}", config.vocab_size);
             return Err(ModelError::argument("logprobs", request.logprobs.unwrap_or_default(), rule));
+        }
+        if request.beams > 1 {
+            let most = config.vocab_size.div_ceil(2);
+            if request.beams > most {
+                return Err(ModelError::argument(
+                    "beams",
+                    request.beams,
+                    format!("at most half of vocab_size, {most}"),
+                ));
+            }
+            let plain = request.sampling.temperature == 0.0 && request.sampling.repetition_penalty == 1.0;
+            if !plain || request.grammar.is_some() {
+                let got = "sampling, a penalty or a grammar";
+                return Err(ModelError::argument("beams", got, "greedy sampling without a penalty, and no grammar"));
+            }
         }
         if request.time_limit == Some(Duration::ZERO) {
             return Err(ModelError::argument("time_limit", "0 s", "more than that, or None"));

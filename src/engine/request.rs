@@ -26,6 +26,10 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Texts that end the answer where they begin. They need an engine with a tokenizer.
     pub stop_strings: Vec<String>,
+    /// More than 1: beam search. So many texts grow side by side from the prompt, which they share; each step keeps the most probable ones. The search
+    /// ends when as many texts have ended with a stop token, or `max_tokens` are there; the answer is the text whose tokens have the highest mean
+    /// log-probability (the stop token counts, too), and comes at once. [`sampling`](Self::sampling) has to be greedy, without penalty.
+    pub beams: u32,
     /// Log-probabilities of each token of the answer, and of so many most probable ones beside it. They cost a readback of a row of logits per
     /// token.
     pub logprobs: Option<u32>,
@@ -47,6 +51,7 @@ impl Request {
             max_tokens,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
+            beams: 1,
             logprobs: None,
             grammar: None,
             priority: 0,
@@ -64,6 +69,12 @@ impl Request {
     #[must_use]
     pub fn with_stops(self, stop_tokens: impl Into<Vec<u32>>, stop_strings: impl Into<Vec<String>>) -> Self {
         Self { stop_tokens: stop_tokens.into(), stop_strings: stop_strings.into(), ..self }
+    }
+
+    /// The same by beam search.
+    #[must_use]
+    pub fn with_beams(self, beams: u32) -> Self {
+        Self { beams, ..self }
     }
 
     /// The same with log-probabilities, `top` of the most probable tokens among them.

@@ -24,6 +24,8 @@ pub struct StepReport {
     pub accepted_tokens: u32,
     /// Tokens that were sampled, for drafts that were right too.
     pub sampled_tokens: u32,
+    /// What it took to decide which requests take part.
+    pub schedule_time: Duration,
     /// Requests that started.
     pub admitted: u32,
     /// Requests that came back from the host's memory.
@@ -124,8 +126,10 @@ impl Engine {
         self.propose().await?;
         let now = self.start.elapsed();
         let view = CacheView { decoder: &self.decoder, requests: &self.requests };
+        let start = Instant::now();
         let StepSchedule { expired, preempted, resumed, admitted, mut chunks, blocked } =
             self.scheduler.next_step(now, &view);
+        report.schedule_time = start.elapsed();
         for id in expired {
             self.end(id, EndReason::TimeLimit);
         }
@@ -161,6 +165,10 @@ impl Engine {
         for chunk in chunks {
             let Some(request) = self.requests.get_mut(&chunk.request) else { continue };
             let Some(sequence) = request.sequence else { continue };
+            if let Some(beams) = request.beams.as_ref().filter(|beams| beams.feeds().next().is_some()) {
+                feeds.extend(beams.feeds().map(|(sequence, token)| (chunk, sequence, vec![token], 1, Vec::new())));
+                continue;
+            }
             let cached = self.decoder.tokens(sequence)?.len();
             // The pending token is in the text, too, and the decoder feeds it by itself.
             let first = cached + usize::from(self.decoder.pending(sequence)?.is_some());
@@ -187,6 +195,9 @@ impl Engine {
             if chunk.samples {
                 input = input.with_sampling(&request.sampling).with_drafts(chunk.drafts).with_allowed(allowed);
                 input.logprobs = request.logprobs;
+                if let Some(beams) = &request.beams {
+                    input.logprobs = Some(beams.top(request.stop_tokens.len()).max(request.logprobs.unwrap_or(0)));
+                }
             }
             Some(input)
         });
@@ -195,7 +206,7 @@ impl Engine {
         let drawn = match self.decoder.draw(&inputs).await {
             Ok(drawn) => drawn,
             Err(ModelError::BadLogits { sequence }) => {
-                let bad = self.requests.iter().find(|(_, request)| request.sequence == Some(sequence));
+                let bad = self.requests.iter().find(|(_, request)| request.sequences().any(|own| own == sequence));
                 if let Some(&id) = bad.map(|(id, _)| id) {
                     self.end(id, EndReason::Failed((&ModelError::BadLogits { sequence }).into()));
                 }
@@ -214,14 +225,66 @@ impl Engine {
             MeasuredCosts::note(&mut self.costs.compute_token, start.elapsed(), tokens);
             self.set_costs();
         }
-        for ((chunk, ..), drawn) in feeds.into_iter().zip(drawn) {
+        let mut drawn = feeds.into_iter().map(|(chunk, ..)| chunk).zip(drawn).peekable();
+        while let Some((chunk, first)) = drawn.next() {
+            // Of several beams all, one after another.
+            let mut rows = first;
+            let mut num_texts = 1;
+            while let Some((_, more)) = drawn.next_if(|(next, _)| next.request == chunk.request) {
+                rows.extend(more);
+                num_texts += 1;
+            }
             if chunk.tokens == 1 {
-                report.decode_tokens += 1;
+                report.decode_tokens += num_texts;
             } else {
                 report.prompt_tokens += chunk.tokens;
             }
-            self.finish_chunk(chunk, drawn, now, report)?;
+            let is_search = self.requests.get(&chunk.request).is_some_and(|request| request.beams.is_some());
+            if is_search && chunk.samples {
+                self.finish_beams(chunk, &rows, num_texts, now, report)?;
+            } else {
+                self.finish_chunk(chunk, rows, now, report)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Goes on with a beam search.
+    fn finish_beams(
+        &mut self,
+        chunk: &ScheduledChunk,
+        rows: &[Drawn],
+        num_texts: u32,
+        now: Duration,
+        report: &mut StepReport,
+    ) -> ModelResult<()> {
+        let id = chunk.request;
+        let Some(request) = self.requests.get_mut(&id) else { return Ok(()) };
+        let (Some(sequence), Some(beams)) = (request.sequence, &mut request.beams) else { return Ok(()) };
+        request.usage.computed_tokens += chunk.tokens * num_texts;
+        report.sampled_tokens += num_texts;
+        let best = beams.advance(&mut self.decoder, sequence, rows, &request.stop_tokens, request.max_tokens)?;
+        request.sequence = beams.first();
+        let Some(best) = best else {
+            self.scheduler.push_token(id);
+            let cached = request.sequence.map_or(Ok(0), |first| self.decoder.tokens(first).map(<[u32]>::len))?;
+            self.scheduler.set_cached(id, cached as u32);
+            return Ok(());
+        };
+        for drawn in best.tokens {
+            let logprob = match (drawn.logprob, request.logprobs) {
+                (Some(mut logprob), Some(top)) => {
+                    logprob.top.truncate(top as usize);
+                    Some(logprob)
+                }
+                _ => None,
+            };
+            if let Some(reason) = request.push(Drawn { logprob, ..drawn }, now) {
+                self.end(id, reason);
+                return Ok(());
+            }
+        }
+        self.end(id, best.stop.unwrap_or(EndReason::Length));
         Ok(())
     }
 
@@ -332,7 +395,7 @@ impl Engine {
             proposer.forget(id);
         }
         let Some(mut request) = self.requests.remove(&id) else { return };
-        if let Some(sequence) = request.sequence.take() {
+        for sequence in request.take_sequences() {
             // It can only fail for a sequence that is gone.
             let _ = self.decoder.free(sequence);
         }
@@ -350,10 +413,14 @@ impl Engine {
     /// Frees all sequences. Requests keep their texts, wait, and are computed anew.
     fn start_over(&mut self) {
         for (&id, request) in &mut self.requests {
-            if let Some(sequence) = request.sequence.take() {
+            for sequence in request.take_sequences() {
                 let _ = self.decoder.free(sequence);
             }
-            self.scheduler.set_lost(id);
+            if request.beams.is_some() {
+                self.scheduler.restart(id);
+            } else {
+                self.scheduler.set_lost(id);
+            }
         }
     }
 

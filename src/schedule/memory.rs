@@ -19,10 +19,16 @@ pub trait Memory {
     /// Blocks that are free when this running request is gone. Those that others hold, too, don't count.
     fn exclusive_blocks(&self, request: RequestId) -> u32;
 
-    /// Whether the last block of this running request is partly filled and shared, so that its next token takes a copy.
-    fn copies_last_block(&self, request: RequestId) -> bool {
+    /// Copies of partly filled, shared blocks that this running request's next token takes: one at most, or one per beam.
+    fn copied_blocks(&self, request: RequestId) -> u32 {
         let _ = request;
-        false
+        0
+    }
+
+    /// Blocks that the beams of this running request have behind the full blocks of its prompt, each counted once.
+    fn beam_blocks(&self, request: RequestId) -> u32 {
+        let _ = request;
+        0
     }
 
     /// What the prefix index has for this waiting request.

@@ -134,18 +134,29 @@ pub struct Demand {
     pub priority: i32,
     /// When it is given up, if it has not ended by then.
     pub deadline: Option<Duration>,
+    /// Texts that grow side by side from the prompt on (beam search); at least 1. With more than one a request starts when its whole length has a
+    /// reservation, and is never preempted: [pinned](self) from the start.
+    pub beams: u32,
 }
 
 impl Demand {
     /// Of priority 0, without a deadline.
     #[must_use]
     pub const fn new(prompt_tokens: u32, max_new_tokens: u32) -> Self {
-        Self { prompt_tokens, max_new_tokens, priority: 0, deadline: None }
+        Self { prompt_tokens, max_new_tokens, priority: 0, deadline: None, beams: 1 }
     }
 
     /// Tokens in the cache, at most.
     pub(crate) const fn max_cached(&self) -> u32 {
         self.prompt_tokens.saturating_add(self.max_new_tokens).saturating_sub(1)
+    }
+
+    /// Blocks at its longest: full blocks of the prompt are shared by all beams, and a block that several have copied is there until the step
+    /// ends.
+    pub(crate) fn max_blocks(&self, config: &SchedulerConfig) -> u64 {
+        let shared = u64::from(self.prompt_tokens / config.block_size);
+        let one = u64::from(config.blocks(self.max_cached()));
+        shared + u64::from(self.beams) * one.saturating_sub(shared) + u64::from(self.beams > 1)
     }
 }
 
@@ -164,6 +175,14 @@ pub enum Refusal {
     /// As many requests wait as may.
     #[error("request: {0} are waiting; need room in the queue, so try again later")]
     QueueFull(u32),
+    /// A step has too few tokens for its beams.
+    #[error("beams: got {got}, need at most the tokens of a step, {have}")]
+    TooWide {
+        /// Beams.
+        got: u32,
+        /// Tokens of a step.
+        have: u32,
+    },
     /// It asks for nothing.
     #[error("{0}: got 0, need at least 1")]
     Empty(&'static str),
@@ -188,7 +207,7 @@ pub struct ScheduledChunk {
     pub request: RequestId,
     /// The next tokens of its text that are not in the cache; at least 1.
     pub tokens: u32,
-    /// Whether these are all, so that the next token is sampled.
+    /// Whether these are all, so that the next token is sampled. With several beams and the prompt in the cache it is a token of each.
     pub samples: bool,
     /// Drafts that are verified behind them, at most as many as [`Scheduler::set_drafts`] has offered.
     pub drafts: u32,

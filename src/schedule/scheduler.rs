@@ -41,6 +41,11 @@ impl Request {
         self.known.saturating_sub(self.cached)
     }
 
+    /// Texts of it that are in the cache: one until the prompt is there.
+    pub(super) fn num_texts(&self) -> u32 {
+        if self.known > self.demand.prompt_tokens { self.demand.beams } else { 1 }
+    }
+
     /// Tokens that it is sure to have in the cache soon: its text and the next token, if that is ever fed.
     pub(super) fn soon(&self) -> u32 {
         self.known.saturating_add(1).min(self.demand.max_cached()).max(self.known)
@@ -89,10 +94,16 @@ impl Scheduler {
         if demand.max_new_tokens == 0 {
             return Err(Refusal::Empty("max_new_tokens"));
         }
+        if demand.beams == 0 {
+            return Err(Refusal::Empty("beams"));
+        }
+        if demand.beams > self.config.max_step_tokens {
+            return Err(Refusal::TooWide { got: demand.beams, have: self.config.max_step_tokens });
+        }
         if demand.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Refusal::DeadlinePassed);
         }
-        let need = self.config.blocks(demand.max_cached());
+        let need = u32::try_from(demand.max_blocks(&self.config)).unwrap_or(u32::MAX);
         // Numbers of tokens are u32 everywhere.
         let countable = demand.prompt_tokens.checked_add(demand.max_new_tokens).is_some();
         if need > self.config.num_blocks || !countable {
@@ -146,7 +157,7 @@ impl Scheduler {
     #[must_use]
     pub fn may_draft(&self, request: RequestId) -> bool {
         self.requests.get(&request).is_some_and(|request| {
-            let has_room = request.known < request.demand.max_cached();
+            let has_room = request.known < request.demand.max_cached() && request.demand.beams == 1;
             request.phase == Phase::Running && request.remaining() == 1 && has_room
         })
     }
@@ -163,6 +174,14 @@ impl Scheduler {
     pub fn set_lost(&mut self, request: RequestId) {
         if let Some(request) = self.requests.get_mut(&request) {
             (request.phase, request.cached) = (Phase::Waiting, 0);
+        }
+    }
+
+    /// Says that a request has to start from its prompt, without blocks: its beams are lost.
+    pub fn restart(&mut self, request: RequestId) {
+        self.set_lost(request);
+        if let Some(request) = self.requests.get_mut(&request) {
+            request.known = request.demand.prompt_tokens;
         }
     }
 
@@ -209,7 +228,7 @@ impl Scheduler {
 
     /// Whether a request is never preempted any more.
     pub(super) const fn is_pinned(&self, request: &Request) -> bool {
-        request.preemptions >= self.config.max_preemptions
+        request.preemptions >= self.config.max_preemptions || request.demand.beams > 1
     }
 
     /// Takes a running request's blocks away.

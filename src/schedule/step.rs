@@ -53,8 +53,17 @@ impl Scheduler {
         if to <= cached {
             return 0;
         }
-        let copy = !cached.is_multiple_of(self.config.block_size) && memory.copies_last_block(request.rank.1);
-        self.config.blocks(to) - self.config.blocks(cached) + u32::from(copy)
+        let grows = !cached.is_multiple_of(self.config.block_size);
+        let copies = if grows { memory.copied_blocks(request.rank.1) } else { 0 };
+        let need = (self.config.blocks(to) - self.config.blocks(cached)).saturating_mul(request.num_texts());
+        let need = need.saturating_add(copies);
+        if request.num_texts() == 1 {
+            return need;
+        }
+        // Beams that end make room for copies: they never have more than this together.
+        let own = self.config.blocks(to) - request.demand.prompt_tokens / self.config.block_size;
+        let most = own.saturating_mul(request.demand.beams).saturating_add(1);
+        need.min(most.saturating_sub(memory.beam_blocks(request.rank.1)))
     }
 }
 
@@ -141,8 +150,10 @@ impl<M: Memory> Planner<'_, M> {
             running.iter().map(soon).fold(0, u32::saturating_add)
         };
         let mut promised_blocks = promised(running, self);
+        // Some may have blocks and no turn.
+        let mut num_running = self.scheduler.num_running();
         for id in waiting {
-            if running.len() as u32 >= self.scheduler.config.max_running {
+            if num_running >= self.scheduler.config.max_running {
                 return;
             }
             let request = self.request(id);
@@ -176,6 +187,7 @@ impl<M: Memory> Planner<'_, M> {
                 self.scheduler.config.blocks(request.soon()) - self.scheduler.config.blocks(request.cached + reserved);
             promised_blocks = promised_blocks.saturating_add(rest + 1);
             running.push(Running { id, reserved });
+            num_running += 1;
         }
     }
 
@@ -200,7 +212,7 @@ impl<M: Memory> Planner<'_, M> {
     /// Whether the cache holds this request and the pinned ones that run, each at its longest.
     fn can_reserve(&self, request: &Request, running: &[Running]) -> bool {
         let config = &self.scheduler.config;
-        let most = |request: &Request| u64::from(config.blocks(request.demand.max_cached()));
+        let most = |request: &Request| request.demand.max_blocks(config);
         let pinned = running.iter().map(|kept| self.request(kept.id)).filter(|other| self.scheduler.is_pinned(other));
         pinned.map(most).sum::<u64>() + most(request) <= u64::from(config.num_blocks)
     }
@@ -253,7 +265,7 @@ impl<M: Memory> Planner<'_, M> {
         let (mut single, mut many): (Vec<_>, Vec<_>) =
             running.iter().filter(|kept| kept.reserved > 0).partition(|kept| self.request(kept.id).remaining() == 1);
         // Where they fill the step alone, a chunk must not wait for ever: the one that has waited longest takes its turn among them, by a token.
-        if single.len() >= *left as usize {
+        if single.iter().map(|kept| self.request(kept.id).num_texts()).sum::<u32>() >= *left {
             let turn = |kept: &&Running| (self.request(kept.id).last_turn, self.request(kept.id).rank);
             if let Some(at) = (0..many.len()).min_by_key(|&at| turn(&many[at])) {
                 single.push(many.remove(at));
@@ -266,8 +278,12 @@ impl<M: Memory> Planner<'_, M> {
             if *left == 0 {
                 return;
             }
-            *left -= 1;
-            self.push_chunk(kept.id, 1);
+            // Beams go through the model together, in a step that has room for all.
+            let num_texts = self.request(kept.id).num_texts();
+            if *left >= num_texts {
+                *left -= num_texts;
+                self.push_chunk(kept.id, 1);
+            }
         }
         let num_chunks = many.len();
         for (i, kept) in many.into_iter().enumerate() {

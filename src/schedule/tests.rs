@@ -19,12 +19,26 @@ struct Pool {
     block_size: u32,
     cached: BTreeMap<RequestId, u32>,
     swapped: BTreeMap<RequestId, u32>,
+    /// Requests with more than one beam: tokens of the prompt, and beams.
+    beams: BTreeMap<RequestId, (u32, u32)>,
     held_by_others: u32,
 }
 
 impl Pool {
+    /// Blocks of a request: beams share full blocks of the prompt only.
+    fn blocks(&self, request: RequestId, tokens: u32) -> u32 {
+        let blocks = tokens.div_ceil(self.block_size);
+        match self.beams.get(&request) {
+            Some(&(prompt, beams)) if tokens > prompt => {
+                let shared = prompt / self.block_size;
+                shared + beams * (blocks - shared)
+            }
+            _ => blocks,
+        }
+    }
+
     fn used(&self) -> u32 {
-        self.cached.values().map(|tokens| tokens.div_ceil(self.block_size)).sum::<u32>() + self.held_by_others
+        self.cached.iter().map(|(&id, &tokens)| self.blocks(id, tokens)).sum::<u32>() + self.held_by_others
     }
 }
 
@@ -34,7 +48,18 @@ impl Memory for Pool {
     }
 
     fn exclusive_blocks(&self, request: RequestId) -> u32 {
-        self.cached.get(&request).map_or(0, |tokens| tokens.div_ceil(self.block_size))
+        self.cached.get(&request).map_or(0, |&tokens| self.blocks(request, tokens))
+    }
+
+    /// As many as there can be.
+    fn copied_blocks(&self, request: RequestId) -> u32 {
+        self.beams.get(&request).map_or(0, |&(prompt, beams)| if self.cached[&request] >= prompt { beams } else { 0 })
+    }
+
+    fn beam_blocks(&self, request: RequestId) -> u32 {
+        self.beams.get(&request).map_or(0, |&(prompt, _)| {
+            self.blocks(request, self.cached[&request]).saturating_sub(prompt / self.block_size)
+        })
     }
 }
 
@@ -71,6 +96,9 @@ impl World {
 
     fn submit(&mut self, demand: Demand, new_tokens: u32) -> Result<RequestId, Refusal> {
         let id = self.scheduler.submit(self.now, demand)?;
+        if demand.beams > 1 {
+            self.pool.beams.insert(id, (demand.prompt_tokens, demand.beams));
+        }
         self.answers.insert(id, (new_tokens.clamp(1, demand.max_new_tokens), 0));
         Ok(id)
     }
@@ -112,6 +140,7 @@ impl World {
             self.expired.push(id);
         }
         for &(id, how) in &schedule.preempted {
+            assert!(!self.pool.beams.contains_key(&id), "{id} has beams, which are never preempted");
             assert!(!pinned_before.contains(&id), "{id} was preempted once too often");
             let tokens = self.pool.cached.remove(&id).unwrap_or(0);
             if how == Preemption::Swap {
@@ -133,8 +162,12 @@ impl World {
         for &ScheduledChunk { request, tokens: count, samples, drafts } in &schedule.chunks {
             assert!(count > 0);
             assert!(drafts <= offered.get(&request).copied().unwrap_or(0) && (drafts == 0 || samples));
-            tokens += count + drafts;
             let (known, cached) = self.scheduler.progress(request).expect("it is there");
+            let num_texts = match self.pool.beams.get(&request) {
+                Some(&(prompt, beams)) if known > prompt => beams,
+                _ => 1,
+            };
+            tokens += count * num_texts + drafts;
             assert_eq!(samples, cached + count == known);
             assert_eq!(self.pool.cached[&request], cached);
             *self.pool.cached.get_mut(&request).expect("it has blocks") += count + drafts;
@@ -201,7 +234,10 @@ fn random_demand(rng: &mut Rng, config: &SchedulerConfig) -> Demand {
     let most = config.num_blocks * config.block_size;
     let prompt = if rng.bool() { rng.u32(1..=most.min(20)) } else { rng.u32(1..=most) };
     let new = rng.u32(1..=(most + 1 - prompt).min(60));
-    Demand { priority: rng.i32(-2..3), ..Demand::new(prompt, new) }
+    let demand = Demand { priority: rng.i32(-2..3), ..Demand::new(prompt, new) };
+    let wide = Demand { beams: rng.u32(2..5), ..demand };
+    let fits = wide.max_blocks(config) <= u64::from(config.num_blocks) && wide.beams <= config.max_step_tokens;
+    if fits && rng.u32(..6) == 0 { wide } else { demand }
 }
 
 #[test]

@@ -11,6 +11,7 @@
 #[allow(dead_code, reason = "shared with the tests of the GPU kernels")]
 mod adapter;
 
+mod beams;
 mod equal;
 mod exact;
 mod life;
