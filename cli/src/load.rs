@@ -129,14 +129,13 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
     }
     gpu.block_on(decoder.warm_up())?;
     drop(busy);
+    let name = if options.is_stories() { "stories".to_owned() } else { name_of(&folder) };
     eprintln!(
-        "{}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",
-        folder.display(),
+        "{name}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",
         model.weight_bytes() as f64 / 1e6,
         load_time.as_secs_f64(),
         start.elapsed().as_secs_f64()
     );
-    let name = if options.is_stories() { "stories".to_owned() } else { name_of(&folder) };
     Ok(Loaded { gpu, decoder, tokenizer, template, name, stop_tokens })
 }
 

@@ -26,9 +26,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Chat(chat::Options),
-    Serve(serve::Options),
-    Bench(bench::Options),
+    Chat(Box<chat::Options>),
+    Serve(Box<serve::Options>),
+    Bench(Box<bench::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -38,9 +38,9 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Chat(options) => chat::run(options),
-        Command::Serve(options) => serve::run(options),
-        Command::Bench(options) => bench::main(options),
+        Command::Chat(options) => chat::run(*options),
+        Command::Serve(options) => serve::run(*options),
+        Command::Bench(options) => bench::main(*options),
         Command::Completions { shell } => completions(shell),
     }
 }

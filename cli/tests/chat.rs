@@ -1,6 +1,8 @@
 //! `folio` itself, run as a child of the test.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[cfg(unix)]
+use std::io::ErrorKind;
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 
@@ -153,4 +155,88 @@ fn shells_take_the_completions() {
         let (code, _, err) = finish(reading);
         assert_eq!((code, err.as_str()), (Some(0), ""), "{shell}");
     }
+}
+
+/// The test's end of a terminal. Fails where nothing is shown for a minute, instead of waiting.
+#[cfg(unix)]
+struct Terminal(std::fs::File);
+
+#[cfg(unix)]
+impl Read for Terminal {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let start = std::time::Instant::now();
+        loop {
+            match self.0.read(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock && start.elapsed().as_secs() < 60 => {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+/// A terminal of the test's own: the test's end, and the program's.
+#[cfg(unix)]
+fn terminal() -> (Terminal, std::fs::File) {
+    use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::{Winsize, tcsetwinsize};
+    let own = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&own).unwrap();
+    unlockpt(&own).unwrap();
+    let name = ptsname(&own, Vec::new()).unwrap();
+    let other = open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    tcsetwinsize(&own, Winsize { ws_row: 30, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    fcntl_setfl(&own, OFlags::RDWR | OFlags::NONBLOCK).unwrap();
+    (Terminal(own.into()), other.into())
+}
+
+/// Whether what is typed comes line by line, and is shown.
+#[cfg(unix)]
+fn is_as_found(terminal: &std::fs::File) -> bool {
+    use rustix::termios::{LocalModes, tcgetattr};
+    tcgetattr(terminal).unwrap().local_modes.contains(LocalModes::ICANON | LocalModes::ECHO)
+}
+
+/// A chat beside the picture, and the two ends of its terminal, when the first answer is there.
+#[cfg(unix)]
+fn watched() -> Option<(Child, Terminal, std::fs::File)> {
+    start(&["-p", "x", "-n", "1"]).map(finish)?;
+    let (mut own, other) = terminal();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_folio"));
+    command.args(["chat", "--watch", "-n", "8", "-t", "0", "-p", "Once upon a time"]);
+    command.stdin(other.try_clone().unwrap()).stdout(other.try_clone().unwrap()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    // "Enter says it" takes the place of another hint that begins with an E, and only what changes is drawn.
+    let seen = read_until(&mut own, "nter s");
+    assert!(seen.contains("\x1b[?1049h"), "it draws on a screen of its own: {seen:?}");
+    assert!(!is_as_found(&other), "keys come one by one");
+    Some((child, own, other))
+}
+
+#[cfg(unix)]
+#[test]
+fn the_picture_goes_when_one_has_had_enough() {
+    let Some((mut child, mut own, other)) = watched() else { return };
+    // Ctrl-C, as a key.
+    own.0.write_all(b"\x03").unwrap();
+    read_until(&mut own, "\x1b[?1049l");
+    let said = read_until(&mut own, "> Once upon a time\r\n");
+    assert!(said.contains("\x1b[?25h"), "the cursor is seen: {said:?}");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(is_as_found(&other));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_takes_the_picture_away_too() {
+    let Some((mut child, mut own, other)) = watched() else { return };
+    let pid = child.id().to_string();
+    // Two at once: the second ends the program wherever it is.
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let _ = Command::new("kill").args(["-INT", &pid]).status();
+    read_until(&mut own, "\x1b[?1049l");
+    assert!(matches!(child.wait().unwrap().code(), Some(0 | 130)));
+    assert!(is_as_found(&other));
 }

@@ -23,7 +23,7 @@ use crate::{Cli, Command};
 fn parse(arguments: &[&str]) -> Result<Options, String> {
     let arguments = [&["folio", "chat"], arguments].concat();
     match Cli::try_parse_from(arguments).map_err(|error| error.to_string())?.command {
-        Command::Chat(options) => Ok(options),
+        Command::Chat(options) => Ok(*options),
         _ => Err("another command".to_owned()),
     }
 }

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use folio::Gpu;
 use folio::engine::{Answer, EndReason, Engine, EngineOptions, Event, Request};
 use ratatui::Frame;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
@@ -39,6 +40,9 @@ pub(super) fn run(options: Options, loaded: Loaded, interrupts: &Interrupts) -> 
 
 struct Watched {
     options: Options,
+    gpu: Gpu,
+    /// Of the model.
+    name: String,
     engine: Engine,
     turns: Turns,
     /// The tokens of the conversation.
@@ -73,8 +77,9 @@ impl Watched {
     fn new(options: Options, loaded: Loaded, interrupts: Interrupts) -> Result<Self> {
         let turns = Turns::new(&options, &loaded)?;
         let engine = Engine::new(loaded.decoder, Some(loaded.tokenizer), EngineOptions::default())?;
+        let (gpu, name) = (loaded.gpu, loaded.name);
         let (so_far, transcript, input, history) = Default::default();
-        Ok(Self { options, engine, turns, so_far, transcript, input, history, interrupts })
+        Ok(Self { options, gpu, name, engine, turns, so_far, transcript, input, history, interrupts })
     }
 
     /// Says what the options say, then what is typed.
@@ -199,10 +204,9 @@ impl Watched {
 
     /// Steps until all answers have ended, or somebody stops them.
     fn run(&mut self, terminal: &mut Terminal, coming: &mut [Coming]) -> Result<()> {
-        let gpu = self.engine.gpu().clone();
         let mut drawn: Option<Instant> = None;
         while !self.engine.is_idle() {
-            gpu.block_on(self.engine.step())?;
+            self.gpu.block_on(self.engine.step())?;
             self.history.note(&self.engine.inspect(), Instant::now());
             coming.iter_mut().for_each(Coming::take);
             while let Some(key) = terminal.key(Duration::ZERO)? {
@@ -228,7 +232,7 @@ impl Watched {
         let layout = if frame.area().width >= WIDE { Layout::horizontal(halves) } else { Layout::vertical(halves) };
         let [left, right] = layout.areas(frame.area());
         let [text, input] = Layout::vertical([Constraint::Min(0), Constraint::Length(3)]).areas(left);
-        draw_text(frame, text, &format!("{}{coming}", self.transcript));
+        draw_text(frame, text, &self.name, &format!("{}{coming}", self.transcript));
         draw_input(frame, input, &self.input, hint);
         watch::draw(frame, right, &self.engine.inspect(), &self.history);
     }
@@ -265,8 +269,8 @@ fn shown(coming: &[Coming]) -> String {
 }
 
 /// The end of a text, as much as there is room for.
-fn draw_text(frame: &mut Frame<'_>, area: Rect, text: &str) {
-    let border = Block::bordered().title(" folio chat ");
+fn draw_text(frame: &mut Frame<'_>, area: Rect, name: &str, text: &str) {
+    let border = Block::bordered().title(format!(" {name} "));
     let inner = border.inner(area);
     let (width, height) = (usize::from(inner.width).max(1), usize::from(inner.height));
     let mut lines = Vec::new();
@@ -322,7 +326,7 @@ mod tests {
     #[test]
     fn the_end_of_the_text_is_seen() {
         let text = "first line\nsecond line that is longer than that\n\nlast";
-        let lines = screen(16, 6, |frame| draw_text(frame, frame.area(), text));
+        let lines = screen(16, 6, |frame| draw_text(frame, frame.area(), "stories", text));
         assert_eq!(lines[1].trim_matches(['│', ' ']), "that is longer");
         assert_eq!(lines[2].trim_matches(['│', ' ']), "than that");
         assert_eq!(lines[3].trim_matches(['│', ' ']), "");
@@ -335,7 +339,7 @@ mod tests {
         assert_eq!(lines[1], "│> defghij │");
         for (width, height) in [(1, 1), (2, 2), (3, 3), (4, 1), (5, 3)] {
             screen(width, height, |frame| {
-                draw_text(frame, frame.area(), "some text");
+                draw_text(frame, frame.area(), "stories", "some text");
                 draw_input(frame, frame.area(), "größer 大きい", "hint");
             });
         }

@@ -14,7 +14,9 @@ use super::{History, budget_bar, color_of, draw};
 
 /// Four blocks: of request 0 alone, of 0 and 1, of nobody but known, and free.
 fn inspection() -> Value {
-    let block = |owner: Option<u64>, holders: u32, tokens: u32, indexed: bool| json!({ "owner": owner, "holders": holders, "tokens": tokens, "indexed": indexed });
+    let block = |owner: Option<u64>, holders: u32, tokens: u32, indexed: bool| {
+        json!({ "owner": owner, "holders": holders, "tokens": tokens, "indexed": indexed })
+    };
     json!({
         "version": 1,
         "block_size": 16,
