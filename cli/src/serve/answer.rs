@@ -1,7 +1,7 @@
 //! Answers on their way from the engine to the client, whole or as a stream.
 //!
-//! The engine never waits for a client: what it makes lies in a channel until it is read. That is bounded by the `max_tokens` of the answer. Where the
-//! client has gone, hyper drops the handler or the stream; with it go the answers, and that cancels them in the engine.
+//! The engine never waits for a client: what it makes lies in a channel until it is read. That is bounded by the `max_tokens` of the answer.
+//! Where the client has gone, hyper drops the handler or the stream; with it go the answers, and that cancels them in the engine.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
 //! `folio serve`: OpenAI's HTTP interface on the engine.
 //!
-//! axum has the routes and hyper the connections. A body is read and cut into tokens beside the reactor ([`prompt`]), goes to the engine, which has a thread of
-//! its own, and comes back as a stream of events ([`answer`]).
+//! axum has the routes and hyper the connections. A body is read and cut into tokens beside the reactor ([`prompt`]), goes to the engine, which
+//! has a thread of its own, and comes back as a stream of events ([`answer`]).
 
 mod answer;
 mod error;

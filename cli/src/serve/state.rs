@@ -75,8 +75,8 @@ pub(crate) struct Server {
 
 type LastInspection = Option<(Instant, Arc<Inspection>)>;
 
-/// How much goes on at the same time that does not end when its client hangs up. Without them, clients who ask and leave could pile it up; those who wait
-/// for a permit leave nothing behind.
+/// How much goes on at the same time that does not end when its client hangs up. Without them, clients who ask and leave could pile it up; those
+/// who wait for a permit leave nothing behind.
 pub(crate) struct Permits {
     /// To read bodies, short and long ones: a short one doesn't wait for many long ones.
     short: Arc<Semaphore>,
