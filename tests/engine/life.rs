@@ -221,3 +221,71 @@ fn a_spawned_engine_serves_many_threads() {
     handle.finish().unwrap();
     assert_eq!(collect(answer).tokens.len(), 30);
 }
+
+#[test]
+fn a_spawned_engine_is_looked_into_and_takes_many_answers_at_once() {
+    let Some(decoder) = decoder(48, KvFormat::F32, false) else { return };
+    let limits = options(|o| o.max_queued = 4);
+    let handle = Engine::new(decoder, Some(TOKENIZER.clone()), limits).unwrap().spawn().unwrap();
+    let client = handle.client();
+    let idle = client.inspect_blocking().unwrap();
+    assert_eq!((idle.requests.len(), idle.blocks.len()), (0, 48));
+    assert!(idle.blocks.iter().all(|block| block.holders == 0));
+    assert!(client.is_running() && client.failure().is_none());
+
+    let request = Request::new(prompt("The cat"), 300).with_sampling(drawn(5));
+    let refused = pollster::block_on(client.submit_many(request.clone(), 5));
+    assert!(matches!(refused, Err(SubmitError::Invalid(_))), "{refused:?}");
+    let answers = pollster::block_on(client.submit_many(request, 3)).unwrap();
+    let start = Instant::now();
+    let busy = loop {
+        let busy = client.inspect_blocking().unwrap();
+        if busy.requests.len() == 3 && busy.requests.iter().all(|request| request.new_tokens > 0) {
+            break busy;
+        }
+        assert!(start.elapsed() < PATIENCE, "{:?}", busy.requests);
+    };
+    assert!(busy.blocks.iter().any(|block| block.holders > 0));
+    drop(answers);
+    while !client.inspect_blocking().unwrap().requests.is_empty() {
+        assert!(start.elapsed() < PATIENCE);
+    }
+    let after = client.inspect_blocking().unwrap();
+    assert!(after.blocks.iter().all(|block| block.holders == 0));
+    handle.shutdown().unwrap();
+    assert!(matches!(client.inspect_blocking(), Err(SubmitError::Shutdown)));
+    assert!(!client.is_running() && client.failure().is_none());
+}
+
+#[test]
+fn clients_of_a_spawned_engine_learn_why_it_has_ended() {
+    if super::MODEL.is_none() {
+        return;
+    }
+    // A device of its own, as it is destroyed.
+    let gpu = folio::Gpu::open_blocking(GpuOptions::default()).unwrap();
+    let mut decoder_options = folio::model::DecoderOptions::default();
+    decoder_options.num_blocks = 64;
+    let decoder = folio::model::Decoder::new_blocking(load(&gpu).into(), decoder_options).unwrap();
+    let handle = engine(decoder, EngineOptions::default()).spawn().unwrap();
+    let client = handle.client();
+    let mut answer = client.submit_blocking(Request::new([1], 900)).unwrap();
+    assert!(matches!(answer.next_blocking(), Some(Event::Token { .. })));
+    gpu.device().destroy();
+    let reason = loop {
+        if let Event::End { reason, .. } = answer.next_blocking().expect("an end") {
+            break reason;
+        }
+    };
+    let EndReason::Failed(failure) = reason else { panic!("{reason:?}") };
+    assert_eq!(failure.kind, ErrorKind::DeviceLost);
+    let start = Instant::now();
+    while client.is_running() {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+    assert_eq!(client.failure(), Some(&failure));
+    assert!(matches!(client.submit_blocking(Request::new([1], 3)), Err(SubmitError::Shutdown)));
+    assert!(matches!(client.inspect_blocking(), Err(SubmitError::Shutdown)));
+    assert_eq!(handle.finish().unwrap_err().kind(), ErrorKind::DeviceLost);
+}
