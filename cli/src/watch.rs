@@ -80,7 +80,9 @@ pub(crate) struct History {
 struct Seen {
     at: Instant,
     tokens: u32,
-    sampled: u32,
+    /// Steps and sampled tokens up to then.
+    num_steps: u64,
+    num_sampled: u64,
 }
 
 impl History {
@@ -90,24 +92,27 @@ impl History {
     /// The time over which the speed is measured.
     const SPAN: Duration = Duration::from_secs(3);
 
-    /// Notes a step that has just ended.
+    /// Notes the last step, unless it is noted already. Those before it may have gone unseen.
     pub(crate) fn note(&mut self, inspection: &Inspection, at: Instant) {
         let step = &inspection.last_step;
+        if self.steps.back().is_some_and(|seen| seen.num_steps == inspection.num_steps) {
+            return;
+        }
         if self.steps.len() == Self::MAX_STEPS {
             self.steps.pop_front();
         }
         let tokens = step.prompt_tokens + step.decode_tokens + step.draft_tokens;
-        self.steps.push_back(Seen { at, tokens, sampled: step.sampled_tokens });
+        let (num_steps, num_sampled) = (inspection.num_steps, inspection.num_sampled_tokens);
+        self.steps.push_back(Seen { at, tokens, num_steps, num_sampled });
     }
 
     /// Tokens made per second of late.
     fn speed(&self) -> Option<f64> {
-        let last = self.steps.back()?.at;
-        let recent = || self.steps.iter().filter(|seen| last.duration_since(seen.at) <= Self::SPAN);
-        let time = last.duration_since(recent().next()?.at).as_secs_f64();
+        let last = self.steps.back()?;
+        let first = self.steps.iter().find(|seen| last.at.duration_since(seen.at) <= Self::SPAN)?;
+        let time = last.at.duration_since(first.at).as_secs_f64();
         // The first of them began before the time that is counted.
-        let sampled: u32 = recent().skip(1).map(|seen| seen.sampled).sum();
-        (time > 0.0).then(|| f64::from(sampled) / time)
+        (time > 0.0).then(|| last.num_sampled.saturating_sub(first.num_sampled) as f64 / time)
     }
 }
 

@@ -22,6 +22,10 @@ pub struct Inspection {
     pub requests: Vec<RequestState>,
     /// What the last step has done.
     pub last_step: StepReport,
+    /// Steps so far, and the tokens that they have sampled.
+    pub num_steps: u64,
+    /// See `num_steps`.
+    pub num_sampled_tokens: u64,
     /// Tokens that a step may have.
     pub max_step_tokens: u32,
     /// Bytes of swapped-out requests in the host's memory.
@@ -98,6 +102,8 @@ impl Engine {
             blocks,
             requests,
             last_step: self.last_step,
+            num_steps: self.num_steps,
+            num_sampled_tokens: self.num_sampled_tokens,
             max_step_tokens: self.scheduler.config().max_step_tokens,
             swapped_bytes: self.decoder.swapped_bytes(),
             prefix_hit_tokens: self.decoder.prefix_stats().hit_tokens,

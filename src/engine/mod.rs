@@ -99,6 +99,8 @@ pub struct Engine {
     max_drafts: u32,
     grammars: grammar::Grammars,
     last_step: StepReport,
+    num_steps: u64,
+    num_sampled_tokens: u64,
     /// Set while a step is carried out. If it is set when the next one begins, a step's future was dropped half-way.
     in_step: bool,
 }
@@ -131,6 +133,8 @@ impl Engine {
             max_drafts: options.max_drafts,
             grammars: grammar::Grammars::default(),
             last_step: StepReport::default(),
+            num_steps: 0,
+            num_sampled_tokens: 0,
             in_step: false,
         })
     }

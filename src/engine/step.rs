@@ -76,6 +76,8 @@ impl Engine {
         report.ended = (before - self.requests.len()) as u32;
         self.in_step = false;
         self.last_step = report;
+        self.num_steps += 1;
+        self.num_sampled_tokens += u64::from(report.sampled_tokens);
         if let Err(error) = &result {
             self.fail_all(error);
         }

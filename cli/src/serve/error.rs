@@ -150,6 +150,7 @@ impl ApiError {
 fn param_of(argument: &str) -> &str {
     match argument {
         "count" => "n",
+        "grammar" => "response_format",
         "stop_strings" => "stop",
         "text" => "prompt",
         other => other,

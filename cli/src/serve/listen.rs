@@ -71,7 +71,7 @@ pub(crate) async fn serve(
     let is_forced = loop {
         tokio::select! {
             biased;
-            () = signals.next() => {
+            () = async { tokio::select! { () = signals.next() => {}, () = server.stop_wish.notified() => {} } } => {
                 if deadline.is_some() {
                     break true;
                 }

@@ -15,6 +15,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod track;
+mod watched;
 mod wire;
 
 use std::io::IsTerminal;
@@ -25,11 +26,13 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use folio::engine::{Engine, EngineHandle, EngineOptions};
+use folio::engine::{Engine, EngineHandle, EngineOptions, PromptLookup};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use tracing_subscriber::EnvFilter;
 
 use crate::load::{LoadOptions, Loaded, load};
+use crate::watch;
 use listen::ConnectionLimits;
 use metrics::Metrics;
 use state::{Limits, ModelCard, Permits, Server};
@@ -50,6 +53,12 @@ pub(crate) struct Options {
     /// Port to listen on; 0 takes a free one, which stderr says
     #[arg(long, default_value_t = 8080)]
     port: u16,
+    /// Draw the cache's blocks and the requests on the terminal; q or Ctrl-C stops the server. Logs only where --log asks for them
+    #[arg(long)]
+    watch: bool,
+    /// Guess the next tokens by what followed the last ones before; for answers that repeat their prompt
+    #[arg(long)]
+    prompt_lookup: bool,
     /// A key that clients must send; may be given several times. In the environment: separated by commas
     #[arg(long, value_name = "KEY", env = "FOLIO_API_KEY", hide_env_values = true, value_delimiter = ',', value_parser = key)]
     api_key: Vec<String>,
@@ -139,11 +148,17 @@ pub(crate) fn run(options: Options) -> ExitCode {
 }
 
 fn serve(options: &Options) -> Result<()> {
-    log_to_stderr(options)?;
+    if options.watch {
+        watch::check_terminal()?;
+    }
+    if !options.watch || options.log.is_some() {
+        log_to_stderr(options)?;
+    }
     // First, since it is over in no time if somebody else has the port. Clients that come too early wait until the model is loaded.
     let listener = TcpListener::bind((options.host.as_str(), options.port))
         .with_context(|| format!("listening on {}, port {}", options.host, options.port))?;
     listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
     let loaded = load(&options.load, SEQUENCES, |decoder| {
         decoder.prefix_cache = true;
         decoder.max_step_tokens = options.max_step_tokens.unwrap_or(decoder.max_step_tokens);
@@ -156,10 +171,12 @@ fn serve(options: &Options) -> Result<()> {
         shutdown_timeout: options.shutdown_timeout,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let watcher = options.watch.then(|| watched::spawn(Arc::clone(&server), address)).transpose()?;
     let served = runtime.block_on(listen::serve(listener, server, engine, limits));
+    let watched = watcher.map_or(Ok(()), watched::Watcher::end);
     // What still reads a body when all clients have gone is of no use.
     runtime.shutdown_timeout(Duration::from_millis(100));
-    served
+    served.and(watched)
 }
 
 /// The engine, and what requests share.
@@ -171,7 +188,11 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
     let mut engine_options = EngineOptions::default();
     engine_options.max_running = options.max_running;
     engine_options.max_queued = options.max_queued;
-    let engine = Engine::new(decoder, Some(tokenizer.clone()), engine_options)?.spawn()?;
+    let mut engine = Engine::new(decoder, Some(tokenizer.clone()), engine_options)?;
+    if options.prompt_lookup {
+        engine = engine.with_proposer(PromptLookup::default());
+    }
+    let engine = engine.spawn()?;
     let server = Server {
         client: engine.client(),
         longest_token: Server::longest_token(&tokenizer),
@@ -191,6 +212,7 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
         metrics: Metrics::new(),
         requests: TaskTracker::new(),
         is_stopping: AtomicBool::new(false),
+        stop_wish: Notify::new(),
         permits: Permits::new(),
         inspection: Arc::default(),
     };

@@ -6,7 +6,7 @@ use folio::{Error, ErrorKind};
 
 use super::error::ApiError;
 use super::state::Server;
-use super::wire::{Body, ChatMessage, Prompt};
+use super::wire::{Body, ChatMessage, Prompt, ResponseFormat};
 use crate::template::Message;
 
 /// New tokens of a completion that says nothing about it, as in OpenAI's interface. A chat may go on to the model's last position.
@@ -54,10 +54,12 @@ impl Job {
                 .with_sampling(sampling)
                 .with_stops(stop_tokens.clone(), stop_strings.clone())
                 .with_time_limit(server.limits.request_timeout);
-            match logprobs {
+            let mut request = match logprobs {
                 Some(top) => request.with_logprobs(top),
                 None => request,
-            }
+            };
+            request.grammar = body.response_format.as_ref().and_then(ResponseFormat::grammar);
+            request
         });
         let requests: Vec<Request> = requests.collect();
         if let Some(top) = logprobs {

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use folio::engine::{Answer, EngineClient, Inspection, Request, SubmitError};
 use folio::model::Tokenizer;
 use serde::Serialize;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use super::error::ApiError;
@@ -68,6 +68,8 @@ pub(crate) struct Server {
     /// Requests that have not ended. Closed when the server stops.
     pub(crate) requests: TaskTracker,
     pub(crate) is_stopping: AtomicBool,
+    /// Somebody at the terminal wants it to stop.
+    pub(crate) stop_wish: Notify,
     pub(crate) permits: Permits,
     /// What was seen last.
     pub(crate) inspection: Arc<Mutex<LastInspection>>,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::http::StatusCode;
+use folio::engine::Grammar;
 use folio::model::Sampling;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -23,6 +24,7 @@ pub(crate) struct Body {
     pub(crate) messages: Option<Vec<ChatMessage>>,
     pub(crate) stream: Option<bool>,
     pub(crate) stream_options: Option<StreamOptions>,
+    pub(crate) response_format: Option<ResponseFormat>,
     pub(crate) n: Option<u32>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
@@ -71,6 +73,35 @@ pub(crate) struct Part {
     pub(crate) text: Option<String>,
 }
 
+/// What an answer must look like.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(crate) enum ResponseFormat {
+    Text,
+    JsonObject,
+    JsonSchema { json_schema: JsonSchema },
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct JsonSchema {
+    schema: Option<Value>,
+}
+
+impl ResponseFormat {
+    /// `None`: anything.
+    pub(crate) fn grammar(&self) -> Option<Grammar> {
+        match self {
+            Self::Text => None,
+            Self::JsonObject => Some(Grammar::JsonSchema(json!({ "type": "object" }).to_string())),
+            // Without a schema any JSON is right.
+            Self::JsonSchema { json_schema } => {
+                let schema = json_schema.schema.as_ref().map_or_else(|| "{}".to_owned(), Value::to_string);
+                Some(Grammar::JsonSchema(schema))
+            }
+        }
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct StreamOptions {
     pub(crate) include_usage: Option<bool>,
@@ -99,7 +130,7 @@ enum Stop {
 }
 
 /// What OpenAI's interface has and this server has not. Each may be there as long as it asks for nothing.
-const UNSUPPORTED: [&str; 15] = [
+const UNSUPPORTED: [&str; 14] = [
     "audio",
     "best_of",
     "echo",
@@ -110,7 +141,6 @@ const UNSUPPORTED: [&str; 15] = [
     "modalities",
     "prediction",
     "presence_penalty",
-    "response_format",
     "suffix",
     "tool_choice",
     "tools",
@@ -130,9 +160,7 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
                 || (matches!(name, "tool_choice" | "function_call") && matches!(text.as_str(), "none" | "auto"))
         }
         Value::Array(list) => list.is_empty() || (name == "modalities" && *list == [json!("text")]),
-        Value::Object(fields) => {
-            fields.is_empty() || (name == "response_format" && *value == json!({ "type": "text" }))
-        }
+        Value::Object(fields) => fields.is_empty(),
         Value::Bool(true) => false,
     }
 }

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("answers::text_is_utf8_however_tokens_are_cut", |api| utf8(api).boxed()),
     ("answers::what_asks_for_nothing_is_ignored", |api| nothing(api).boxed()),
     ("answers::log_probabilities_have_the_form_of_openai", |api| logprobs(api).boxed()),
+    ("answers::answers_follow_a_schema", |api| schemas(api).boxed()),
     ("answers::the_models_are_listed", |api| models(api).boxed()),
 ];
 
@@ -172,6 +173,29 @@ async fn nothing(api: Api) {
         full[name] = value;
     }
     assert_eq!(api.choices(COMPLETIONS, full).await.0, api.choices(COMPLETIONS, plain).await.0);
+}
+
+async fn schemas(api: Api) {
+    let schema = json!({ "type": "object", "additionalProperties": false, "required": ["name", "age"],
+        "properties": { "name": { "type": "string", "maxLength": 8 }, "age": { "type": "integer", "minimum": 1, "maximum": 99 } } });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "person", "strict": true, "schema": schema } });
+    for (path, mut body) in [
+        (CHAT, json!({ "messages": [{ "role": "user", "content": "Mia was" }] })),
+        (COMPLETIONS, json!({ "prompt": "Mia was", "max_tokens": 60 })),
+    ] {
+        body["response_format"] = format.clone();
+        body["n"] = json!(2);
+        let (choices, _) = api.choices(path, body.clone()).await;
+        for choice in &choices {
+            let person: Value = serde_json::from_str(&choice.text).unwrap();
+            assert!(person["name"].is_string() && (1..=99).contains(&person["age"].as_i64().unwrap()), "{choice:?}");
+            assert_eq!(choice.finish_reason, "stop");
+        }
+        body["seed"] = json!(7);
+        let (whole, _) = api.choices(path, body.clone()).await;
+        assert_eq!(api.streamed(path, body).await.0, whole);
+    }
 }
 
 async fn models(api: Api) {

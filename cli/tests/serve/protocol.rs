@@ -117,7 +117,14 @@ async fn fields(api: Api) {
         ),
         (
             CHAT,
-            json!({ "messages": [{ "role": "user", "content": "a" }], "response_format": { "type": "json_object" } }),
+            json!({ "messages": [{ "role": "user", "content": "a" }], "response_format": { "type": "xml" } }),
+            400,
+            json!("response_format"),
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "a" }], "response_format":
+                { "type": "json_schema", "json_schema": { "name": "a", "schema": { "type": "nothing" } } } }),
             400,
             json!("response_format"),
         ),
