@@ -96,7 +96,7 @@ impl History {
         if self.steps.len() == Self::MAX_STEPS {
             self.steps.pop_front();
         }
-        let tokens = step.prompt_tokens + step.decode_tokens;
+        let tokens = step.prompt_tokens + step.decode_tokens + step.draft_tokens;
         self.steps.push_back(Seen { at, tokens, sampled: step.sampled_tokens });
     }
 
@@ -204,14 +204,16 @@ fn draw_step(frame: &mut Frame<'_>, area: Rect, inspection: &Inspection, history
     frame.render_widget(border, area);
     let [text, bar, past] = Layout::vertical([Constraint::Length(1); 3]).areas(inner);
     let (prompt, decode) = (step.prompt_tokens, step.decode_tokens);
+    let (drafts, right) = (step.draft_tokens, step.accepted_tokens);
+    let drafted = if drafts > 0 { format!(" + {drafts} drafts ({right} right)") } else { String::new() };
     let line = Line::from(vec![
         Span::from(format!("{prompt} prompt")).fg(Color::Cyan),
         Span::from(" + "),
-        Span::from(format!("{decode} decode")).fg(Color::Green),
+        Span::from(format!("{decode} decode{drafted}")).fg(Color::Green),
         Span::from(format!(" of {budget} tokens")),
     ]);
     frame.render_widget(line, text);
-    frame.render_widget(budget_bar(usize::from(bar.width), prompt, decode, budget), bar);
+    frame.render_widget(budget_bar(usize::from(bar.width), prompt, decode + drafts, budget), bar);
     let recent = history.steps.len().saturating_sub(usize::from(past.width));
     let tokens = history.steps.iter().skip(recent).map(|seen| u64::from(seen.tokens));
     frame.render_widget(Sparkline::default().data(tokens).style(Style::new().dim()), past);

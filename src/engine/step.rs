@@ -12,6 +12,7 @@ use crate::{Error, ErrorKind};
 
 /// What a step has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 #[non_exhaustive]
 pub struct StepReport {
     /// Tokens that went through the model, one for each of a number of requests.

@@ -14,9 +14,7 @@ use super::{History, budget_bar, color_of, draw};
 
 /// Four blocks: of request 0 alone, of 0 and 1, of nobody but known, and free.
 fn inspection() -> Value {
-    let block = |owner: Option<u64>, holders: u32, tokens: u32, indexed: bool| {
-        json!({ "owner": owner, "holders": holders, "tokens": tokens, "indexed": indexed })
-    };
+    let block = |owner: Option<u64>, holders: u32, tokens: u32, indexed: bool| json!({ "owner": owner, "holders": holders, "tokens": tokens, "indexed": indexed });
     json!({
         "version": 1,
         "block_size": 16,
@@ -27,7 +25,7 @@ fn inspection() -> Value {
             { "id": 1, "phase": "swapped", "prompt_tokens": 33, "new_tokens": 0, "cached_tokens": 32, "preemptions": 2 },
         ],
         "last_step": {
-            "decode_tokens": 10, "prompt_tokens": 40, "sampled_tokens": 11, "admitted": 1, "resumed": 3, "preempted": 2, "ended": 0
+            "decode_tokens": 10, "prompt_tokens": 40, "draft_tokens": 6, "accepted_tokens": 4, "sampled_tokens": 11, "admitted": 1, "resumed": 3, "preempted": 2, "ended": 0
         },
         "max_step_tokens": 100,
         "swapped_bytes": 2_500_000,
@@ -72,7 +70,7 @@ fn steps_and_requests_are_listed() {
     // 11 tokens every half second.
     assert!((history.speed().unwrap() - 22.0).abs() < 1e-6);
     let lines = lines(&drawn(60, 20, &inspection, &history)).join("\n");
-    assert!(lines.contains("40 prompt + 10 decode of 100 tokens"), "{lines}");
+    assert!(lines.contains("40 prompt + 10 decode + 6 drafts (4 right) of 100 tokens"), "{lines}");
     assert!(lines.contains("22 tokens/s · 2 preempted, 3 resumed") && lines.contains("2 requests"), "{lines}");
     assert!(lines.contains("48 prompt tokens were known; 2.5 MB swapped out"), "{lines}");
     let words = |id: &str| {
