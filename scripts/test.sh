@@ -10,7 +10,7 @@ export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-$PWD/target}"
 # A missing adapter fails the GPU tests instead of skipping them.
 export FOLIO_REQUIRE_GPU=1
 
-section() { printf '\n=== %s ===\n' "$*"; }
+section() { printf '\n=== %s === (after %d s)\n' "$*" "$SECONDS"; }
 
 section "Adapter"
 scripts/install_adapter.sh

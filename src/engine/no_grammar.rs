@@ -4,7 +4,7 @@ use super::request::Grammar;
 use crate::model::{ModelError, ModelResult, Tokenizer};
 
 #[derive(Debug, Default)]
-pub(super) struct Grammars;
+pub(super) struct Grammars {}
 
 /// There is none.
 #[derive(Debug)]
