@@ -179,10 +179,10 @@ impl Engine {
     /// Takes a request. It starts in one of the next steps.
     ///
     /// # Errors
-    /// [`SubmitError::Invalid`] for an empty prompt, ids of prompt or stops outside the vocabulary, a prompt longer than the model has positions, sampling
-    /// settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer, a grammar
-    /// that is none or has no stop token to end with;
-    /// a beam search that is not greedy; [`SubmitError::Refused`] if the queue is full, or the cache too small for prompt and `max_tokens` even without other requests.
+    /// [`SubmitError::Invalid`] for an empty prompt, ids of prompt or stops outside the vocabulary, a prompt longer than the model has positions,
+    /// sampling settings outside their ranges, `max_tokens` or a time limit of 0, an empty stop string, stop strings without a tokenizer, a
+    /// grammar that is none or has no stop token to end with, a beam search that is not greedy; [`SubmitError::Refused`] if the queue is full, a
+    /// step has fewer tokens than there are beams, or the cache is too small for prompt and `max_tokens` even without other requests.
     pub fn submit(&mut self, request: Request) -> Result<Answer, SubmitError> {
         self.check(&request)?;
         let vocab = self.decoder.model().config().vocab_size;

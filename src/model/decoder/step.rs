@@ -287,8 +287,12 @@ impl Decoder {
         let vocab = model.config().vocab_size;
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let step = self.cache.begin_step(&batch)?;
-        let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
-        let plan = self.attention.plan_with_kernels(&step, &kernels)?;
+        let plan = if model.is_exact() {
+            let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
+            self.attention.plan_with_kernels(&step, &kernels)?
+        } else {
+            self.attention.plan(&step)?
+        };
 
         let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
         let positions: Vec<u32> = chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len() as u32).collect();
