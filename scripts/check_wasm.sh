@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Type-checks the library for browsers (wasm32-unknown-unknown): without features, with the default ones, and with all.
+# Type-checks the library for browsers (wasm32-unknown-unknown): without features, and with all.
 #
 #     scripts/check_wasm.sh [--debian]
 #
@@ -35,8 +35,7 @@ say "$("${RUSTC:-rustc}" --version)"
 # Where random numbers of tokenizers' come from is the program's choice; without one getrandom refuses to build for browsers.
 export RUSTFLAGS="-D warnings --cfg getrandom_backend=\"custom\""
 export CARGO_TARGET_DIR=target/wasm CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0
-for features in --no-default-features "" --all-features; do
+for features in --no-default-features --all-features; do
     say "cargo check --lib $features"
-    # shellcheck disable=SC2086
-    cargo check --lib --target "$target" ${build_std[@]+"${build_std[@]}"} $features
+    cargo check --lib --target "$target" ${build_std[@]+"${build_std[@]}"} "$features"
 done
