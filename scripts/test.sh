@@ -23,20 +23,23 @@ cargo fmt --check --all --manifest-path compare/Cargo.toml
 section "Lints, all features"
 cargo clippy --workspace --all-targets --all-features -- -D warnings
 
-section "Lints of each feature alone, of pairs, and of none"
+section "Lints of each feature alone, of pairs, and of none; beside them the minimum Rust version, and browsers"
+# Each has a folder of its own to build in, and most of each is one compiler on one core.
+{ scripts/check_msrv.sh && scripts/check_wasm.sh; } >target/beside.log 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true' EXIT
 scripts/check_features.sh
-
-section "Minimum Rust version"
-scripts/check_msrv.sh
+beside_status=0
+wait "$beside" || beside_status=$?
+trap - EXIT
+cat target/beside.log
+[ "$beside_status" -eq 0 ]
 
 section "Documentation: all features, the default ones, none"
 for features in --all-features "" --no-default-features; do
     # shellcheck disable=SC2086
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps $features
 done
-
-section "Browsers"
-scripts/check_wasm.sh
 
 # In release, which the benches and the demo share: wgpu is compiled once, and the oracle is fast.
 section "The pure half, without wgpu"

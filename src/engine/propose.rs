@@ -27,8 +27,9 @@ pub struct Draftable<'a> {
 /// What [`Proposer::propose`] returns: drafts for each request, in order.
 pub type Proposals<'a> = Pin<Box<dyn Future<Output = ModelResult<Vec<Vec<u32>>>> + 'a>>;
 
-/// Guesses how texts go on. What it guesses changes how fast tokens come, and never which.
-pub trait Proposer: fmt::Debug + Send {
+/// Guesses how texts go on. What it guesses changes how fast tokens come, and never which. It can be sent to other threads wherever devices can: not
+/// in browsers.
+pub trait Proposer: fmt::Debug + wgpu::WasmNotSend {
     /// Drafts for each of these requests: none, or up to `max_drafts`. Ids outside the vocabulary and what is too much are cut off. If it
     /// fails, there are no drafts in this step; a lost device ends the engine's step.
     fn propose<'a>(&'a mut self, requests: &'a [Draftable<'a>]) -> Proposals<'a>;
