@@ -27,6 +27,8 @@ fn inspection() -> Value {
         "last_step": {
             "decode_tokens": 10, "prompt_tokens": 40, "draft_tokens": 6, "accepted_tokens": 4, "sampled_tokens": 11, "admitted": 1, "resumed": 3, "preempted": 2, "ended": 0
         },
+        "num_steps": 1,
+        "num_sampled_tokens": 11,
         "max_step_tokens": 100,
         "swapped_bytes": 2_500_000,
         "prefix_hit_tokens": 48,
@@ -61,11 +63,15 @@ fn blocks_are_coloured_by_their_owners() {
 
 #[test]
 fn steps_and_requests_are_listed() {
-    let inspection: Inspection = serde_json::from_value(inspection()).unwrap();
+    let mut inspection: Inspection = serde_json::from_value(inspection()).unwrap();
     let mut history = History::default();
     let start = Instant::now();
     for i in 0..4 {
         history.note(&inspection, start + Duration::from_millis(500) * i);
+        // Seen twice, it counts once.
+        history.note(&inspection, start + Duration::from_millis(500) * i);
+        inspection.num_steps += 1;
+        inspection.num_sampled_tokens += 11;
     }
     // 11 tokens every half second.
     assert!((history.speed().unwrap() - 22.0).abs() < 1e-6);

@@ -119,7 +119,7 @@ async fn fields(api: Api) {
             CHAT,
             json!({ "messages": [{ "role": "user", "content": "a" }], "response_format": { "type": "xml" } }),
             400,
-            json!("response_format"),
+            json!("response_format.type"),
         ),
         (
             CHAT,
