@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Checks `folio serve` with OpenAI's own Python client, against the story model.
 
-    python3 scripts/check_serve.py [--binary target/release/folio]
+    python3 scripts/check_serve.py [--binary target/release/folio] [--record cli/tests/serve/openai_client.json]
 
-The client comes from PyPI into a virtual environment below target/. Needs a built binary: `cargo build --release -p folio-cli`.
+With --record what the client sent, and the form of what it was content with, are written for the test that replays them without the client. The client comes from PyPI into a virtual environment below target/. Needs a built binary: `cargo build --release -p folio-cli`.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -58,10 +59,51 @@ def raised(kind, call, **expected):
     raise AssertionError(f"no {kind.__name__}")
 
 
-def check(base):
+def form(value, name=""):
+    """The form of JSON: fields and types, without the values."""
+    if isinstance(value, dict):
+        if name == "top_logprobs" and "token" not in value:
+            return {"*": "number"}  # the names are tokens
+        return {name: form(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [form(part, name) for part in value[:1]]
+    return {bool: "boolean", int: "number", float: "number", str: "string", type(None): "null"}[type(value)]
+
+
+class Recorder:
+    """Keeps each request, and the form of its reply. What is large or depends on the server's load is left out."""
+
+    # Those of the connection, of the machine, and the secret.
+    OWN_HEADERS = {"authorization", "connection", "content-length", "host", "x-stainless-arch", "x-stainless-os", "x-stainless-runtime-version"}
+
+    def __init__(self):
+        self.calls = []
+        self.is_on = True
+
+    def hook(self, response):
+        request = response.request
+        body = request.read().decode()
+        if not self.is_on or len(body) > 20_000:
+            return
+        call = {
+            "method": request.method,
+            "path": request.url.raw_path.decode(),
+            "headers": {name: value for name, value in request.headers.items() if name not in self.OWN_HEADERS},
+            "has_key": request.headers["authorization"] == f"Bearer {KEY}",
+            "body": body,
+            "status": response.status_code,
+            "content_type": response.headers["content-type"],
+        }
+        if call["content_type"].startswith("application/json"):
+            call["form"] = form(json.loads(response.read()))
+        self.calls.append(call)
+
+
+def check(base, recorder):
     import openai
 
-    client = openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0, timeout=60)
+    http = openai.DefaultHttpxClient(event_hooks={"response": [recorder.hook]})
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=http)
     assert [model.id for model in client.models.list()] == ["stories"]
     assert client.models.retrieve("stories").id == "stories"
 
@@ -125,6 +167,7 @@ def check(base):
     large = raised(openai.APIStatusError, lambda: complete(prompt="a" * (5 << 20)))
     assert large.status_code == 413 and large.request_id, large
     raised(openai.NotFoundError, lambda: client.embeddings.create(model="stories", input="a"))
+    recorder.is_on = False
     # Two run, eight wait, and the next finds the queue full. Streams that are closed make room.
     held = [complete(stream=True, prompt=[1], max_tokens=900, extra_body={"ignore_eos": True}) for _ in range(2)]
     for stream in held:
@@ -140,17 +183,21 @@ def check(base):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--binary", default=ROOT / "target" / "release" / "folio", type=pathlib.Path)
+    parser.add_argument("--record", type=pathlib.Path, metavar="FILE")
     arguments = parser.parse_args()
     enter_venv()
+    recorder = Recorder()
     start = time.monotonic()
     server, base = serve(arguments.binary, "--max-running", "2", "--max-queued", "8")
     ready = time.monotonic()
     try:
-        check(base)
+        check(base, recorder)
     finally:
         server.terminate()
         code = server.wait(60)
     assert code == 0, code
+    if arguments.record:
+        arguments.record.write_text(json.dumps(recorder.calls, indent=1) + "\n")
     print(f"OpenAI's client is content: {time.monotonic() - ready:.1f} s, after {ready - start:.1f} s of starting the server")
 
 

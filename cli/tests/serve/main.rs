@@ -8,6 +8,7 @@ mod fuzz;
 mod harness;
 mod load;
 mod protocol;
+mod recorded;
 mod stop;
 
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ use harness::{Server, Test};
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let parts = [answers::TESTS, protocol::TESTS, fuzz::TESTS];
+    let parts = [answers::TESTS, protocol::TESTS, recorded::TESTS, fuzz::TESTS];
     // Alone, one after another: they fill the server, then look whether it is empty, then stop it.
     let alone = [load::TESTS, stop::TESTS].into_iter().flatten().copied();
     let parts = parts.into_iter().flatten().copied();
