@@ -96,12 +96,13 @@ impl Workload {
         Ok(Self { requests })
     }
 
-    /// Questions about a story: each is a text of its own, and its answer repeats the story's words.
-    pub(super) fn questions(tokenizer: &Tokenizer) -> Result<Self> {
+    /// A story alone, and questions about it: each is a text of its own, and its answer repeats the story's words.
+    pub(super) fn questions(tokenizer: &Tokenizer) -> Result<(Self, Self)> {
+        let story = Wanted { prompt: tokenizer.encode(STORY, true)?, new_tokens: 1, arrival: 0.0, one_line: false };
         let requests = QUESTIONS.iter().map(|question| {
             let prompt = tokenizer.encode(&format!("{STORY}\nQuestion: {question}\nAnswer:"), true)?;
             Ok(Wanted { prompt, new_tokens: 32, arrival: 0.0, one_line: true })
         });
-        Ok(Self { requests: requests.collect::<Result<_>>()? })
+        Ok((Self { requests: vec![story] }, Self { requests: requests.collect::<Result<_>>()? }))
     }
 }
