@@ -40,14 +40,15 @@ pub trait Proposer: fmt::Debug + wgpu::WasmNotSend {
     }
 }
 
-/// Guesses that a text goes on as it did the last time that its last tokens occurred (prompt lookup decoding, Saxena 2023). It costs no
+/// Guesses that a text goes on as it did the first time that its last tokens occurred (prompt lookup decoding, Saxena 2023). It costs no
 /// model, and is right where answers repeat what was said: questions about a text, summaries, code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PromptLookup {
     /// Tokens that have to be the same, at least. 1 guesses most and is wrong most.
     pub min_match: usize,
-    /// Of several places the one with the longest match is taken, up to this many tokens; of these the last.
+    /// Of several places the one with the longest match is taken, up to this many tokens; of these the first, which is in the text rather than in
+    /// the question about it.
     pub max_match: usize,
 }
 
@@ -63,8 +64,7 @@ impl PromptLookup {
     #[must_use]
     pub fn lookup(&self, text: &[u32], max_drafts: usize) -> Vec<u32> {
         let mut best = (0, 0);
-        // From the end, so that of equal matches the last is found first.
-        for end in (1..text.len()).rev() {
+        for end in 1..text.len() {
             let equal = text[..end].iter().rev().zip(text.iter().rev()).take(self.max_match);
             let len = equal.take_while(|(a, b)| a == b).count();
             if len > best.0 {
@@ -244,13 +244,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prompt_lookup_continues_the_longest_and_last_match() {
+    fn prompt_lookup_continues_the_longest_and_first_match() {
         let lookup = PromptLookup::default();
         assert_eq!(lookup.lookup(&[1, 2, 3, 4, 9, 2, 3], 2), [4, 9]);
         // Three equal tokens win over two, though these are later.
         assert_eq!(lookup.lookup(&[1, 2, 3, 7, 5, 2, 3, 8, 1, 2, 3], 1), [7]);
-        // Of equal ones the last.
-        assert_eq!(lookup.lookup(&[2, 3, 7, 2, 3, 8, 2, 3], 1), [8]);
+        // Of equal ones the first.
+        assert_eq!(lookup.lookup(&[2, 3, 7, 2, 3, 8, 2, 3], 1), [7]);
         assert!(lookup.lookup(&[1, 2, 3, 9, 3], 4).is_empty(), "one token is too little");
         let eager = PromptLookup { min_match: 1, ..lookup };
         assert_eq!(eager.lookup(&[1, 2, 3, 9, 3], 4), [9, 3, 9, 3]);
