@@ -6,8 +6,6 @@ mod common;
 #[path = "../common/translate.rs"]
 mod translate;
 
-#[cfg(feature = "tune")]
-mod adapters;
 mod errors;
 mod fixtures;
 mod layout;

@@ -1,6 +1,6 @@
 //! The tunings in `docs/adapters`: each is sound, and what is written from them is what they say.
 //!
-//! `FOLIO_WRITE=1 cargo test --release --features tune --test host adapters` writes `docs/adapters/README.md`'s table and
+//! `FOLIO_WRITE=1 cargo test --release --features tune --test adapters` writes `docs/adapters/README.md`'s table and
 //! `src/kernel/tuning/measured.rs` anew.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail as tests do")]
 
@@ -27,7 +27,7 @@ const CLASSES: [(&str, Profile, Vendor); 5] = [
 const MARGIN: f64 = 0.1;
 
 /// Lines of the README between which the table stands.
-const MARKERS: [&str; 2] = ["<!-- written by tests/host/adapters.rs -->\n", "<!-- end -->\n"];
+const MARKERS: [&str; 2] = ["<!-- written by tests/adapters.rs -->\n", "<!-- end -->\n"];
 
 struct File {
     /// Of the folder.
