@@ -6,7 +6,8 @@
 //! and after it, untimed by criterion, the plain loop. The table at the end compares their medians: whatever else slows the machine down meets
 //! both alike.
 //!
-//! Races (`-- race`) let the formats take turns on D1, D2 and an append, and the contiguous cache with the paged one, and print ratios of medians.
+//! Races (`-- race`) let the formats take turns on D1, D2 and an append, the contiguous cache with the paged one, and blocks read once for all who
+//! share them with blocks read for each; they print ratios of medians.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -28,12 +29,13 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use fastrand::Rng;
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{
-    Attention, AttentionConfig, AttentionPlan, Gpu, KvCache, KvCacheConfig, KvFormat, KvFormats, SequenceId, Step, wgpu,
+    Attention, AttentionConfig, AttentionPlan, Cascade, Gpu, KvCache, KvCacheConfig, KvFormat, KvFormats, SequenceId,
+    Step, wgpu,
 };
 
 use support::limits::{Loop, multiply_add_loop, read_loop};
 use support::race::{Contestant, Race};
-use support::shape::{SHAPES, Shape};
+use support::shape::{COMMON, SHAPES, Shape};
 use support::timer::{Sample, Timer, median};
 use support::{adapter, timer};
 
@@ -300,6 +302,39 @@ fn race_contiguous(criterion: &mut Criterion, timer: &Timer, shape: &'static Sha
     })
 }
 
+/// Texts behind a common prefix, with shared blocks read for each of them and once for all.
+fn race_cascade(criterion: &mut Criterion, timer: &Timer, shape: &Shape, format: KvFormat) -> Option<Race> {
+    const PREFIX: u32 = 2048;
+    let (branches, own) = (shape.batch, shape.seq_len - PREFIX);
+    let title = format!("decode, {} of which {PREFIX} are common, {format}", shape.describe());
+    Race::run(criterion, timer, &format!("cascade {}, {format}", shape.id), title, 0, || {
+        let contestant = |name: &str, cascade| {
+            let gpu = timer.gpu();
+            let mut rng = Rng::with_seed(1);
+            let cache = ready(paged(gpu, shape, KvFormats::both(format), &mut rng));
+            let mut config = AttentionConfig::new(shape.num_q_heads);
+            config.cascade = cascade;
+            let attention = ready(Attention::new_blocking(&cache, config));
+            let first = cache.create_sequence();
+            for _ in 0..PREFIX / 256 {
+                ready(cache.commit(ready(append(&cache, &[first], 256, &mut rng))));
+            }
+            let mut sequences = vec![first];
+            sequences.extend((1..branches).map(|_| ready(cache.fork(first))));
+            ready(cache.commit(ready(append(&cache, &sequences, own - 1, &mut rng))));
+            let step = ready(append(&cache, &sequences, 1, &mut rng));
+            let call = ready(Call::new(gpu, attention, step, shape, &mut rng));
+            let rows = call.plan.step_plan().lists.kv_rows_read(shape.num_kv_heads);
+            let bytes = rows * 2 * u64::from(shape.head_dim * format.element_bits() / 8);
+            Contestant::new(format!("{name}, {rows} rows"), bytes, move |timer| {
+                let _ = &cache;
+                call.measure(timer)
+            })
+        };
+        vec![contestant("each", Cascade::Never), contestant("once", Cascade::Always)]
+    })
+}
+
 fn ready<T>(result: folio::Result<T>) -> T {
     result.unwrap_or_else(|error| panic!("{error}"))
 }
@@ -326,6 +361,11 @@ fn main() {
         races.extend(race_contiguous(&mut criterion, &timer, shape));
     }
     races.extend(race_append(&mut criterion, &timer));
+    for shape in &COMMON {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+            races.extend(race_cascade(&mut criterion, &timer, shape, format));
+        }
+    }
     criterion.final_summary();
     if !rows.is_empty() {
         print_table(&timer, &rows);

@@ -167,14 +167,16 @@ impl Host {
             window: self.attention.window,
             has_decode: self.has_decode(),
             tile_q: self.variant(Kernel::Prefill).tile_q,
+            block_size: self.cache.block_size,
         };
         let max_workspace_bytes = self.attention.max_workspace_bytes.min(self.max_binding_bytes);
-        let policy = tuning::split_policy(
+        let mut policy = tuning::split_policy(
             TARGET.profile,
             AdapterClass::Integrated,
             self.attention.deterministic,
             max_workspace_bytes,
         );
+        policy.cascade = self.attention.cascade_policy(tuning::cascade_policy(&self.variant(Kernel::Prefill)));
         let params = self.attention.params(&self.cache);
         let plan = StepPlan::new(&shape, &policy, &params, batch, &[])?;
 

@@ -1,6 +1,8 @@
-// merge: the partial states of a row's key ranges become its result (FlashDecoding's reduction).
+// merge: the partial states of a row's key ranges become its result (FlashDecoding's reduction). Ranges that the row shares with rows of other
+// sequences have states elsewhere: an item links to the next.
 // One workgroup per token and query head; a lane owns every WORKGROUP_SIZE-th vec4 of the row.
-// Loop iterations per invocation: num_splits * (1 + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE)) + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE).
+// Loop iterations per invocation: with s for the states and l for the items of a row, (s + l) * (1 + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE)) +
+// ceil(HEAD_DIM / 4 / WORKGROUP_SIZE).
 {% include "shared/attend.wgsl" %}
 
 const STATE_VEC4S: u32 = HEAD_VEC4S + 1u;  // the sum, then (max, sum of weights, 0, 0)
@@ -13,11 +15,17 @@ struct MergeItem {
     num_splits: u32,
     split_stride: u32,  // partial rows from a split to the next
     head_stride: u32,   // partial rows from a KV head to the next
+    next: u32,          // items from here to the one with more states of this token; 0: there are no more
 }
 
 fn read_item(item_idx: u32) -> MergeItem {
     let word = params.items_offset + item_idx * ITEM_WORDS;
-    return MergeItem(plan[word], plan[word + 1u], plan[word + 2u], plan[word + 3u], plan[word + 4u]);
+    return MergeItem(plan[word], plan[word + 1u], plan[word + 2u], plan[word + 3u], plan[word + 4u], plan[word + 5u]);
+}
+
+// The partial row of an item's split 0 and this head.
+fn first_row(item: MergeItem, q_head: u32) -> u32 {
+    return item.part_row + q_head / GROUP_SIZE * item.head_stride + q_head % GROUP_SIZE;
 }
 
 @group(0) @binding(0) var<storage, read> partials: array<vec4<f32>>;  // [partial rows, STATE_VEC4S]
@@ -38,14 +46,20 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
     if (item_idx >= params.num_items) {
         return;
     }
-    let item = read_item(item_idx);
+    let first = read_item(item_idx);
     let q_head = workgroup.y;
-    let kv_head = q_head / GROUP_SIZE;
-    let first_row = item.part_row + kv_head * item.head_stride + q_head % GROUP_SIZE;
 
     var row_max = LOGIT_FLOOR;
-    for (var split = 0u; split < item.num_splits; split++) {
-        row_max = max(row_max, partials[(first_row + split * item.split_stride) * STATE_VEC4S + HEAD_VEC4S].x);
+    var item = first;
+    for (var at = item_idx; ; at += item.next) {
+        item = read_item(at);
+        let row = first_row(item, q_head);
+        for (var split = 0u; split < item.num_splits; split++) {
+            row_max = max(row_max, partials[(row + split * item.split_stride) * STATE_VEC4S + HEAD_VEC4S].x);
+        }
+        if (item.next == 0u) {
+            break;
+        }
     }
 {% if sinks %}
     let sink = head_sink(q_head);
@@ -59,20 +73,27 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
     for (var i = lane; i < HEAD_VEC4S; i += WORKGROUP_SIZE) {
         weight_sum = sink_weight;
         var sum = vec4<f32>(0.0);
-        for (var split = 0u; split < item.num_splits; split++) {
-            let row = (first_row + split * item.split_stride) * STATE_VEC4S;
-            let state = partials[row + HEAD_VEC4S].xy;
-            let scale = exp2(state.x - row_max);
-            weight_sum += state.y * scale;
-            sum += partials[row + i] * scale;
+        for (var at = item_idx; ; at += item.next) {
+            item = read_item(at);
+            let row_of_item = first_row(item, q_head);
+            for (var split = 0u; split < item.num_splits; split++) {
+                let row = (row_of_item + split * item.split_stride) * STATE_VEC4S;
+                let state = partials[row + HEAD_VEC4S].xy;
+                let scale = exp2(state.x - row_max);
+                weight_sum += state.y * scale;
+                sum += partials[row + i] * scale;
+            }
+            if (item.next == 0u) {
+                break;
+            }
         }
         // Without a visible key and without a sink the sum is 0 and so is the result.
-        out[(item.token * NUM_Q_HEADS + q_head) * HEAD_VEC4S + i] = select(sum / weight_sum, vec4<f32>(0.0), weight_sum == 0.0);
+        out[(first.token * NUM_Q_HEADS + q_head) * HEAD_VEC4S + i] = select(sum / weight_sum, vec4<f32>(0.0), weight_sum == 0.0);
     }
 {% if lse %}
     // Lane 0 owns a vec4 of every row, so it knows the sum of weights.
     if (lane == 0u) {
-        lse[item.token * NUM_Q_HEADS + q_head] = natural_lse(row_max, weight_sum);
+        lse[first.token * NUM_Q_HEADS + q_head] = natural_lse(row_max, weight_sum);
     }
 {% endif %}
 }

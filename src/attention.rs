@@ -1,5 +1,7 @@
 //! [`Attention`]: the public face of decode, prefill and merge.
 
+mod states;
+
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,6 +15,8 @@ use crate::plan::{
     AttendParams, AttentionConfig, PlanShape, PlannedDispatch, SplitPolicy, Stage, StepPlan, push_params,
 };
 use crate::sequence::QueryKernel;
+
+pub use states::MergeStates;
 
 /// Attention over a [`KvCache`]: compiled kernels and a workspace. Make one per distinct [`AttentionConfig`] (a model whose layers
 /// alternate between windowed and full attention has two) and use it for all layers and steps.
@@ -109,10 +113,12 @@ impl Attention {
             window: config.window,
             has_decode: decode.is_some(),
             tile_q: prefill.variant.tile_q,
+            block_size: geometry.block_size,
         };
         let max_workspace_bytes = config.max_workspace_bytes.min(gpu.max_storage_bytes());
         let mut policy =
             tuning::split_policy(gpu.profile(), gpu.adapter_class(), config.deterministic, max_workspace_bytes);
+        policy.cascade = config.cascade_policy(tuning::cascade_policy(&prefill.variant));
         if let Some((tuning, decode)) = tuned.zip(decode.as_ref()) {
             tuning.apply_split(&mut policy, &decode.variant);
         }

@@ -31,7 +31,7 @@ pub mod sequence;
 pub mod tune;
 
 #[cfg(feature = "wgpu")]
-pub use attention::{Attention, AttentionPlan};
+pub use attention::{Attention, AttentionPlan, MergeStates};
 #[cfg(feature = "wgpu")]
 pub use cache::{
     AppendQkv, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot, Step, SwapIn,
@@ -46,7 +46,7 @@ pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
-pub use plan::AttentionConfig;
+pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{
     BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory,
 };

@@ -26,6 +26,14 @@ pub(crate) const SHAPES: [Shape; 6] = [
     Shape { id: "P2", batch: 1, query_len: 512, seq_len: 2048, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 },
 ];
 
+/// Texts behind 2048 common tokens: grouped heads of two sizes, few texts, heads without groups.
+pub(crate) const COMMON: [Shape; 4] = [
+    Shape { id: "C1", batch: 16, query_len: 1, seq_len: 2176, num_q_heads: 32, num_kv_heads: 8, head_dim: 128 },
+    Shape { id: "C2", batch: 16, query_len: 1, seq_len: 2176, num_q_heads: 32, num_kv_heads: 8, head_dim: 64 },
+    Shape { id: "C3", batch: 4, query_len: 1, seq_len: 2176, num_q_heads: 32, num_kv_heads: 8, head_dim: 64 },
+    Shape { id: "C4", batch: 16, query_len: 1, seq_len: 2176, num_q_heads: 16, num_kv_heads: 16, head_dim: 64 },
+];
+
 impl Shape {
     pub(crate) fn is_decode(&self) -> bool {
         self.query_len == 1

@@ -92,7 +92,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% for r in range(g.rows) %}
     let row{{ r }} = min(item.row_start + {{ plus(r * g.lanes) }}lane, last_row);
     let pos{{ r }} = item.context_len + row{{ r }} / GROUP_SIZE;
-    let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
+    let q_row{{ r }} = token_of(item, row{{ r }}) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% if alibi or sinks %}
     let q_head{{ r }} = kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% endif %}

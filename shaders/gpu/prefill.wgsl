@@ -97,7 +97,7 @@ fn screened(v: vec4<f32>, tile_end: u32) -> vec4<f32> {
 fn q_row_of(item: WorkItem, first_head: u32, row: u32) -> u32 {
     let last_row = item.query_len * GROUP_SIZE - 1u;
     let r = min(row, last_row);
-    return (item.query_start + r / GROUP_SIZE) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
+    return token_of(item, r) * NUM_Q_HEADS + first_head + r % GROUP_SIZE;
 }
 
 {% if k_row_scales or v_row_scales %}
@@ -454,7 +454,7 @@ fn prefill(
     if (first_row + {{ r }}u < num_rows && row_set * ROWS + {{ r }}u < TILE_Q) {
         let row = first_row + {{ r }}u;
         let q_head = first_head + row % GROUP_SIZE;
-        let out_row = (item.query_start + row / GROUP_SIZE) * NUM_Q_HEADS + q_head;
+        let out_row = token_of(item, row) * NUM_Q_HEADS + q_head;
         let partial_row = (item.part_row + kv_head * num_rows + row) * (HEAD_VEC4S + 1u);
         var row_max = logit_max.{{ "xyzw"[r] }};
         var row_sum = p_sum.{{ "xyzw"[r] }};

@@ -194,7 +194,7 @@ fn prefill(
     let sequence_row = min(item.row_start + row, num_rows - 1u);
     let q_head = first_head + sequence_row % GROUP_SIZE;
     let query = item.context_len + sequence_row / GROUP_SIZE;
-    let out_row = (item.query_start + sequence_row / GROUP_SIZE) * NUM_Q_HEADS + q_head;
+    let out_row = token_of(item, sequence_row) * NUM_Q_HEADS + q_head;
     var slope = 0.0;
     if (ALIBI) {
         slope = head_slope(q_head);

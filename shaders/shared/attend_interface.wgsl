@@ -52,6 +52,7 @@ struct WorkItem {
     part_row: u32,      // first partial row, or NO_PARTIAL
     mask_offset: u32,   // word of the sequence's mask bits in plan
     mask_stride: u32,   // mask words per token
+    tokens_offset: u32, // word of the list of the rows' tokens in plan; 0: they stand one after another from query_start on
 }
 
 // A work item, its keys narrowed to those that some row of its tile of at most `tile_rows` rows can see.
@@ -60,6 +61,7 @@ fn read_item(item_idx: u32, tile_rows: u32) -> WorkItem {
     var item = WorkItem(
         plan[word], plan[word + 1u], plan[word + 2u], plan[word + 3u], plan[word + 4u],
         plan[word + 5u], plan[word + 6u], plan[word + 7u], plan[word + 8u], plan[word + 9u],
+        plan[word + 10u],
     );
     if (CAUSAL) {
         let last_row = min(item.row_start + tile_rows, item.query_len * GROUP_SIZE) - 1u;
@@ -72,6 +74,15 @@ fn read_item(item_idx: u32, tile_rows: u32) -> WorkItem {
     // No iteration for an empty range.
     item.kv_end = select(0u, item.kv_end, item.kv_begin < item.kv_end);
     return item;
+}
+
+// The token of a row, in q, out and lse. (Items of the decode kernel have no lists.)
+fn token_of(item: WorkItem, row: u32) -> u32 {
+    let token = row / GROUP_SIZE;
+    if (item.tokens_offset == 0u) {
+        return item.query_start + token;
+    }
+    return plan[item.tokens_offset + token];
 }
 
 // The block that holds a key, as the table has it: reading it early hides the wait for it.

@@ -30,7 +30,6 @@ pub struct Binding {
 }
 
 impl Binding {
-    #[cfg(feature = "model")]
     pub(crate) const fn new(name: &'static str, access: Access) -> Self {
         Self { name: Cow::Borrowed(name), access }
     }

@@ -9,6 +9,7 @@ mod geometry;
 mod grid;
 mod rope;
 mod source;
+mod states;
 mod target;
 mod template;
 pub mod tuning;
@@ -18,6 +19,9 @@ pub(crate) use bindings::attention_storage_buffers;
 pub use bindings::{Access, Binding, bindings};
 pub use rope::{RopeConfig, RopeLayout, RopeScaling};
 pub use source::compose;
+#[cfg(feature = "wgpu")]
+pub(crate) use states::STATES_WORKGROUP_SIZE;
+pub use states::merge_states_source;
 pub use target::{AdapterClass, MatrixSize, Profile, ShaderFeatures, Source, Target, Vendor};
 #[cfg(feature = "model")]
 pub(crate) use template::{region_context, render};

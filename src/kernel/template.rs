@@ -28,6 +28,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "gpu/prefill.wgsl",
     "gpu/prefill_matrix.wgsl",
     "merge.wgsl",
+    "merge_states.wgsl",
     "model/activate.wgsl",
     "model/activation.wgsl",
     "model/add_positions.wgsl",

@@ -1,10 +1,23 @@
 //! [`AttentionConfig`]: what attention computes.
 
 use super::MAX_GRID;
+use super::cascade::CascadePolicy;
 use super::items::LOGIT_FLOOR;
 use super::params::AttendParams;
 use crate::error::{Error, Result};
 use crate::layout::KvCacheConfig;
+
+/// When blocks that sequences share are read once for all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Cascade {
+    /// Each sequence reads its blocks for itself.
+    Never,
+    /// Where reading them once saves more than it costs.
+    #[default]
+    WhereItPays,
+    /// Wherever sequences share a block, for tests and measurements.
+    Always,
+}
 
 /// What attention computes. The same for every call of one `Attention`.
 ///
@@ -35,6 +48,9 @@ pub struct AttentionConfig {
     /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
     /// speed with small batches of middling lengths. Queries are not quantised then, whatever the device allows.
     pub deterministic: bool,
+    /// Whether blocks that sequences of a step share (forks, common prompts) are read once for all of them; results are the same within rounding.
+    /// Never with a window, ALiBi or custom masks, nor if `deterministic`.
+    pub cascade: Cascade,
     /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
     /// more on its own exceeds it.
     pub max_workspace_bytes: u64,
@@ -55,6 +71,7 @@ impl AttentionConfig {
             custom_mask: false,
             lse: false,
             deterministic: false,
+            cascade: Cascade::default(),
             max_workspace_bytes: 64 << 20,
         }
     }
@@ -109,6 +126,20 @@ impl AttentionConfig {
         slopes
             .copied()
             .try_for_each(|slope| small("alibi_slopes", slope, log2_units(slope) * longest + log2_units(cap)))
+    }
+
+    /// [`SplitPolicy::cascade`](super::SplitPolicy::cascade) by the option, unless another one forbids it. `pays` is when it pays on the adapter.
+    #[must_use]
+    pub fn cascade_policy(&self, pays: CascadePolicy) -> Option<CascadePolicy> {
+        let sees_positions = self.window.is_some() || self.alibi_slopes.is_some() || self.custom_mask;
+        if self.deterministic || sees_positions {
+            return None;
+        }
+        match self.cascade {
+            Cascade::Never => None,
+            Cascade::WhereItPays => Some(pays),
+            Cascade::Always => Some(CascadePolicy { tile_cost: 0.0, min_saved: 0 }),
+        }
     }
 
     /// The parameters that all dispatches of a plan share, for [`StepPlan::new`](super::StepPlan::new).

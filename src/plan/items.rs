@@ -33,8 +33,10 @@ pub struct WorkItem {
     pub mask_offset: u32,
     /// Words of the mask per token.
     pub mask_stride: u32,
+    /// Where the tokens of the rows stand, in words of the upload: row `r` is of the `r / group_size`-th. 0: of token `query_start + r / group_size`.
+    pub tokens_offset: u32,
     /// Keeps items three `vec4<u32>` long.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }
 
 /// Merging the partial states of one token: one workgroup per query head. The layout is the merge kernel's.
@@ -51,8 +53,10 @@ pub struct MergeItem {
     pub split_stride: u32,
     /// Partial rows from one KV head to the next.
     pub head_stride: u32,
+    /// How many items further on more states of the token are described. 0: there are no more.
+    pub next: u32,
     /// Keeps items two `vec4<u32>` long.
-    pub reserved: [u32; 3],
+    pub reserved: [u32; 2],
 }
 
 /// Words of a [`WorkItem`].

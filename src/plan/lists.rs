@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::cascade::{self, Cluster, SharedRun};
 use super::items::{MergeItem, NO_PARTIAL, WorkItem};
 use super::split::SplitPolicy;
 use crate::error::{Error, Result};
@@ -25,6 +26,8 @@ pub struct PlanShape {
     pub has_decode: bool,
     /// Query rows of a prefill tile.
     pub tile_q: u32,
+    /// Keys of a block.
+    pub block_size: u32,
 }
 
 /// Items that use the workspace at the same time. Rounds run one after another.
@@ -34,8 +37,10 @@ pub struct Round {
     pub decode: Range<usize>,
     /// Range of [`WorkLists::prefill`].
     pub prefill: Range<usize>,
-    /// Range of [`WorkLists::merge`].
+    /// Range of [`WorkLists::merge`]: a workgroup per head for each.
     pub merge: Range<usize>,
+    /// Range of [`WorkLists::merge`] that follows: what [`MergeItem::next`] leads to.
+    pub links: Range<usize>,
 }
 
 /// Who computes what in one attention call of a step. The same for every layer.
@@ -47,6 +52,8 @@ pub struct WorkLists {
     pub prefill: Vec<WorkItem>,
     /// Items of the merge kernel.
     pub merge: Vec<MergeItem>,
+    /// Tokens of the rows of items that don't stand one after another.
+    pub tokens: Vec<u32>,
     /// What runs together.
     pub rounds: Vec<Round>,
     /// Keys of a split.
@@ -106,7 +113,7 @@ impl PlanShape {
         Ok(())
     }
 
-    fn uses_decode(&self, entry: &BatchEntry) -> bool {
+    pub(super) fn uses_decode(&self, entry: &BatchEntry) -> bool {
         self.has_decode && entry.query_len == 1 && entry.kernel != QueryKernel::Prefill
     }
 
@@ -115,15 +122,22 @@ impl PlanShape {
         if self.uses_decode(entry) { self.group_size } else { self.tile_q }
     }
 
-    /// Tiles of a sequence, the one with the most keys first: long workgroups that start last would run alone at the end.
-    fn tiles(&self, entry: &BatchEntry, tile_rows: u32) -> impl Iterator<Item = Tile> + Clone {
+    /// Tiles of a sequence and their keys from `own_begin` on, the one with the most keys first: long workgroups that start last would run alone
+    /// at the end.
+    fn tiles(&self, entry: &BatchEntry, tile_rows: u32, own_begin: u32) -> impl Iterator<Item = Tile> + Clone {
         let (shape, entry) = (*self, entry.clone());
         let rows = entry.query_len * self.group_size;
         (0..rows.div_ceil(tile_rows)).rev().map(move |tile| {
             let row_start = tile * tile_rows;
             let row_end = row_start.saturating_add(tile_rows).min(rows);
-            Tile { row_start, keys: shape.visible(&entry, row_start, row_end) }
+            let (begin, end) = shape.visible(&entry, row_start, row_end);
+            Tile { row_start, keys: (begin.max(own_begin), end) }
         })
+    }
+
+    /// Rows of all tokens of the entries of a run.
+    fn run_rows(&self, run: &SharedRun, batch: &Batch) -> u32 {
+        run.entries.iter().map(|&i| batch.entries[i].query_len).sum::<u32>() * self.group_size
     }
 
     /// Range of the keys that any of the rows can see.
@@ -143,7 +157,7 @@ impl WorkLists {
     /// Plans a batch.
     ///
     /// `table_offset` is where [`Batch::tables`] starts in the upload, in words; `mask_offsets` where the mask bits of each sequence
-    /// start (empty if there is no mask).
+    /// start (empty if there is no mask); `tokens_offset` where [`WorkLists::tokens`] will stand, not 0.
     ///
     /// A sequence whose keys exceed the split length is cut on a grid of it: *all* tiles of a chunk of it get an item for every range
     /// that any of them sees, some of them empty, so that the merge kernel finds the same number of partial states for each token.
@@ -157,6 +171,7 @@ impl WorkLists {
         batch: &Batch,
         table_offset: u32,
         mask_offsets: &[u32],
+        tokens_offset: u32,
     ) -> Result<Self> {
         shape.check(batch)?;
         let batch = batch.by_kernel();
@@ -164,132 +179,333 @@ impl WorkLists {
             let got = "some beside tokens for the decode kernel one by one";
             return Err(Error::argument("masks", got, "none, or another kernel"));
         }
-        let split_len = policy.split_len(
-            batch.entries.iter().flat_map(|e| shape.tiles(e, shape.tile_rows(e))).map(|t| t.keys.1 - t.keys.0),
-            shape.num_kv_heads,
-        );
-        let mut plan = Self { split_len, ..Self::default() };
-        // Rows of partial states are numbered with u32.
-        let max_rows = (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).clamp(1, u32::MAX.into());
+        let clusters = match &policy.cascade {
+            Some(cascade) if mask_offsets.is_empty() && tokens_offset > 0 => cascade::clusters(shape, cascade, &batch),
+            _ => Vec::new(),
+        };
+        let mut planner = Planner::new(shape, policy, &batch, &clusters);
+        planner.table_offset = table_offset;
+        planner.mask_offsets = mask_offsets;
+        planner.tokens_offset = tokens_offset;
         // Long prefill tiles first, over all sequences, for the same reason as within one.
         let mut order: Vec<usize> = (0..batch.entries.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse(batch.entries[i].seq_len()));
-        let starts = batch.query_start();
-        let mut round = Round::default();
-        let mut rows_used = 0;
-        for i in order {
-            let entry = &batch.entries[i];
-            let base = WorkItem {
-                query_start: starts[i],
-                query_len: entry.query_len,
-                context_len: entry.context_len,
-                table_offset: checked(u64::from(table_offset) + entry.table.start as u64)?,
-                part_row: NO_PARTIAL,
-                mask_offset: mask_offsets.get(i).copied().unwrap_or(0),
-                mask_stride: if mask_offsets.is_empty() { 0 } else { entry.seq_len().div_ceil(32) },
-                ..WorkItem::default()
-            };
-            let decode = shape.uses_decode(entry);
-            // A chunk of one token stays with the kernel of its sequence, and so do the tiles.
-            let tile_rows = shape.tile_rows(entry);
-            let (begin, end) = key_range(shape.tiles(entry, tile_rows).map(|t| t.keys));
-            // A single short range needs no merge, wherever it lies; longer ones are cut where the grid says, so that a fixed
-            // split length makes each token's sum independent of the tokens beside it.
-            let direct = match policy.fixed_split_len {
-                Some(_) => begin / split_len == (end - 1) / split_len,
-                None => end - begin <= split_len,
-            };
-            if direct {
-                let list = if decode { &mut plan.decode } else { &mut plan.prefill };
-                list.extend(shape.tiles(entry, tile_rows).map(|t| WorkItem {
-                    row_start: t.row_start,
-                    kv_begin: t.keys.0,
-                    kv_end: t.keys.1,
+        let mut is_done = vec![false; batch.entries.len()];
+        for cluster in &clusters {
+            let is_planned = planner.add_cluster(cluster)?;
+            cluster.entries.iter().for_each(|&i| is_done[i] = is_planned);
+        }
+        for i in order.into_iter().filter(|&i| !is_done[i]) {
+            planner.add_entry(i)?;
+        }
+        planner.close();
+        Ok(planner.plan)
+    }
+
+    /// Rows of K (and as many of V) that the kernels read in a layer, each as often as it is read.
+    #[must_use]
+    pub fn kv_rows_read(&self, num_kv_heads: u32) -> u64 {
+        let keys = self.decode.iter().chain(&self.prefill).map(|item| item.kv_end.saturating_sub(item.kv_begin));
+        keys.map(u64::from).sum::<u64>() * u64::from(num_kv_heads)
+    }
+}
+
+/// A plan in the making.
+struct Planner<'a> {
+    shape: &'a PlanShape,
+    batch: &'a Batch,
+    starts: Vec<u32>,
+    table_offset: u32,
+    mask_offsets: &'a [u32],
+    tokens_offset: u32,
+    /// Whether the grid of splits must not depend on the batch.
+    is_fixed: bool,
+    /// Most rows of partial states in a round. Rows are numbered with u32.
+    max_rows: u64,
+    /// Of this round.
+    rows_used: u64,
+    round: Round,
+    /// Further states of the merge items of this round, by index.
+    links: Vec<(usize, Vec<MergeItem>)>,
+    plan: WorkLists,
+}
+
+impl<'a> Planner<'a> {
+    fn new(shape: &'a PlanShape, policy: &SplitPolicy, batch: &'a Batch, clusters: &[Cluster]) -> Self {
+        let mut own_begins = vec![0; batch.entries.len()];
+        for run in clusters.iter().flat_map(|cluster| &cluster.runs) {
+            run.entries.iter().for_each(|&i| own_begins[i] = run.keys(shape.block_size).1);
+        }
+        let own = batch.entries.iter().zip(&own_begins);
+        let own = own.flat_map(|(entry, &begin)| shape.tiles(entry, shape.tile_rows(entry), begin));
+        let shared = clusters.iter().flat_map(|cluster| &cluster.runs).flat_map(|run| {
+            let tiles = shape.run_rows(run, batch).div_ceil(shape.tile_q);
+            (0..tiles).map(|_| Tile { row_start: 0, keys: run.keys(shape.block_size) })
+        });
+        let split_len = policy.split_len(own.chain(shared).map(|t| t.keys.1 - t.keys.0), shape.num_kv_heads);
+        Self {
+            shape,
+            batch,
+            starts: batch.query_start(),
+            table_offset: 0,
+            mask_offsets: &[],
+            tokens_offset: 0,
+            is_fixed: policy.fixed_split_len.is_some(),
+            max_rows: (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).clamp(1, u32::MAX.into()),
+            rows_used: 0,
+            round: Round::default(),
+            links: Vec::new(),
+            plan: WorkLists { split_len, ..WorkLists::default() },
+        }
+    }
+
+    /// Rows of partial states of a token and split.
+    fn token_rows(&self) -> u64 {
+        u64::from(self.shape.num_kv_heads) * u64::from(self.shape.group_size)
+    }
+
+    /// The first and the last cell of the grid of splits that has one of the keys.
+    fn cells(&self, (begin, end): (u32, u32)) -> (u32, u32) {
+        (begin / self.plan.split_len, (end - 1) / self.plan.split_len)
+    }
+
+    fn num_splits(&self, keys: (u32, u32)) -> u32 {
+        let (first, last) = self.cells(keys);
+        last - first + 1
+    }
+
+    /// Makes room for rows of partial states, in this round or the next one. The first of them.
+    fn reserve(&mut self, need: u64) -> Result<u32> {
+        if self.rows_used + need > self.max_rows && self.rows_used > 0 {
+            self.close();
+        }
+        if self.rows_used + need > u64::from(u32::MAX) {
+            let need = format!("{} rows of partial states", self.rows_used + need);
+            return Err(Error::unsupported("attention workspace", need, "fewer than 2^32"));
+        }
+        let first = self.rows_used as u32;
+        self.rows_used += need;
+        self.plan.num_partial_rows = self.plan.num_partial_rows.max(self.rows_used);
+        Ok(first)
+    }
+
+    /// What all items of an entry have in common.
+    fn base(&self, i: usize) -> Result<WorkItem> {
+        let entry = &self.batch.entries[i];
+        Ok(WorkItem {
+            query_start: self.starts[i],
+            query_len: entry.query_len,
+            context_len: entry.context_len,
+            table_offset: checked(u64::from(self.table_offset) + entry.table.start as u64)?,
+            part_row: NO_PARTIAL,
+            mask_offset: self.mask_offsets.get(i).copied().unwrap_or(0),
+            mask_stride: if self.mask_offsets.is_empty() { 0 } else { entry.seq_len().div_ceil(32) },
+            ..WorkItem::default()
+        })
+    }
+
+    /// Plans an entry with all its keys.
+    fn add_entry(&mut self, i: usize) -> Result<()> {
+        let entry = &self.batch.entries[i];
+        let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), 0);
+        let (begin, end) = key_range(tiles.clone().map(|t| t.keys));
+        let split_len = self.plan.split_len;
+        // A single short range needs no merge, wherever it lies; longer ones are cut where the grid says, so that a fixed
+        // split length makes each token's sum independent of the tokens beside it.
+        let direct = if self.is_fixed { self.num_splits((begin, end)) == 1 } else { end - begin <= split_len };
+        if direct {
+            let base = self.base(i)?;
+            let items =
+                tiles.map(|t| WorkItem { row_start: t.row_start, kv_begin: t.keys.0, kv_end: t.keys.1, ..base });
+            let list = if self.shape.uses_decode(entry) { &mut self.plan.decode } else { &mut self.plan.prefill };
+            list.extend(items);
+            return Ok(());
+        }
+        // Chunks of tokens whose partial states fit into the workspace. Each is planned like a sequence of its own, with the same
+        // keys and fewer queries, and is computed and merged within one round.
+        let most_rows = self.token_rows() * u64::from(self.num_splits((begin, end)));
+        let chunk_len = (self.max_rows / most_rows).clamp(1, entry.query_len.into()) as u32;
+        for start in (0..entry.query_len).step_by(chunk_len as usize) {
+            self.add_chunk(i, start..entry.query_len.min(start + chunk_len), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Plans some tokens of an entry with their keys from `own_begin` on, as partial states. Its merge items are the last ones then.
+    fn add_chunk(&mut self, i: usize, tokens: Range<u32>, own_begin: u32) -> Result<()> {
+        let entry = &self.batch.entries[i];
+        let chunk = BatchEntry {
+            query_len: tokens.end - tokens.start,
+            context_len: entry.context_len + tokens.start,
+            ..entry.clone()
+        };
+        let base = self.base(i)?;
+        // Without a causal mask every query sees the keys behind its chunk as well.
+        let end = if self.shape.causal { chunk.seq_len() } else { entry.seq_len() };
+        let keys = |tile: Tile| if self.shape.causal { tile.keys } else { (tile.keys.0, end) };
+        // A chunk of one token stays with the kernel of its sequence, and so do the tiles.
+        let tiles = self.shape.tiles(&chunk, self.shape.tile_rows(entry), own_begin);
+        let range = key_range(tiles.clone().map(keys));
+        let (first, num_splits) = (self.cells(range).0, self.num_splits(range));
+        let rows = chunk.query_len * self.shape.group_size;
+        let part_row = self.reserve(self.token_rows() * u64::from(chunk.query_len) * u64::from(num_splits))?;
+        let split_stride = self.shape.num_kv_heads * rows;
+        let split_len = self.plan.split_len;
+        let base = WorkItem {
+            query_start: base.query_start + tokens.start,
+            query_len: chunk.query_len,
+            context_len: chunk.context_len,
+            mask_offset: checked(u64::from(base.mask_offset) + u64::from(tokens.start) * u64::from(base.mask_stride))?,
+            ..base
+        };
+        let items = tiles.flat_map(|tile| {
+            let (tile_begin, tile_end) = keys(tile);
+            (0..num_splits).map(move |split| {
+                let grid = (first + split) * split_len;
+                WorkItem {
+                    row_start: tile.row_start,
+                    kv_begin: grid.max(tile_begin),
+                    kv_end: grid.saturating_add(split_len).min(tile_end),
+                    part_row: part_row + split * split_stride,
                     ..base
-                }));
-                continue;
-            }
-            // Chunks of tokens whose partial states fit into the workspace. Each is planned like a sequence of its own, with the same
-            // keys and fewer queries, and is computed and merged within one round.
-            let token_rows = u64::from(shape.num_kv_heads) * u64::from(shape.group_size);
-            let most_splits = u64::from((end - 1) / split_len - begin / split_len + 1);
-            let chunk_len = (max_rows / (token_rows * most_splits)).clamp(1, entry.query_len.into()) as u32;
-            let mut chunk_start = 0;
-            while chunk_start < entry.query_len {
-                let chunk = BatchEntry {
-                    query_len: chunk_len.min(entry.query_len - chunk_start),
-                    context_len: entry.context_len + chunk_start,
-                    ..entry.clone()
-                };
-                // Without a causal mask every query sees the keys behind its chunk as well.
-                let keys = |t: Tile| if shape.causal { t.keys } else { (t.keys.0, end) };
-                let (begin, end) = key_range(shape.tiles(&chunk, tile_rows).map(keys));
-                let (first, last) = (begin / split_len, (end - 1) / split_len);
-                let num_splits = last - first + 1;
-                let rows = chunk.query_len * shape.group_size;
-                let need = token_rows * u64::from(chunk.query_len) * u64::from(num_splits);
-                if rows_used + need > max_rows && rows_used > 0 {
-                    let done = plan.close(&mut round);
-                    plan.rounds.push(done);
-                    rows_used = 0;
                 }
-                if rows_used + need > u64::from(u32::MAX) {
-                    let need = format!("{} rows of partial states", rows_used + need);
-                    return Err(Error::unsupported("attention workspace", need, "fewer than 2^32"));
+            })
+        });
+        let list = if self.shape.uses_decode(entry) { &mut self.plan.decode } else { &mut self.plan.prefill };
+        list.extend(items);
+        self.plan.merge.extend((0..chunk.query_len).map(|token| MergeItem {
+            token: base.query_start + token,
+            part_row: part_row + token * self.shape.group_size,
+            num_splits,
+            split_stride,
+            head_stride: rows,
+            ..MergeItem::default()
+        }));
+        Ok(())
+    }
+
+    /// Plans the entries of a cluster, unless their states need more room than there is: false then.
+    fn add_cluster(&mut self, cluster: &Cluster) -> Result<bool> {
+        let block_size = self.shape.block_size;
+        let mut need = 0;
+        let mut own_begins: Vec<u32> = vec![0; cluster.entries.len()];
+        for run in &cluster.runs {
+            let tokens = u64::from(self.shape.run_rows(run, self.batch) / self.shape.group_size);
+            need += self.token_rows() * tokens * u64::from(self.num_splits(run.keys(block_size)));
+            for i in &run.entries {
+                if let Ok(at) = cluster.entries.binary_search(i) {
+                    own_begins[at] = run.keys(block_size).1;
                 }
-                let part_row = rows_used as u32;
-                let split_stride = shape.num_kv_heads * rows;
-                let base = WorkItem {
-                    query_start: base.query_start + chunk_start,
-                    query_len: chunk.query_len,
-                    context_len: chunk.context_len,
-                    mask_offset: checked(
-                        u64::from(base.mask_offset) + u64::from(chunk_start) * u64::from(base.mask_stride),
-                    )?,
-                    ..base
-                };
-                let list = if decode { &mut plan.decode } else { &mut plan.prefill };
-                for tile in shape.tiles(&chunk, tile_rows) {
-                    let (tile_begin, tile_end) = keys(tile);
-                    list.extend((0..num_splits).map(|split| {
-                        let grid = (first + split) * split_len;
-                        WorkItem {
-                            row_start: tile.row_start,
-                            kv_begin: grid.max(tile_begin),
-                            kv_end: grid.saturating_add(split_len).min(tile_end),
-                            part_row: part_row + split * split_stride,
-                            ..base
-                        }
-                    }));
-                }
-                plan.merge.extend((0..chunk.query_len).map(|token| MergeItem {
-                    token: base.query_start + token,
-                    part_row: part_row + token * shape.group_size,
-                    num_splits,
-                    split_stride,
-                    head_stride: rows,
-                    ..MergeItem::default()
-                }));
-                rows_used += need;
-                plan.num_partial_rows = plan.num_partial_rows.max(rows_used);
-                chunk_start += chunk.query_len;
             }
         }
-        let last = plan.close(&mut round);
-        plan.rounds.push(last);
-        Ok(plan)
+        for (&i, &begin) in cluster.entries.iter().zip(&own_begins) {
+            let entry = &self.batch.entries[i];
+            need +=
+                self.token_rows() * u64::from(entry.query_len) * u64::from(self.num_splits((begin, entry.seq_len())));
+        }
+        if need > self.max_rows {
+            return Ok(false);
+        }
+        if self.rows_used + need > self.max_rows {
+            self.close();
+        }
+        // States of the tokens of each entry.
+        let mut states: Vec<Vec<MergeItem>> = vec![Vec::new(); cluster.entries.len()];
+        for run in &cluster.runs {
+            let run_states = self.add_run(run)?;
+            let mut run_states = run_states.into_iter();
+            for i in &run.entries {
+                if let Ok(at) = cluster.entries.binary_search(i) {
+                    states[at].extend(run_states.by_ref().take(self.batch.entries[*i].query_len as usize));
+                }
+            }
+        }
+        for ((&i, &begin), states) in cluster.entries.iter().zip(&own_begins).zip(states) {
+            let query_len = self.batch.entries[i].query_len;
+            self.add_chunk(i, 0..query_len, begin)?;
+            let first = self.plan.merge.len() - query_len as usize;
+            for token in 0..query_len as usize {
+                let links = states.iter().skip(token).step_by(query_len as usize).copied().collect();
+                self.links.push((first + token, links));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Plans the tokens of several entries with keys that all of them see: a state for each token, entry by entry.
+    fn add_run(&mut self, run: &SharedRun) -> Result<Vec<MergeItem>> {
+        let shape = self.shape;
+        let (begin, end) = run.keys(shape.block_size);
+        let [first_entry, ..] = run.entries[..] else { return Ok(Vec::new()) };
+        let tokens: Vec<u32> = run
+            .entries
+            .iter()
+            .flat_map(|&i| self.starts[i]..self.starts[i] + self.batch.entries[i].query_len)
+            .collect();
+        let tokens_offset = if tokens.windows(2).all(|pair| pair[0] + 1 == pair[1]) {
+            0
+        } else {
+            checked(u64::from(self.tokens_offset) + self.plan.tokens.len() as u64)?
+        };
+        let rows = shape.run_rows(run, self.batch);
+        let (first, num_splits) = (self.cells((begin, end)).0, self.num_splits((begin, end)));
+        let part_row = self.reserve(self.token_rows() * tokens.len() as u64 * u64::from(num_splits))?;
+        let (split_len, split_stride) = (self.plan.split_len, shape.num_kv_heads * rows);
+        // Behind all these keys, each of which every row therefore sees.
+        let base = WorkItem {
+            query_start: tokens[0],
+            query_len: tokens.len() as u32,
+            context_len: end,
+            tokens_offset,
+            ..self.base(first_entry)?
+        };
+        for row_start in (0..rows).step_by(shape.tile_q as usize) {
+            self.plan.prefill.extend((0..num_splits).map(|split| {
+                let grid = (first + split) * split_len;
+                WorkItem {
+                    row_start,
+                    kv_begin: grid.max(begin),
+                    kv_end: grid.saturating_add(split_len).min(end),
+                    part_row: part_row + split * split_stride,
+                    ..base
+                }
+            }));
+        }
+        let states = (0..tokens.len() as u32).zip(&tokens).map(|(i, &token)| MergeItem {
+            token,
+            part_row: part_row + i * shape.group_size,
+            num_splits,
+            split_stride,
+            head_stride: rows,
+            ..MergeItem::default()
+        });
+        let states = states.collect();
+        if tokens_offset > 0 {
+            self.plan.tokens.extend(tokens);
+        }
+        Ok(states)
     }
 
     /// Ends the round at the lists' present ends and starts the next one there.
-    fn close(&self, round: &mut Round) -> Round {
-        let done = Round {
-            decode: round.decode.start..self.decode.len(),
-            prefill: round.prefill.start..self.prefill.len(),
-            merge: round.merge.start..self.merge.len(),
-        };
-        round.decode = done.decode.end..done.decode.end;
-        round.prefill = done.prefill.end..done.prefill.end;
-        round.merge = done.merge.end..done.merge.end;
-        done
+    fn close(&mut self) {
+        let plan = &mut self.plan;
+        let items_end = plan.merge.len();
+        for (mut item, links) in self.links.drain(..) {
+            for link in links {
+                plan.merge[item].next = (plan.merge.len() - item) as u32;
+                item = plan.merge.len();
+                plan.merge.push(link);
+            }
+        }
+        let (begin, end) = (self.round.clone(), plan.merge.len());
+        plan.rounds.push(Round {
+            decode: begin.decode.start..plan.decode.len(),
+            prefill: begin.prefill.start..plan.prefill.len(),
+            merge: begin.merge.start..items_end,
+            links: items_end..end,
+        });
+        let [decode, prefill] = [plan.decode.len(), plan.prefill.len()];
+        self.round = Round { decode: decode..decode, prefill: prefill..prefill, merge: end..end, links: end..end };
+        self.rows_used = 0;
     }
 }

@@ -3,6 +3,7 @@
 //! **Less stable** than the rest of the crate; see [`kernel`](crate::kernel).
 
 mod append;
+mod cascade;
 mod config;
 mod grid;
 mod items;
@@ -12,7 +13,8 @@ mod split;
 mod step;
 
 pub use append::{AppendGrids, append_words};
-pub use config::AttentionConfig;
+pub use cascade::CascadePolicy;
+pub use config::{AttentionConfig, Cascade};
 pub use grid::{MAX_GRID, linear_grid};
 pub use items::{LOGIT_FLOOR, MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
 pub use lists::{PlanShape, Round, WorkLists, partial_row_bytes};

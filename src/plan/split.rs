@@ -4,8 +4,10 @@
 //! (Flash-Decoding, Dao et al. 2023). The keys are then cut into ranges on a grid of `split_len`, each range is a workgroup of its own,
 //! and the merge kernel joins their partial states.
 
-/// What bounds the choice of `split_len`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use super::cascade::CascadePolicy;
+
+/// How keys are divided between workgroups.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SplitPolicy {
     /// Enough workgroups to keep the device busy: below this number, splitting pays.
     pub target_workgroups: u32,
@@ -17,6 +19,9 @@ pub struct SplitPolicy {
     pub fixed_split_len: Option<u32>,
     /// Bytes of partial states at one time; more work is done in rounds that use the same workspace.
     pub max_workspace_bytes: u64,
+    /// Blocks that sequences share are read once for all of them, where that pays. `None`: never, which must be so where logits depend on the
+    /// positions of queries (ALiBi), and where results must not depend on what else is in the batch.
+    pub cascade: Option<CascadePolicy>,
 }
 
 /// Split boundaries are multiples of this, so that a range starts at a tile and, mostly, at a block.

@@ -32,7 +32,7 @@ pub struct PlannedDispatch {
 
 /// The work of one attention call of a step: who computes what, and the words to upload. The same for every layer.
 ///
-/// The upload is block tables, masks, items of decode, prefill and merge, and,
+/// The upload is block tables, masks, lists of tokens, items of decode, prefill and merge, and,
 /// from the next multiple of 256 bytes on, a parameter block per dispatch. It is final: offsets in items and parameters count from its start.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
@@ -72,10 +72,11 @@ impl StepPlan {
                 start
             })
             .collect();
-        let lists = WorkLists::new(shape, policy, batch, 0, &mask_offsets)?;
+        let tokens_offset = mask_offset;
+        let lists = WorkLists::new(shape, policy, batch, 0, &mask_offsets, tokens_offset)?;
         let [decode_len, prefill_len, merge_len] =
             [lists.decode.len(), lists.prefill.len(), lists.merge.len()].map(|len| len as u64);
-        let decode_start = u64::from(mask_offset);
+        let decode_start = u64::from(tokens_offset) + lists.tokens.len() as u64;
         let prefill_start = decode_start + decode_len * u64::from(WORK_ITEM_WORDS);
         let merge_start = prefill_start + prefill_len * u64::from(WORK_ITEM_WORDS);
         let params_start =
@@ -85,6 +86,7 @@ impl StepPlan {
         let mut words = Vec::with_capacity(params_start as usize + 3 * PARAM_BLOCK_WORDS as usize);
         words.extend_from_slice(&batch.tables);
         masks.iter().for_each(|mask| words.extend_from_slice(mask));
+        words.extend_from_slice(&lists.tokens);
         words.extend_from_slice(bytemuck::cast_slice(&lists.decode));
         words.extend_from_slice(bytemuck::cast_slice(&lists.prefill));
         words.extend_from_slice(bytemuck::cast_slice(&lists.merge));
@@ -156,6 +158,7 @@ mod tests {
         window: None,
         has_decode: true,
         tile_q: 8,
+        block_size: 16,
     };
 
     const POLICY: SplitPolicy = SplitPolicy {
@@ -164,6 +167,7 @@ mod tests {
         max_split_len: 64,
         fixed_split_len: None,
         max_workspace_bytes: 8000,
+        cascade: None,
     };
 
     /// One token of a long sequence, five of a short one and one of an even longer one.
@@ -318,9 +322,9 @@ mod tests {
         let many = PlanShape { num_kv_heads: 1, group_size: 65_535, has_decode: false, ..SHAPE };
         assert!(new(many, POLICY, &one(entry(1, 1 << 26)), &[]).is_err());
         let empty: [u32; 0] = [];
-        assert!(WorkLists::new(&SHAPE, &POLICY, &one(entry(1, 1)), u32::MAX, &empty).is_ok());
+        assert!(WorkLists::new(&SHAPE, &POLICY, &one(entry(1, 1)), u32::MAX, &empty, 1).is_ok());
         let later = BatchEntry { table: 1..2, ..entry(1, 1) };
         let batch = Batch { entries: vec![later], tables: vec![0; 2] };
-        assert!(WorkLists::new(&SHAPE, &POLICY, &batch, u32::MAX, &empty).is_err());
+        assert!(WorkLists::new(&SHAPE, &POLICY, &batch, u32::MAX, &empty, 1).is_err());
     }
 }

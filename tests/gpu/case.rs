@@ -13,6 +13,8 @@ pub(crate) struct Case {
     pub(crate) name: String,
     /// (context_len, query_len) of each sequence.
     pub(crate) lens: Vec<(u32, u32)>,
+    /// Tokens at the start of every context that are those of the first: the others are forks of it.
+    pub(crate) prefix: u32,
     pub(crate) num_kv_heads: u32,
     pub(crate) head_dim: u32,
     pub(crate) block_size: u32,
@@ -49,6 +51,7 @@ impl Case {
         Self {
             name: String::new(),
             lens: lens.to_vec(),
+            prefix: 0,
             num_kv_heads,
             head_dim,
             block_size: 16,
@@ -116,6 +119,13 @@ impl Case {
                 rows.mask = (0..words)
                     .map(|_| (0..32).fold(0, |bits, bit| bits | u32::from(rng.f32() < self.mask_density) << bit))
                     .collect();
+            }
+        }
+        if let Some((first, others)) = rows.split_first_mut() {
+            let shared = (self.prefix * self.num_kv_heads * self.head_dim) as usize;
+            for other in others {
+                other.k[..shared].copy_from_slice(&first.k[..shared]);
+                other.v[..shared].copy_from_slice(&first.v[..shared]);
             }
         }
         let channels = self.channels(&rows);
@@ -289,12 +299,19 @@ impl Case {
 
     /// Makes the sequences and appends their context.
     pub(crate) fn append_context(&self, cache: &KvCache, rows: &[Rows]) -> Vec<SequenceId> {
-        let sequences: Vec<_> = self.lens.iter().map(|_| cache.create_sequence()).collect();
         let row = (self.num_kv_heads * self.head_dim) as usize;
+        let mut sequences = vec![cache.create_sequence()];
+        if self.prefix > 0 {
+            let shared = ..self.prefix as usize * row;
+            append(cache, &[(sequences[0], self.prefix)], 0, &rows[0].k[shared], &rows[0].v[shared]);
+        }
+        while sequences.len() < self.lens.len() {
+            sequences.push(cache.fork(sequences[0]).expect("fork"));
+        }
         // Sequences grow a few tokens at a time where that is cheap, so that their blocks interleave.
         // A step's rows must fit into a binding.
         let most = cache.gpu().limits().max_storage_buffer_binding_size / (4 * row * self.lens.len()) as u64;
-        let mut done = vec![0; self.lens.len()];
+        let mut done = vec![self.prefix; self.lens.len()];
         loop {
             let mut batch = Vec::new();
             let (mut k, mut v) = (Vec::new(), Vec::new());

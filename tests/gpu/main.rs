@@ -14,6 +14,7 @@ mod append_qkv;
 mod attend;
 mod bad_input;
 mod cache;
+mod cascade;
 mod case;
 mod contiguous;
 mod encoded;

@@ -1,13 +1,18 @@
 //! Plans as plain data: what the items of a [`WorkLists`] make the kernels compute, against what attention means.
 
-use std::collections::{BTreeMap, HashSet};
-use std::ops::Range;
+mod checker;
 
-use folio::plan::{NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes};
+use std::collections::{BTreeMap, HashSet};
+
+use checker::Checker;
+use folio::plan::{
+    CascadePolicy, NO_PARTIAL, PlanShape, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes,
+};
 use folio::sequence::{Batch, BatchEntry, QueryKernel};
 use proptest::prelude::*;
 
 const TABLE_OFFSET: u32 = 1000;
+const TOKENS_OFFSET: u32 = 700_000;
 const BLOCK_SIZE: u32 = 16;
 
 /// A batch of (query_len, context_len) with tables of made-up blocks.
@@ -38,221 +43,9 @@ fn mask_offsets(batch: &Batch) -> Vec<u32> {
 }
 
 fn plan(shape: &PlanShape, policy: &SplitPolicy, batch: &Batch) -> WorkLists {
-    WorkLists::new(shape, policy, batch, TABLE_OFFSET, &mask_offsets(batch)).expect("a plan")
-}
-
-/// One head of a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Row {
-    token: u32,
-    kv_head: u32,
-    head_in_group: u32,
-}
-
-/// Checks a plan by acting it out: what each kernel would compute and write, item by item.
-struct Checker<'a> {
-    shape: &'a PlanShape,
-    policy: &'a SplitPolicy,
-    batch: &'a Batch,
-    plan: &'a WorkLists,
-    starts: Vec<u32>,
-    masks: Vec<u32>,
-    /// For each (token, head in group): the nonempty ranges of keys that its items walk over, cut to what it sees. The
-    /// same for every KV head.
-    ranges: BTreeMap<(u32, u32), Vec<Range<u32>>>,
-    /// (token, head in group) of items that write results, not partial states.
-    direct: HashSet<(u32, u32)>,
-    merged: HashSet<u32>,
-    most_partial_rows: u64,
-}
-
-impl<'a> Checker<'a> {
-    fn new(shape: &'a PlanShape, policy: &'a SplitPolicy, batch: &'a Batch, plan: &'a WorkLists) -> Self {
-        let (starts, masks) = (batch.query_start(), mask_offsets(batch));
-        Self {
-            shape,
-            policy,
-            batch,
-            plan,
-            starts,
-            masks,
-            ranges: BTreeMap::new(),
-            direct: HashSet::new(),
-            merged: HashSet::new(),
-            most_partial_rows: 0,
-        }
-    }
-
-    fn check(mut self) -> Result<(), String> {
-        self.check_partition()?;
-        for round in &self.plan.rounds {
-            self.check_round(round).map_err(|error| format!("{error}; in {round:?}"))?;
-        }
-        self.check_coverage()?;
-        if self.plan.num_partial_rows != self.most_partial_rows {
-            let (claimed, most) = (self.plan.num_partial_rows, self.most_partial_rows);
-            return Err(format!("num_partial_rows is {claimed}, the largest round has {most}"));
-        }
-        Ok(())
-    }
-
-    /// Each list is cut into the rounds' ranges without gap or overlap.
-    fn check_partition(&self) -> Result<(), String> {
-        let check = |len: usize, range: fn(&Round) -> &Range<usize>| {
-            let end = self.plan.rounds.iter().map(range).try_fold(0, |end, range| {
-                let follows = range.start == end && range.end >= end;
-                if follows { Ok(range.end) } else { Err(format!("{range:?} does not follow {end}")) }
-            })?;
-            if end == len { Ok(()) } else { Err(format!("the rounds end at {end} of {len} items")) }
-        };
-        check(self.plan.decode.len(), |round| &round.decode)?;
-        check(self.plan.prefill.len(), |round| &round.prefill)?;
-        check(self.plan.merge.len(), |round| &round.merge)
-    }
-
-    fn check_round(&mut self, round: &Round) -> Result<(), String> {
-        let mut written: BTreeMap<u32, (Row, bool)> = BTreeMap::new();
-        let items = self.plan.decode[round.decode.clone()].iter().map(|item| (true, item));
-        let items = items.chain(self.plan.prefill[round.prefill.clone()].iter().map(|item| (false, item)));
-        for (decode, item) in items {
-            self.check_item(decode, item, &mut written).map_err(|error| format!("{error}; in {item:?}"))?;
-        }
-        // The merge kernel reads every partial state of the round exactly once, for the row that it belongs to.
-        for merge in &self.plan.merge[round.merge.clone()] {
-            if !self.merged.insert(merge.token) {
-                return Err(format!("token {} is merged twice", merge.token));
-            }
-            for (kv_head, head_in_group) in self.heads() {
-                let row = Row { token: merge.token, kv_head, head_in_group };
-                for split in 0..merge.num_splits {
-                    let slot =
-                        merge.part_row + kv_head * merge.head_stride + head_in_group + split * merge.split_stride;
-                    match written.get_mut(&slot) {
-                        Some((owner, read)) if *owner == row && !*read => *read = true,
-                        other => {
-                            return Err(format!("{row:?} merges partial row {slot}, which is {other:?}; {merge:?}"));
-                        }
-                    }
-                }
-            }
-        }
-        if let Some((slot, (row, _))) = written.iter().find(|(_, (_, read))| !read) {
-            return Err(format!("partial row {slot} of {row:?} is never merged"));
-        }
-        let used = written.len() as u64;
-        self.most_partial_rows =
-            self.most_partial_rows.max(written.keys().last().map_or(0, |&slot| u64::from(slot) + 1));
-        let limit = self.policy.max_workspace_bytes / partial_row_bytes(self.shape.head_dim);
-        // A token can't be cut: one alone may need more.
-        if used > limit && round.merge.len() > 1 {
-            return Err(format!("{used} partial rows in a workspace of {limit}"));
-        }
-        Ok(())
-    }
-
-    fn heads(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
-        let group_size = self.shape.group_size;
-        (0..self.shape.num_kv_heads).flat_map(move |kv_head| (0..group_size).map(move |head| (kv_head, head)))
-    }
-
-    fn check_item(
-        &mut self,
-        decode: bool,
-        item: &WorkItem,
-        written: &mut BTreeMap<u32, (Row, bool)>,
-    ) -> Result<(), String> {
-        let group_size = self.shape.group_size;
-        let sequence = self.starts.partition_point(|&start| start <= item.query_start) - 1;
-        let entry = &self.batch.entries[sequence];
-        // A chunk is planned like a sequence of its own.
-        let chunk_start = item.query_start - self.starts[sequence];
-        let mask_stride = entry.seq_len().div_ceil(32);
-        let expect = |what: &str, got: u32, want: u32| {
-            if got == want { Ok(()) } else { Err(format!("{what} is {got}, not {want}")) }
-        };
-        expect("context_len", item.context_len, entry.context_len + chunk_start)?;
-        expect("table_offset", item.table_offset, TABLE_OFFSET + entry.table.start as u32)?;
-        expect("mask_stride", item.mask_stride, mask_stride)?;
-        expect("mask_offset", item.mask_offset, self.masks[sequence] + chunk_start * mask_stride)?;
-        expect("reserved", item.reserved[0] | item.reserved[1], 0)?;
-        if chunk_start + item.query_len > entry.query_len {
-            return Err("tokens behind the sequence".into());
-        }
-        if decode {
-            expect("query_len of a decode item", item.query_len, 1)?;
-            expect("row_start of a decode item", item.row_start, 0)?;
-        }
-        let rows = item.query_len * group_size;
-        let tile = if decode { rows } else { self.shape.tile_q };
-        if item.row_start >= rows {
-            return Err(format!("no rows: there are {rows}"));
-        }
-        let keys = item.kv_begin..item.kv_end.max(item.kv_begin);
-        let max_len = self.policy.max_split_len.max(SPLIT_GRANULE);
-        if keys.len() > max_len as usize {
-            return Err(format!("{} keys, more than {max_len}", keys.len()));
-        }
-        let mut seen = Range { start: u32::MAX, end: 0 };
-        for row in item.row_start..rows.min(item.row_start + tile) {
-            let (token, head_in_group) = (item.query_start + row / group_size, row % group_size);
-            let visible = self.visible(sequence, token);
-            seen = seen.start.min(visible.start)..seen.end.max(visible.end);
-            let range = keys.start.max(visible.start)..keys.end.min(visible.end);
-            let ranges = self.ranges.entry((token, head_in_group)).or_default();
-            if !range.is_empty() {
-                ranges.push(range);
-            }
-            let key = (token, head_in_group);
-            if item.part_row == NO_PARTIAL {
-                if !self.direct.insert(key) {
-                    return Err(format!("token {token}, head {head_in_group} of the group has two results"));
-                }
-                continue;
-            }
-            for kv_head in 0..self.shape.num_kv_heads {
-                let slot = item.part_row + kv_head * rows + row;
-                if let Some((other, _)) = written.insert(slot, (Row { token, kv_head, head_in_group }, false)) {
-                    return Err(format!("partial row {slot} belongs to {other:?} as well"));
-                }
-            }
-        }
-        // Keys that no row of the tile sees are not even loaded: their blocks may be gone.
-        if !keys.is_empty() && (keys.start < seen.start || keys.end > seen.end) {
-            return Err(format!("keys {keys:?} are read, its rows see {seen:?}"));
-        }
-        Ok(())
-    }
-
-    /// Keys that a token sees: a range, because the plan knows no custom masks.
-    fn visible(&self, sequence: usize, token: u32) -> Range<u32> {
-        let entry = &self.batch.entries[sequence];
-        let position = entry.context_len + token - self.starts[sequence];
-        let begin = self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        begin..if self.shape.causal { position + 1 } else { entry.seq_len() }
-    }
-
-    /// Every key that a row sees is walked over by exactly one of its items, and the row has one result.
-    fn check_coverage(&mut self) -> Result<(), String> {
-        for sequence in 0..self.batch.entries.len() {
-            for token in self.starts[sequence]..self.starts[sequence + 1] {
-                let visible = self.visible(sequence, token);
-                for head in 0..self.shape.group_size {
-                    let row = (token, head);
-                    let mut ranges = self.ranges.remove(&row).unwrap_or_default();
-                    ranges.sort_by_key(|range| range.start);
-                    let end =
-                        ranges.iter().try_fold(visible.start, |end, range| (range.start == end).then_some(range.end));
-                    if end != Some(visible.end) {
-                        return Err(format!("token {token}, head {head} sees {visible:?}; its items cover {ranges:?}"));
-                    }
-                    if self.direct.contains(&row) == self.merged.contains(&token) {
-                        return Err(format!("token {token}, head {head} has not exactly one result"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
+    // Masks and what is shared exclude each other.
+    let masks = if policy.cascade.is_some() { Vec::new() } else { mask_offsets(batch) };
+    WorkLists::new(shape, policy, batch, TABLE_OFFSET, &masks, TOKENS_OFFSET).expect("a plan")
 }
 
 #[track_caller]
@@ -277,6 +70,7 @@ fn shapes() -> impl Strategy<Value = PlanShape> {
             window,
             has_decode: has_decode && group_size <= folio::kernel::MAX_DECODE_GROUP,
             tile_q,
+            block_size: BLOCK_SIZE,
         })
 }
 
@@ -289,7 +83,14 @@ fn policies() -> impl Strategy<Value = SplitPolicy> {
         prop::sample::select(vec![0, 1000, 20_000, 300_000, 64 << 20]),
     )
         .prop_map(|(target_workgroups, min_split_len, max_split_len, fixed_split_len, max_workspace_bytes)| {
-            SplitPolicy { target_workgroups, min_split_len, max_split_len, fixed_split_len, max_workspace_bytes }
+            SplitPolicy {
+                target_workgroups,
+                min_split_len,
+                max_split_len,
+                fixed_split_len,
+                max_workspace_bytes,
+                cascade: None,
+            }
         })
 }
 
@@ -398,6 +199,7 @@ const POLICIES: [SplitPolicy; 2] = [
         max_split_len: 12_288,
         fixed_split_len: None,
         max_workspace_bytes: 64 << 20,
+        cascade: None,
     },
     SplitPolicy {
         target_workgroups: 256,
@@ -405,6 +207,7 @@ const POLICIES: [SplitPolicy; 2] = [
         max_split_len: 1 << 30,
         fixed_split_len: None,
         max_workspace_bytes: 64 << 20,
+        cascade: None,
     },
 ];
 
@@ -416,6 +219,7 @@ const SHAPE: PlanShape = PlanShape {
     window: None,
     has_decode: true,
     tile_q: 32,
+    block_size: BLOCK_SIZE,
 };
 
 #[test]
@@ -499,7 +303,7 @@ fn a_workspace_for_one_token_takes_a_round_per_token() {
 #[test]
 fn masks_that_are_not_there_need_no_offsets() {
     let batch = batch(&[(1, 100), (20, 3)]);
-    let plan = WorkLists::new(&SHAPE, &POLICIES[0], &batch, 0, &[]).expect("a plan");
+    let plan = WorkLists::new(&SHAPE, &POLICIES[0], &batch, 0, &[], TOKENS_OFFSET).expect("a plan");
     assert!(plan.decode.iter().chain(&plan.prefill).all(|item| item.mask_offset == 0));
 }
 
@@ -531,6 +335,7 @@ const POLICY: SplitPolicy = SplitPolicy {
     max_split_len: 4096,
     fixed_split_len: None,
     max_workspace_bytes: 1 << 20,
+    cascade: None,
 };
 
 fn split_len(policy: SplitPolicy, tile_keys: &[u32], num_kv_heads: u32) -> u32 {
@@ -585,4 +390,111 @@ fn split_lengths_are_multiples_of_the_granule() {
             assert!(len.is_multiple_of(SPLIT_GRANULE) && (256..=4096).contains(&len), "{keys}, {num_kv_heads}: {len}");
         }
     }
+}
+
+/// Sequences as forks of earlier ones: (new tokens, cached tokens, whose fork, how many blocks are shared at most).
+fn forked_batch(forks: &[(u32, u32, usize, u32)]) -> Batch {
+    let lens: Vec<_> = forks.iter().map(|&(query_len, context_len, ..)| (query_len, context_len)).collect();
+    let mut batch = batch(&lens);
+    batch.tables = (0..batch.tables.len() as u32).collect();
+    for (i, &(_, context_len, parent, shared)) in forks.iter().enumerate().skip(1) {
+        let parent = &batch.entries[parent % i];
+        let shared = shared.min(context_len / BLOCK_SIZE).min(parent.context_len / BLOCK_SIZE) as usize;
+        let from = parent.table.start;
+        batch.tables.copy_within(from..from + shared, batch.entries[i].table.start);
+    }
+    batch
+}
+
+fn forks() -> impl Strategy<Value = Vec<(u32, u32, usize, u32)>> {
+    let query_len = prop_oneof![4 => Just(1_u32), 1 => 1..5_u32, 1 => 1..70_u32];
+    let context_len = prop_oneof![Just(320_u32), 0..600_u32];
+    let shared = prop_oneof![Just(u32::MAX), Just(20), Just(12), 0..20_u32];
+    prop::collection::vec((query_len, context_len, any::<prop::sample::Index>(), shared), 1..12)
+        .prop_map(|forks| forks.into_iter().map(|(q, c, parent, n)| (q, c, parent.index(1 << 20), n)).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Whatever is shared, each row still sees every key once.
+    #[test]
+    fn shared_blocks_are_seen_once_by_each(shape in shapes(), policy in policies(), forks in forks(), tile_cost in 0.0_f32..3.0, min_saved in 0_u64..9000) {
+        let cascade = Some(CascadePolicy { tile_cost, min_saved });
+        let policy = SplitPolicy { cascade, ..policy };
+        let batch = forked_batch(&forks);
+        let plan = plan(&shape, &policy, &batch);
+        let checked = Checker::new(&shape, &policy, &batch, &plan).check();
+        prop_assert!(checked.is_ok(), "{checked:?}");
+    }
+}
+
+const CASCADE: SplitPolicy =
+    SplitPolicy { cascade: Some(CascadePolicy { tile_cost: 2.0, min_saved: 0 }), ..POLICIES[1] };
+
+#[track_caller]
+fn assert_forks(shape: &PlanShape, policy: &SplitPolicy, batch: &Batch) -> WorkLists {
+    let plan = plan(shape, policy, batch);
+    let checked = Checker::new(shape, policy, batch, &plan).check();
+    assert!(checked.is_ok(), "{checked:?}");
+    plan
+}
+
+/// 16 texts of 128 tokens each behind the same 2048: an eighth of the rows, whatever the order of the batch.
+#[test]
+fn sixteen_forks_read_their_common_prefix_once() {
+    let mut forks = vec![(1, 2176, 0, 0)];
+    forks.resize(16, (1, 2176, 0, 128));
+    let alone = plan(&SHAPE, &POLICIES[1], &forked_batch(&forks));
+    let together = assert_forks(&SHAPE, &CASCADE, &forked_batch(&forks));
+    assert!(together.tokens.is_empty(), "all stand one after another");
+    let [alone, together] = [alone, together].map(|plan| plan.kv_rows_read(SHAPE.num_kv_heads));
+    assert_eq!(alone, 16 * 2177 * 2);
+    // 64 rows are two tiles of 32, each of which reads the prefix.
+    assert_eq!(together, (2 * 2048 + 16 * 129) * 2);
+    // Somebody else's token between any two of them.
+    let mixed: Vec<_> = (0..32).map(|i| if i % 2 == 0 { (1, 2176, 0, 128) } else { (1, 700, 0, 0) }).collect();
+    let plan = assert_forks(&SHAPE, &CASCADE, &forked_batch(&mixed));
+    assert_eq!(plan.tokens, (0..16).map(|i| 2 * i).collect::<Vec<_>>());
+    assert_eq!(plan.kv_rows_read(2), together + 16 * 701 * 2);
+}
+
+/// Four branches of four that share more than all sixteen do.
+#[test]
+fn runs_are_found_at_every_depth() {
+    let forks: Vec<_> = (0..16)
+        .map(|i| match i {
+            0 => (1, 640, 0, 0),
+            4 | 8 | 12 => (1, 640, 0, 16),
+            _ => (1, 640, i / 4 * 4, 32),
+        })
+        .collect();
+    let plan = assert_forks(&SHAPE, &CASCADE, &forked_batch(&forks));
+    // 256 keys for all in two tiles, 256 for each four in one, 129 for each.
+    assert_eq!(plan.kv_rows_read(1), 2 * 256 + 4 * 256 + 16 * 129);
+    // Each token: its own keys, those of four, those of all.
+    assert_eq!(plan.merge.len(), 3 * 16);
+}
+
+#[test]
+fn what_does_not_pay_is_not_shared() {
+    let forks = [(1, 320, 0, 0), (1, 320, 0, 20), (1, 320, 0, 20)];
+    let rows = |policy: CascadePolicy, shape: &PlanShape| {
+        let policy = SplitPolicy { cascade: Some(policy), ..CASCADE };
+        assert_forks(shape, &policy, &forked_batch(&forks)).kv_rows_read(1)
+    };
+    let (alone, together) = (3 * 321, 320 + 3);
+    assert_eq!(rows(CascadePolicy { tile_cost: 2.0, min_saved: 0 }, &SHAPE), together);
+    // A tile that costs as much as three tokens.
+    assert_eq!(rows(CascadePolicy { tile_cost: 3.0, min_saved: 0 }, &SHAPE), alone);
+    // What is saved: a third of 3 * 320 keys of 2 heads of 64 dims.
+    let saved = 320 * 2 * 64;
+    assert_eq!(rows(CascadePolicy { tile_cost: 2.0, min_saved: saved }, &SHAPE), together);
+    assert_eq!(rows(CascadePolicy { tile_cost: 2.0, min_saved: saved + 1 }, &SHAPE), alone);
+    // Each sees other keys.
+    let windowed = PlanShape { window: Some(1000), ..SHAPE };
+    assert_eq!(rows(CascadePolicy { tile_cost: 2.0, min_saved: 0 }, &windowed), alone);
+    // A workspace without room for all their states.
+    let policy = SplitPolicy { max_workspace_bytes: 11 * partial_row_bytes(64), ..CASCADE };
+    assert_eq!(assert_forks(&SHAPE, &policy, &forked_batch(&forks)).kv_rows_read(1), alone);
 }

@@ -432,8 +432,9 @@ fn work_lists_are_read_as_they_are_written() {
         part_row,
         mask_offset,
         mask_stride,
+        tokens_offset,
     });
-    let merge = words!(MergeItem { token, part_row, num_splits, split_stride, head_stride });
+    let merge = words!(MergeItem { token, part_row, num_splits, split_stride, head_stride, next });
     for kernel in [Kernel::Decode, Kernel::Prefill, Kernel::Merge] {
         for variant in variants::of_kernel(kernel).iter().step_by(7) {
             let text = compose(variant).expect("text");
