@@ -18,6 +18,10 @@ pub struct CascadePolicy {
     pub min_saved: u64,
 }
 
+/// Branchings, one after another, up to which runs are looked for: every level sorts what is left, and each run that a sequence is in is one more
+/// state to merge. Deeper trees of forks keep what was found up to there.
+const MAX_DEPTH: u32 = 16;
+
 /// Blocks that some entries of a batch share, at the same place of their tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SharedRun {
@@ -56,7 +60,7 @@ pub(super) fn clusters(shape: &PlanShape, policy: &CascadePolicy, batch: &Batch)
     let mut clusters = Vec::new();
     for entries in same_first {
         let mut cluster = Cluster::default();
-        finder.find(entries, 0, 0, &mut cluster.runs);
+        finder.find(entries, 0, 0, MAX_DEPTH, &mut cluster.runs);
         cluster.entries = cluster.runs.iter().flat_map(|run| &run.entries).copied().collect();
         cluster.entries.sort_unstable();
         cluster.entries.dedup();
@@ -104,9 +108,9 @@ impl Finder<'_> {
     }
 
     /// Finds runs of entries whose tables are equal up to block `equal`, of which those from `from` on are in no run yet.
-    fn find(&self, entries: &[usize], from: usize, equal: usize, runs: &mut Vec<SharedRun>) {
+    fn find(&self, entries: &[usize], from: usize, equal: usize, depth: u32, runs: &mut Vec<SharedRun>) {
         let [first, others @ ..] = entries else { return };
-        if others.is_empty() {
+        if others.is_empty() || depth == 0 {
             return;
         }
         // Where the first of them leaves the others.
@@ -129,7 +133,7 @@ impl Finder<'_> {
         let mut longer: Vec<usize> = entries.iter().copied().filter(|&i| self.table(i).len() > shared).collect();
         longer.sort_by_key(|&i| (self.block(i, shared), i));
         for entries in longer.chunk_by(|&a, &b| self.block(a, shared) == self.block(b, shared)) {
-            self.find(entries, from, shared + 1, runs);
+            self.find(entries, from, shared + 1, depth - 1, runs);
         }
     }
 }

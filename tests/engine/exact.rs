@@ -56,7 +56,9 @@ fn logits_have_the_same_bits_alone_and_in_any_batch() {
         let Some(mut decoder) = exact_decoder(how, weights, format) else { return };
         let before = text.len() - 1;
         let alone = logits(&mut decoder, &text, before, 0);
-        for company in [1, 2, 3, 7, 15, 64] {
+        // Two adapters are enough for so many.
+        let most = if how == adapter::DEFAULT { 64 } else { 15 };
+        for company in [1, 2, 3, 7, 15, 64].into_iter().filter(|&company| company <= most) {
             let bits = logits(&mut decoder, &text, before, company);
             let differ = bits.iter().zip(&alone).filter(|(a, b)| a != b).count();
             assert_eq!(differ, 0, "{how:?}, {weights}, {format}: {company} beside it");

@@ -498,3 +498,19 @@ fn what_does_not_pay_is_not_shared() {
     let policy = SplitPolicy { max_workspace_bytes: 11 * partial_row_bytes(64), ..CASCADE };
     assert_eq!(assert_forks(&SHAPE, &policy, &forked_batch(&forks)).kv_rows_read(1), alone);
 }
+
+/// Each sequence shares one block more with the one before: a tree as deep as there are sequences, which must neither overflow the stack nor take long.
+#[test]
+fn deep_trees_of_forks_are_planned_to_some_depth() {
+    let forks: Vec<_> = (0..600).map(|i| (1, (i + 1) * BLOCK_SIZE, i.saturating_sub(1) as usize, u32::MAX)).collect();
+    let mut batch = forked_batch(&forks);
+    let thread = std::thread::Builder::new().stack_size(128 << 10);
+    let policy = SplitPolicy { max_workspace_bytes: 1 << 30, ..CASCADE };
+    let shallow = thread.spawn(move || {
+        let plan = WorkLists::new(&SHAPE, &policy, &batch, TABLE_OFFSET, &[], TOKENS_OFFSET).expect("a plan");
+        batch.tables.clear();
+        plan.merge.len()
+    });
+    let states = shallow.expect("a thread").join().expect("no overflow");
+    assert!(states > 600, "{states} states");
+}
