@@ -326,10 +326,7 @@ fn race_cascade(criterion: &mut Criterion, timer: &Timer, shape: &Shape, format:
             let call = ready(Call::new(gpu, attention, step, shape, &mut rng));
             let rows = call.plan.step_plan().lists.kv_rows_read(shape.num_kv_heads);
             let bytes = rows * 2 * u64::from(shape.head_dim * format.element_bits() / 8);
-            Contestant::new(format!("{name}, {rows} rows"), bytes, move |timer| {
-                let _ = &cache;
-                call.measure(timer)
-            })
+            Contestant::new(format!("{name}, {rows} rows"), bytes, move |timer| call.measure(timer))
         };
         vec![contestant("each", Cascade::Never), contestant("once", Cascade::Always)]
     })

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::check_distinct;
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Dispatch, Gpu, Program, Recorder};
 use crate::kernel::{STATES_WORKGROUP_SIZE, merge_states_source};
@@ -78,15 +79,10 @@ impl MergeStates {
         let lses = lses.into().check(&self.gpu, "lses", all, true)?;
         let out = out.into().check(&self.gpu, "out", elements(rows), true)?;
         let lse = lse.into().check(&self.gpu, "lse", rows, true)?;
-        let ranges = [("outs", &outs), ("lses", &lses), ("out", &out), ("lse", &lse)];
-        for (i, (name, range)) in ranges.iter().enumerate() {
-            // The first two are only read.
-            for (other, earlier) in &ranges[..i] {
-                if range.buffer() == earlier.buffer() && *name != "lses" {
-                    return Err(Error::argument(name, format!("the buffer of {other}"), "a buffer of its own"));
-                }
-            }
-        }
+        // What is only read may share a buffer.
+        let read = [("outs", Some(&outs)), ("lses", Some(&lses))];
+        check_distinct("out", &out, &read)?;
+        check_distinct("lse", &lse, &[read[0], read[1], ("out", Some(&out))])?;
         let invocations = rows * u64::from(self.head_dim / 4);
         let too_many = || Error::argument("num_rows", num_rows, "fewer: their workgroups exceed a grid");
         let (x, y) = linear_grid(invocations.div_ceil(STATES_WORKGROUP_SIZE.into())).ok_or_else(too_many)?;

@@ -4,6 +4,7 @@
 //! one tile, and each sequence's own keys are computed as ever; the merge kernel joins the states, as it joins those of split ranges.
 //! (Juravsky et al. 2024, Hydragen; Ye et al. 2024, cascade inference in FlashInfer. Runs of any depth are found, not only one common prefix.)
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::lists::PlanShape;
@@ -43,8 +44,8 @@ impl SharedRun {
 pub(super) struct Cluster {
     /// From the front of the tables on: those of an entry follow one another without a gap.
     pub(super) runs: Vec<SharedRun>,
-    /// All entries of the runs, ascending.
-    pub(super) entries: Vec<usize>,
+    /// All entries of the runs, and where the keys begin that are in none of theirs.
+    pub(super) entries: BTreeMap<usize, u32>,
 }
 
 /// Runs that are worth it. Every entry is in at most one cluster.
@@ -61,9 +62,10 @@ pub(super) fn clusters(shape: &PlanShape, policy: &CascadePolicy, batch: &Batch)
     for entries in same_first {
         let mut cluster = Cluster::default();
         finder.find(entries, 0, 0, MAX_DEPTH, &mut cluster.runs);
-        cluster.entries = cluster.runs.iter().flat_map(|run| &run.entries).copied().collect();
-        cluster.entries.sort_unstable();
-        cluster.entries.dedup();
+        for run in &cluster.runs {
+            // Later runs of an entry lie behind earlier ones.
+            cluster.entries.extend(run.entries.iter().map(|&i| (i, run.keys(shape.block_size).1)));
+        }
         if !cluster.runs.is_empty() {
             clusters.push(cluster);
         }

@@ -1,6 +1,7 @@
 //! [`WorkLists`]: a batch becomes work items.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::cascade::{self, Cluster, SharedRun};
@@ -193,7 +194,7 @@ impl WorkLists {
         let mut is_done = vec![false; batch.entries.len()];
         for cluster in &clusters {
             let is_planned = planner.add_cluster(cluster)?;
-            cluster.entries.iter().for_each(|&i| is_done[i] = is_planned);
+            cluster.entries.keys().for_each(|&i| is_done[i] = is_planned);
         }
         for i in order.into_iter().filter(|&i| !is_done[i]) {
             planner.add_entry(i)?;
@@ -207,6 +208,47 @@ impl WorkLists {
     pub fn kv_rows_read(&self, num_kv_heads: u32) -> u64 {
         let keys = self.decode.iter().chain(&self.prefill).map(|item| item.kv_end.saturating_sub(item.kv_begin));
         keys.map(u64::from).sum::<u64>() * u64::from(num_kv_heads)
+    }
+}
+
+/// Where the partial states of some tokens lie: one for each row and each cell of the grid of splits that has one of their keys.
+#[derive(Clone, Copy)]
+struct States {
+    split_len: u32,
+    /// The first of these cells.
+    first: u32,
+    num_splits: u32,
+    part_row: u32,
+    /// Of a KV head.
+    rows: u32,
+    split_stride: u32,
+    group_size: u32,
+}
+
+impl States {
+    /// Items of a tile that sees these keys, one for each split, some of them perhaps empty.
+    fn items(self, base: WorkItem, (begin, end): (u32, u32)) -> impl Iterator<Item = WorkItem> {
+        (0..self.num_splits).map(move |split| {
+            let grid = (self.first + split) * self.split_len;
+            WorkItem {
+                kv_begin: grid.max(begin),
+                kv_end: grid.saturating_add(self.split_len).min(end),
+                part_row: self.part_row + split * self.split_stride,
+                ..base
+            }
+        })
+    }
+
+    /// What merges them, for the tokens in their order.
+    fn of(self, tokens: impl Iterator<Item = u32>) -> impl Iterator<Item = MergeItem> {
+        (0..).zip(tokens).map(move |(i, token): (u32, u32)| MergeItem {
+            token,
+            part_row: self.part_row + i * self.group_size,
+            num_splits: self.num_splits,
+            split_stride: self.split_stride,
+            head_stride: self.rows,
+            ..MergeItem::default()
+        })
     }
 }
 
@@ -233,9 +275,7 @@ struct Planner<'a> {
 impl<'a> Planner<'a> {
     fn new(shape: &'a PlanShape, policy: &SplitPolicy, batch: &'a Batch, clusters: &[Cluster]) -> Self {
         let mut own_begins = vec![0; batch.entries.len()];
-        for run in clusters.iter().flat_map(|cluster| &cluster.runs) {
-            run.entries.iter().for_each(|&i| own_begins[i] = run.keys(shape.block_size).1);
-        }
+        clusters.iter().flat_map(|cluster| &cluster.entries).for_each(|(&i, &begin)| own_begins[i] = begin);
         let own = batch.entries.iter().zip(&own_begins);
         let own = own.flat_map(|(entry, &begin)| shape.tiles(entry, shape.tile_rows(entry), begin));
         let shared = clusters.iter().flat_map(|cluster| &cluster.runs).flat_map(|run| {
@@ -274,19 +314,39 @@ impl<'a> Planner<'a> {
         last - first + 1
     }
 
-    /// Makes room for rows of partial states, in this round or the next one. The first of them.
-    fn reserve(&mut self, need: u64) -> Result<u32> {
+    /// Rows of partial states of tokens with these keys.
+    fn num_states(&self, num_tokens: u32, keys: (u32, u32)) -> u64 {
+        self.token_rows() * u64::from(num_tokens) * u64::from(self.num_splits(keys))
+    }
+
+    /// Starts the next round if this one has not the room.
+    fn make_room(&mut self, need: u64) {
         if self.rows_used + need > self.max_rows && self.rows_used > 0 {
             self.close();
         }
+    }
+
+    /// Takes room for the partial states of tokens with these keys, in this round or the next one.
+    fn reserve(&mut self, num_tokens: u32, keys: (u32, u32)) -> Result<States> {
+        let need = self.num_states(num_tokens, keys);
+        self.make_room(need);
         if self.rows_used + need > u64::from(u32::MAX) {
             let need = format!("{} rows of partial states", self.rows_used + need);
             return Err(Error::unsupported("attention workspace", need, "fewer than 2^32"));
         }
-        let first = self.rows_used as u32;
+        let part_row = self.rows_used as u32;
         self.rows_used += need;
         self.plan.num_partial_rows = self.plan.num_partial_rows.max(self.rows_used);
-        Ok(first)
+        let rows = num_tokens * self.shape.group_size;
+        Ok(States {
+            split_len: self.plan.split_len,
+            first: self.cells(keys).0,
+            num_splits: self.num_splits(keys),
+            part_row,
+            rows,
+            split_stride: self.shape.num_kv_heads * rows,
+            group_size: self.shape.group_size,
+        })
     }
 
     /// What all items of an entry have in common.
@@ -345,12 +405,7 @@ impl<'a> Planner<'a> {
         let keys = |tile: Tile| if self.shape.causal { tile.keys } else { (tile.keys.0, end) };
         // A chunk of one token stays with the kernel of its sequence, and so do the tiles.
         let tiles = self.shape.tiles(&chunk, self.shape.tile_rows(entry), own_begin);
-        let range = key_range(tiles.clone().map(keys));
-        let (first, num_splits) = (self.cells(range).0, self.num_splits(range));
-        let rows = chunk.query_len * self.shape.group_size;
-        let part_row = self.reserve(self.token_rows() * u64::from(chunk.query_len) * u64::from(num_splits))?;
-        let split_stride = self.shape.num_kv_heads * rows;
-        let split_len = self.plan.split_len;
+        let states = self.reserve(chunk.query_len, key_range(tiles.clone().map(keys)))?;
         let base = WorkItem {
             query_start: base.query_start + tokens.start,
             query_len: chunk.query_len,
@@ -358,71 +413,40 @@ impl<'a> Planner<'a> {
             mask_offset: checked(u64::from(base.mask_offset) + u64::from(tokens.start) * u64::from(base.mask_stride))?,
             ..base
         };
-        let items = tiles.flat_map(|tile| {
-            let (tile_begin, tile_end) = keys(tile);
-            (0..num_splits).map(move |split| {
-                let grid = (first + split) * split_len;
-                WorkItem {
-                    row_start: tile.row_start,
-                    kv_begin: grid.max(tile_begin),
-                    kv_end: grid.saturating_add(split_len).min(tile_end),
-                    part_row: part_row + split * split_stride,
-                    ..base
-                }
-            })
-        });
+        let items = tiles.flat_map(|tile| states.items(WorkItem { row_start: tile.row_start, ..base }, keys(tile)));
         let list = if self.shape.uses_decode(entry) { &mut self.plan.decode } else { &mut self.plan.prefill };
         list.extend(items);
-        self.plan.merge.extend((0..chunk.query_len).map(|token| MergeItem {
-            token: base.query_start + token,
-            part_row: part_row + token * self.shape.group_size,
-            num_splits,
-            split_stride,
-            head_stride: rows,
-            ..MergeItem::default()
-        }));
+        self.plan.merge.extend(states.of(base.query_start..base.query_start + chunk.query_len));
         Ok(())
     }
 
     /// Plans the entries of a cluster, unless their states need more room than there is: false then.
     fn add_cluster(&mut self, cluster: &Cluster) -> Result<bool> {
-        let block_size = self.shape.block_size;
-        let mut need = 0;
-        let mut own_begins: Vec<u32> = vec![0; cluster.entries.len()];
-        for run in &cluster.runs {
-            let tokens = u64::from(self.shape.run_rows(run, self.batch) / self.shape.group_size);
-            need += self.token_rows() * tokens * u64::from(self.num_splits(run.keys(block_size)));
-            for i in &run.entries {
-                if let Ok(at) = cluster.entries.binary_search(i) {
-                    own_begins[at] = run.keys(block_size).1;
-                }
-            }
-        }
-        for (&i, &begin) in cluster.entries.iter().zip(&own_begins) {
+        let runs = cluster.runs.iter().map(|run| {
+            let num_tokens = self.shape.run_rows(run, self.batch) / self.shape.group_size;
+            self.num_states(num_tokens, run.keys(self.shape.block_size))
+        });
+        let own = cluster.entries.iter().map(|(&i, &begin)| {
             let entry = &self.batch.entries[i];
-            need +=
-                self.token_rows() * u64::from(entry.query_len) * u64::from(self.num_splits((begin, entry.seq_len())));
-        }
+            self.num_states(entry.query_len, (begin, entry.seq_len()))
+        });
+        let need = runs.chain(own).sum();
         if need > self.max_rows {
             return Ok(false);
         }
-        if self.rows_used + need > self.max_rows {
-            self.close();
-        }
-        // States of the tokens of each entry.
-        let mut states: Vec<Vec<MergeItem>> = vec![Vec::new(); cluster.entries.len()];
+        self.make_room(need);
+        // What is known of the tokens of each entry, run by run.
+        let mut shared: BTreeMap<usize, Vec<MergeItem>> = BTreeMap::new();
         for run in &cluster.runs {
-            let run_states = self.add_run(run)?;
-            let mut run_states = run_states.into_iter();
-            for i in &run.entries {
-                if let Ok(at) = cluster.entries.binary_search(i) {
-                    states[at].extend(run_states.by_ref().take(self.batch.entries[*i].query_len as usize));
-                }
+            let mut states = self.add_run(run)?.into_iter();
+            for &i in &run.entries {
+                let query_len = self.batch.entries[i].query_len as usize;
+                shared.entry(i).or_default().extend(states.by_ref().take(query_len));
             }
         }
-        for ((&i, &begin), states) in cluster.entries.iter().zip(&own_begins).zip(states) {
+        for (i, states) in shared {
             let query_len = self.batch.entries[i].query_len;
-            self.add_chunk(i, 0..query_len, begin)?;
+            self.add_chunk(i, 0..query_len, cluster.entries[&i])?;
             let first = self.plan.merge.len() - query_len as usize;
             for token in 0..query_len as usize {
                 let links = states.iter().skip(token).step_by(query_len as usize).copied().collect();
@@ -447,10 +471,7 @@ impl<'a> Planner<'a> {
         } else {
             checked(u64::from(self.tokens_offset) + self.plan.tokens.len() as u64)?
         };
-        let rows = shape.run_rows(run, self.batch);
-        let (first, num_splits) = (self.cells((begin, end)).0, self.num_splits((begin, end)));
-        let part_row = self.reserve(self.token_rows() * tokens.len() as u64 * u64::from(num_splits))?;
-        let (split_len, split_stride) = (self.plan.split_len, shape.num_kv_heads * rows);
+        let states = self.reserve(tokens.len() as u32, (begin, end))?;
         // Behind all these keys, each of which every row therefore sees.
         let base = WorkItem {
             query_start: tokens[0],
@@ -459,31 +480,14 @@ impl<'a> Planner<'a> {
             tokens_offset,
             ..self.base(first_entry)?
         };
-        for row_start in (0..rows).step_by(shape.tile_q as usize) {
-            self.plan.prefill.extend((0..num_splits).map(|split| {
-                let grid = (first + split) * split_len;
-                WorkItem {
-                    row_start,
-                    kv_begin: grid.max(begin),
-                    kv_end: grid.saturating_add(split_len).min(end),
-                    part_row: part_row + split * split_stride,
-                    ..base
-                }
-            }));
+        for row_start in (0..states.rows).step_by(shape.tile_q as usize) {
+            self.plan.prefill.extend(states.items(WorkItem { row_start, ..base }, (begin, end)));
         }
-        let states = (0..tokens.len() as u32).zip(&tokens).map(|(i, &token)| MergeItem {
-            token,
-            part_row: part_row + i * shape.group_size,
-            num_splits,
-            split_stride,
-            head_stride: rows,
-            ..MergeItem::default()
-        });
-        let states = states.collect();
+        let of_tokens = states.of(tokens.iter().copied()).collect();
         if tokens_offset > 0 {
             self.plan.tokens.extend(tokens);
         }
-        Ok(states)
+        Ok(of_tokens)
     }
 
     /// Ends the round at the lists' present ends and starts the next one there.

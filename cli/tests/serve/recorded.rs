@@ -26,8 +26,9 @@ struct Call {
 async fn recorded(api: Api) {
     let calls: Vec<Call> = serde_json::from_str(include_str!("openai_client.json")).unwrap();
     assert!(calls.len() > 25, "the recording has {} requests", calls.len());
+    let client = reqwest::Client::new();
     for call in calls {
-        let mut request = reqwest::Client::new().request(call.method.parse().unwrap(), api.url(&call.path));
+        let mut request = client.request(call.method.parse().unwrap(), api.url(&call.path));
         for (name, value) in &call.headers {
             request = request.header(name, value.as_str().unwrap());
         }

@@ -132,6 +132,10 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
+    fn sequence_of(&self, token: u32) -> usize {
+        self.starts.partition_point(|&start| start <= token) - 1
+    }
+
     fn heads(&self) -> impl Iterator<Item = (u32, u32)> + use<> {
         let group_size = self.shape.group_size;
         (0..self.shape.num_kv_heads).flat_map(move |kv_head| (0..group_size).map(move |head| (kv_head, head)))
@@ -144,7 +148,7 @@ impl<'a> Checker<'a> {
         written: &mut BTreeMap<u32, (Row, bool)>,
     ) -> Result<(), String> {
         let group_size = self.shape.group_size;
-        let sequence = self.starts.partition_point(|&start| start <= item.query_start) - 1;
+        let sequence = self.sequence_of(item.query_start);
         let entry = &self.batch.entries[sequence];
         // A chunk is planned like a sequence of its own.
         let chunk_start = item.query_start - self.starts[sequence];
@@ -192,7 +196,7 @@ impl<'a> Checker<'a> {
         let mut seen = Range { start: u32::MAX, end: 0 };
         for row in item.row_start..rows.min(item.row_start + tile) {
             let (token, head_in_group) = (tokens[(row / group_size) as usize], row % group_size);
-            let sequence = self.starts.partition_point(|&start| start <= token) - 1;
+            let sequence = self.sequence_of(token);
             let visible = self.visible(sequence, token);
             seen = seen.start.min(visible.start)..seen.end.max(visible.end);
             let range = keys.start.max(visible.start)..keys.end.min(visible.end);
@@ -229,7 +233,7 @@ impl<'a> Checker<'a> {
         let table = (item.table_offset - TABLE_OFFSET) as usize;
         let blocks = (item.kv_begin / BLOCK_SIZE) as usize..item.kv_end.div_ceil(BLOCK_SIZE) as usize;
         for &token in tokens {
-            let entry = &self.batch.entries[self.starts.partition_point(|&start| start <= token) - 1];
+            let entry = &self.batch.entries[self.sequence_of(token)];
             let has = |range: Range<usize>| self.batch.tables.get(range);
             let is_same = has(table + blocks.start..table + blocks.end)
                 == has(entry.table.start + blocks.start..entry.table.start + blocks.end);
