@@ -333,6 +333,7 @@ impl<'a> Chat<'a> {
             num_q_heads: NUM_Q_HEADS as usize,
             num_kv_heads: NUM_KV_HEADS as usize,
             head_dim: HEAD_DIM as usize,
+            value_dim: HEAD_DIM as usize,
             q: &rows.q[range.start * q_row..range.end * q_row],
             k,
             v,

@@ -91,7 +91,8 @@ fn worst_error(got: &[f32]) -> Result<f64, Box<dyn Error>> {
     let v: Vec<f32> = hidden.iter().map(|x| x * x).collect();
     let (heads, head_dim) = (NUM_HEADS as usize, HEAD_DIM as usize);
     let options = reference::Options::default();
-    let problem = Problem { num_q_heads: heads, num_kv_heads: heads, head_dim, q: &q, k: &k, v: &v, options };
+    let (q, k, v) = (&q[..], &k[..], &v[..]);
+    let problem = Problem { num_q_heads: heads, num_kv_heads: heads, head_dim, value_dim: head_dim, q, k, v, options };
     let out = reference::attention(&problem)?.out;
     let want = hidden.iter().zip(&out).map(|(&x, out)| f64::from(x) + out);
     Ok(got.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).fold(0.0, f64::max))

@@ -95,6 +95,7 @@ impl Data {
             num_q_heads: NUM_Q_HEADS as usize,
             num_kv_heads: NUM_KV_HEADS as usize,
             head_dim: HEAD_DIM as usize,
+            value_dim: HEAD_DIM as usize,
             q: &self.q,
             k: &self.k,
             v: &self.v,

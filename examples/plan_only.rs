@@ -10,7 +10,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use folio::kernel::{Access, AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant, Vendor, tuning};
+use folio::kernel::{Access, AttendFlags, Kernel, Target, Variant, Vendor, max_decode_group, tuning};
 use folio::plan::{AppendGrids, PARAM_BLOCK_WORDS, PlanShape, Stage, StepPlan, append_words};
 use folio::sequence::{Manager, Reservation};
 use folio::{AdapterClass, AttentionConfig, Error, KvCacheConfig, KvFormat, Profile, Result, Segments, SequenceId};
@@ -89,7 +89,7 @@ impl Host {
 
     /// Decode serves small groups only; prefill takes the place of it for larger ones.
     fn has_decode(&self) -> bool {
-        self.group_size() <= MAX_DECODE_GROUP
+        self.group_size() <= max_decode_group(&self.cache)
     }
 
     fn variant(&self, kernel: Kernel) -> Variant {
@@ -163,6 +163,7 @@ impl Host {
             num_kv_heads: self.cache.num_kv_heads,
             group_size: self.group_size(),
             head_dim: self.cache.head_dim,
+            value_dim: self.cache.value_dim(),
             causal: self.attention.causal,
             window: self.attention.window,
             has_decode: self.has_decode(),

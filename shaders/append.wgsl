@@ -4,11 +4,11 @@
 {% if rope %}
 // K rows are rotated by their tokens' positions before.
 {% endif %}
-// One invocation writes 8 elements of one row of K and the same of V.
+// One invocation writes 8 elements of one row of K{{ " and the same of V" if not latent }}.
 {% set row_scales = k_side.row_scales or v_side.row_scales %}
 {% if row_scales %}
 // The invocations of a row are neighbours in a workgroup, and find the row's range together.
-// Iterations per invocation: head_dim / 8.
+// Iterations per invocation: ROW_VEC8S.
 {% else %}
 // No loops.
 {% endif %}
@@ -21,10 +21,13 @@
 {% else %}
 @group(0) @binding(0) var<storage, read> k_new: array<f32>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM]
 {% endif %}
-@group(0) @binding(1) var<storage, read> v_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
-{{ declare(k_side, 2, "read_write", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
-{{ declare(v_side, 2 + k_side.segments, "read_write", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
-{% set after = 2 + k_side.segments + v_side.segments %}
+{% if not latent %}
+@group(0) @binding(1) var<storage, read> v_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, VALUE_VEC8S * 2]
+{% endif %}
+{% set sides_from = 1 if latent else 2 %}
+{{ declare(k_side, sides_from, "read_write", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
+{{ declare(v_side, sides_from + k_side.segments, "read_write", element_type(v_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 8 * VALUE_VEC8S]") if not latent -}}
+{% set after = sides_from + k_side.segments + (0 if latent else v_side.segments) %}
 @group(0) @binding({{ after }}) var<storage, read> step_lists: array<u32>;  // slot of each token, at params.list_offset{{ "; its position, at params.positions_offset" if rope }}
 @group(0) @binding({{ after + 1 }}) var<uniform> params: CacheParams;
 {% if rope %}
@@ -38,10 +41,20 @@ var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: 
 
 {% endif %}
 struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
+{# Where keys and values differ in length, an invocation may have a part of one of them only. #}
+{% set k_part = "vec8_idx < HEAD_VEC8S" if head_dim < value_dim else "" %}
+{% set v_part = "none" if latent else "vec8_idx < VALUE_VEC8S" if value_dim < head_dim else "" %}
+{# A statement under a condition, if there is one; nothing under "none". #}
+{% macro guarded(condition, statement) -%}
+    {%- if condition == "none" -%}{%- elif condition -%} if ({{ condition }}) { {{ statement }} } {%- else -%} {{ statement }} {%- endif -%}
+{%- endmacro %}
+{# This invocation's part of the new key, and of the new value; the row is the row-th. #}
+{% set new_k = "rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token])" if rope else "Vec8(k_new[2u * k_at], k_new[2u * k_at + 1u])" %}
+{% set new_v = "Vec8(v_new[2u * v_at], v_new[2u * v_at + 1u])" %}
 {{ cache_row_function() }}
 {{ store_functions([k_format, v_format]) }}
 {{ store(k_side) }}
-{{ store(v_side) }}
+{{ store(v_side) if not latent }}
 {% if rope %}
 {% set rows = "k_new" %}
 {% set head_norm = false %}
@@ -52,38 +65,49 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
 {% if row_scales %}
-    let vec8_idx = lane % HEAD_VEC8S;
-    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / HEAD_VEC8S;
+    let vec8_idx = lane % ROW_VEC8S;
+    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / ROW_VEC8S;
 {% else %}
     let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
-    let vec8_idx = idx % HEAD_VEC8S;
-    let row = idx / HEAD_VEC8S;
+    let vec8_idx = idx % ROW_VEC8S;
+    let row = idx / ROW_VEC8S;
 {% endif %}
     let kv_head = row % NUM_KV_HEADS;
     let token = row / NUM_KV_HEADS;
-{% if row_scales %}
-    let live = lane < ROWS * HEAD_VEC8S && token < params.num_tokens;
-    var k = Vec8();
-    var v = Vec8();
-    if (live) {
-        let at = 2u * (row * HEAD_VEC8S + vec8_idx);
-{% if rope %}
-        k = rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token]);
-{% else %}
-        k = Vec8(k_new[at], k_new[at + 1u]);
+{% if not rope %}
+    let k_at = row * HEAD_VEC8S + vec8_idx;
 {% endif %}
-        v = Vec8(v_new[at], v_new[at + 1u]);
+{% if not latent %}
+    let v_at = row * VALUE_VEC8S + vec8_idx;
+{% endif %}
+{% if row_scales %}
+    let live = lane < ROWS * ROW_VEC8S && token < params.num_tokens;
+    var k = Vec8();
+{% if not latent %}
+    var v = Vec8();
+{% endif %}
+    if (live) {
+        {{ guarded(k_part, "k = " ~ new_k ~ ";") }}
+        {{ guarded(v_part, "v = " ~ new_v ~ ";") }}
     }
-    ranges[lane] = vec4<u32>({{ "vec8_range(k.lo, k.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "vec8_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
+    // What is the smallest and the largest of no elements, in order, changes no range.
+    var own_range = vec4<u32>(0xffffffffu, 0u, 0xffffffffu, 0u);
+{% if k_side.row_scales %}
+    {{ guarded(k_part, "own_range = vec4<u32>(vec8_range(k.lo, k.hi), own_range.zw);") }}
+{% endif %}
+{% if v_side.row_scales and not latent %}
+    {{ guarded(v_part, "own_range = vec4<u32>(own_range.xy, vec8_range(v.lo, v.hi));") }}
+{% endif %}
+    ranges[lane] = own_range;
     workgroupBarrier();
     // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
     if (live && vec8_idx == 0u) {
         var range = ranges[lane];
-        for (var other = lane + 1u; other < lane + HEAD_VEC8S; other++) {
+        for (var other = lane + 1u; other < lane + ROW_VEC8S; other++) {
             let next = ranges[other];
             range = select(min(range, next), max(range, next), vec4<bool>(false, true, false, true));
         }
-        ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales else "0u" }}, 0u, 0u);
+        ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales and not latent else "0u" }}, 0u, 0u);
     }
     workgroupBarrier();
     if (!live) {
@@ -94,15 +118,15 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     if (token >= params.num_tokens) {
         return;
     }
-{% if rope %}
-    let k = rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token]);
-{% else %}
-    let k = Vec8(k_new[2u * idx], k_new[2u * idx + 1u]);
+    var k = Vec8();
+{% if not latent %}
+    var v = Vec8();
 {% endif %}
-    let v = Vec8(v_new[2u * idx], v_new[2u * idx + 1u]);
+    {{ guarded(k_part, "k = " ~ new_k ~ ";") }}
+    {{ guarded(v_part, "v = " ~ new_v ~ ";") }}
 {% endif %}
     let slot = step_lists[params.list_offset + token];
     let in_cache = cache_row(slot / BLOCK_SIZE, kv_head, slot);
-    store_k(in_cache, vec8_idx, k.lo, k.hi{{ ", pairs.x" if k_side.row_scales }});
-    store_v(in_cache, vec8_idx, v.lo, v.hi{{ ", pairs.y" if v_side.row_scales }});
+    {{ guarded(k_part, "store_k(in_cache, vec8_idx, k.lo, k.hi%s);"|format(", pairs.x" if k_side.row_scales else "")) }}
+    {{ guarded(v_part, "store_v(in_cache, vec8_idx, v.lo, v.hi%s);"|format(", pairs.y" if v_side.row_scales else "")) }}
 }

@@ -1,11 +1,11 @@
 // merge: the partial states of a row's key ranges become its result (FlashDecoding's reduction). Ranges that the row shares with rows of other
 // sequences have states elsewhere: an item links to the next.
 // One workgroup per token and query head; a lane owns every WORKGROUP_SIZE-th vec4 of the row.
-// Loop iterations per invocation: with s for the states and l for the items of a row, (s + l) * (1 + ceil(HEAD_DIM / 4 / WORKGROUP_SIZE)) +
-// ceil(HEAD_DIM / 4 / WORKGROUP_SIZE).
+// Loop iterations per invocation: with s for the states and l for the items of a row, (s + l) * (1 + ceil(VALUE_VEC4S / WORKGROUP_SIZE)) +
+// ceil(VALUE_VEC4S / WORKGROUP_SIZE).
 {% include "shared/attend.wgsl" %}
 
-const STATE_VEC4S: u32 = HEAD_VEC4S + 1u;  // the sum, then (max, sum of weights, 0, 0)
+const STATE_VEC4S: u32 = VALUE_VEC4S + 1u;  // the sum, then (max, sum of weights, 0, 0)
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const ITEM_WORDS: u32 = {{ merge_item_words }}u;
 
@@ -30,7 +30,7 @@ fn first_row(item: MergeItem, q_head: u32) -> u32 {
 
 @group(0) @binding(0) var<storage, read> partials: array<vec4<f32>>;  // [partial rows, STATE_VEC4S]
 @group(0) @binding(1) var<storage, read> plan: array<u32>;
-@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [num_tokens, NUM_Q_HEADS, HEAD_VEC4S]
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [num_tokens, NUM_Q_HEADS, VALUE_VEC4S]
 @group(0) @binding(3) var<uniform> params: AttendParams;
 {% if lse %}
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;  // [num_tokens, NUM_Q_HEADS]
@@ -55,7 +55,7 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
         item = read_item(at);
         let row = first_row(item, q_head);
         for (var split = 0u; split < item.num_splits; split++) {
-            row_max = max(row_max, partials[(row + split * item.split_stride) * STATE_VEC4S + HEAD_VEC4S].x);
+            row_max = max(row_max, partials[(row + split * item.split_stride) * STATE_VEC4S + VALUE_VEC4S].x);
         }
         if (item.next == 0u) {
             break;
@@ -70,7 +70,7 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
 {% endif %}
 
     var weight_sum = sink_weight;
-    for (var i = lane; i < HEAD_VEC4S; i += WORKGROUP_SIZE) {
+    for (var i = lane; i < VALUE_VEC4S; i += WORKGROUP_SIZE) {
         weight_sum = sink_weight;
         var sum = vec4<f32>(0.0);
         for (var at = item_idx; ; at += item.next) {
@@ -78,7 +78,7 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
             let row_of_item = first_row(item, q_head);
             for (var split = 0u; split < item.num_splits; split++) {
                 let row = (row_of_item + split * item.split_stride) * STATE_VEC4S;
-                let state = partials[row + HEAD_VEC4S].xy;
+                let state = partials[row + VALUE_VEC4S].xy;
                 let scale = exp2(state.x - row_max);
                 weight_sum += state.y * scale;
                 sum += partials[row + i] * scale;
@@ -88,7 +88,7 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
             }
         }
         // Without a visible key and without a sink the sum is 0 and so is the result.
-        out[(first.token * NUM_Q_HEADS + q_head) * HEAD_VEC4S + i] = select(sum / weight_sum, vec4<f32>(0.0), weight_sum == 0.0);
+        out[(first.token * NUM_Q_HEADS + q_head) * VALUE_VEC4S + i] = select(sum / weight_sum, vec4<f32>(0.0), weight_sum == 0.0);
     }
 {% if lse %}
     // Lane 0 owns a vec4 of every row, so it knows the sum of weights.

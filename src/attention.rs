@@ -9,7 +9,7 @@ use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::tuning::{self, Tuning};
-use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Target, Variant};
+use crate::kernel::{AttendFlags, Kernel, Target, Variant, max_decode_group};
 use crate::layout::{KvCacheConfig, Segments};
 use crate::plan::{
     AttendParams, AttentionConfig, PlanShape, PlannedDispatch, SplitPolicy, Stage, StepPlan, push_params,
@@ -98,7 +98,7 @@ impl Attention {
             }
             tuned.map_or(variant, |tuning| tuning.apply(variant))
         };
-        let decode = if group_size <= MAX_DECODE_GROUP {
+        let decode = if group_size <= max_decode_group(&geometry) {
             Some(VariantProgram::new(&gpu, variant(Kernel::Decode)).await?)
         } else {
             None
@@ -109,6 +109,7 @@ impl Attention {
             num_kv_heads: geometry.num_kv_heads,
             group_size,
             head_dim: geometry.head_dim,
+            value_dim: geometry.value_dim(),
             causal: config.causal,
             window: config.window,
             has_decode: decode.is_some(),
@@ -258,8 +259,8 @@ impl Attention {
 
     /// Records attention of one layer: `out = softmax(q kᵀ) v` over everything that the step's sequences have cached, the new tokens included.
     ///
-    /// `q` and `out`: f32 `[num_tokens, num_q_heads, head_dim]`, the tokens of all sequences of the step one after another. Each range needs
-    /// usage `STORAGE`, an aligned offset and exactly the step's size, and a buffer of its own: WebGPU allows no buffer to be read and written in one
+    /// `q`: f32 `[num_tokens, num_q_heads, head_dim]`, `out`: f32 `[num_tokens, num_q_heads, value_dim]`, the tokens of all sequences of the step one
+    /// after another. Each range needs usage `STORAGE`, an aligned offset and exactly the step's size, and a buffer of its own: WebGPU allows no buffer to be read and written in one
     /// dispatch, not even in disjoint ranges. Record the layer's
     /// [`append`](crate::KvCache::append) first, in the same or an earlier command buffer.
     ///
@@ -315,9 +316,8 @@ impl Attention {
         }
         let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
-        let elements = rows * u64::from(self.cache.head_dim);
-        let q = q.check(&self.gpu, "q", elements, true)?;
-        let out = out.check(&self.gpu, "out", elements, true)?;
+        let q = q.check(&self.gpu, "q", rows * u64::from(self.cache.head_dim), true)?;
+        let out = out.check(&self.gpu, "out", rows * u64::from(self.cache.value_dim()), true)?;
         let lse = lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
         // WebGPU allows no buffer to be read and written in one dispatch, not even in disjoint ranges.
         check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())])?;
@@ -342,7 +342,7 @@ impl Attention {
             if planned.stage == Stage::Merge {
                 resources.extend([lists.as_entire_binding(), out.binding(), params]);
             } else {
-                resources.extend(storage.bindings());
+                resources.extend(storage.read());
                 resources.extend([lists.as_entire_binding(), out.binding(), partials.clone(), params]);
             }
             resources.extend(lse.clone());

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 
-/// Largest head_dim of the kernels.
-pub const MAX_HEAD_DIM: u32 = 256;
+/// Largest head_dim and value_dim of the kernels: a latent of 512 elements and 64 rotated ones, as DeepSeek's models have.
+pub const MAX_HEAD_DIM: u32 = 576;
 /// Largest block_size of a paged cache, in tokens. What paging is good for shrinks as blocks grow: a sequence leaves half of its last block
 /// unused on average, a prefix is shared in whole blocks, and copy-on-write copies a whole block for one token. The kernels take any size:
 /// a [contiguous](KvCacheConfig::contiguous) cache has a block of `max_seq_len` tokens per sequence.
@@ -16,7 +16,7 @@ pub const MAX_NUM_LAYERS: u32 = 65_536;
 /// known only to its driver, which refuses what is more than that.
 pub const MAX_POOL_BYTES: u64 = 1 << 47;
 
-/// Shape of a cache: every layer has a K side and a V side of this geometry.
+/// Shape of a cache: every layer has a K side and, unless it is [latent](KvCacheConfig::latent), a V side of this geometry.
 ///
 /// Made by [`KvCacheConfig::new`] or [`KvCacheConfig::contiguous`]; the fields may then be changed. Sizes are defined for any field values,
 /// valid or not: what is beyond `u64` is `u64::MAX`.
@@ -27,8 +27,10 @@ pub struct KvCacheConfig {
     pub num_layers: u32,
     /// Heads of K and V: 1 to 65535.
     pub num_kv_heads: u32,
-    /// Elements of a head: a multiple of 8 from 8 to 256.
+    /// Elements of a key: a multiple of 8 from 8 to 576.
     pub head_dim: u32,
+    /// Elements of a value, likewise, if there are not as many as of a key.
+    pub value_dim: Option<u32>,
     /// Tokens of a block, 1 to 256; in a contiguous cache the tokens that a sequence has room for.
     pub block_size: u32,
     /// Blocks of the pool, shared by all sequences; every layer has room for each of them.
@@ -39,6 +41,8 @@ pub struct KvCacheConfig {
     pub v_format: KvFormat,
     /// A sequence has at most one block, which it takes with its first tokens, and can't outgrow it.
     pub contiguous: bool,
+    /// There is no V side: values are the first `value_dim` elements of the keys.
+    pub latent: bool,
 }
 
 impl KvCacheConfig {
@@ -49,12 +53,32 @@ impl KvCacheConfig {
             num_layers,
             num_kv_heads,
             head_dim,
+            value_dim: None,
             block_size: 16,
             num_blocks: 1024,
             k_format: KvFormat::F16,
             v_format: KvFormat::F16,
             contiguous: false,
+            latent: false,
         }
+    }
+
+    /// A cache of latents for multi-head latent attention (MLA), paged, in F16: one row per token and layer serves all query heads. The row is the key,
+    /// its first `value_dim` elements are the value, and there is no V side.
+    ///
+    /// DeepSeek's models have 576 and 512: a latent `c` of 512 elements, of which projections `W_k` and `W_v` of each head would make its keys and
+    /// values, and 64 rotated elements that all heads share. The projections are absorbed instead (DeepSeek-V2, Liu et al. 2024, section 2.1):
+    ///
+    /// ```text
+    /// q . (W_k c) = (W_k^T q) . c        sum_i(p_i W_v c_i) = W_v sum_i(p_i c_i)
+    /// ```
+    ///
+    /// So a query of the cache is `W_k^T q` followed by the rotated part of the head's query, 576 elements, and what attention yields, 512 elements, is
+    /// multiplied by `W_v`. [`AttentionConfig::softmax_scale`](crate::AttentionConfig) is that of the heads before: `1 / sqrt(192)` where those have 128
+    /// and 64 elements. Rows are appended by [`KvCache::append_latent`](crate::KvCache::append_latent).
+    #[must_use]
+    pub const fn latent(num_layers: u32, head_dim: u32, value_dim: u32) -> Self {
+        Self { latent: true, ..Self::new(num_layers, 1, head_dim).with_value_dim(value_dim) }
     }
 
     /// A cache without paging, K and V in F16: each layer's K and V are `[batch, num_kv_heads, max_seq_len, head_dim]`. It is a paged cache with
@@ -80,6 +104,21 @@ impl KvCacheConfig {
         Self { k_format, v_format, ..self }
     }
 
+    /// The same cache with values of another width than keys: 128 against 192 in DeepSeek's models, before their projections are absorbed.
+    #[must_use]
+    pub const fn with_value_dim(self, value_dim: u32) -> Self {
+        Self { value_dim: Some(value_dim), ..self }
+    }
+
+    /// Elements of a value.
+    #[must_use]
+    pub const fn value_dim(&self) -> u32 {
+        match self.value_dim {
+            Some(value_dim) => value_dim,
+            None => self.head_dim,
+        }
+    }
+
     /// Tokens that a sequence has room for, in a contiguous cache.
     #[must_use]
     pub const fn max_seq_len(&self) -> Option<u32> {
@@ -94,12 +133,17 @@ impl KvCacheConfig {
         if self.num_layers == 0 || self.num_layers > MAX_NUM_LAYERS {
             return Err(Error::argument("num_layers", self.num_layers, "1 to 65536"));
         }
+        if self.latent {
+            self.validate_latent()?;
+        }
         // The kernels use one workgroup row per KV head.
         if self.num_kv_heads == 0 || self.num_kv_heads > 65_535 {
             return Err(Error::argument("num_kv_heads", self.num_kv_heads, "1 to 65535"));
         }
-        if self.head_dim == 0 || self.head_dim > MAX_HEAD_DIM || !self.head_dim.is_multiple_of(8) {
-            return Err(Error::argument("head_dim", self.head_dim, "a multiple of 8 from 8 to 256"));
+        for (name, dim) in [("head_dim", self.head_dim), ("value_dim", self.value_dim())] {
+            if dim == 0 || dim > MAX_HEAD_DIM || !dim.is_multiple_of(8) {
+                return Err(Error::argument(name, dim, format!("a multiple of 8 from 8 to {MAX_HEAD_DIM}")));
+            }
         }
         // Sequence lengths stay below 2^31.
         let max_block_size = if self.contiguous { i32::MAX as u32 } else { MAX_BLOCK_SIZE };
@@ -128,33 +172,55 @@ impl KvCacheConfig {
         Ok(())
     }
 
+    fn validate_latent(&self) -> Result<()> {
+        if self.value_dim() > self.head_dim {
+            let rule = format!("at most head_dim, {}: values are the first elements of keys", self.head_dim);
+            return Err(Error::argument("value_dim", self.value_dim(), rule));
+        }
+        if self.v_format != self.k_format {
+            let rule = format!("that of the keys, {}: values are their first elements", self.k_format);
+            return Err(Error::argument("v_format", self.v_format, rule));
+        }
+        Ok(())
+    }
+
     /// Layout of the K side of a layer.
     #[must_use]
     pub fn k_layout(&self) -> KvLayout {
-        self.layout(self.k_format)
+        self.layout(self.head_dim, self.k_format)
     }
 
-    /// Layout of the V side of a layer.
+    /// Layout of the side of a layer that values are read from: K's in a latent cache.
     #[must_use]
     pub fn v_layout(&self) -> KvLayout {
-        self.layout(self.v_format)
+        if self.latent { self.k_layout() } else { self.layout(self.value_dim(), self.v_format) }
     }
 
-    fn layout(&self, format: KvFormat) -> KvLayout {
-        KvLayout { num_kv_heads: self.num_kv_heads, head_dim: self.head_dim, block_size: self.block_size, format }
+    /// Layouts of what a layer keeps: of K and, unless the cache is latent, of V.
+    pub(crate) fn sides(&self) -> impl Iterator<Item = KvLayout> + use<> {
+        [self.k_layout(), self.v_layout()].into_iter().take(if self.latent { 1 } else { 2 })
+    }
+
+    fn layout(&self, row_dim: u32, format: KvFormat) -> KvLayout {
+        KvLayout { num_kv_heads: self.num_kv_heads, row_dim, block_size: self.block_size, format }
+    }
+
+    /// Elements of one token's rows in a layer, as a host gives them: of K, of V.
+    pub(crate) fn token_elements(&self) -> [u64; 2] {
+        [self.head_dim, self.value_dim()].map(|dim| u64::from(self.num_kv_heads) * u64::from(dim))
     }
 
     /// Bytes that one token takes over all layers, K and V.
     #[must_use]
     pub fn token_bytes(&self) -> u64 {
         let rows = u64::from(self.num_layers) * u64::from(self.num_kv_heads);
-        rows.saturating_mul(self.k_layout().token_row_bytes() + self.v_layout().token_row_bytes())
+        rows.saturating_mul(self.sides().map(|side| side.token_row_bytes()).sum())
     }
 
     /// Bytes that one block takes over all layers, K and V.
     #[must_use]
     pub fn block_bytes(&self) -> u64 {
-        let block = self.k_layout().block_bytes().saturating_add(self.v_layout().block_bytes());
+        let block = self.sides().fold(0_u64, |bytes, side| bytes.saturating_add(side.block_bytes()));
         block.saturating_mul(self.num_layers.into())
     }
 
@@ -179,15 +245,15 @@ impl KvCacheConfig {
 /// rows, a `u32` each and in the same order, so that a block is one range of bytes whatever its format.
 ///
 /// In formats with scales per channel, one table per side follows the last block of the first [segment](Segments): f32
-/// `[2, num_kv_heads, head_dim]`, the scales and then the zero points.
+/// `[2, num_kv_heads, row_dim]`, the scales and then the zero points.
 ///
 /// Sizes and offsets are in bytes and defined for any field values, valid or not: what is beyond `u64` is `u64::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Heads of K and V.
     pub num_kv_heads: u32,
-    /// Elements of a row.
-    pub head_dim: u32,
+    /// Elements of a row: `head_dim` of K, `value_dim` of V.
+    pub row_dim: u32,
     /// Rows of a head in a block.
     pub block_size: u32,
     /// How an element is stored.
@@ -202,7 +268,7 @@ impl KvLayout {
     /// Bytes of the elements of the row of one token and head.
     #[must_use]
     pub const fn row_bytes(&self) -> u64 {
-        self.head_dim as u64 * self.format.element_bits() as u64 / 8
+        self.row_dim as u64 * self.format.element_bits() as u64 / 8
     }
 
     /// Bytes of the scale of a row: 0 in formats without.
@@ -262,7 +328,7 @@ impl KvLayout {
     }
 
     const fn num_channels(&self) -> u64 {
-        self.num_kv_heads as u64 * self.head_dim as u64
+        self.num_kv_heads as u64 * self.row_dim as u64
     }
 
     /// Cuts a side of `num_blocks` blocks into as few equal segments as bindings of `max_bytes` allow, or `None` if not even one block fits

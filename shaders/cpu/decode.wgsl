@@ -34,7 +34,7 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% set loads_of = {"k": g.k_loads, "v": g.v_loads} %}
 {% set vecs_of = {"k": g.k_vecs, "v": g.v_vecs} %}
 {% set type_of = {"k": g.k_type, "v": g.v_type} %}
-{% set bits_of = {"k": k_side.row_bytes * 8 // head_dim, "v": v_side.row_bytes * 8 // head_dim} %}
+{% set bits_of = {"k": k_side.row_bytes * 8 // k_side.row_dim, "v": v_side.row_bytes * 8 // v_side.row_dim} %}
 {% include "shared/cpu_bindings.wgsl" %}
 {% if not subgroups %}
 
@@ -145,7 +145,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     let {{ x }}_part = lane % {{ g.lanes // span[x] }}u;
     let {{ x }}_lane = {{ x }}_part * {{ span[x] }}u + {{ x }}_key;
 {% endfor %}
-    // Each lane's part of the query rows. Lanes beyond head_dim multiply zeros, rows beyond the tile repeat its last one.
+    // Each lane's part of the query rows. Lanes beyond the row multiply zeros, rows beyond the tile repeat its last one.
 {% for r in range(g.rows) %}
     let row{{ r }} = min({{ plus(r) }}item.row_start, last_row);
     let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
@@ -388,7 +388,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         }
 {% endif %}
     } else if (owner{{ v }}) {
-        partials[(item.part_row + kv_head * num_rows + score_row{{ v }}) * (HEAD_VEC4S + 1u) + HEAD_VEC4S] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
+        partials[(item.part_row + kv_head * num_rows + score_row{{ v }}) * (VALUE_VEC4S + 1u) + VALUE_VEC4S] = vec4<f32>(row_max{{ v }}, row_sum{{ v }}, 0.0, 0.0);
     }
 {% endfor %}
 {% if not subgroups %}
@@ -413,11 +413,11 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
             if (item.part_row == NO_PARTIAL) {
 {% for i in range(g.v_vecs) %}
-                out[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx("v", j, i) }}] = result{{ i }};
+                out[q_row{{ r }} * VALUE_VEC4S + {{ vec_idx("v", j, i) }}] = result{{ i }};
 {% endfor %}
             } else {
 {% for i in range(g.v_vecs) %}
-                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u) + {{ vec_idx("v", j, i) }}] = result{{ i }};
+                partials[(item.part_row + kv_head * num_rows + row{{ r }}) * (VALUE_VEC4S + 1u) + {{ vec_idx("v", j, i) }}] = result{{ i }};
 {% endfor %}
             }
         }

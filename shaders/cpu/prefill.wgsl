@@ -5,7 +5,7 @@ iteration, and each part reaches the other lanes by subgroupBroadcast.
 
 A larger tile shares each load among more rows; more keys per iteration save rescaling of the sums and llvmpipe's masking of all
 loop-carried variables. The price is JIT time, as all is unrolled: tile_q * head_dim = 4096 with two keys takes some 1.5 s, and twice
-that tile is up to 1.4 times as fast and takes 3 s.
+that tile is up to 1.4 times as fast and takes 3 s. (Rows of q and of values count alike.)
 
 Scales are applied as in cpu/decode.wgsl: to scores and weights, or to q.
 
@@ -18,11 +18,10 @@ Without subgroups every lane loads the whole K and V rows itself: for few lanes 
 
 tile_q: rows per workgroup, a multiple of LANES. tile_kv: keys per iteration, at most LANES; 1 without subgroups.
 It is 1 without subgroups.
-Iterations per invocation: 2 * (ceil((kv_end - kv_begin) / tile_kv) + 2 + head_dim / 4) + head_dim / 4.
+Iterations per invocation: 2 * (ceil((kv_end - kv_begin) / tile_kv) + 2 + head_dim / 4) + value_dim / 4.
 Workgroup memory: none.
 #}
 {% set g = geometry %}
-{% set vecs = g.vecs %}
 {% import "shared/cpu_kv.wgsl" as kv %}
 {% set row_scales = k_side.row_scales or v_side.row_scales %}
 {% set offsets = k_side.row_scales or k_side.channel_scales %}
@@ -107,15 +106,18 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% if v_side.row_scales %}
     var minimum{{ r }} = 0.0;
 {% endif %}
-{% for e in range(vecs) %}
+{% for e in range(g.q_vecs) %}
     var q{{ r }}_{{ e }} = vec4<f32>();
+{% endfor %}
+{% for e in range(g.o_vecs) %}
     var o{{ r }}_{{ e }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
 
     // A load or store compiles to much code, and registers can't be indexed: so one load per row in a loop that shifts the registers.
-    // (The bound hides its value, or the compiler would unroll the loop.)
-    let row_vecs = select(HEAD_VEC4S, 0u, item.query_len == 0u);
+    // (The bounds hide their values, or the compiler would unroll the loops.)
+    let q_vecs = select(HEAD_VEC4S, 0u, item.query_len == 0u);
+    let out_vecs = select(VALUE_VEC4S, 0u, item.query_len == 0u);
 {% if g.screens %}
     var qk_scale = params.qk_scale;
     var keep = 0xffffffffu;
@@ -127,21 +129,21 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% endfor %}
     loop {
 {% endif %}
-    for (var e = 0u; e < row_vecs; e++) {
+    for (var e = 0u; e < q_vecs; e++) {
 {% if k_side.channel_scales %}
         let channel_scale = k_channels(0u, kv_head, 4u * e);
         let channel_minimum = k_channels(1u, kv_head, 4u * e);
 {% endif %}
 {% for r in range(g.rows) %}
-{% for e in range(vecs - 1) %}
+{% for e in range(g.q_vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
-        q{{ r }}_{{ vecs - 1 }} = q[q_row{{ r }} * HEAD_VEC4S + e] * {{ "qk_scale" if g.screens else "params.qk_scale" }};
+        q{{ r }}_{{ g.q_vecs - 1 }} = q[q_row{{ r }} * HEAD_VEC4S + e] * {{ "qk_scale" if g.screens else "params.qk_scale" }};
 {% if k_side.channel_scales %}
-        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, channel_minimum);
-        q{{ r }}_{{ vecs - 1 }} *= channel_scale;
+        offset{{ r }} += dot(q{{ r }}_{{ g.q_vecs - 1 }}, channel_minimum);
+        q{{ r }}_{{ g.q_vecs - 1 }} *= channel_scale;
 {% elif k_side.row_scales %}
-        offset{{ r }} += dot(q{{ r }}_{{ vecs - 1 }}, vec4<f32>(1.0));
+        offset{{ r }} += dot(q{{ r }}_{{ g.q_vecs - 1 }}, vec4<f32>(1.0));
 {% endif %}
 {% endfor %}
     }
@@ -194,7 +196,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         var s{{ r }}_{{ t }} = 0.0;
 {% endfor %}{% endfor %}
 {% for first in range(0, g.rows, g.row_block) %}
-{% for e in range(vecs) %}
+{% for e in range(g.q_vecs) %}
         {
 {% for t in range(g.iter_keys) %}
             let k_{{ t }} = {{ all_lanes("k", t, e, k_format, g.k_loads, g.k_vecs) }};
@@ -250,7 +252,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {{ load_rows("v", g.v_type, v_format, g.v_loads, g.v_vecs) }}
 {%- endif %}
 {% for first in range(0, g.rows, g.row_block) %}
-{% for e in range(vecs) %}
+{% for e in range(g.o_vecs) %}
         {
 {% for t in range(g.iter_keys) %}
 {% if g.screens and not subgroups %}
@@ -305,7 +307,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
     // Partial states go out as they are, whole rows are divided by their sums.
 {% for r in range(g.rows) %}
     let live{{ r }} = item.row_start + {{ plus(r * g.lanes) }}lane <= last_row;
-    let part{{ r }} = (item.part_row + kv_head * num_rows + row{{ r }}) * (HEAD_VEC4S + 1u);
+    let part{{ r }} = (item.part_row + kv_head * num_rows + row{{ r }}) * (VALUE_VEC4S + 1u);
     var scale{{ r }} = 1.0;
     if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
@@ -322,10 +324,10 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         }
 {% endif %}
     } else if (live{{ r }}) {
-        partials[part{{ r }} + HEAD_VEC4S] = vec4<f32>(max{{ r }}, sum{{ r }}, 0.0, 0.0);
+        partials[part{{ r }} + VALUE_VEC4S] = vec4<f32>(max{{ r }}, sum{{ r }}, 0.0, 0.0);
     }
 {% endfor %}
-    for (var e = 0u; e < row_vecs; e++) {
+    for (var e = 0u; e < out_vecs; e++) {
 {% for r in range(g.rows) %}
         if (live{{ r }}) {
 {% if g.screens %}
@@ -336,12 +338,12 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
             let result = {{ "(o%d_0 + minimum%d)"|format(r, r) if v_side.row_scales else "o%d_0"|format(r) }} * scale{{ r }};
 {% endif %}
             if (item.part_row == NO_PARTIAL) {
-                out[q_row{{ r }} * HEAD_VEC4S + e] = result;
+                out[q_row{{ r }} * VALUE_VEC4S + e] = result;
             } else {
                 partials[part{{ r }} + e] = result;
             }
         }
-{% for e in range(vecs - 1) %}
+{% for e in range(g.o_vecs - 1) %}
         o{{ r }}_{{ e }} = o{{ r }}_{{ e + 1 }};
 {% endfor %}
 {% endfor %}

@@ -32,14 +32,14 @@
 
 {% if packed_dots %}
 alias KElement = {{ g.k_type }};
-{{ k_code_words(k_side, g.k_dims, head_dim) }}
+{{ k_code_words(k_side, g.k_dims) }}
 {% else %}
-{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims) }}
 {% endif %}
-{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
+{{ kv_element(v_side, g.v_type, g.v_dims) }}
 {% include "shared/gpu_interface.wgsl" %}
 
-{{ sides.place_functions(v_side, [v_side.row_bytes * g.v_dims // head_dim, 4]|max) }}
+{{ sides.place_functions(v_side, [v_side.row_bytes * g.v_dims // v_side.row_dim, 4]|max) }}
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;
 const TILE_KV: u32 = {{ tile_kv }}u;
 const QUADS: u32 = {{ g.quads }}u;
@@ -57,9 +57,9 @@ const MERGE_HEADS: u32 = {{ g.merge_heads }}u;
 
 {% if packed_dots %}
 {{ packed.declare(g) }}
-// After the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
+// After the last tile [MERGE_HEADS, STREAMS, VALUE_VEC4S] sums
 {% else %}
-// [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, HEAD_VEC4S] sums
+// [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, VALUE_VEC4S] sums
 {% endif %}
 var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
 // [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
@@ -444,7 +444,7 @@ fn decode(
             rescale[s * GROUP_SIZE + local_idx] = weight;
         }
         if (is_split) {
-            partials[(item.part_row + q_head + 1u) * (HEAD_VEC4S + 1u) - 1u] = vec4<f32>(item_max, item_sum, 0.0, 0.0);
+            partials[(item.part_row + q_head + 1u) * (VALUE_VEC4S + 1u) - 1u] = vec4<f32>(item_max, item_sum, 0.0, 0.0);
         } else {
             // A query that sees nothing has all sums zero.
             let normalise = 1.0 / select(1.0, item_sum, item_sum > 0.0);
@@ -469,23 +469,23 @@ fn decode(
     {{ "if (stream < STREAMS) " if g.value_lanes < workgroup_size }}{
 {% for h in range(base, base + heads) %}
 {% for d in v_parts %}
-        tile[({{ h - base }}u * STREAMS + stream) * HEAD_VEC4S + v_idx * {{ g.v_dims // 4 }}u + {{ d // 4 }}u] = sum_{{ h }}_{{ d }} * rescale[stream * GROUP_SIZE + {{ h }}u];
+        tile[({{ h - base }}u * STREAMS + stream) * VALUE_VEC4S + v_idx * {{ g.v_dims // 4 }}u + {{ d // 4 }}u] = sum_{{ h }}_{{ d }} * rescale[stream * GROUP_SIZE + {{ h }}u];
 {% endfor %}
 {% endfor %}
     }
     workgroupBarrier();
-    for (var i = local_idx; i < {{ heads }}u * HEAD_VEC4S; i += WORKGROUP_SIZE) {
-        let head = i / HEAD_VEC4S;
-        let d = i % HEAD_VEC4S;
+    for (var i = local_idx; i < {{ heads }}u * VALUE_VEC4S; i += WORKGROUP_SIZE) {
+        let head = i / VALUE_VEC4S;
+        let d = i % VALUE_VEC4S;
         var sum = vec4<f32>({{ "logits[%du * STREAMS + %du + head]"|format(3 * group_size, base) if v_row_scales else "0.0" }});
         for (var s = 0u; s < STREAMS; s++) {
-            sum += tile[(head * STREAMS + s) * HEAD_VEC4S + d];
+            sum += tile[(head * STREAMS + s) * VALUE_VEC4S + d];
         }
         let q_head = first_head + {{ base }}u + head;
         if (is_split) {
-            partials[(item.part_row + q_head) * (HEAD_VEC4S + 1u) + d] = sum;
+            partials[(item.part_row + q_head) * (VALUE_VEC4S + 1u) + d] = sum;
         } else {
-            out[(item.query_start * NUM_Q_HEADS + q_head) * HEAD_VEC4S + d] = sum;
+            out[(item.query_start * NUM_Q_HEADS + q_head) * VALUE_VEC4S + d] = sum;
         }
     }
 {% if not loop.last %}

@@ -3,13 +3,13 @@
 {% set k_row_scales = k_side.row_scales %}
 {% set v_row_scales = v_side.row_scales %}
 {% set k_channel_scales = k_side.channel_scales %}
-{% set head_vec4s = head_dim // 4 %}
+{% set value_vec4s = value_dim // 4 %}
 // Prefill attention for GPUs: tiles of query rows over a paged KV cache.
 //
 // A workgroup serves one work item: TILE_Q rows (row = token * GROUP_SIZE + head in the group) of one
 // KV head over a range of keys, TILE_KV keys at a time. It multiplies like a blocked matrix product:
 // an invocation has ROWS = 4 neighbouring rows and, in lane x of LANES, the keys x, x + LANES, ... of
-// the tile (scores), then the vec4s x, x + LANES, ... of the head (values). Running maximum and sums
+// the tile (scores), then the vec4s x, x + LANES, ... of a value. Running maximum and sums
 // of its rows stay in its registers.
 //   - scores: Q and K pass through workgroup memory SLICE vec4s of the head at a time;
 //   - softmax: the maximum of a row over its lanes, then weights to workgroup memory;
@@ -32,8 +32,8 @@
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_SLICES + NUM_V_SLICES{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
-{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
-{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims) }}
+{{ kv_element(v_side, g.v_type, g.v_dims) }}
 {% include "shared/gpu_interface.wgsl" %}
 
 const TILE_Q: u32 = {{ tile_q }}u;
@@ -56,7 +56,7 @@ const BUTTERFLY: u32 = {{ g.butterfly }}u;
 {% endif %}
 
 // During scores [2, TILE_Q + TILE_KV, SLICE_ROW]: rows of queries, then of keys, in two buffers.
-// Then [TILE_KV, WEIGHTS_ROW] weights of 4 rows, [2, V_KEYS, HEAD_VEC4S] values in two buffers, and
+// Then [TILE_KV, WEIGHTS_ROW] weights of 4 rows, [2, V_KEYS, VALUE_VEC4S] values in two buffers, and
 // in place of the second [LANES / BUTTERFLY, ROW_SETS] what the lanes of 4 rows combine.
 const SCORE_LEN: u32 = {{ g.score_len }}u;
 const K_TILE: u32 = {{ g.k_tile }}u;
@@ -402,11 +402,11 @@ fn prefill(
             {
                 let p = tile[(first_key + {{ e }}u) * WEIGHTS_ROW + row_set];
 {% for c in range(g.cols) %}
-{% if (c + 1) * g.lanes > head_vec4s %}
+{% if (c + 1) * g.lanes > value_vec4s %}
                 // Lanes past the end of the head compute what nobody stores.
-                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + min(lane + {{ c * g.lanes }}u, HEAD_VEC4S - 1u)];
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * VALUE_VEC4S + min(lane + {{ c * g.lanes }}u, VALUE_VEC4S - 1u)];
 {% else %}
-                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * HEAD_VEC4S + lane + {{ c * g.lanes }}u];
+                let v_{{ c }} = tile[V_TILE + buffer + {{ e }}u * VALUE_VEC4S + lane + {{ c * g.lanes }}u];
 {% endif %}
 {% for r in range(4) %}
                 sum_{{ r }}_{{ c }} = fma(vec4<f32>(p.{{ "xyzw"[r] }}), v_{{ c }}, sum_{{ r }}_{{ c }});
@@ -428,7 +428,7 @@ fn prefill(
                 let row = rows[tile_rows + i];
 {% for c in range(g.cols) %}
                 {
-                    let d = {{ "min(lane + %du, HEAD_VEC4S - 1u)"|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s else "lane + %du"|format(c * g.lanes) }};
+                    let d = {{ "min(lane + %du, VALUE_VEC4S - 1u)"|format(c * g.lanes) if (c + 1) * g.lanes > value_vec4s else "lane + %du"|format(c * g.lanes) }};
 {% if g.v_dims == 4 %}
                     let element = v_element(row, d);
                     let dims = v_dims_0(element);
@@ -455,17 +455,17 @@ fn prefill(
         let row = first_row + {{ r }}u;
         let q_head = first_head + row % GROUP_SIZE;
         let out_row = token_of(item, row) * NUM_Q_HEADS + q_head;
-        let partial_row = (item.part_row + kv_head * num_rows + row) * (HEAD_VEC4S + 1u);
+        let partial_row = (item.part_row + kv_head * num_rows + row) * (VALUE_VEC4S + 1u);
         var row_max = logit_max.{{ "xyzw"[r] }};
         var row_sum = p_sum.{{ "xyzw"[r] }};
         if (item.part_row != NO_PARTIAL) {
 {% for c in range(g.cols) %}
-            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s }}{
+            {{ "if (lane + %su < VALUE_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > value_vec4s }}{
                 partials[partial_row + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }};
             }
 {% endfor %}
             if (lane == 0u) {
-                partials[partial_row + HEAD_VEC4S] = vec4<f32>(row_max, row_sum, 0.0, 0.0);
+                partials[partial_row + VALUE_VEC4S] = vec4<f32>(row_max, row_sum, 0.0, 0.0);
             }
         } else {
             var factor = 1.0;
@@ -478,8 +478,8 @@ fn prefill(
             // A row that sees nothing has all sums zero.
             factor /= select(1.0, row_sum, row_sum > 0.0);
 {% for c in range(g.cols) %}
-            {{ "if (lane + %su < HEAD_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > head_vec4s }}{
-                out[out_row * HEAD_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }} * factor;
+            {{ "if (lane + %su < VALUE_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > value_vec4s }}{
+                out[out_row * VALUE_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }} * factor;
             }
 {% endfor %}
 {% if lse %}

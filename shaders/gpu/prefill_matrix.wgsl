@@ -35,8 +35,8 @@ enable wgpu_cooperative_matrix;
 //
 // Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + at most {{ tile_q * tile_kv // (g.size * g.size) // g.score_block + tile_q * g.dims // (g.size * g.size) // g.value_block }} for one subgroup{{ " + TILE_KV" if g.screens }})
 
-{{ kv_element(k_side, g.k_type, g.k_dims, head_dim) }}
-{{ kv_element(v_side, g.v_type, g.v_dims, head_dim) }}
+{{ kv_element(k_side, g.k_type, g.k_dims) }}
+{{ kv_element(v_side, g.v_type, g.v_dims) }}
 {% include "shared/gpu_interface.wgsl" %}
 
 const TILE_Q: u32 = {{ tile_q }}u;

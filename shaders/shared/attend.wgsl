@@ -10,7 +10,9 @@ struct AttendParams {
     reserved: u32,
 }
 
+// Of a row of q, and of a row of out and of partial sums.
 const HEAD_VEC4S: u32 = {{ head_dim // 4 }}u;
+const VALUE_VEC4S: u32 = {{ value_dim // 4 }}u;
 const NUM_Q_HEADS: u32 = {{ num_q_heads }}u;
 const GROUP_SIZE: u32 = {{ group_size }}u;
 // Where the running maximum starts: finite, and below any logit.

@@ -6,9 +6,9 @@
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
 const BLOCK_SIZE: u32 = {{ block_size }}u;
-// Elements in a cache row.
+// Elements in a key and in a value.
 const K_ROW: u32 = {{ head_dim // geometry.k_dims }}u;
-const V_ROW: u32 = {{ head_dim // geometry.v_dims }}u;
+const V_ROW: u32 = {{ value_dim // geometry.v_dims }}u;
 
 const CAUSAL: bool = {{ causal|lower }};
 const WINDOW: bool = {{ window|lower }};
@@ -27,9 +27,9 @@ const NO_PARTIAL: u32 = {{ no_partial }}u;
 {{ side.declare(v_side, 1 + k_side.segments, "read", "VElement", "[num_blocks, num_kv_heads, block_size, V_ROW]") -}}
 // work items, block tables, mask bits
 @group(0) @binding({{ after }}) var<storage, read> plan: array<u32>;
-// [num_tokens, num_q_heads, head_dim/4]
+// [num_tokens, num_q_heads, value_dim/4]
 @group(0) @binding({{ after + 1 }}) var<storage, read_write> out: array<vec4<f32>>;
-// [partial rows, head_dim/4 + 1]: sum of p * v, then (max, sum of p, 0, 0)
+// [partial rows, value_dim/4 + 1]: sum of p * v, then (max, sum of p, 0, 0)
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> partials: array<vec4<f32>>;
 @group(0) @binding({{ after + 3 }}) var<uniform> params: AttendParams;
 {% if lse %}
@@ -110,5 +110,5 @@ fn is_visible(item: WorkItem, key: u32, query: u32) -> bool {
     return visible;
 }
 
-{{ side.element_function(k_side, "KElement", [k_side.row_bytes * geometry.k_dims // head_dim, 4]|max) }}
-{{ side.element_function(v_side, "VElement", [v_side.row_bytes * geometry.v_dims // head_dim, 4]|max) }}
+{{ side.element_function(k_side, "KElement", [k_side.row_bytes * geometry.k_dims // k_side.row_dim, 4]|max) }}
+{{ side.element_function(v_side, "VElement", [v_side.row_bytes * geometry.v_dims // v_side.row_dim, 4]|max) }}

@@ -13,5 +13,8 @@ struct CacheParams {
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
 const BLOCK_SIZE: u32 = {{ block_size }}u;
-const HEAD_VEC8S: u32 = HEAD_DIM / 8u;  // a Vec8 is 8 elements of a row
+// A Vec8 is 8 elements of a row: those of a key, of a value, and of the longer one.
+const HEAD_VEC8S: u32 = HEAD_DIM / 8u;
+const VALUE_VEC8S: u32 = {{ value_dim // 8 }}u;
+const ROW_VEC8S: u32 = {{ [head_dim, value_dim]|max // 8 }}u;
 const WORKGROUP_SIZE: u32 = {{ workgroup_size }}u;

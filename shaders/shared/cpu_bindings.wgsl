@@ -17,5 +17,5 @@ fn key_row(item: WorkItem, kv_head: u32, key: u32) -> u32 {
 {{ side.row_scale_function(s, type) }}
 {% endfor %}
 {% if k_side.channel_scales %}
-{{ side.channel_function(k_side, geometry.k_type, num_kv_heads, head_dim) }}
+{{ side.channel_function(k_side, geometry.k_type, num_kv_heads) }}
 {% endif %}

@@ -8,7 +8,7 @@
 {{ side.scale_word_function(s, type) }}
 {% endfor %}
 {% if k_side.channel_scales %}
-{{ side.channel_function(k_side, geometry.k_type, num_kv_heads, head_dim) }}
+{{ side.channel_function(k_side, geometry.k_type, num_kv_heads) }}
 {% endif %}
 // a . b + c as a chain of fma, which is cheaper than dot() on most GPUs.
 fn fma_dot(a: vec4<f32>, b: vec4<f32>, c: f32) -> f32 {

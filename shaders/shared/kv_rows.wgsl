@@ -60,7 +60,7 @@ fn half_pair(even: f32, odd: f32) -> u32 {
 
 {% macro store(side) %}
 {% if side.channel_scales %}
-{{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
+{{ sides.channel_function(side, element_type(side.format), num_kv_heads) }}
 {% endif %}
 // Writes elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of {{ side.name|upper }}
 {%- if side.row_scales %}, whose scale and minimum are `row_pair`{% endif %}.
@@ -108,7 +108,7 @@ fn store_{{ side.name }}(row: u32, vec8_idx: u32, lo: vec4<f32>, hi: vec4<f32>{{
 {% if side.row_scales %}
 {{ sides.row_scale_function(side, element_type(side.format)) }}
 {% elif side.channel_scales %}
-{{ sides.channel_function(side, element_type(side.format), num_kv_heads, head_dim) }}
+{{ sides.channel_function(side, element_type(side.format), num_kv_heads) }}
 {% endif %}
 // Reads elements 8 * vec8_idx .. 8 * vec8_idx + 8 of a row of {{ side.name|upper }}.
 fn load_{{ side.name }}(row: u32, vec8_idx: u32) -> Vec8 {

@@ -4,7 +4,7 @@ One side (K or V) of the cache: its bindings, and where things lie in it. `side`
 A row, one token of one KV head, has the number (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot. A block is its rows, then (formats
 with scales per row) a word per row: the scale as bfloat16 in its lower half, the minimum in its upper half; then perhaps padding. A
 side that is larger than a binding comes in segments, buffers of segment_blocks blocks each. Behind the blocks of the first segment
-stands (formats with scales per channel) a table f32 [2, NUM_KV_HEADS, HEAD_DIM]: scales, then minima.
+stands (formats with scales per channel) a table f32 [2, NUM_KV_HEADS, elements of a row]: scales, then minima.
 #}
 
 {# The bindings of a side, from number `first` on: {name}_cache, or {name}_cache_0, {name}_cache_1, ... #}
@@ -98,12 +98,12 @@ fn {{ side.name }}_row_scale(row: u32) -> vec2<f32> {
 fn {name}_channels(plane, kv_head, dim), in formats with scales per channel: scales (plane 0) or minima (plane 1) of the four channels from
 `dim`, a multiple of 4, on.
 #}
-{% macro channel_function(side, element, num_kv_heads, head_dim) %}
+{% macro channel_function(side, element, num_kv_heads) %}
 {% set cache = buffer(side, 0) %}
 // Scales (plane 0) or minima (plane 1) of four channels of {{ side.name|upper }}.
 fn {{ side.name }}_channels(plane: u32, kv_head: u32, dim: u32) -> vec4<f32> {
     let table = {{ "params.num_blocks" if side.segments == 1 else side.segment_blocks ~ "u" }} * {{ side.block_bytes // 4 }}u;
-    let at = table + (plane * {{ num_kv_heads }}u + kv_head) * {{ head_dim }}u + dim;
+    let at = table + (plane * {{ num_kv_heads }}u + kv_head) * {{ side.row_dim }}u + dim;
 {% if element == "vec4<u32>" %}
     return bitcast<vec4<f32>>({{ cache }}[at / 4u]);
 {% elif element == "vec2<u32>" %}

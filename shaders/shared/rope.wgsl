@@ -1,9 +1,10 @@
 {#
 Rotary position embedding, four pairs of elements at a time. Included by append and rope after their bindings; reads `rope_table`.
 
-A pair that belongs together is (i, i + ROTARY_DIM / 2) or (2i, 2i + 1); pairs from ROTARY_DIM / 2 on are those that stay as they are.
+A pair that belongs together is (i, i + ROTARY_DIM / 2) or (2i, 2i + 1), counted from ROTARY_START on; pairs from ROTARY_DIM / 2 on are those that stay as they are.
 #}
 const ROTARY_DIM: u32 = {{ rotary_dim }}u;
+const ROTARY_START: u32 = {{ rotary_start }}u;  // the first of them in a row
 const ROTARY_PAIRS: u32 = ROTARY_DIM / 2u;
 const OFFSETS: vec4<u32> = vec4<u32>(0u, 1u, 2u, 3u);
 

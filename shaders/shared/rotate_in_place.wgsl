@@ -7,7 +7,7 @@ const ROW_GROUPS: u32 = (ROTARY_PAIRS + 3u) / 4u;  // of a row, of four pairs ea
 fn rotate_in_place(start: u32, pair_group: u32, position: u32) {
     let pair = 4u * pair_group;
     let pairs = pair + OFFSETS;
-    let base = start{{ " / 4u" if wide }};
+    let base = {{ "(start + ROTARY_START) / 4u" if wide else "start + ROTARY_START" }};
 {% if rope == "interleaved" %}
     let at = base + pair / 2u;
     let lo = {{ rows }}[at];

@@ -27,24 +27,28 @@ fn row_elements(start: u32, dims: vec4<u32>{{ ", weights: u32" if head_norm }}) 
 fn rotated_vec8(start: u32, vec8_idx: u32, position: u32{{ ", weights: u32" if head_norm }}) -> Vec8 {
     let lo = row_elements(start, 8u * vec8_idx + OFFSETS{{ weights }});
     let hi = row_elements(start, 8u * vec8_idx + 4u + OFFSETS{{ weights }});
-    if (8u * vec8_idx >= ROTARY_DIM) {
+    // (Elements before the first one wrap around.)
+    let dim = 8u * vec8_idx - ROTARY_START;
+    if (dim >= ROTARY_DIM) {
         return Vec8(lo, hi);
     }
-    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), 4u * vec8_idx + OFFSETS, position);
+    let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), dim / 2u + OFFSETS, position);
     return Vec8(
         vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y),
         vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w));
 }
 {% else %}
 // Elements dim .. dim + 4 of a row, rotated with their partners, which lie ROTARY_DIM / 2 before or behind.
-fn rotated_dims(start: u32, dim: u32, position: u32{{ ", weights: u32" if head_norm }}) -> vec4<f32> {
+fn rotated_dims(start: u32, own_dim: u32, position: u32{{ ", weights: u32" if head_norm }}) -> vec4<f32> {
+    let own = row_elements(start, own_dim + OFFSETS{{ weights }});
+    // (Elements before the first one wrap around.)
+    let dim = own_dim - ROTARY_START;
     let dims = dim + OFFSETS;
-    let own = row_elements(start, dims{{ weights }});
     if (dim >= ROTARY_DIM) {
         return own;
     }
     let is_second = dims >= vec4<u32>(ROTARY_PAIRS);
-    let other = row_elements(start, select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second){{ weights }});
+    let other = row_elements(start, ROTARY_START + select(dims + ROTARY_PAIRS, dims - ROTARY_PAIRS, is_second){{ weights }});
     let pairs = select(dims, dims - ROTARY_PAIRS, is_second);
     let rotated = rotate_pairs(select(own, other, is_second), select(other, own, is_second), pairs, position);
     return select(rotated.first, rotated.second, is_second);

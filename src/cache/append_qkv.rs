@@ -108,17 +108,21 @@ impl AppendQkv {
     /// rotated.
     ///
     /// # Errors
-    /// [`Error::Argument`] for `num_q_heads` that is no multiple of the cache's `num_kv_heads` or above 65 535, or a field of `rope` that breaks its
+    /// [`Error::Argument`] for a cache whose values are not as long as its keys, `num_q_heads` that is no multiple of the cache's `num_kv_heads` or above 65 535, or a field of `rope` that breaks its
     /// rule; [`Error::Unsupported`] if the kernel needs more than the device offers; [`Error::Wgpu`] if it doesn't compile.
     pub async fn new(cache: &KvCache, rope: RopeConfig, num_q_heads: u32, head_norm: bool) -> Result<Self> {
         let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
+        if geometry.latent || geometry.value_dim() != geometry.head_dim {
+            let rule = format!("head_dim, {}; other rows go through append", geometry.head_dim);
+            return Err(Error::argument("value_dim", geometry.value_dim(), rule));
+        }
         rope.validate(geometry.head_dim)?;
         let num_kv_heads = geometry.num_kv_heads;
         if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) || num_q_heads > MAX_GRID {
             let rule = format!("a multiple of num_kv_heads, {num_kv_heads}, up to {MAX_GRID}");
             return Err(Error::argument("num_q_heads", num_q_heads, rule));
         }
-        let shape = RopeShape { layout: rope.layout, rotary_dim: rope.rotary_dim };
+        let shape = RopeShape::of(&rope);
         let group_size = num_q_heads / num_kv_heads;
         let variant = Variant::new(Kernel::AppendQkv, gpu.target(), &geometry, group_size, AttendFlags::default());
         let variant = variant.with_segments(cache.segments()).with_rope(shape);
@@ -211,7 +215,7 @@ impl KvCache {
         }
         let (x, y) = kernel.program.variant.append_qkv_grid("rows", step.num_tokens())?;
         let mut resources = vec![range.binding()];
-        resources.extend(storage.bindings());
+        resources.extend(storage.written());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
         resources.push(kernel.table.as_entire_binding());
         resources.extend(norm.map(|norm| norm.weights.as_entire_binding()));

@@ -119,7 +119,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there.
     pub fn layer_buffers(&self, layer: u32) -> Result<(&[wgpu::Buffer], &[wgpu::Buffer])> {
-        self.layer(layer).map(|storage| (storage.k.buffers(), storage.v.buffers()))
+        self.layer(layer).map(|storage| (storage.k.buffers(), storage.values().buffers()))
     }
 
     fn layer(&self, layer: u32) -> Result<&storage::LayerStorage> {

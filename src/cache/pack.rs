@@ -57,7 +57,7 @@ fn portions(config: &KvCacheConfig, num_blocks: usize, portion_bytes: u64) -> Ve
     let mut portions: Vec<Portion> = Vec::new();
     let mut portion = Portion::default();
     for layer in 0..config.num_layers {
-        for (side, layout) in [config.k_layout(), config.v_layout()].into_iter().enumerate() {
+        for (side, layout) in config.sides().enumerate() {
             let mut start = 0;
             while start < num_blocks {
                 let fit = (portion_bytes.saturating_sub(portion.bytes) / layout.block_bytes()) as usize;
@@ -123,7 +123,7 @@ struct Packing<'p> {
 
 /// Bytes of the stream of `num_blocks` blocks, or `None` on overflow.
 pub(super) fn stream_bytes(config: &KvCacheConfig, num_blocks: u32) -> Option<u64> {
-    let block = config.k_layout().block_bytes().checked_add(config.v_layout().block_bytes())?;
+    let block = config.sides().try_fold(0_u64, |bytes, side| bytes.checked_add(side.block_bytes()))?;
     block.checked_mul(num_blocks.into())?.checked_mul(config.num_layers.into())
 }
 
@@ -147,7 +147,6 @@ impl KvCache {
     /// Makes everything that packing (or unpacking) these blocks needs.
     fn packing(&self, blocks: &[BlockId], unpack: bool) -> Result<Packing<'_>> {
         let (gpu, config, kernel) = (&self.gpu, &self.config, &self.kernels.pack_blocks);
-        let block_bytes = [config.k_layout().block_bytes(), config.v_layout().block_bytes()];
         let min_run = min_run_bytes(gpu.profile());
         // A block is never larger than a binding, because a side of one block isn't.
         let plan = portions(config, blocks.len(), PORTION_BYTES.min(gpu.max_storage_bytes()));
@@ -157,8 +156,9 @@ impl KvCache {
         let mut jobs = Vec::new();
         let mut list: Vec<u32> = Vec::new();
         for (portion, piece) in plan.iter().enumerate().flat_map(|(i, c)| c.pieces.iter().map(move |p| (i, p))) {
-            let block_bytes = block_bytes[piece.side];
-            for (side, held) in self.layer(piece.layer)?.sides()[piece.side].parts(config.num_blocks) {
+            let Some(side) = self.layer(piece.layer)?.sides().nth(piece.side) else { continue };
+            let block_bytes = side.block_bytes();
+            for (side, held) in side.parts(config.num_blocks) {
                 let runs = runs(&blocks[piece.blocks.clone()], &held);
                 let count: u32 = runs.iter().map(|run| run.len).sum();
                 if u64::from(count) * block_bytes >= min_run * runs.len() as u64 {

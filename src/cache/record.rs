@@ -40,18 +40,13 @@ impl CacheKernels {
 pub struct KvRows {
     /// `[seq_len, num_kv_heads, head_dim]`
     pub k: Vec<f32>,
-    /// `[seq_len, num_kv_heads, head_dim]`
+    /// `[seq_len, num_kv_heads, value_dim]`
     pub v: Vec<f32>,
 }
 
-/// Elements of the K or V rows of `num_tokens` tokens.
-fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> u64 {
-    u64::from(num_tokens) * u64::from(config.num_kv_heads) * u64::from(config.head_dim)
-}
-
-/// Invocations that handle rows of `num_tokens` tokens, 8 elements each.
-fn row_invocations(config: &KvCacheConfig, num_tokens: u32) -> u64 {
-    row_elements(config, num_tokens) / 8
+/// Elements of the rows of `num_tokens` tokens: of K, of V.
+fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> [u64; 2] {
+    config.token_elements().map(|elements| u64::from(num_tokens) * elements)
 }
 
 impl CacheKernels {
@@ -74,8 +69,8 @@ impl KvCache {
     /// Records one layer's new K and V rows into the cache. The first thing a step does in each layer: blocks that the step must not
     /// share any more are copied before.
     ///
-    /// `k` and `v`: f32 `[num_tokens, num_kv_heads, head_dim]`, the tokens of all sequences of the step one after another. Each
-    /// range needs usage `STORAGE`, an offset that is a multiple of `min_storage_buffer_offset_alignment`, and exactly the step's size.
+    /// `k`: f32 `[num_tokens, num_kv_heads, head_dim]`, `v`: f32 `[num_tokens, num_kv_heads, value_dim]`, the tokens of all sequences of the step one
+    /// after another. Each range needs usage `STORAGE`, an offset that is a multiple of `min_storage_buffer_offset_alignment`, and exactly the step's size.
     ///
     /// `rope`: K is rotated by its tokens' positions on the way; V is not touched. The cache then holds rotated rows, so rotate Q as well:
     /// [`Rope::rotate`]. `None` for models without rotary embeddings, or K that is rotated already.
@@ -85,7 +80,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, or a rope that was made for a cache of another shape or
-    /// on another device; [`Error::Stale`]; [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu
+    /// on another device; or if values are keys in this cache; [`Error::Stale`]; [`Error::Wgpu`] for a buffer of another device (which must be of the same wgpu instance: wgpu
     /// itself gives buffers of other instances no meaning); [`Error::DeviceLost`]. Nothing has been recorded then.
     pub fn append<'a>(
         &self,
@@ -94,6 +89,42 @@ impl KvCache {
         layer: u32,
         k: impl Into<BufferRef<'a>>,
         v: impl Into<BufferRef<'a>>,
+        rope: Option<&Rope>,
+    ) -> Result<()> {
+        if self.config.latent {
+            return Err(Error::argument("v", "rows of values", "append_latent, as values are keys in this cache"));
+        }
+        self.append_any(recorder.into(), step, layer, k.into(), Some(v.into()), rope)
+    }
+
+    /// [`KvCache::append`] to a [latent](KvCacheConfig::latent) cache: `rows`, f32 `[num_tokens, num_kv_heads, head_dim]`, are keys and values.
+    ///
+    /// `rope` rotates what it says of a row, which is what a model with latents keeps outside of the values:
+    /// [`RopeConfig::with_start`](crate::RopeConfig::with_start).
+    ///
+    /// # Errors
+    /// Those of [`KvCache::append`], and [`Error::Argument`] for a cache that is not latent.
+    pub fn append_latent<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        step: &Step,
+        layer: u32,
+        rows: impl Into<BufferRef<'a>>,
+        rope: Option<&Rope>,
+    ) -> Result<()> {
+        if !self.config.latent {
+            return Err(Error::argument("rows", "rows of latents", "append, as this cache has values of its own"));
+        }
+        self.append_any(recorder.into(), step, layer, rows.into(), None, rope)
+    }
+
+    fn append_any(
+        &self,
+        recorder: Recorder<'_>,
+        step: &Step,
+        layer: u32,
+        k: BufferRef<'_>,
+        v: Option<BufferRef<'_>>,
         rope: Option<&Rope>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
@@ -105,11 +136,11 @@ impl KvCache {
             None => (&self.kernels.append, None),
         };
         let num_tokens = step.num_tokens();
-        let elements = row_elements(config, num_tokens);
-        let k = k.into().check(gpu, "k", elements, true)?;
-        let v = v.into().check(gpu, "v", elements, true)?;
+        let [k_elements, v_elements] = row_elements(config, num_tokens);
+        let k = k.check(gpu, "k", k_elements, true)?;
         self.layers.check_foreign("k", &k)?;
-        self.layers.check_foreign("v", &v)?;
+        let v = v.map(|v| v.check(gpu, "v", v_elements, true)).transpose()?;
+        v.iter().try_for_each(|v| self.layers.check_foreign("v", v))?;
         let (upload, lease) = step.upload().buffer()?;
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
@@ -117,12 +148,13 @@ impl KvCache {
         }
         let (x, y) = kernel.variant.append_grid("k", num_tokens)?;
         let mut resources = kernel.resources();
-        resources.extend([k.binding(), v.binding()]);
-        resources.extend(storage.bindings());
+        resources.push(k.binding());
+        resources.extend(v.as_ref().map(BufferRef::binding));
+        resources.extend(storage.written());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
         resources.extend(table.map(wgpu::Buffer::as_entire_binding));
         dispatches.push(kernel.dispatch(resources, [x, y, 1]));
-        recorder.into().record(gpu, "folio append", &dispatches, &[lease])
+        recorder.record(gpu, "folio append", &dispatches, &[lease])
     }
 
     /// Copies of whole blocks of a layer, as an upload of [`append_words`] lists them.
@@ -133,13 +165,13 @@ impl KvCache {
         count: u32,
     ) -> Result<Dispatch<'a>> {
         let (x, y) = self.kernels.copy_blocks.variant.copy_grid("batch", count)?;
-        let mut resources: Vec<_> = storage.bindings().collect();
+        let mut resources: Vec<_> = storage.written().collect();
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(upload, COPY_PARAMS_OFFSET)]);
         Ok(self.kernels.copy_blocks.dispatch(resources, [x, y, 1]))
     }
 
-    /// Records the copy of a sequence's committed rows of one layer into contiguous f32 buffers of the host's,
-    /// `[seq_len, num_kv_heads, head_dim]` each. Returns the number of tokens. An empty sequence records nothing.
+    /// Records the copy of a sequence's committed rows of one layer into contiguous f32 buffers of the host's, `[seq_len, num_kv_heads, head_dim]` and
+    /// `[seq_len, num_kv_heads, value_dim]`. Returns the number of tokens. An empty sequence records nothing.
     ///
     /// The ranges need usage `STORAGE` and an aligned offset, may be larger than the rows, and may be of one buffer if they don't overlap.
     ///
@@ -161,8 +193,8 @@ impl KvCache {
             (table.len(), table.blocks().iter().map(|b| b.index()).collect::<Vec<_>>())
         };
         let elements = row_elements(config, num_tokens);
-        let k_out = k_out.into().check(gpu, "k_out", elements, false)?;
-        let v_out = v_out.into().check(gpu, "v_out", elements, false)?;
+        let k_out = k_out.into().check(gpu, "k_out", elements[0], false)?;
+        let v_out = v_out.into().check(gpu, "v_out", elements[1], false)?;
         self.layers.check_foreign("k_out", &k_out)?;
         self.layers.check_foreign("v_out", &v_out)?;
         if k_out.overlaps(&v_out) {
@@ -171,7 +203,8 @@ impl KvCache {
         if num_tokens == 0 {
             return Ok(0);
         }
-        let (x, y) = self.kernels.gather.grid("sequence", row_invocations(config, num_tokens))?;
+        // An invocation reads 8 elements of K and the same of V.
+        let (x, y) = self.kernels.gather.grid("sequence", elements[0].max(elements[1]) / 8)?;
         let mut words = Vec::with_capacity(PARAM_BLOCK_WORDS as usize + table.len());
         let params = CacheParams {
             num_tokens,
@@ -183,7 +216,7 @@ impl KvCache {
         push_params(&mut words, &params);
         words.extend_from_slice(&table);
         let (lists, lease) = Upload::new(gpu, "sequence", words)?.buffer()?;
-        let mut resources: Vec<_> = storage.bindings().collect();
+        let mut resources: Vec<_> = storage.read().collect();
         resources.extend([lists.as_entire_binding(), k_out.binding(), v_out.binding()]);
         resources.push(params_binding::<CacheParams>(&lists, 0));
         let dispatch = self.kernels.gather.dispatch(resources, [x, y, 1]);
@@ -205,15 +238,16 @@ impl KvCache {
             return Ok(KvRows { k: Vec::new(), v: Vec::new() });
         }
         let gpu = &self.gpu;
-        let bytes = row_elements(&self.config, num_tokens) * 4;
+        let [k_bytes, v_bytes] = row_elements(&self.config, num_tokens).map(|elements| elements * 4);
+        let bytes = k_bytes.max(v_bytes);
         if bytes > gpu.max_storage_bytes() {
             let need = format!("{bytes} bytes for {num_tokens} tokens");
             let have = format!("{} bytes in a storage binding", gpu.max_storage_bytes());
             return Err(Error::unsupported("sequence", need, have));
         }
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let buffer = || gpu.create_buffer("creating gather buffers", "folio gather", bytes, usage);
-        let (k_out, v_out) = (buffer()?, buffer()?);
+        let buffer = |bytes| gpu.create_buffer("creating gather buffers", "folio gather", bytes, usage);
+        let (k_out, v_out) = (buffer(k_bytes)?, buffer(v_bytes)?);
         let mut encoder = gpu.encoder()?;
         self.record_gather(&mut encoder, sequence, layer, &k_out, &v_out)?;
         let k = Readback::record(gpu, &mut encoder, &BufferRef::from(&k_out))?;
@@ -245,14 +279,15 @@ impl KvCache {
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
         let (a, b) = (gpu.warm_up_buffer()?, gpu.warm_up_buffer()?);
         let params = params_binding::<CacheParams>(&lists, 0);
-        let caches: Vec<_> = storage.bindings().collect();
+        let [written, read]: [Vec<_>; 2] = [storage.written().collect(), storage.read().collect()];
         let (a, b) = (a.as_entire_binding(), b.as_entire_binding());
         let list = lists.as_entire_binding();
-        let append = [&[a.clone(), b.clone()], &caches[..], &[list.clone(), params.clone()]].concat();
-        let copy = [&caches[..], &[list.clone(), params.clone()]].concat();
+        let new = if self.config.latent { vec![a.clone()] } else { vec![a.clone(), b.clone()] };
+        let append = [&new, &written[..], &[list.clone(), params.clone()]].concat();
+        let copy = [&written[..], &[list.clone(), params.clone()]].concat();
         let pack_params = params_binding::<PackParams>(&lists, COPY_PARAMS_OFFSET);
-        let pack = vec![caches[0].clone(), a.clone(), list.clone(), pack_params];
-        let gather = [&caches[..], &[list, a, b, params]].concat();
+        let pack = vec![written[0].clone(), a.clone(), list.clone(), pack_params];
+        let gather = [&read[..], &[list, a, b, params]].concat();
         let kernels = &self.kernels;
         let dispatches = [
             (&kernels.append, append),

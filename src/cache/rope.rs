@@ -39,7 +39,7 @@ impl Rope {
     pub async fn new(cache: &KvCache, config: RopeConfig) -> Result<Self> {
         let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
         config.validate(geometry.head_dim)?;
-        let shape = RopeShape { layout: config.layout, rotary_dim: config.rotary_dim };
+        let shape = RopeShape::of(&config);
         let variant = |kernel| {
             let variant = Variant::new(kernel, gpu.target(), &geometry, 1, AttendFlags::default());
             gpu.tuned(variant.with_segments(cache.segments()).with_rope(shape))
@@ -136,14 +136,14 @@ impl Rope {
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams::default());
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
-        let Variant { k_segments, v_segments, .. } = self.append.variant;
+        let Variant { latent, k_segments, v_segments, .. } = self.append.variant;
         let new = gpu.warm_up_buffer()?;
         // What is written needs a buffer for each binding.
-        let sides =
-            (0..k_segments.count + v_segments.count).map(|_| gpu.warm_up_buffer()).collect::<Result<Vec<_>>>()?;
+        let num_sides = k_segments.count + if latent { 0 } else { v_segments.count };
+        let sides = (0..num_sides).map(|_| gpu.warm_up_buffer()).collect::<Result<Vec<_>>>()?;
         let [new, list, table] = [&new, &lists, &self.table].map(wgpu::Buffer::as_entire_binding);
         let params = params_binding::<CacheParams>(&lists, 0);
-        let mut append = vec![new.clone(), new];
+        let mut append = vec![new; if latent { 1 } else { 2 }];
         append.extend(sides.iter().map(wgpu::Buffer::as_entire_binding));
         append.extend([list.clone(), params.clone(), table.clone()]);
         let rotate = vec![sides[0].as_entire_binding(), list, table, params];

@@ -1,7 +1,7 @@
 //! Snapshots in files.
 //!
 //! A file is in the [safetensors](https://github.com/huggingface/safetensors) format, so that other tools can look into it: tensors
-//! `layers.{i}.k` and `layers.{i}.v`, U8 `[num_blocks, block_bytes]`; `layers.{i}.key_scales`, F32 `[2, num_kv_heads, head_dim]`, for formats
+//! `layers.{i}.k` and, unless the cache is latent, `layers.{i}.v`, U8 `[num_blocks, block_bytes]`; `layers.{i}.key_scales`, F32 `[2, num_kv_heads, head_dim]`, for formats
 //! with scales per channel of K; `tokens`, U32 `[len]` or `[len + 1]`, if they are known. The metadata say what it is, and hold a CRC-32 of everything else.
 //!
 //! There is one right header for a snapshot: the loader reads the fields, builds that header, and compares. With the checksum over header and
@@ -49,7 +49,8 @@ impl Contents {
 
     /// Tensors in the file.
     fn num_tensors(&self) -> u64 {
-        u64::from(self.config.num_layers) * (2 + u64::from(self.has_key_scales)) + u64::from(self.num_tokens > 0)
+        let of_layer = self.config.sides().count() as u64 + u64::from(self.has_key_scales);
+        u64::from(self.config.num_layers) * of_layer + u64::from(self.num_tokens > 0)
     }
 
     /// Bytes of all tensors, or `None` on overflow.
@@ -70,6 +71,12 @@ impl Contents {
             r#"{START}{VERSION}","num_layers":"{num_layers}","num_kv_heads":"{num_kv_heads}","head_dim":"{head_dim}","#
         );
         // Writing into a String can't fail.
+        if let Some(value_dim) = self.config.value_dim {
+            let _ = write!(text, r#""value_dim":"{value_dim}","#);
+        }
+        if self.config.latent {
+            text.push_str(r#""latent":"true","#);
+        }
         let _ = write!(
             text,
             r#""block_size":"{block_size}","k_format":"{k_format}","v_format":"{v_format}","len":"{}","crc32":"{crc:08x}"}}"#,
@@ -82,7 +89,7 @@ impl Contents {
             at = end;
         };
         for layer in 0..num_layers {
-            for (side, layout) in [("k", self.config.k_layout()), ("v", self.config.v_layout())] {
+            for (side, layout) in ["k", "v"].into_iter().zip(self.config.sides()) {
                 let block = layout.block_bytes();
                 let (name, shape) = (format!("layers.{layer}.{side}"), format!("{num_blocks},{block}"));
                 tensor(name, "U8", shape, block * u64::from(num_blocks));
@@ -124,6 +131,11 @@ impl Contents {
         let mut config = KvCacheConfig::new(num_layers?, num_kv_heads?, head_dim?)
             .with_blocks(1, block_size?)
             .with_formats(format_of(fields, "k_format")?, format_of(fields, "v_format")?);
+        // Files of caches with values as long as keys, and with a V side, don't say so.
+        if fields.contains_key("value_dim") {
+            config.value_dim = Some(number(fields, "value_dim")?);
+        }
+        config.latent = fields.get("latent").is_some_and(|latent| latent == "true");
         // Blocks of any size that a cache can have, paged or contiguous. A snapshot says nothing about which it was.
         config.contiguous = true;
         config.validate().map_err(|e| format!("damaged: {e}"))?;

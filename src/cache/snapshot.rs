@@ -90,7 +90,7 @@ impl SequenceSnapshot {
         self.data.len() as u64
     }
 
-    /// The K and V blocks of a layer, `[num_blocks, block_bytes]` each, a block laid out as [`KvLayout`] says.
+    /// The K and V blocks of a layer, `[num_blocks, block_bytes]` each, a block laid out as [`KvLayout`] says. A latent cache has none of V.
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there.
@@ -99,9 +99,9 @@ impl SequenceSnapshot {
             let need = format!("below num_layers, {}", self.config.num_layers);
             return Err(Error::argument("layer", layer, need));
         }
-        let (k, v) = side_lens(&self.config);
-        let start = layer as usize * (k + v);
-        Ok(self.data[start..start + k + v].split_at(k))
+        let len = self.data.len() / self.config.num_layers as usize;
+        let k = side_len(&self.config.k_layout(), self.config.num_blocks);
+        Ok(self.data[layer as usize * len..][..len].split_at(k))
     }
 
     /// The scales of a layer's keys, `[2, num_kv_heads, head_dim]`, in formats with scales per channel: what
@@ -124,6 +124,8 @@ impl SequenceSnapshot {
             ("num_layers", own.num_layers.to_string(), cache.num_layers.to_string()),
             ("num_kv_heads", own.num_kv_heads.to_string(), cache.num_kv_heads.to_string()),
             ("head_dim", own.head_dim.to_string(), cache.head_dim.to_string()),
+            ("value_dim", own.value_dim().to_string(), cache.value_dim().to_string()),
+            ("latent", own.latent.to_string(), cache.latent.to_string()),
             ("block_size", own.block_size.to_string(), cache.block_size.to_string()),
             ("k_format", own.k_format.to_string(), cache.k_format.to_string()),
             ("v_format", own.v_format.to_string(), cache.v_format.to_string()),
@@ -148,11 +150,11 @@ impl SequenceSnapshot {
         if used == 0 {
             return;
         }
-        let (k, v) = side_lens(&self.config);
-        let layouts = [self.config.k_layout(), self.config.v_layout()];
-        for layer in self.data.chunks_exact_mut(k + v) {
-            let (k, v) = layer.split_at_mut(k);
-            for (side, layout) in [k, v].into_iter().zip(layouts) {
+        let mut rest = &mut self.data[..];
+        for _ in 0..self.config.num_layers {
+            for layout in self.config.sides() {
+                let side;
+                (side, rest) = rest.split_at_mut(side_len(&layout, self.config.num_blocks));
                 blank_rows(side, &layout, used);
             }
         }
@@ -175,10 +177,9 @@ fn blank_rows(side: &mut [u8], layout: &KvLayout, used: u32) {
     block[(layout.token_row_bytes() * layout.block_rows()) as usize..].fill(0);
 }
 
-/// Bytes of the K and the V side of a layer. They are in memory, so they fit a `usize`.
-fn side_lens(config: &KvCacheConfig) -> (usize, usize) {
-    let bytes = |layout: KvLayout| (layout.block_bytes() * u64::from(config.num_blocks)) as usize;
-    (bytes(config.k_layout()), bytes(config.v_layout()))
+/// Bytes of a side of a layer. They are in memory, so they fit a `usize`.
+fn side_len(layout: &KvLayout, num_blocks: u32) -> usize {
+    (layout.block_bytes() * u64::from(num_blocks)) as usize
 }
 
 /// A snapshot whose copies are recorded, from [`KvCache::record_snapshot`]. Dropping it is always safe.

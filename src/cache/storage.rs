@@ -27,6 +27,11 @@ impl SideStorage {
         self.buffers.iter().map(wgpu::Buffer::as_entire_binding)
     }
 
+    /// Bytes of a block.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.layout.block_bytes()
+    }
+
     /// The segments, each with the blocks that it holds, of a pool of `num_blocks`.
     pub(crate) fn parts(&self, num_blocks: u32) -> impl Iterator<Item = (&wgpu::Buffer, Range<u32>)> {
         (0..).zip(&self.buffers).map(move |(segment, buffer)| {
@@ -46,18 +51,29 @@ impl SideStorage {
 #[derive(Debug)]
 pub(crate) struct LayerStorage {
     pub(crate) k: SideStorage,
-    pub(crate) v: SideStorage,
+    /// `None`: values are keys.
+    v: Option<SideStorage>,
 }
 
 impl LayerStorage {
-    /// K, then V.
-    pub(crate) fn sides(&self) -> [&SideStorage; 2] {
-        [&self.k, &self.v]
+    /// K and, if there is one, V.
+    pub(crate) fn sides(&self) -> impl Iterator<Item = &SideStorage> {
+        std::iter::once(&self.k).chain(&self.v)
     }
 
-    /// K's segments, then V's: what kernels bind one after another.
-    pub(crate) fn bindings(&self) -> impl Iterator<Item = wgpu::BindingResource<'_>> {
-        self.k.bindings().chain(self.v.bindings())
+    /// Where values are read from.
+    pub(crate) fn values(&self) -> &SideStorage {
+        self.v.as_ref().unwrap_or(&self.k)
+    }
+
+    /// Segments that kernels write to, one after another: K's, then V's.
+    pub(crate) fn written(&self) -> impl Iterator<Item = wgpu::BindingResource<'_>> {
+        self.sides().flat_map(SideStorage::bindings)
+    }
+
+    /// Segments that kernels read, one after another: those of keys, then those of values, which may be the same.
+    pub(crate) fn read(&self) -> impl Iterator<Item = wgpu::BindingResource<'_>> {
+        self.k.bindings().chain(self.values().bindings())
     }
 }
 
@@ -172,7 +188,7 @@ pub(crate) async fn allocate(gpu: &Gpu, config: &KvCacheConfig, segments: [Segme
         (0..config.num_layers)
             .map(|layer| LayerStorage {
                 k: side("K", layer, config.k_layout(), segments[0]),
-                v: side("V", layer, config.v_layout(), segments[1]),
+                v: (!config.latent).then(|| side("V", layer, config.v_layout(), segments[1])),
             })
             .collect()
     })

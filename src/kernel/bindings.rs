@@ -45,7 +45,7 @@ const fn write(name: &'static str) -> Binding {
 
 const PARAMS: Binding = Binding { name: Cow::Borrowed("params"), access: Access::Uniform };
 
-/// The segments of K, then those of V.
+/// The segments of K, then those of V. Where values are keys, kernels that read bind these twice.
 fn caches(variant: &Variant, access: Access) -> impl Iterator<Item = Binding> {
     let side = move |name: &'static str, segments: Segments| {
         (0..segments.count).map(move |i| {
@@ -53,7 +53,8 @@ fn caches(variant: &Variant, access: Access) -> impl Iterator<Item = Binding> {
             Binding { name, access }
         })
     };
-    side("k_cache", variant.k_segments).chain(side("v_cache", variant.v_segments))
+    let has_v = !variant.latent || access == Access::Read;
+    side("k_cache", variant.k_segments).chain(has_v.then(|| side("v_cache", variant.v_segments)).into_iter().flatten())
 }
 
 /// Storage buffers that the attention kernels bind, a buffer for the lse not counted.
@@ -67,7 +68,11 @@ pub(crate) fn attention_storage_buffers(k: Segments, v: Segments) -> u32 {
 pub fn bindings(variant: &Variant) -> Vec<Binding> {
     // What stands before the cache's sides, how those are bound, and what follows them.
     let (first, access, rest) = match variant.kernel {
-        Kernel::Append => (vec![read("k_new"), read("v_new")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::Append => {
+            let mut rows = vec![read("k_new")];
+            rows.extend((!variant.latent).then(|| read("v_new")));
+            (rows, Some(Access::Write), vec![read("step_lists"), PARAMS])
+        }
         Kernel::AppendQkv => (vec![write("qkv")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
         Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
         Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step_lists"), PARAMS], None, vec![]),

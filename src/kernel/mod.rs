@@ -25,4 +25,4 @@ pub use states::merge_states_source;
 pub use target::{AdapterClass, MatrixSize, Profile, ShaderFeatures, Source, Target, Vendor};
 #[cfg(feature = "model")]
 pub(crate) use template::{region_context, render};
-pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant};
+pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant, max_decode_group};

@@ -116,8 +116,10 @@ impl RopeScaling {
 /// `p` becomes `(a cos - b sin, b cos + a sin) * attention_factor` of the angle `p * inverse_frequencies[pair]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// Elements of a head that turn: the first ones, an even number up to `head_dim`. The others stay as they are.
+    /// Elements of a head that are rotated: an even number up to `head_dim`. The others stay as they are.
     pub rotary_dim: u32,
+    /// The first of them: a multiple of 8, 0 in most models.
+    pub rotary_start: u32,
     /// Which elements form a pair.
     pub layout: RopeLayout,
     /// Base of the frequencies: 10 000 in the paper, 500 000 in Llama 3.
@@ -130,7 +132,13 @@ impl RopeConfig {
     /// [`RopeLayout::HalfSplit`] without scaling.
     #[must_use]
     pub const fn new(rotary_dim: u32, theta: f64) -> Self {
-        Self { rotary_dim, layout: RopeLayout::HalfSplit, theta, scaling: RopeScaling::None }
+        Self { rotary_dim, rotary_start: 0, layout: RopeLayout::HalfSplit, theta, scaling: RopeScaling::None }
+    }
+
+    /// The same with elements from `rotary_start` on: models with latents (MLA) rotate the last ones of a row.
+    #[must_use]
+    pub fn with_start(self, rotary_start: u32) -> Self {
+        Self { rotary_start, ..self }
     }
 
     /// Checks the fields against the size of a head.
@@ -144,6 +152,10 @@ impl RopeConfig {
         }
         if d == 0 || d > head_dim || !d.is_multiple_of(2) {
             return Err(Error::argument("rotary_dim", d, format!("an even number from 2 to head_dim, {head_dim}")));
+        }
+        if !self.rotary_start.is_multiple_of(8) || self.rotary_start > head_dim - d {
+            let rule = format!("a multiple of 8 up to {}, that {d} elements of {head_dim} lie behind it", head_dim - d);
+            return Err(Error::argument("rotary_start", self.rotary_start, rule));
         }
         let positive = |argument, value: f64| {
             let is_fine = value.is_finite() && value > 0.0;

@@ -40,6 +40,7 @@ fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
         levels => (1_u64 << layout.format.element_bits()) - 1,
         // The code that packed dot products count from, so that codes are as small as they can be: the middle of the range.
         centre => (1_u64 << layout.format.element_bits()) / 2,
+        row_dim => layout.row_dim,
         row_bytes => layout.row_bytes(),
         block_rows => layout.block_rows(),
         block_bytes => layout.block_bytes(),
@@ -58,6 +59,7 @@ pub fn compose(variant: &Variant) -> Result<String> {
         template_name(v),
         context! {
                 head_dim => v.head_dim,
+                value_dim => v.value_dim,
                 num_kv_heads => v.num_kv_heads,
                 group_size => v.group_size,
                 num_q_heads => v.num_kv_heads * v.group_size,
@@ -73,9 +75,11 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 sinks => v.flags.sinks,
                 mask => v.flags.mask,
                 lse => v.flags.lse,
+                latent => v.latent,
             heads => v.reads_heads(),
                 rope => v.rope.map(|rope| rope.layout.shader_name()),
                 rotary_dim => v.rope.map(|rope| rope.rotary_dim),
+                rotary_start => v.rope.map(|rope| rope.rotary_start),
                 head_norm => v.head_norm,
                 packed_dots => v.packed_dots,
                 regions => v.qkv_regions().map(template::region_context),

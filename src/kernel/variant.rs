@@ -1,7 +1,7 @@
 //! [`Variant`]: every compile-time choice of a kernel, typed. Equal variants are the same pipeline.
 
 use super::geometry::Geometry;
-use super::rope::RopeLayout;
+use super::rope::{RopeConfig, RopeLayout};
 use super::target::{Profile, ShaderFeatures, Source, Target};
 use crate::error::Result;
 use crate::format::KvFormat;
@@ -102,8 +102,18 @@ impl AttendFlags {
 pub struct RopeShape {
     /// Which elements of a row are rotated together.
     pub layout: RopeLayout,
-    /// Elements of a row that are rotated: the first ones, an even number.
+    /// Elements of a row that are rotated, an even number.
     pub rotary_dim: u32,
+    /// The first of them, a multiple of 8.
+    pub rotary_start: u32,
+}
+
+impl RopeShape {
+    /// What a configuration compiles in.
+    #[must_use]
+    pub const fn of(config: &RopeConfig) -> Self {
+        Self { layout: config.layout, rotary_dim: config.rotary_dim, rotary_start: config.rotary_start }
+    }
 }
 
 /// Every compile-time choice of a kernel.
@@ -113,8 +123,10 @@ pub struct Variant {
     pub kernel: Kernel,
     /// What the adapter offers.
     pub target: Target,
-    /// Elements of a head.
+    /// Elements of a query and of a key.
     pub head_dim: u32,
+    /// Elements of a value and of a result.
+    pub value_dim: u32,
     /// Heads of K and V.
     pub num_kv_heads: u32,
     /// Query heads per KV head; 1 for kernels that see no queries.
@@ -125,6 +137,8 @@ pub struct Variant {
     pub k_format: KvFormat,
     /// How V is stored.
     pub v_format: KvFormat,
+    /// Whether values are the first elements of keys: there is no V side then.
+    pub latent: bool,
     /// How K is cut.
     pub k_segments: Segments,
     /// How V is cut.
@@ -149,6 +163,16 @@ pub struct Variant {
 /// groups go to the prefill kernel, whose rows are (token, head in group) and which reads each K and V element once for all of them.
 pub const MAX_DECODE_GROUP: u32 = 8;
 
+/// Largest group that the decode kernel serves of a cache. Of more than 256 elements it is 4, whose queries take 9 of the 16 KiB of workgroup
+/// memory that WebGPU promises.
+#[must_use]
+pub const fn max_decode_group(config: &KvCacheConfig) -> u32 {
+    if config.head_dim > 256 || config.value_dim() > 256 { MAX_DECODE_GROUP / 2 } else { MAX_DECODE_GROUP }
+}
+
+/// Largest head_dim of the kernel for matrix units, which keeps a tile of queries in workgroup memory.
+const MAX_MATRIX_DIM: u32 = 256;
+
 /// Subgroup sizes that the CPU kernels are written for: 4 (SSE, NEON), 8 (AVX2), 16 (AVX-512) lanes of f32. With any other size, or a size that
 /// varies, they share through workgroup memory instead.
 const CPU_SUBGROUP_SIZES: [u32; 3] = [4, 8, 16];
@@ -163,11 +187,13 @@ impl Variant {
             kernel,
             target,
             head_dim: config.head_dim.clamp(8, MAX_HEAD_DIM) / 8 * 8,
+            value_dim: config.value_dim().clamp(8, MAX_HEAD_DIM) / 8 * 8,
             num_kv_heads: config.num_kv_heads.max(1),
             group_size: group_size.max(1),
             block_size: config.block_size.max(1),
             k_format: config.k_format,
             v_format: config.v_format,
+            latent: config.latent,
             k_segments: Segments::ONE,
             v_segments: Segments::ONE,
             flags,
@@ -191,8 +217,10 @@ impl Variant {
 
     /// Whether the kernel has a form for matrix units, and its products are of halves anyway: a cache of f32 is not rounded.
     fn may_use_matrices(&self) -> bool {
-        let Self { kernel, target, k_format, v_format, .. } = *self;
+        let Self { kernel, target, head_dim, value_dim, k_format, v_format, .. } = *self;
         kernel == Kernel::Prefill
+            && value_dim == head_dim
+            && head_dim <= MAX_MATRIX_DIM
             && target.profile == Profile::Gpu
             && target.subgroups
             && k_format != KvFormat::F32
@@ -222,18 +250,19 @@ impl Variant {
     /// Layout of the K side.
     #[must_use]
     pub fn k_layout(&self) -> KvLayout {
-        self.layout(self.k_format)
+        self.layout(self.head_dim, self.k_format)
     }
 
-    /// Layout of the V side.
+    /// Layout of the side that values are read from.
     #[must_use]
     pub fn v_layout(&self) -> KvLayout {
-        self.layout(self.v_format)
+        let row_dim = if self.latent { self.head_dim } else { self.value_dim };
+        self.layout(row_dim, self.v_format)
     }
 
-    fn layout(&self, format: KvFormat) -> KvLayout {
-        let Self { num_kv_heads, head_dim, block_size, .. } = *self;
-        KvLayout { num_kv_heads, head_dim, block_size, format }
+    fn layout(&self, row_dim: u32, format: KvFormat) -> KvLayout {
+        let Self { num_kv_heads, block_size, .. } = *self;
+        KvLayout { num_kv_heads, row_dim, block_size, format }
     }
 
     /// Whether a side has a scale per row.
@@ -252,10 +281,15 @@ impl Variant {
         Region::of([kv_width.saturating_mul(self.group_size), kv_width, kv_width])
     }
 
+    /// Vec8s (8 elements) of a row of K or of V, whichever has more: invocations that append it.
+    pub(crate) const fn row_vec8s(&self) -> u32 {
+        (if self.head_dim > self.value_dim { self.head_dim } else { self.value_dim }) / 8
+    }
+
     /// Invocations of `append` for a number of rows of K and V, which take 8 elements each. Those of a row whose range they share are of one
     /// workgroup, which has whole rows.
     pub(crate) const fn append_invocations(&self, num_rows: u64) -> u64 {
-        let vec8s = self.head_dim / 8;
+        let vec8s = self.row_vec8s();
         if self.shares_rows() {
             num_rows.div_ceil((self.workgroup_size / vec8s) as u64) * self.workgroup_size as u64
         } else {

@@ -13,7 +13,7 @@ use super::{ModelError, ModelResult};
 use crate::layout::MAX_HEAD_DIM;
 use crate::plan::MAX_GRID;
 use crate::{Error, files};
-use crate::{RopeConfig, RopeLayout, RopeScaling};
+use crate::{RopeConfig, RopeScaling};
 
 /// Sizes above this are refused. The largest product, three times a projection's rows of up to 2^32, then stays far below 2^64, and every
 /// published model is smaller by a factor of a thousand.
@@ -571,7 +571,7 @@ fn parse_rope(
         Some(section) => parse_scaling(file, section, max_position_embeddings)?,
         None => RopeScaling::None,
     };
-    Ok(RopeConfig { rotary_dim, layout: RopeLayout::HalfSplit, theta, scaling })
+    Ok(RopeConfig { scaling, ..RopeConfig::new(rotary_dim, theta) })
 }
 
 fn parse_scaling(file: &Section<'_>, section: &Section<'_>, max_position_embeddings: u32) -> ModelResult<RopeScaling> {

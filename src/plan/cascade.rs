@@ -15,7 +15,8 @@ use crate::sequence::Batch;
 pub struct CascadePolicy {
     /// What a tile of the prefill kernel costs per key, however few of its rows are used: in keys of the decode kernel. At least 0.
     pub tile_cost: f32,
-    /// The least that a shared run must save to be worth its states and, perhaps, a dispatch: keys of the decode kernel times KV heads times `head_dim`.
+    /// The least that a shared run must save to be worth its states and, perhaps, a dispatch: keys of the decode kernel times KV heads times the mean of
+    /// `head_dim` and `value_dim`.
     pub min_saved: u64,
 }
 
@@ -122,7 +123,8 @@ impl Finder<'_> {
             equal + both.take_while(|(a, b)| a == b).count()
         });
         let keys = ((shared - from) as u64 * u64::from(self.shape.block_size)) as f64;
-        let elements = f64::from(self.shape.num_kv_heads) * f64::from(self.shape.head_dim);
+        let &PlanShape { num_kv_heads, head_dim, value_dim, .. } = self.shape;
+        let elements = f64::from(num_kv_heads) * (f64::from(head_dim) + f64::from(value_dim)) / 2.0;
         let saved = self.saved_per_key(entries) * keys * elements;
         let pays = saved > 0.0 && saved >= self.policy.min_saved as f64;
         if pays {

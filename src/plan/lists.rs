@@ -17,8 +17,10 @@ pub struct PlanShape {
     pub num_kv_heads: u32,
     /// Query heads per KV head.
     pub group_size: u32,
-    /// Elements of a head.
+    /// Elements of a query and of a key.
     pub head_dim: u32,
+    /// Elements of a value and of a result.
+    pub value_dim: u32,
     /// Whether a query sees only keys up to its own position.
     pub causal: bool,
     /// Newest keys that a query sees, its own position included.
@@ -65,8 +67,8 @@ pub struct WorkLists {
 
 /// Bytes of the partial state of one row: the unnormalised sum, then (max, sum, 0, 0).
 #[must_use]
-pub fn partial_row_bytes(head_dim: u32) -> u64 {
-    (u64::from(head_dim) + 4) * 4
+pub fn partial_row_bytes(value_dim: u32) -> u64 {
+    (u64::from(value_dim) + 4) * 4
 }
 
 /// An offset in an upload, in words.
@@ -291,7 +293,7 @@ impl<'a> Planner<'a> {
             mask_offsets: &[],
             tokens_offset: 0,
             is_fixed: policy.fixed_split_len.is_some(),
-            max_rows: (policy.max_workspace_bytes / partial_row_bytes(shape.head_dim)).clamp(1, u32::MAX.into()),
+            max_rows: (policy.max_workspace_bytes / partial_row_bytes(shape.value_dim)).clamp(1, u32::MAX.into()),
             rows_used: 0,
             round: Round::default(),
             links: Vec::new(),

@@ -113,7 +113,7 @@ impl StepPlan {
                 push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, ..*params });
             }
         }
-        let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.head_dim);
+        let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.value_dim);
         Ok(Self { lists, words, dispatches, workspace_bytes })
     }
 }
@@ -154,6 +154,7 @@ mod tests {
         num_kv_heads: 2,
         group_size: 3,
         head_dim: 16,
+        value_dim: 16,
         causal: true,
         window: None,
         has_decode: true,

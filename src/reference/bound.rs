@@ -109,7 +109,8 @@ enum Source<'a> {
 /// // Rows as they were appended to a cache with K in Int8 and V in Int4, and one query that sees both.
 /// let (q, k) = ([0.5, -1.0, 0.25, 2.0], [0.1, -0.7, 0.3, 1.0, 0.9, 0.2, -0.4, 0.6]);
 /// let v = [1.0, 2.0, -3.0, 4.0, 0.5, -0.25, 0.125, 8.0];
-/// let problem = Problem { num_q_heads: 1, num_kv_heads: 1, head_dim: 4, q: &q, k: &k, v: &v, options: Options::default() };
+/// let options = Options::default();
+/// let problem = Problem { num_q_heads: 1, num_kv_heads: 1, head_dim: 4, value_dim: 4, q: &q, k: &k, v: &v, options };
 /// let expected = reference::attention_with_bound(&problem, &ErrorModel::new(KvFormat::Int8, KvFormat::Int4))?;
 /// assert_eq!(expected.output, reference::attention(&problem)?);
 ///
@@ -128,6 +129,7 @@ pub struct ErrorModel<'a> {
     v: Source<'a>,
     key_scales: Option<&'a [f32]>,
     rounding: Rounding,
+    latent: bool,
     over_stored: bool,
     f16_products: bool,
     packed_dots: bool,
@@ -149,6 +151,7 @@ impl<'a> ErrorModel<'a> {
             v: Source::Format(v_format),
             key_scales: None,
             rounding: Rounding::Independent,
+            latent: false,
             over_stored: false,
             f16_products: false,
             packed_dots: false,
@@ -166,6 +169,13 @@ impl<'a> ErrorModel<'a> {
     #[must_use]
     pub const fn with_stored(self, k: &'a Stored, v: &'a Stored) -> Self {
         Self { k: Source::Stored(k), v: Source::Stored(v), ..self }
+    }
+
+    /// Values are the first `value_dim` elements of what is stored of the keys, as in a [latent cache](crate::KvCacheConfig::latent). The problem's values
+    /// are those of its keys.
+    #[must_use]
+    pub const fn with_latents(self) -> Self {
+        Self { latent: true, ..self }
     }
 
     /// The same model, for the result of attention over the rows as they are stored instead of as they were.
@@ -220,10 +230,10 @@ impl<'a> ErrorModel<'a> {
 
     /// What is stored of the problem's K and V; `None` for a side that is stored as it is.
     pub(super) fn stored(&self, problem: &Problem<'_>) -> Result<[Option<Cow<'a, Stored>>; 2], InvalidProblem> {
-        let side = |name: &str, source: Source<'a>, rows: &[f32], scales: Option<&[f32]>| match source {
+        let side = |name: &str, source: Source<'a>, rows: &[f32], row_dim, scales: Option<&[f32]>| match source {
             Source::Format(KvFormat::F32) => Ok(None),
             Source::Format(format) => {
-                let stored = stored(format, rows, problem.head_dim, scales);
+                let stored = stored(format, rows, row_dim, scales);
                 stored
                     .map(|stored| Some(Cow::Owned(stored)))
                     .map_err(|e| InvalidProblem { message: format!("{name}: {e}") })
@@ -234,6 +244,12 @@ impl<'a> ErrorModel<'a> {
                 Err(InvalidProblem { message })
             }
         };
-        Ok([side("k", self.k, problem.k, self.key_scales)?, side("v", self.v, problem.v, None)?])
+        let k = side("k", self.k, problem.k, problem.head_dim, self.key_scales)?;
+        let v = if self.latent {
+            k.as_ref().map(|k| Cow::Owned(k.first_elements(problem.head_dim, problem.value_dim)))
+        } else {
+            side("v", self.v, problem.v, problem.value_dim, None)?
+        };
+        Ok([k, v])
     }
 }

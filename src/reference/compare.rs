@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::BoundedOutput;
+use super::{BoundedOutput, Output};
 
 /// Which of the two results is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantity {
-    /// Weighted values, `[query_len, num_q_heads, head_dim]`.
+    /// Weighted values, `[query_len, num_q_heads, value_dim]`.
     Out,
     /// Logarithms of softmax denominators, `[query_len, num_q_heads]`.
     Lse,
@@ -74,11 +74,11 @@ pub struct Comparison {
     pub worst: Option<Element>,
 }
 
-/// Compares `got`, a kernel's `out`, f32 `[query_len, num_q_heads, head_dim]`.
+/// Compares `got`, a kernel's `out`, f32 `[query_len, num_q_heads, value_dim]`.
 #[must_use]
 pub fn out(expected: &BoundedOutput, got: &[f32]) -> Comparison {
-    let head_dim = expected.output.head_dim;
-    compare(Quantity::Out, got, &expected.output.out, &expected.out_bound, expected.output.num_q_heads, head_dim)
+    let Output { num_q_heads, value_dim, ref out, .. } = expected.output;
+    compare(Quantity::Out, got, out, &expected.out_bound, num_q_heads, value_dim)
 }
 
 /// Compares `got`, a kernel's `lse`, f32 `[query_len, num_q_heads]`.
@@ -93,7 +93,7 @@ fn compare(
     want: &[f64],
     bound: &[f64],
     num_q_heads: usize,
-    head_dim: usize,
+    row_dim: usize,
 ) -> Comparison {
     let mut comparison = Comparison { quantity, lens: (got.len(), want.len()), num_beyond: 0, worst: None };
     if got.len() != want.len() {
@@ -101,7 +101,7 @@ fn compare(
     }
     let mut worst_badness = -1.0;
     for (idx, ((&got, &want), &bound)) in got.iter().zip(want).zip(bound).enumerate() {
-        let (row_and_head, dim) = (idx / head_dim, idx % head_dim);
+        let (row_and_head, dim) = (idx / row_dim, idx % row_dim);
         let (row, head) = (row_and_head / num_q_heads, row_and_head % num_q_heads);
         let element = Element { row, head, dim, got, want, bound };
         comparison.num_beyond += usize::from(!element.is_within());

@@ -12,6 +12,7 @@
 //!     num_q_heads: 1,
 //!     num_kv_heads: 1,
 //!     head_dim: 2,
+//!     value_dim: 2,
 //!     q: &[1.0, 0.0],
 //!     k: &[1.0, 0.0, 1.0, 0.0],
 //!     v: &[2.0, 0.0, 4.0, 0.0],
@@ -63,13 +64,15 @@ pub struct Problem<'a> {
     pub num_q_heads: usize,
     /// Number of key and value heads.
     pub num_kv_heads: usize,
-    /// Elements of one head; any number above zero.
+    /// Elements of a query and of a key; any number above zero.
     pub head_dim: usize,
+    /// Elements of a value; any number above zero.
+    pub value_dim: usize,
     /// Queries, `[query_len, num_q_heads, head_dim]`.
     pub q: &'a [f32],
     /// Keys, `[seq_len, num_kv_heads, head_dim]`.
     pub k: &'a [f32],
-    /// Values, `[seq_len, num_kv_heads, head_dim]`.
+    /// Values, `[seq_len, num_kv_heads, value_dim]`.
     pub v: &'a [f32],
     /// What is done to the logits.
     pub options: Options,
@@ -120,9 +123,9 @@ impl Default for Options {
 pub struct Output {
     /// Number of query heads.
     pub num_q_heads: usize,
-    /// Elements of one head.
-    pub head_dim: usize,
-    /// Weighted values, `[query_len, num_q_heads, head_dim]`.
+    /// Elements of a value.
+    pub value_dim: usize,
+    /// Weighted values, `[query_len, num_q_heads, value_dim]`.
     pub out: Vec<f64>,
     /// Natural logarithm of the softmax denominators, `[query_len, num_q_heads]`.
     pub lse: Vec<f64>,
@@ -254,10 +257,10 @@ struct Row<'a> {
 impl<'a> Checked<'a> {
     fn new(problem: &'a Problem<'a>) -> Result<Self, InvalidProblem> {
         let invalid = |message: String| Err(InvalidProblem { message });
-        let Problem { num_q_heads, num_kv_heads, head_dim, q, k, v, ref options } = *problem;
-        if num_q_heads == 0 || num_kv_heads == 0 || head_dim == 0 {
+        let Problem { num_q_heads, num_kv_heads, head_dim, value_dim, q, k, v, ref options } = *problem;
+        if num_q_heads == 0 || num_kv_heads == 0 || head_dim == 0 || value_dim == 0 {
             return invalid(format!(
-                "num_q_heads {num_q_heads}, num_kv_heads {num_kv_heads} and head_dim {head_dim} must all be above zero"
+                "num_q_heads {num_q_heads}, num_kv_heads {num_kv_heads}, head_dim {head_dim} and value_dim {value_dim} must all be above zero"
             ));
         }
         if num_q_heads % num_kv_heads != 0 {
@@ -271,8 +274,11 @@ impl<'a> Checked<'a> {
         };
         let query_len = whole_rows("q", q.len(), num_q_heads)?;
         let seq_len = whole_rows("k", k.len(), num_kv_heads)?;
-        if v.len() != k.len() {
-            return invalid(format!("v has {} elements, k has {}", v.len(), k.len()));
+        // (k has that many rows of head_dim elements, at least one each.)
+        let v_len = (seq_len * num_kv_heads).checked_mul(value_dim);
+        if Some(v.len()) != v_len {
+            let rule = format!("{seq_len} keys of {num_kv_heads} heads of {value_dim}");
+            return invalid(format!("v has {} elements, expected {rule}", v.len()));
         }
         for (name, per_head) in [("alibi_slopes", &options.alibi_slopes), ("sinks", &options.sinks)] {
             let Some(values) = per_head else { continue };
@@ -320,26 +326,30 @@ impl<'a> Checked<'a> {
     }
 
     fn key_row(&self, pos: usize, kv_head: usize) -> &'a [f32] {
-        &self.problem.k[self.row_start(pos, kv_head)..][..self.problem.head_dim]
+        let dim = self.problem.head_dim;
+        &self.problem.k[self.row_start(pos, kv_head, dim)..][..dim]
     }
 
     fn value_row(&self, pos: usize, kv_head: usize) -> &'a [f32] {
-        &self.problem.v[self.row_start(pos, kv_head)..][..self.problem.head_dim]
+        let dim = self.problem.value_dim;
+        &self.problem.v[self.row_start(pos, kv_head, dim)..][..dim]
     }
 
     /// The elements of a key, as a kernel finds them.
     fn key_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + Clone + 'a {
-        bound::elements(self.key_row(pos, kv_head), self.row_start(pos, kv_head), self.stored_k)
+        let start = self.row_start(pos, kv_head, self.problem.head_dim);
+        bound::elements(self.key_row(pos, kv_head), start, self.stored_k)
     }
 
     /// The elements of a value, as a kernel finds them.
     fn value_elements(&self, pos: usize, kv_head: usize) -> impl Iterator<Item = bound::Element> + 'a {
-        bound::elements(self.value_row(pos, kv_head), self.row_start(pos, kv_head), self.stored_v)
+        let start = self.row_start(pos, kv_head, self.problem.value_dim);
+        bound::elements(self.value_row(pos, kv_head), start, self.stored_v)
     }
 
-    /// Index of the first element of a key or value.
-    fn row_start(&self, pos: usize, kv_head: usize) -> usize {
-        (pos * self.problem.num_kv_heads + kv_head) * self.problem.head_dim
+    /// Index of the first element of a key or value of `dim` elements.
+    fn row_start(&self, pos: usize, kv_head: usize, dim: usize) -> usize {
+        (pos * self.problem.num_kv_heads + kv_head) * dim
     }
 
     /// Position of a query token; negative if there are more queries than keys.
@@ -396,24 +406,24 @@ impl<'a> Checked<'a> {
 }
 
 fn run(checked: &Checked<'_>, with_bound: bool) -> BoundedOutput {
-    let Problem { num_q_heads, head_dim, .. } = *checked.problem;
+    let Problem { num_q_heads, head_dim, value_dim, .. } = *checked.problem;
     let num_rows = checked.query_len * num_q_heads;
     let bounded_rows = if with_bound { num_rows } else { 0 };
     let mut output =
-        Output { num_q_heads, head_dim, out: vec![0.0; num_rows * head_dim], lse: vec![f64::NEG_INFINITY; num_rows] };
-    let mut out_bound = vec![0.0; bounded_rows * head_dim];
+        Output { num_q_heads, value_dim, out: vec![0.0; num_rows * value_dim], lse: vec![f64::NEG_INFINITY; num_rows] };
+    let mut out_bound = vec![0.0; bounded_rows * value_dim];
     let mut lse_bound = vec![0.0; bounded_rows];
 
     // Each row's own part of every output; without bounds their parts are empty.
-    let mut bound_parts = out_bound.chunks_exact_mut(head_dim).zip(&mut lse_bound);
+    let mut bound_parts = out_bound.chunks_exact_mut(value_dim).zip(&mut lse_bound);
     let rows: Vec<_> = output
         .out
-        .chunks_exact_mut(head_dim)
+        .chunks_exact_mut(value_dim)
         .zip(&mut output.lse)
         .map(|(out, lse)| (out, lse, bound_parts.next()))
         .enumerate()
         .collect();
-    let work = num_rows.saturating_mul(checked.seq_len).saturating_mul(head_dim);
+    let work = num_rows.saturating_mul(checked.seq_len).saturating_mul(head_dim.max(value_dim));
     for_each(rows, work, |keys, (row_idx, (out, lse, bounds))| {
         let (token, q_head) = (row_idx / num_q_heads, row_idx % num_q_heads);
         *lse = checked.attend(token, q_head, keys, out);

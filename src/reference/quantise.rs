@@ -43,6 +43,19 @@ impl Stored {
         Ok(Self { values, uncertainties: vec![0.0; codes.len()], scales, zero_points })
     }
 
+    /// The first `used` elements of rows of `row_dim`.
+    pub(super) fn first_elements(&self, row_dim: usize, used: usize) -> Self {
+        fn first<T: Copy>(all: &[T], row_dim: usize, used: usize) -> Vec<T> {
+            all.chunks(row_dim).flat_map(|row| row.iter().take(used).copied()).collect()
+        }
+        Self {
+            values: first(&self.values, row_dim, used),
+            scales: first(&self.scales, row_dim, used),
+            zero_points: first(&self.zero_points, row_dim, used),
+            uncertainties: first(&self.uncertainties, row_dim, used),
+        }
+    }
+
     /// Elements that stand for themselves.
     #[must_use]
     pub fn from_values(values: &[f32]) -> Self {

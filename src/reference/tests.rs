@@ -43,7 +43,7 @@ impl Case {
 
     fn problem(&self) -> Problem<'_> {
         let Self { num_q_heads, num_kv_heads, head_dim, ref q, ref k, ref v, ref options } = *self;
-        Problem { num_q_heads, num_kv_heads, head_dim, q, k, v, options: options.clone() }
+        Problem { num_q_heads, num_kv_heads, head_dim, value_dim: head_dim, q, k, v, options: options.clone() }
     }
 
     fn exact(&self) -> Output {

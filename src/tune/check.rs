@@ -2,13 +2,13 @@
 
 use std::sync::OnceLock;
 
-use super::workload::{calibrate, choice, random, submit_append, token_elements, upload};
+use super::workload::{calibrate, choice, random, submit_append, upload};
 use crate::attention::Attention;
 use crate::cache::{KvCache, Step};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::tuning::{TunedSplit, Tuning};
-use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant};
+use crate::kernel::{AttendFlags, Kernel, Variant, max_decode_group};
 use crate::layout::KvCacheConfig;
 use crate::plan::{AttentionConfig, SPLIT_GRANULE};
 use crate::reference::{BoundedOutput, ErrorModel, InvalidProblem, Options, Problem, attention_with_bound, compare};
@@ -46,15 +46,15 @@ impl Check {
         let config = KvCacheConfig { num_blocks, ..*config };
         let cache = gpu.block_on(KvCache::new(gpu, config))?;
         calibrate(&cache)?;
-        let row = token_elements(&config);
+        let [k_row, v_row] = config.token_elements().map(|elements| elements as usize);
         let q_row = (attention.num_q_heads * config.head_dim) as usize;
         let sequences = lens.map(|_| cache.create_sequence());
         // Rows of all sequences: first those that they have in the cache, then those of the step.
         let rows = |seed: u64, len: fn(&(u32, u32)) -> u32, row: usize| -> Vec<Vec<f32>> {
             (seed..).zip(&lens).map(|(seed, lens)| random(seed, len(lens) as usize * row)).collect()
         };
-        let (old_k, old_v) = (rows(10, |l| l.0, row), rows(20, |l| l.0, row));
-        let (k, v) = (rows(30, |l| l.1, row), rows(40, |l| l.1, row));
+        let (old_k, old_v) = (rows(10, |l| l.0, k_row), rows(20, |l| l.0, v_row));
+        let (k, v) = (rows(30, |l| l.1, k_row), rows(40, |l| l.1, v_row));
         let q = rows(50, |l| l.1, q_row);
         let begin = |new: fn(&(u32, u32)) -> u32| {
             let batch: Vec<_> =
@@ -76,6 +76,7 @@ impl Check {
                 num_q_heads: attention.num_q_heads as usize,
                 num_kv_heads: config.num_kv_heads as usize,
                 head_dim: config.head_dim as usize,
+                value_dim: config.value_dim() as usize,
                 q: &q[i],
                 k: &k,
                 v: &v,
@@ -101,7 +102,7 @@ impl Check {
         let decode = Variant::new(Kernel::Decode, gpu.target(), &config, group_size, flags);
         Ok(Self {
             attention: attention.clone(),
-            decode: (group_size <= MAX_DECODE_GROUP).then_some(decode),
+            decode: (group_size <= max_decode_group(&config)).then_some(decode),
             q: upload(gpu, &q.concat())?,
             out: upload(gpu, &vec![0.0; bounds.len()])?,
             k: k_buffer,

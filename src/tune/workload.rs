@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::ids::SequenceId;
 use crate::kernel::tuning::{Sizes, TunedKernel, TunedShape, TunedSplit, Tuning};
-use crate::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, Variant};
+use crate::kernel::{AttendFlags, Kernel, Variant, max_decode_group};
 use crate::layout::KvCacheConfig;
 use crate::plan::AttentionConfig;
 
@@ -53,17 +53,12 @@ pub(super) fn upload(gpu: &Gpu, values: &[f32]) -> Result<wgpu::Buffer> {
     gpu.create_buffer_with("creating a workload", "folio tune", bytemuck::cast_slice(values), usage)
 }
 
-/// Elements of the K or V rows of a token.
-pub(super) fn token_elements(config: &KvCacheConfig) -> usize {
-    config.num_kv_heads as usize * config.head_dim as usize
-}
-
 impl Workload {
     /// `None` if the shape has no such kernel.
     pub(super) fn new(gpu: &Gpu, shape: &TuneShape, kernel: Kernel) -> Result<Option<Self>> {
         let group_size = shape.num_q_heads / shape.cache.num_kv_heads;
         let (batch, query_len, seq_len) = match kernel {
-            Kernel::Decode if group_size > MAX_DECODE_GROUP => return Ok(None),
+            Kernel::Decode if group_size > max_decode_group(&shape.cache) => return Ok(None),
             Kernel::Decode => (shape.decode.0, 1, shape.decode.1),
             // An append of the prefill's tokens.
             Kernel::Append => (1, shape.prefill.0, shape.prefill.0),
@@ -125,8 +120,9 @@ impl Workload {
         let cache = self.gpu.block_on(KvCache::new(&gpu, self.config))?;
         calibrate(&cache)?;
         let step = cache.begin_step(&[(cache.create_sequence(), self.query_len)])?;
-        let rows = upload(&gpu, &random(1, token_elements(&self.config) * self.query_len as usize))?;
-        Ok(Box::new(move |pass| cache.append(pass, &step, 0, &rows, &rows, None)))
+        let [k, v] = self.config.token_elements().map(|elements| self.query_len as usize * elements as usize);
+        let (k, v) = (upload(&gpu, &random(1, k))?, upload(&gpu, &random(1, v))?);
+        Ok(Box::new(move |pass| cache.append(pass, &step, 0, &k, &v, None)))
     }
 
     fn fill(&self) -> Result<Filled> {
@@ -145,9 +141,9 @@ impl Workload {
             done += tokens;
         }
         let step = Arc::new(append_random(&cache, &sequences, *query_len)?);
-        let elements = (batch * query_len) as usize * (self.attention.num_q_heads * config.head_dim) as usize;
-        let q = upload(gpu, &random(2, elements))?;
-        let out = upload(gpu, &vec![0.0; elements])?;
+        let rows = (batch * query_len) as usize * self.attention.num_q_heads as usize;
+        let q = upload(gpu, &random(2, rows * config.head_dim as usize))?;
+        let out = upload(gpu, &vec![0.0; rows * config.value_dim() as usize])?;
         Ok(Filled { cache, step, q, out })
     }
 }
@@ -164,7 +160,7 @@ pub(super) fn calibrate(cache: &KvCache) -> Result<()> {
     if !config.k_format.has_channel_scales() {
         return Ok(());
     }
-    cache.calibrate_keys(0, &random(3, 64 * token_elements(config)))
+    cache.calibrate_keys(0, &random(3, 64 * config.token_elements()[0] as usize))
 }
 
 /// Appends random rows to every sequence, and submits. The step stays open.
@@ -172,8 +168,8 @@ fn append_random(cache: &KvCache, sequences: &[SequenceId], tokens: u32) -> Resu
     let gpu = cache.gpu();
     let batch: Vec<_> = sequences.iter().map(|&sequence| (sequence, tokens)).collect();
     let step = cache.begin_step(&batch)?;
-    let elements = step.num_tokens() as usize * token_elements(cache.config());
-    let (k, v) = (upload(gpu, &random(4, elements))?, upload(gpu, &random(5, elements))?);
+    let [k, v] = cache.config().token_elements().map(|elements| step.num_tokens() as usize * elements as usize);
+    let (k, v) = (upload(gpu, &random(4, k))?, upload(gpu, &random(5, v))?);
     submit_append(cache, &step, &k, &v)?;
     Ok(step)
 }

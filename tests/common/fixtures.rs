@@ -34,6 +34,7 @@ impl FixtureCase {
             num_q_heads: self.num_q_heads,
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
+            value_dim: self.head_dim,
             q: &self.q,
             k: &self.k,
             v: &self.v,

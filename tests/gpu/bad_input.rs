@@ -109,9 +109,9 @@ fn shapes_of_caches_and_attentions() {
     for (config, parts) in [
         (with(SHAPE, |c| c.num_layers = 0), ["num_layers: got 0", "need 1 to 65536"]),
         (with(SHAPE, |c| c.num_kv_heads = 0), ["num_kv_heads: got 0", "need 1 to 65535"]),
-        (with(SHAPE, |c| c.head_dim = 0), ["head_dim: got 0", "need a multiple of 8 from 8 to 256"]),
-        (with(SHAPE, |c| c.head_dim = 59), ["head_dim: got 59", "need a multiple of 8 from 8 to 256"]),
-        (with(SHAPE, |c| c.head_dim = 264), ["head_dim: got 264", "need a multiple of 8 from 8 to 256"]),
+        (with(SHAPE, |c| c.head_dim = 0), ["head_dim: got 0", "need a multiple of 8 from 8 to 576"]),
+        (with(SHAPE, |c| c.head_dim = 59), ["head_dim: got 59", "need a multiple of 8 from 8 to 576"]),
+        (with(SHAPE, |c| c.head_dim = 584), ["head_dim: got 584", "need a multiple of 8 from 8 to 576"]),
         (with(SHAPE, |c| c.block_size = 0), ["block_size: got 0", "need 1 to 256 tokens"]),
         (with(SHAPE, |c| c.block_size = 257), ["block_size: got 257", "need 1 to 256 tokens"]),
         (with(SHAPE, |c| c.num_layers = u32::MAX), ["num_layers: got 4294967295", "need 1 to 65536"]),

@@ -5,7 +5,7 @@ use folio::reference::compare::{self, Comparison};
 use folio::reference::quantise::stored;
 use folio::reference::{BoundedOutput, ErrorModel, Options, Problem, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
-use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, SequenceId, Step};
+use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, Recorder, SequenceId, Step};
 
 /// One step over a ragged batch, and everything that shapes it.
 #[derive(Clone, Debug)]
@@ -17,6 +17,10 @@ pub(crate) struct Case {
     pub(crate) prefix: u32,
     pub(crate) num_kv_heads: u32,
     pub(crate) head_dim: u32,
+    /// Elements of a value.
+    pub(crate) value_dim: u32,
+    /// Whether values are the first elements of keys.
+    pub(crate) latent: bool,
     pub(crate) block_size: u32,
     /// Blocks of the pool. `None`: three more than the case needs.
     pub(crate) num_blocks: Option<u32>,
@@ -40,7 +44,7 @@ pub(crate) struct Rows {
     pub(crate) q: Vec<f32>,
     /// `[seq_len, num_kv_heads, head_dim]`
     pub(crate) k: Vec<f32>,
-    /// `[seq_len, num_kv_heads, head_dim]`
+    /// `[seq_len, num_kv_heads, value_dim]`
     pub(crate) v: Vec<f32>,
     pub(crate) mask: Vec<u32>,
 }
@@ -54,6 +58,8 @@ impl Case {
             prefix: 0,
             num_kv_heads,
             head_dim,
+            value_dim: head_dim,
+            latent: false,
             block_size: 16,
             num_blocks: None,
             k_format: KvFormat::F32,
@@ -82,6 +88,17 @@ impl Case {
         self
     }
 
+    pub(crate) fn value_dim(mut self, value_dim: u32) -> Self {
+        self.value_dim = value_dim;
+        self
+    }
+
+    /// Values are the first `value_dim` elements of keys, in one format.
+    pub(crate) fn latent(mut self, value_dim: u32) -> Self {
+        (self.value_dim, self.latent, self.v_format) = (value_dim, true, self.k_format);
+        self
+    }
+
     pub(crate) fn config(mut self, change: impl FnOnce(&mut AttentionConfig)) -> Self {
         change(&mut self.config);
         self
@@ -103,12 +120,11 @@ impl Case {
             .lens
             .iter()
             .map(|&(context_len, query_len)| {
-                let row = self.num_kv_heads * self.head_dim;
                 let seq_len = context_len + query_len;
                 Rows {
                     q: normal(query_len * self.config.num_q_heads * self.head_dim, self.q_scale),
-                    k: normal(seq_len * row, 1.0),
-                    v: normal(seq_len * row, 1.0),
+                    k: normal(seq_len * self.num_kv_heads * self.head_dim, 1.0),
+                    v: normal(seq_len * self.num_kv_heads * self.value_dim, 1.0),
                     mask: Vec::new(),
                 }
             })
@@ -122,16 +138,21 @@ impl Case {
             }
         }
         if let Some((first, others)) = rows.split_first_mut() {
-            let shared = (self.prefix * self.num_kv_heads * self.head_dim) as usize;
+            let [k, v] = self.row_lens().map(|len| self.prefix as usize * len);
             for other in others {
-                other.k[..shared].copy_from_slice(&first.k[..shared]);
-                other.v[..shared].copy_from_slice(&first.v[..shared]);
+                other.k[..k].copy_from_slice(&first.k[..k]);
+                other.v[..v].copy_from_slice(&first.v[..v]);
             }
         }
         let channels = self.channels(&rows);
         for rows in &mut rows {
             settle(self.k_format, &mut rows.k, self.head_dim, channels.as_deref());
-            settle(self.v_format, &mut rows.v, self.head_dim, None);
+            if self.latent {
+                let of_keys = |key: &[f32]| key[..self.value_dim as usize].to_vec();
+                rows.v = rows.k.chunks(self.head_dim as usize).flat_map(of_keys).collect();
+            } else {
+                settle(self.v_format, &mut rows.v, self.value_dim, None);
+            }
         }
         rows
     }
@@ -148,6 +169,11 @@ impl Case {
         let max = (0..row).map(|channel| keys(channel).fold(f32::NEG_INFINITY, f32::max));
         let scales: Vec<_> = max.zip(&min).map(|(max, min)| (max - min) / levels).collect();
         Some([scales, min].concat())
+    }
+
+    /// Elements of a token's keys, and of its values.
+    fn row_lens(&self) -> [usize; 2] {
+        [self.head_dim, self.value_dim].map(|dim| (self.num_kv_heads * dim) as usize)
     }
 
     /// Runs the case on `gpu` and compares every row with the oracle.
@@ -173,6 +199,7 @@ impl Case {
             num_q_heads: config.num_q_heads as usize,
             num_kv_heads: self.num_kv_heads as usize,
             head_dim: self.head_dim as usize,
+            value_dim: self.value_dim as usize,
             q: &rows.q,
             k: &rows.k,
             v: &rows.v,
@@ -184,6 +211,9 @@ impl Case {
     pub(crate) fn expected(&self, rows: &[Rows]) -> Vec<BoundedOutput> {
         let channels = self.channels(rows);
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
+        if self.latent {
+            model = model.with_latents();
+        }
         if self.f16_products {
             model = model.with_f16_products();
         }
@@ -202,11 +232,11 @@ impl Case {
         let (mut at, mut lse_at) = (0, 0);
         for (i, expected) in self.expected(rows).into_iter().enumerate() {
             let rows = &rows[i];
-            let got = &out[at..at + rows.q.len()];
-            self.assert_within(gpu, i, &compare::out(&expected, got));
-            at += rows.q.len();
+            let len = rows.q.len() / self.head_dim as usize;
+            let out_len = len * self.value_dim as usize;
+            self.assert_within(gpu, i, &compare::out(&expected, &out[at..at + out_len]));
+            at += out_len;
             if let Some(lse) = lse {
-                let len = rows.q.len() / self.head_dim as usize;
                 self.assert_within(gpu, i, &compare::lse(&expected, &lse[lse_at..lse_at + len]));
                 lse_at += len;
             }
@@ -238,7 +268,7 @@ impl Case {
         let step = cache.begin_step(&batch).expect("step");
         let layer = cache.config().num_layers - 1;
         let results = self.attend_step(cache.gpu(), attention, &step, layer, rows, |pass, k, v| {
-            cache.append(pass, &step, layer, k, v, None).expect("append");
+            append_rows(cache, pass, &step, layer, k, v);
         });
         cache.commit(step).expect("commit");
         results
@@ -257,15 +287,16 @@ impl Case {
         let masks: Vec<&[u32]> = rows.iter().map(|r| &r.mask[..]).collect();
         let plan = if self.config.custom_mask { attention.plan_with_masks(step, &masks) } else { attention.plan(step) }
             .expect("plan");
-        let row = (self.num_kv_heads * self.head_dim) as usize;
-        let new = |rows: &[f32], i: usize| rows[self.lens[i].0 as usize * row..].to_vec();
-        let k: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.k, i)).collect();
-        let v: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.v, i)).collect();
+        let [k_len, v_len] = self.row_lens();
+        let new = |rows: &[f32], i: usize, len: usize| rows[self.lens[i].0 as usize * len..].to_vec();
+        let k: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.k, i, k_len)).collect();
+        let v: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.v, i, v_len)).collect();
         let q: Vec<f32> = rows.iter().flat_map(|r| r.q.clone()).collect();
         let (k, v) = (upload(gpu, &k), upload(gpu, &v));
         // Results start as NaN, so that a row that nobody writes is noticed.
-        let out = upload(gpu, &vec![f32::NAN; q.len()]);
-        let lse = upload(gpu, &vec![f32::NAN; q.len() / self.head_dim as usize]);
+        let num_rows = q.len() / self.head_dim as usize;
+        let out = upload(gpu, &vec![f32::NAN; num_rows * self.value_dim as usize]);
+        let lse = upload(gpu, &vec![f32::NAN; num_rows]);
         let q = upload(gpu, &q);
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
@@ -284,9 +315,11 @@ impl Case {
     /// A cache whose unused bytes are all NaN and whose free list is shuffled, with the context of every sequence in it.
     pub(crate) fn fill(&self, gpu: &Gpu, rows: &[Rows]) -> (KvCache, Vec<SequenceId>) {
         let blocks: u32 = self.lens.iter().map(|&(c, q)| (c + q).div_ceil(self.block_size)).sum();
-        let config = KvCacheConfig::new(1, self.num_kv_heads, self.head_dim)
+        let mut config = KvCacheConfig::new(1, self.num_kv_heads, self.head_dim)
             .with_blocks(self.num_blocks.unwrap_or(blocks + 3), self.block_size)
-            .with_formats(self.k_format, self.v_format);
+            .with_formats(self.k_format, self.v_format)
+            .with_value_dim(self.value_dim);
+        config.latent = self.latent;
         let cache = KvCache::new_blocking(gpu, config).expect("cache");
         poison(&cache);
         if let Some(channels) = self.channels(rows) {
@@ -299,18 +332,19 @@ impl Case {
 
     /// Makes the sequences and appends their context.
     pub(crate) fn append_context(&self, cache: &KvCache, rows: &[Rows]) -> Vec<SequenceId> {
-        let row = (self.num_kv_heads * self.head_dim) as usize;
+        let [k_len, v_len] = self.row_lens();
         let mut sequences = vec![cache.create_sequence()];
         if self.prefix > 0 {
-            let shared = ..self.prefix as usize * row;
-            append(cache, &[(sequences[0], self.prefix)], 0, &rows[0].k[shared], &rows[0].v[shared]);
+            let [k, v] = [k_len, v_len].map(|len| ..self.prefix as usize * len);
+            append(cache, &[(sequences[0], self.prefix)], 0, &rows[0].k[k], &rows[0].v[v]);
         }
         while sequences.len() < self.lens.len() {
             sequences.push(cache.fork(sequences[0]).expect("fork"));
         }
         // Sequences grow a few tokens at a time where that is cheap, so that their blocks interleave.
         // A step's rows must fit into a binding.
-        let most = cache.gpu().limits().max_storage_buffer_binding_size / (4 * row * self.lens.len()) as u64;
+        let most =
+            cache.gpu().limits().max_storage_buffer_binding_size / (4 * k_len.max(v_len) * self.lens.len()) as u64;
         let mut done = vec![self.prefix; self.lens.len()];
         loop {
             let mut batch = Vec::new();
@@ -321,9 +355,9 @@ impl Case {
                     .min(u32::try_from(most).unwrap_or(u32::MAX))
                     .min(context_len - done[i]);
                 if new > 0 {
-                    let range = done[i] as usize * row..(done[i] + new) as usize * row;
-                    k.extend_from_slice(&rows[i].k[range.clone()]);
-                    v.extend_from_slice(&rows[i].v[range]);
+                    let range = |len: usize| done[i] as usize * len..(done[i] + new) as usize * len;
+                    k.extend_from_slice(&rows[i].k[range(k_len)]);
+                    v.extend_from_slice(&rows[i].v[range(v_len)]);
                     batch.push((sequences[i], new));
                     done[i] += new;
                 }
@@ -336,13 +370,29 @@ impl Case {
     }
 }
 
+/// Records the append of keys and, where the cache has room for them, values.
+fn append_rows<'a>(
+    cache: &KvCache,
+    recorder: impl Into<Recorder<'a>>,
+    step: &Step,
+    layer: u32,
+    k: &'a wgpu::Buffer,
+    v: &'a wgpu::Buffer,
+) {
+    if cache.config().latent {
+        cache.append_latent(recorder, step, layer, k, None).expect("append");
+    } else {
+        cache.append(recorder, step, layer, k, v, None).expect("append");
+    }
+}
+
 /// Appends rows in a step of their own and submits.
 pub(crate) fn append(cache: &KvCache, batch: &[(SequenceId, u32)], layer: u32, k: &[f32], v: &[f32]) {
     let gpu = cache.gpu();
     let step = cache.begin_step(batch).expect("step");
     let (k, v) = (upload(gpu, k), upload(gpu, v));
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    cache.append(&mut encoder, &step, layer, &k, &v, None).expect("append");
+    append_rows(cache, &mut encoder, &step, layer, &k, &v);
     gpu.queue().submit([encoder.finish()]);
     cache.commit(step).expect("commit");
 }

@@ -41,7 +41,7 @@ impl Side {
     fn poisoned(layout: KvLayout, num_blocks: u32, rng: &mut Rng) -> Self {
         let len = layout.side_bytes(num_blocks).expect("small") as usize;
         let mut bytes = vec![0xff; len];
-        let plane = if layout.channel_table_bytes() > 0 { (layout.num_kv_heads * layout.head_dim) as usize } else { 0 };
+        let plane = if layout.channel_table_bytes() > 0 { (layout.num_kv_heads * layout.row_dim) as usize } else { 0 };
         let mut channels: Vec<f32> = (0..plane).map(|_| (0.5 + rng.f32()) * 3.0 / levels(layout.format)).collect();
         channels.extend((0..plane).map(|_| -2.0 + rng.f32()));
         let table = bytes.len() - channels.len() * 4;
@@ -51,7 +51,7 @@ impl Side {
 
     /// Writes random elements into the row of a token and head, and returns what they mean.
     fn fill_row(&mut self, block: u32, kv_head: u32, slot: u32, rng: &mut Rng) -> Stored {
-        let (format, dims) = (self.layout.format, self.layout.head_dim as usize);
+        let (format, dims) = (self.layout.format, self.layout.row_dim as usize);
         let at = self.layout.row_offset(block, kv_head, slot) as usize;
         let row_bytes = self.layout.row_bytes() as usize;
         let row = &mut self.bytes[at..at + row_bytes];
@@ -195,6 +195,7 @@ fn check(how: Open, (num_kv_heads, group_size, head_dim, block_size): (u32, u32,
             num_q_heads: num_q_heads as usize,
             num_kv_heads: num_kv_heads as usize,
             head_dim: head_dim as usize,
+            value_dim: head_dim as usize,
             q: &q[here.clone()],
             k: &k_values,
             v: &v_values,

@@ -28,6 +28,7 @@ mod movable;
 mod packed;
 mod rope;
 mod segments;
+mod shapes;
 mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;

@@ -41,14 +41,14 @@ fn snapshot(cache: &KvCache, sequence: SequenceId) -> SequenceSnapshot {
     cache.gpu().block_on(pending.read()).expect("read")
 }
 
-fn swap_out(cache: &KvCache, sequence: SequenceId) -> SequenceSnapshot {
+pub(crate) fn swap_out(cache: &KvCache, sequence: SequenceId) -> SequenceSnapshot {
     let mut encoder = encoder(cache);
     let swap = cache.swap_out(&mut encoder, sequence).expect("swap out");
     submit(cache, encoder);
     cache.gpu().block_on(swap.finish()).expect("finish")
 }
 
-fn swap_in(cache: &KvCache, snapshot: &SequenceSnapshot) -> SequenceId {
+pub(crate) fn swap_in(cache: &KvCache, snapshot: &SequenceSnapshot) -> SequenceId {
     let mut encoder = encoder(cache);
     let swap = cache.swap_in(&mut encoder, snapshot).expect("swap in");
     submit(cache, encoder);

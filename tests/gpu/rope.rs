@@ -263,7 +263,7 @@ fn keys_and_queries_turn_in_every_shape() {
                 .with_blocks(num_blocks, block_size)
                 .with_formats(k_format, v_format);
             let scaling = scalings().swap_remove(i as usize % 4);
-            let config = RopeConfig { rotary_dim, layout, theta: 10_000.0, scaling };
+            let config = RopeConfig { layout, scaling, ..RopeConfig::new(rotary_dim, 10_000.0) };
             worst = worst.max(check_shape(&gpu, shape, &config, i));
         }
     }

@@ -1,7 +1,7 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
 use crate::common::with;
-use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, MAX_POOL_BYTES, Segments};
+use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, MAX_HEAD_DIM, MAX_POOL_BYTES, Segments};
 use proptest::prelude::*;
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
@@ -17,7 +17,7 @@ fn refusal(config: KvCacheConfig) -> String {
 
 #[test]
 fn valid_shapes_are_accepted() {
-    for head_dim in (8..=256).step_by(8) {
+    for head_dim in (8..=MAX_HEAD_DIM).step_by(8) {
         assert!(with(CONFIG, |c| c.head_dim = head_dim).validate().is_ok(), "{head_dim}");
     }
     for block_size in 1..=256 {
@@ -51,8 +51,8 @@ fn head_counts_beyond_the_grid_are_refused() {
 
 #[test]
 fn head_dims_without_kernels_are_refused() {
-    for head_dim in [0, 1, 4, 12, 59, 255, 257, 264, u32::MAX] {
-        let want = format!("head_dim: got {head_dim}, need a multiple of 8 from 8 to 256");
+    for head_dim in [0, 1, 4, 12, 59, 255, 257, 580, 584, u32::MAX] {
+        let want = format!("head_dim: got {head_dim}, need a multiple of 8 from 8 to 576");
         assert_eq!(refusal(with(CONFIG, |c| c.head_dim = head_dim)), want);
     }
 }
@@ -123,7 +123,7 @@ fn rows_of_a_head_are_adjacent_within_a_block() {
 
 #[test]
 fn offsets_of_large_caches_do_not_wrap() {
-    let layout = KvLayout { num_kv_heads: 65_535, head_dim: 256, block_size: 256, format: KvFormat::F32 };
+    let layout = KvLayout { num_kv_heads: 65_535, row_dim: 256, block_size: 256, format: KvFormat::F32 };
     // 65535 heads * 256 rows * 1024 bytes.
     assert_eq!(layout.block_bytes(), 17_179_607_040);
     assert_eq!(layout.row_offset(1 << 24, 0, 0), layout.block_bytes() << 24);
@@ -187,7 +187,7 @@ proptest! {
         max_blocks in 0_u64..3500,
         bytes in 0_u64..20_000,
     ) {
-        let layout = KvLayout { num_kv_heads, head_dim: 8 * eighths, block_size, format };
+        let layout = KvLayout { num_kv_heads, row_dim: 8 * eighths, block_size, format };
         let table = layout.channel_table_bytes();
         let max_bytes = layout.block_bytes() * max_blocks + bytes;
         let Some(segments) = layout.segments(num_blocks, max_bytes) else {
@@ -231,7 +231,7 @@ proptest! {
         [block, kv_head, slot, num_blocks] in [any_count(), any_count(), any_count(), any_count()],
         max_bytes in prop_oneof![Just(0), Just(u64::MAX), any::<u64>(), 0_u64..1 << 40],
     ) {
-        let layout = KvLayout { num_kv_heads, head_dim, block_size, format };
+        let layout = KvLayout { num_kv_heads, row_dim: head_dim, block_size, format };
         let [heads, rows_per_head, dim] = [num_kv_heads, block_size, head_dim].map(u128::from);
         let clip = |wide: u128| u64::try_from(wide).unwrap_or(u64::MAX);
 
@@ -348,7 +348,7 @@ fn formats_state_their_size_and_error() {
 /// What the docs of the formats promise of rows of 128 elements, scales included.
 #[test]
 fn formats_take_the_bytes_that_they_state() {
-    let bytes = |format| KvLayout { num_kv_heads: 8, head_dim: 128, block_size: 16, format }.token_row_bytes();
+    let bytes = |format| KvLayout { num_kv_heads: 8, row_dim: 128, block_size: 16, format }.token_row_bytes();
     assert_eq!(KvFormat::ALL.map(bytes), [512, 256, 128, 132, 68, 128, 64]);
     let ratio = |format| bytes(format) as f64 / bytes(KvFormat::F16) as f64;
     assert!(ratio(KvFormat::Int8) <= 0.52 && ratio(KvFormat::Int4) <= 0.29);

@@ -1,10 +1,15 @@
 //! Which variants the shader tests look at: a selection in which every two values of any two choices meet.
 
 use folio::Segments;
-use folio::kernel::{AttendFlags, Kernel, MAX_DECODE_GROUP, MatrixSize, RopeShape, Target, Variant, Vendor};
-use folio::{KvCacheConfig, KvFormat, Profile, RopeLayout};
+use folio::kernel::{
+    AttendFlags, Kernel, MAX_DECODE_GROUP, MatrixSize, RopeShape, Target, Variant, Vendor, max_decode_group,
+};
+use folio::{KvCacheConfig, KvFormat, MAX_BLOCK_SIZE, Profile, RopeLayout};
 
-const HEAD_DIMS: [u32; 11] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256];
+const HEAD_DIMS: [u32; 13] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256, 328, 576];
+/// Elements of a value, where those are not as many as of a key; the last one is a latent's, of which a key may have fewer.
+const VALUE_DIMS: [Option<u32>; 5] = [None, Some(8), Some(128), Some(576), Some(512)];
+const LATENT: usize = 4;
 const GROUP_SIZES: [u32; 5] = [1, 4, 7, 8, 32];
 /// The last one is a row of a contiguous cache.
 const BLOCK_SIZES: [u32; 5] = [1, 5, 16, 256, 131_072];
@@ -75,7 +80,9 @@ fn flags() -> Vec<AttendFlags> {
 
 /// No rope, and each layout with the whole head, about a quarter of it (also such as are no multiple of 8) and one pair.
 fn ropes(kernel: Kernel, head_dim: u32) -> Vec<Option<RopeShape>> {
-    let shape = |layout, rotary_dim| Some(RopeShape { layout, rotary_dim });
+    // The last elements of a row are rotated as well as the first ones.
+    let start = |rotary_dim| if rotary_dim == 2 { head_dim - 8 } else { 0 };
+    let shape = |layout, rotary_dim| Some(RopeShape { layout, rotary_dim, rotary_start: start(rotary_dim) });
     let rotating = [RopeLayout::HalfSplit, RopeLayout::Interleaved]
         .into_iter()
         .flat_map(|layout| [head_dim, head_dim / 8 * 2, 2].map(|rotary_dim| shape(layout, rotary_dim)));
@@ -111,13 +118,27 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         ropes(kernel, 8).len(),
         segments.len(),
         if kernel == Kernel::AppendQkv { 2 } else { 1 },
+        // Its keys are as long as its values.
+        if kernel == Kernel::AppendQkv { 1 } else { VALUE_DIMS.len() },
     ];
     let variant = |choice: Vec<usize>| {
-        let config = KvCacheConfig::new(1, KV_HEADS[choice[5]], HEAD_DIMS[choice[3]])
+        let mut config = KvCacheConfig::new(1, KV_HEADS[choice[5]], HEAD_DIMS[choice[3]])
             .with_blocks(64, BLOCK_SIZES[choice[4]])
             .with_formats(FORMATS[choice[6]], V_FORMATS[choice[7]]);
-        let variant = Variant::new(kernel, targets[choice[0]], &config, groups[choice[2]], flags[choice[1]])
-            .with_segments(segments[choice[9]]);
+        config.value_dim = VALUE_DIMS[choice[11]];
+        let mut segments = segments[choice[9]];
+        if choice[11] == LATENT {
+            config.latent = true;
+            config.value_dim = config.value_dim.map(|dim| dim.min(config.head_dim));
+            config.k_format = config.v_format;
+            segments[1] = segments[0];
+        }
+        let group =
+            if kernel == Kernel::Decode { groups[choice[2]].min(max_decode_group(&config)) } else { groups[choice[2]] };
+        config.contiguous = config.block_size > MAX_BLOCK_SIZE;
+        config.validate().expect("a shape that caches have");
+        let variant =
+            Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
         let variant = if choice[10] == 1 { variant.with_head_norm() } else { variant };
         match ropes(kernel, config.head_dim)[choice[8]] {
             Some(rope) => variant.with_rope(rope),

@@ -477,7 +477,7 @@ fn rope_of_old_and_new_files() {
         other => panic!("{other:?}"),
     };
     let layout = RopeLayout::HalfSplit;
-    let plain = |rotary_dim, theta| RopeConfig { rotary_dim, layout, theta, scaling: RopeScaling::None };
+    let plain = |rotary_dim, theta| RopeConfig { layout, ..RopeConfig::new(rotary_dim, theta) };
     assert_eq!(rope("llama", json!({})), (plain(8, 500_000.0), 256));
     assert_eq!(rope("llama", json!({ "rope_theta": null })).0, plain(8, 10_000.0));
     let new = json!({ "rope_theta": null, "rope_parameters": { "rope_theta": 7e5, "rope_type": "default" } });

@@ -3,14 +3,11 @@
 use super::{array_bytes, geometry};
 use crate::kernel::variant::Variant;
 
-/// Elements of a row that an invocation writes.
-const VEC8_DIMS: u32 = 8;
-
 geometry! {
     /// An invocation writes a Vec8 (8 elements) of a row of K and of V. Those of a row whose range they share, and of append_qkv all, are of one
     /// workgroup, which has whole rows.
     AppendGeometry {
-        /// Vec8s of a row.
+        /// Vec8s of a row of K or of V, whichever has more.
         vec8s: u32,
         /// Rows of a workgroup, if it has whole ones.
         rows: u32,
@@ -23,7 +20,7 @@ geometry! {
 
 impl AppendGeometry {
     pub(super) fn of(variant: &Variant) -> Self {
-        let vec8s = variant.head_dim / VEC8_DIMS;
+        let vec8s = variant.row_vec8s();
         let ranges_len = if variant.has_row_scales() { variant.workgroup_size } else { 0 };
         let squares_len = if variant.head_norm { variant.workgroup_size } else { 0 };
         Self { vec8s, rows: variant.workgroup_size / vec8s, ranges_len, squares_len }

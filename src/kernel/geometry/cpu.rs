@@ -37,23 +37,26 @@ const fn loads_of(format: KvFormat, int64: bool) -> &'static [Load] {
     }
 }
 
-/// The type for `rows` rows that are shared by `lanes` lanes. A load costs llvmpipe one serial insert (some 17 cycles) per lane and component,
-/// whatever the component's width: hence the widest components that the device has (64 bits), and of the types whose elements divide a
-/// row, the one with the fewest components per lane, and the widest of these.
-fn best_load(format: KvFormat, int64: bool, head_dim: u32, rows: u32, lanes: u32) -> Load {
-    let loads = loads_of(format, int64);
-    let cost = |load: &&Load| (rows * head_dim / load.dims).div_ceil(lanes) * load.components;
-    let fits = loads.iter().filter(|load| head_dim.is_multiple_of(load.dims));
+/// The type for the first `used_dim` elements of `rows` rows that are shared by `lanes` lanes. A load costs llvmpipe one serial insert (some 17 cycles) per lane and component,
+/// whatever the component's width: hence the widest components that the device has (64 bits), and of the types whose elements divide
+/// what is used of a row and the row, the one with the fewest components per lane, and the widest of these.
+fn best_load(layout: &KvLayout, used_dim: u32, int64: bool, rows: u32, lanes: u32) -> Load {
+    let loads = loads_of(layout.format, int64);
+    let cost = |load: &&Load| (rows * used_dim / load.dims).div_ceil(lanes) * load.components;
+    let fits =
+        loads.iter().filter(|load| used_dim.is_multiple_of(load.dims) && layout.row_dim.is_multiple_of(load.dims));
     fits.min_by_key(cost).copied().unwrap_or(loads[loads.len() - 1])
 }
 
 /// What decode loads where `part` is a lane's part of a row. llvmpipe spends some 20 instructions per lane on any load and 9 on each component of
 /// it: so one load takes the rows of several keys if these are of one block, are of codes (which move between lanes as words), and
 /// have a part for every lane.
-fn spanning_load(variant: &Variant, part: Load, layout: &KvLayout) -> Load {
+fn spanning_load(variant: &Variant, part: Load, layout: &KvLayout, used_dim: u32) -> Load {
     let codes = !matches!(layout.format, KvFormat::F32 | KvFormat::F16);
-    let Variant { head_dim, tile_kv, workgroup_size, target, .. } = *variant;
-    if !codes || !target.subgroups || lookups(variant, tile_kv) > 1 || head_dim / part.dims != workgroup_size {
+    let Variant { tile_kv, workgroup_size, target, .. } = *variant;
+    // Neighbouring rows lie side by side only where all of a row is used.
+    let is_whole = used_dim == layout.row_dim && used_dim / part.dims == workgroup_size;
+    if !codes || !target.subgroups || lookups(variant, tile_kv) > 1 || !is_whole {
         return part;
     }
     let wider: &[Load] = match part.name {
@@ -103,12 +106,13 @@ geometry! {
 
 impl CpuDecodeGeometry {
     pub(super) fn of(variant: &Variant) -> Self {
-        let (lanes, rows, head_dim) = (variant.workgroup_size, variant.tile_q, variant.head_dim);
-        let iter_keys = variant.tile_kv;
-        let [k, v] = [variant.k_format, variant.v_format]
-            .map(|format| best_load(format, variant.target.int64, head_dim, 1, lanes));
-        let [k_wide, v_wide] = [(k, variant.k_layout()), (v, variant.v_layout())]
-            .map(|(part, layout)| spanning_load(variant, part, &layout));
+        let (lanes, rows, iter_keys) = (variant.workgroup_size, variant.tile_q, variant.tile_kv);
+        let (head_dim, value_dim) = (variant.head_dim, variant.value_dim);
+        let sides = [(variant.k_layout(), head_dim), (variant.v_layout(), value_dim)];
+        let [(k, k_wide), (v, v_wide)] = sides.map(|(layout, used_dim)| {
+            let part = best_load(&layout, used_dim, variant.target.int64, 1, lanes);
+            (part, spanning_load(variant, part, &layout, used_dim))
+        });
         let scores = rows * iter_keys;
         let shared = |len: u32| if variant.target.subgroups { 0 } else { len };
         Self {
@@ -125,8 +129,8 @@ impl CpuDecodeGeometry {
             v_dims: v_wide.dims,
             v_span: v_wide.dims / v.dims,
             v_vecs: v.dims / 4,
-            v_loads: head_dim / v.dims,
-            v_rounds: (head_dim / v.dims).div_ceil(lanes),
+            v_loads: value_dim / v.dims,
+            v_rounds: (value_dim / v.dims).div_ceil(lanes),
             scores,
             vectors: scores.div_ceil(lanes),
             lookups: lookups(variant, iter_keys),
@@ -149,8 +153,9 @@ geometry! {
         rows: u32,
         /// Keys per iteration.
         iter_keys: u32,
-        /// `vec4`s of a row of q.
-        vecs: u32,
+        /// `vec4`s of a row of q, and of a row of out.
+        q_vecs: u32,
+        o_vecs: u32,
         /// Type, dims, and `vec4`s of a load; loads of a row, and rounds of them in which the lanes load the rows of an iteration.
         k_type: &'static str,
         k_dims: u32,
@@ -173,20 +178,22 @@ geometry! {
 
 impl CpuPrefillGeometry {
     pub(super) fn of(variant: &Variant) -> Self {
-        let (lanes, head_dim, flags) = (variant.workgroup_size, variant.head_dim, variant.flags);
+        let (lanes, flags) = (variant.workgroup_size, variant.flags);
+        let (head_dim, value_dim) = (variant.head_dim, variant.value_dim);
         let rows = variant.tile_q / lanes;
         let subgroups = variant.target.subgroups;
         let iter_keys = variant.tile_kv;
         // Without subgroups every lane loads all.
         let load_lanes = if subgroups { lanes } else { 1 };
-        let [k, v] = [variant.k_format, variant.v_format]
-            .map(|format| best_load(format, variant.target.int64, head_dim, iter_keys, load_lanes));
-        let (k_loads, v_loads) = (head_dim / k.dims, head_dim / v.dims);
+        let [k, v] = [(variant.k_layout(), head_dim), (variant.v_layout(), value_dim)]
+            .map(|(layout, used_dim)| best_load(&layout, used_dim, variant.target.int64, iter_keys, load_lanes));
+        let (k_loads, v_loads) = (head_dim / k.dims, value_dim / v.dims);
         Self {
             lanes,
             rows,
             iter_keys,
-            vecs: head_dim / 4,
+            q_vecs: head_dim / 4,
+            o_vecs: value_dim / 4,
             k_type: k.name,
             k_dims: k.dims,
             k_vecs: k.dims / 4,

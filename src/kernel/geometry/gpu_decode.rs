@@ -72,10 +72,10 @@ pub(in crate::kernel) fn decode_k_dims(head_dim: u32, format: KvFormat) -> u32 {
 
 impl DecodeGeometry {
     pub(in crate::kernel) fn of(variant: &Variant) -> Self {
-        let &Variant { head_dim, group_size, tile_kv, workgroup_size, .. } = variant;
+        let &Variant { head_dim, value_dim, group_size, tile_kv, workgroup_size, .. } = variant;
         let k_dims = decode_k_dims(head_dim, variant.k_format);
         let v_dims = if group_size <= 2 && variant.v_format != KvFormat::F32 { 8 } else { 4 };
-        let (k_row, v_row) = (head_dim / k_dims, head_dim / v_dims);
+        let (k_row, v_row) = (head_dim / k_dims, value_dim / v_dims);
         let quads = tile_kv / 4;
         let lanes = match k_row {
             0..2 => 1,
@@ -89,7 +89,7 @@ impl DecodeGeometry {
         let parts = lanes / butterfly;
         let fit = (workgroup_size / v_row).min(workgroup_size / group_size).min(quads).clamp(1, 32);
         let streams = 1 << fit.ilog2();
-        let head_sums = streams * head_dim / 4;
+        let head_sums = streams * value_dim / 4;
         let q_row = k_loads * lanes * k_dims / 4;
         let q_code_words = (k_dims / 4).min(4);
         let q_codes_row = q_row / q_code_words;

@@ -23,7 +23,7 @@ geometry! {
         /// Sets of 4 rows, and the invocations of each.
         row_sets: u32,
         lanes: u32,
-        /// Keys of a tile, and `vec4`s of the head, that an invocation has.
+        /// Keys of a tile, and `vec4`s of a value, that an invocation has.
         keys_per_lane: u32,
         cols: u32,
         /// `vec4`s of the head that are multiplied at a time; a row in workgroup memory has one more, against bank conflicts. Then how many
@@ -69,15 +69,20 @@ geometry! {
 
 impl PrefillGeometry {
     pub(in crate::kernel) fn of(variant: &Variant) -> Self {
-        let &Variant { head_dim, tile_q, tile_kv, workgroup_size, flags, .. } = variant;
+        let &Variant { head_dim, value_dim, tile_q, tile_kv, workgroup_size, flags, .. } = variant;
         let dims = |format| if format == KvFormat::F32 { 4 } else { 8 };
         let (k_dims, v_dims) = (dims(variant.k_format), dims(variant.v_format));
-        let (k_row, v_row) = (head_dim / k_dims, head_dim / v_dims);
-        let head_vec4s = head_dim / 4;
+        let (k_row, v_row) = (head_dim / k_dims, value_dim / v_dims);
+        let (head_vec4s, value_vec4s) = (head_dim / 4, value_dim / 4);
         let row_sets = tile_q / ROWS;
         let lanes = workgroup_size / row_sets;
         let num_slices = head_vec4s.div_ceil(SLICE);
-        let v_keys = if head_vec4s <= 16 { 8 } else { 4 };
+        // Two buffers of 16 KiB at most, beside the weights.
+        let v_keys = match value_vec4s {
+            ..=16 => 8,
+            ..=64 => 4,
+            _ => 2,
+        };
         let k_cols = SLICE * 4 / k_dims;
         let (q_count, k_count, v_count) = (tile_q * SLICE, tile_kv * k_cols, v_keys * v_row);
         let butterfly = butterfly(variant, lanes);
@@ -86,7 +91,7 @@ impl PrefillGeometry {
         let score_len = (tile_q + tile_kv) * slice_row;
         let weights_row = row_sets + 1;
         let weights_len = tile_kv * weights_row;
-        let value_len = v_keys * head_vec4s;
+        let value_len = v_keys * value_vec4s;
         let lane_parts = weights_len + value_len;
         Self {
             k_type: element_type(variant.k_format, k_dims),
@@ -98,7 +103,7 @@ impl PrefillGeometry {
             row_sets,
             lanes,
             keys_per_lane: tile_kv / lanes,
-            cols: head_vec4s.div_ceil(lanes),
+            cols: value_vec4s.div_ceil(lanes),
             slice: SLICE,
             slice_row,
             num_slices,

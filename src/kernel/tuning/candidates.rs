@@ -120,7 +120,9 @@ impl Variant {
         let sizes = |packed_dots| {
             GPU_DECODE.map(|(workgroup_size, tile_kv)| Sizes { workgroup_size, tile_kv, packed_dots, ..own })
         };
-        dots.iter().flat_map(|&packed_dots| sizes(packed_dots)).collect()
+        let sizes = dots.iter().flat_map(|&packed_dots| sizes(packed_dots));
+        // Each 4 elements of a value take an invocation.
+        sizes.filter(|sizes| sizes.workgroup_size >= self.value_dim / 4).collect()
     }
 
     fn gpu_prefill(&self, own: Sizes) -> Vec<Sizes> {
@@ -130,7 +132,7 @@ impl Variant {
 
     /// Invocations that write 8 elements each. A workgroup has whole rows if these have scales.
     fn append(&self, own: Sizes) -> Vec<Sizes> {
-        let vec8s = self.head_dim / 8;
+        let vec8s = self.row_vec8s();
         let holds_rows = |size: u32| !self.has_row_scales() || size >= vec8s;
         let sizes = [8, 16, 32, 64, 128, 256].into_iter().filter(|&size| holds_rows(size));
         sizes.map(|workgroup_size| Sizes { workgroup_size, ..own }).collect()

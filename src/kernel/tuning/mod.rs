@@ -26,7 +26,7 @@ pub(crate) fn choose(variant: &mut Variant) {
 
 /// The general rules. `docs/measurements.md` has the numbers behind them.
 fn choose_by_rule(variant: &mut Variant) {
-    let (head_dim, group_size) = (variant.head_dim, variant.group_size);
+    let (row_dim, group_size) = (variant.head_dim.max(variant.value_dim), variant.group_size);
     variant.packed_dots = variant.target.packed_dots;
     let lanes = cpu_lanes(variant);
     let both_narrow = variant.k_format != KvFormat::F32 && variant.v_format != KvFormat::F32;
@@ -41,19 +41,21 @@ fn choose_by_rule(variant: &mut Variant) {
         // Twice the keys per tile costs a third of the occupancy on RDNA2 for 12 % fewer instructions per key.
         // Rows of at most two loads (int4 at 64) take two invocations, so that 64 keys keep all of them busy without a second key for any.
         (Profile::Gpu, Kernel::Decode)
-            if head_dim <= 32 || head_dim <= 2 * decode_k_dims(head_dim, variant.k_format) =>
+            if row_dim <= 32 || row_dim <= 2 * decode_k_dims(variant.head_dim, variant.k_format) =>
         {
             (128, group_size, 64)
         }
-        (Profile::Gpu, Kernel::Decode) if head_dim <= 64 || (head_dim <= 128 && both_narrow) => (128, group_size, 32),
-        (Profile::Gpu, Kernel::Decode) => (128, group_size, 16),
+        (Profile::Gpu, Kernel::Decode) if row_dim <= 64 || (row_dim <= 128 && both_narrow) => (128, group_size, 32),
+        (Profile::Gpu, Kernel::Decode) if row_dim <= 256 => (128, group_size, 16),
+        // A value of 576 elements takes 144 invocations; 256 have 32 keys at a time.
+        (Profile::Gpu, Kernel::Decode) => (256, group_size, 32),
         // 4 invocations a row. The more keys, the less often sums pass through workgroup memory, of which there are 32 KiB.
         (Profile::Gpu, Kernel::Prefill) if variant.target.matrix.is_some() => (
             128,
             32,
-            if head_dim <= 80 {
+            if row_dim <= 80 {
                 64
-            } else if head_dim <= 128 {
+            } else if row_dim <= 128 {
                 32
             } else {
                 16
@@ -62,15 +64,18 @@ fn choose_by_rule(variant: &mut Variant) {
         // Compiled for Arc A and Arc B, the tiles of the other vendors spill 20 to 60 registers (200 at head_dim 256); with these nothing spills.
         (Profile::Gpu, Kernel::Prefill) if variant.target.vendor == Vendor::Intel => intel_prefill(variant),
         // The largest tiles that keep 4 waves per SIMD on RDNA2 (112 to 128 VGPR) and stay within 16 KiB.
-        (Profile::Gpu, Kernel::Prefill) if head_dim <= 96 => (128, 64, 32),
-        (Profile::Gpu, Kernel::Prefill) if head_dim <= 192 => (128, 32, 64),
-        (Profile::Gpu, Kernel::Prefill) => (128, 32, 32),
+        (Profile::Gpu, Kernel::Prefill) if row_dim <= 96 => (128, 64, 32),
+        (Profile::Gpu, Kernel::Prefill) if row_dim <= 192 => (128, 32, 64),
+        (Profile::Gpu, Kernel::Prefill) if row_dim <= 256 => (128, 32, 32),
+        // Sums of 512 elements: 8 `vec4`s of an invocation, as with 32 rows of 256 and 128 invocations.
+        (Profile::Gpu, Kernel::Prefill) => (256, 16, 64),
         // A row has at most 64 vec4s.
         (Profile::Gpu, Kernel::Merge) => (32, 0, 0),
         // The invocations of a row share its range, or wait for each other: whole subgroups that hold the Vec8s (8 elements) of a row.
         (Profile::Cpu, Kernel::Append | Kernel::AppendQkv) if variant.shares_rows() => {
-            ((head_dim / 8).next_multiple_of(lanes), 0, 0)
+            (variant.row_vec8s().next_multiple_of(lanes), 0, 0)
         }
+        (Profile::Gpu, Kernel::Append | Kernel::AppendQkv) if variant.row_vec8s() > 64 => (128, 0, 0),
         (
             Profile::Gpu,
             Kernel::Append
@@ -91,7 +96,7 @@ fn choose_by_rule(variant: &mut Variant) {
 /// F32 for fewer keys. What still spills on Arc A (d72 F32; Int8, Int4 and values in E4M3 at d64) spills 1 to 7 registers, and more with any other candidate.
 fn intel_prefill(variant: &Variant) -> (u32, u32, u32) {
     let loads_f32 = variant.k_format == KvFormat::F32 || variant.v_format == KvFormat::F32;
-    match variant.head_dim {
+    match variant.head_dim.max(variant.value_dim) {
         129.. => (256, 16, 64),
         81.. => (256, 32, 64),
         65.. if !loads_f32 => (256, 32, 64),
@@ -116,7 +121,7 @@ fn cpu_tile_q(variant: &Variant) -> u32 {
         (true, _) => 2,
         (false, _) => 4,
     };
-    lanes * (256 / variant.head_dim).clamp(1, most)
+    lanes * (256 / variant.head_dim.max(variant.value_dim)).clamp(1, most)
 }
 
 /// When a sequence's keys are split. `max_workspace_bytes` is at most a storage binding of the device.

@@ -36,7 +36,8 @@ impl Row {
         };
         self.class == class
             && self.kernel == variant.kernel
-            && (self.head_dim, self.group_size) == (variant.head_dim, variant.group_size)
+            && (self.head_dim, self.head_dim, self.group_size)
+                == (variant.head_dim, variant.value_dim, variant.group_size)
             && self.formats == [variant.k_format, variant.v_format]
     }
 }
@@ -91,6 +92,7 @@ mod tests {
         assert_eq!(find_in(&rows, &variant(Profile::Cpu, Vendor::Amd, 8)), None);
         for other in [
             Variant { head_dim: 72, ..amd },
+            Variant { value_dim: 72, ..amd },
             Variant { group_size: 2, ..amd },
             Variant { kernel: Kernel::Prefill, ..amd },
             Variant { k_format: KvFormat::F32, ..amd },

@@ -34,8 +34,11 @@ pub struct TunedFor {
 pub struct TunedShape {
     /// The kernel's entry point.
     pub kernel: String,
-    /// Elements of a head.
+    /// Elements of a query and of a key.
     pub head_dim: u32,
+    /// Elements of a value, where those are others.
+    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default, skip_serializing_if = "Option::is_none"))]
+    pub value_dim: Option<u32>,
     /// Query heads per KV head; 1 for kernels that see no queries.
     pub group_size: u32,
     /// How K is stored.
@@ -51,6 +54,7 @@ impl TunedShape {
         Self {
             kernel: variant.kernel.entry_point().into(),
             head_dim: variant.head_dim,
+            value_dim: (variant.value_dim != variant.head_dim).then_some(variant.value_dim),
             group_size: variant.group_size,
             k_format: variant.k_format.to_string(),
             v_format: variant.v_format.to_string(),
@@ -61,7 +65,8 @@ impl TunedShape {
     fn is_of(&self, variant: &Variant) -> bool {
         let is = |name: &str, format| name.parse::<KvFormat>().is_ok_and(|named| named == format);
         self.kernel == variant.kernel.entry_point()
-            && (self.head_dim, self.group_size) == (variant.head_dim, variant.group_size)
+            && (self.head_dim, self.value_dim.unwrap_or(self.head_dim), self.group_size)
+                == (variant.head_dim, variant.value_dim, variant.group_size)
             && is(&self.k_format, variant.k_format)
             && is(&self.v_format, variant.v_format)
     }

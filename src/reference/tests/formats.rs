@@ -88,7 +88,7 @@ fn kernel(case: &Case, [k, v]: [&Coded; 2], split_len: usize, reads: Reads) -> (
         for split in visible.chunks(split_len) {
             let (mut max, mut sum, mut acc, mut zero_acc) = (-1e30_f32, 0.0_f32, vec![0.0_f32; d], 0.0_f32);
             for &pos in split {
-                let row = checked.row_start(pos, kv_head)..checked.row_start(pos, kv_head) + d;
+                let row = checked.row_start(pos, kv_head, d)..checked.row_start(pos, kv_head, d) + d;
                 let element = |side: &Coded, i: usize| side.zero_points[i] + side.scales[i] * side.codes[i] as f32;
                 let s: f32 = match reads {
                     Reads::Elements => q.iter().zip(row.clone()).map(|(q, i)| q * element(k, i)).sum(),

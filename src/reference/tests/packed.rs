@@ -36,7 +36,7 @@ fn kernel(case: &Case, format: KvFormat, wrong: Wrong) -> (Vec<f32>, Vec<f32>) {
     let (mut out, mut lse) = (Vec::new(), Vec::new());
     for (token, q_head) in (0..checked.query_len).flat_map(|token| (0..case.num_q_heads).map(move |head| (token, head)))
     {
-        let row_of = |pos| checked.row_start(pos, q_head / checked.group_size);
+        let row_of = |pos| checked.row_start(pos, q_head / checked.group_size, checked.problem.head_dim);
         let q: Vec<f32> = checked.query_row(token, q_head).iter().map(|q| q * unit).collect();
         // In formats with scales per channel the query has them in it, the same for all keys.
         let channel = |dim: usize| if format.has_channel_scales() { k.scales[row_of(0) + dim] } else { 1.0 };
