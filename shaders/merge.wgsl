@@ -80,15 +80,14 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
                 let row = (row_of_item + split * item.split_stride) * STATE_VEC4S;
                 let state = partials[row + VALUE_VEC4S].xy;
                 let scale = exp2(state.x - row_max);
-                weight_sum += state.y * scale;
+                weight_sum = fma(state.y, scale, weight_sum);
                 sum += partials[row + i] * scale;
             }
             if (item.next == 0u) {
                 break;
             }
         }
-        // Without a visible key and without a sink the sum is 0 and so is the result.
-        out[(first.token * NUM_Q_HEADS + q_head) * VALUE_VEC4S + i] = select(sum / weight_sum, vec4<f32>(0.0), weight_sum == 0.0);
+        out[(first.token * NUM_Q_HEADS + q_head) * VALUE_VEC4S + i] = sum * inverse_sum(weight_sum);
     }
 {% if lse %}
     // Lane 0 owns a vec4 of every row, so it knows the sum of weights.

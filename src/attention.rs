@@ -3,6 +3,7 @@
 mod states;
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
@@ -53,6 +54,8 @@ pub struct AttentionPlan {
     num_tokens: u32,
     upload: Upload,
     workspace: wgpu::Buffer,
+    /// Whether the workspace is the plan's own.
+    in_parts: bool,
 }
 
 impl AttentionPlan {
@@ -60,6 +63,12 @@ impl AttentionPlan {
     #[must_use]
     pub fn step_plan(&self) -> &StepPlan {
         &self.plan
+    }
+
+    /// Dispatches of a layer, which [`Attention::attend_part`] records one by one.
+    #[must_use]
+    pub fn num_parts(&self) -> usize {
+        self.plan.dispatches.len()
     }
 }
 
@@ -120,6 +129,7 @@ impl Attention {
         let mut policy =
             tuning::split_policy(gpu.profile(), gpu.adapter_class(), config.deterministic, max_workspace_bytes);
         policy.cascade = config.cascade_policy(tuning::cascade_policy(&prefill.variant));
+        policy.max_dispatch_work = config.max_dispatch_work.unwrap_or(policy.max_dispatch_work);
         if let Some((tuning, decode)) = tuned.zip(decode.as_ref()) {
             tuning.apply_split(&mut policy, &decode.variant);
         }
@@ -234,7 +244,25 @@ impl Attention {
             num_tokens: batch.num_tokens(),
             upload,
             workspace,
+            in_parts: false,
         })
+    }
+
+    /// Prepares a plan for [`Attention::attend_part`]: it gets a workspace of its own, as other steps may run between its parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a plan of another attention; [`Error::Wgpu`].
+    pub fn in_parts(&self, plan: AttentionPlan) -> Result<AttentionPlan> {
+        self.check_own(&plan)?;
+        let bytes = plan.plan.workspace_bytes.max(MIN_WORKSPACE_BYTES);
+        Ok(AttentionPlan { workspace: create_workspace(&self.gpu, bytes)?, in_parts: true, ..plan })
+    }
+
+    fn check_own(&self, plan: &AttentionPlan) -> Result<()> {
+        if Arc::ptr_eq(&plan.attention, &self.identity) {
+            return Ok(());
+        }
+        Err(Error::argument("plan", "a plan of another attention", "a plan that this attention made"))
     }
 
     fn heads_binding(&self, variant: &Variant) -> Option<wgpu::BindingResource<'_>> {
@@ -278,7 +306,8 @@ impl Attention {
         if self.config.lse {
             return Err(Error::argument("lse", "attend", "attend_with_lse, because the config asks for lse"));
         }
-        self.attend_any(recorder.into(), plan, layer, q.into(), out.into(), None)
+        let parts = 0..plan.num_parts();
+        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None)
     }
 
     /// [`Attention::attend`] that also writes `lse`: f32 `[num_tokens, num_q_heads]`, the natural logarithm of the softmax denominator,
@@ -298,22 +327,56 @@ impl Attention {
         if !self.config.lse {
             return Err(Error::argument("lse", false, "AttentionConfig::lse set, to write lse"));
         }
-        self.attend_any(recorder.into(), plan, layer, q.into(), out.into(), Some(lse.into()))
+        let parts = 0..plan.num_parts();
+        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), Some(lse.into()))
     }
 
+    /// One dispatch of [`Attention::attend`] or [`Attention::attend_with_lse`], of at most [`AttentionConfig::max_dispatch_work`]: a host that draws
+    /// frames may submit the parts of a long prefill one by one, with other work between them. `out` holds the result when all parts of a layer,
+    /// 0 to [`AttentionPlan::num_parts`], have run in this order, with the same ranges; it is that of one call, to the bit.
+    ///
+    /// `lse` is needed if [`AttentionConfig::lse`] is set, and only then.
+    ///
+    /// # Errors
+    /// Those of [`Attention::attend`], and [`Error::Argument`] for a part that isn't there or a plan that did not go through
+    /// [`Attention::in_parts`].
+    #[expect(clippy::too_many_arguments, reason = "a call of attend, and which part of it")]
+    pub fn attend_part<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        plan: &AttentionPlan,
+        layer: u32,
+        part: usize,
+        q: impl Into<BufferRef<'a>>,
+        out: impl Into<BufferRef<'a>>,
+        lse: Option<BufferRef<'a>>,
+    ) -> Result<()> {
+        if !plan.in_parts {
+            return Err(Error::argument("plan", "one without a workspace of its own", "one from Attention::in_parts"));
+        }
+        if part >= plan.num_parts() {
+            return Err(Error::argument("part", part, format!("below num_parts, {}", plan.num_parts())));
+        }
+        if lse.is_some() != self.config.lse {
+            let (got, need) = if self.config.lse { ("none", "a range") } else { ("a range", "none") };
+            return Err(Error::argument("lse", got, format!("{need}, as AttentionConfig::lse says")));
+        }
+        self.attend_any(recorder.into(), plan, layer, part..part + 1, q.into(), out.into(), lse)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a call of attend, and which parts of it")]
     fn attend_any(
         &self,
         recorder: Recorder<'_>,
         plan: &AttentionPlan,
         layer: u32,
+        parts: Range<usize>,
         q: BufferRef<'_>,
         out: BufferRef<'_>,
         lse: Option<BufferRef<'_>>,
     ) -> Result<()> {
         plan.ticket.check()?;
-        if !Arc::ptr_eq(&plan.attention, &self.identity) {
-            return Err(Error::argument("plan", "a plan of another attention", "a plan that this attention made"));
-        }
+        self.check_own(plan)?;
         let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
         let q = q.check(&self.gpu, "q", rows * u64::from(self.cache.head_dim), true)?;
@@ -349,7 +412,7 @@ impl Attention {
             resources.extend(self.heads_binding(&program.variant));
             program.dispatch(resources, planned.grid)
         };
-        let dispatches: Vec<_> = plan.plan.dispatches.iter().map(dispatch).collect();
+        let dispatches: Vec<_> = plan.plan.dispatches[parts].iter().map(dispatch).collect();
         recorder.record(&self.gpu, "folio attend", &dispatches, &[lease])
     }
 

@@ -19,7 +19,7 @@ What doesn't wait for anything is loaded first, so that the waits for memory ove
 tile_q: query rows, at most 8. tile_kv: keys per iteration, a power of two of at most LANES. It is 1 without
 subgroups.
 Iterations per invocation: ceil((kv_end - kv_begin) / tile_kv) + 1.
-Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
+Workgroup memory: none; without subgroups tile_q * (4 * LANES + 16) bytes.
 #}
 {% set g = geometry %}
 {% import "shared/cpu_kv.wgsl" as kv %}
@@ -39,7 +39,7 @@ Workgroup memory: none; without subgroups tile_q * (4 * LANES + 8) bytes.
 {% if not subgroups %}
 
 var<workgroup> partial_scores: array<vec4<f32>, {{ g.partial_scores_len }}>;  // [score, lane/4]
-var<workgroup> weights: array<vec2<f32>, {{ g.weights_len }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the minima, factor of the row
+var<workgroup> weights: array<vec4<f32>, {{ g.weights_len }}>;  // [score]: weight of the key, rescaling of the row; at the end sum of the minima, two factors of the row
 {% endif %}
 
 {% macro plus(n) %}{% if n %}{{ n }}u + {% endif %}{% endmacro %}
@@ -323,7 +323,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% else %}
 {% for v in range(g.vectors) %}
         if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
-            weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ weight }}{{ v }}, scale{{ v }});
+            weights[{{ plus(v * g.lanes) }}lane] = vec4<f32>({{ weight }}{{ v }}, scale{{ v }}, 0.0, 0.0);
         }
 {% endfor %}
         workgroupBarrier();
@@ -373,15 +373,15 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
     let owner{{ v }} = score_key == 0u && item.row_start + ({{ plus(v * g.lanes) }}lane) / ITER_KEYS <= last_row{% if g.scores % g.lanes and loop.last %} && {{ plus(v * g.lanes) }}lane < {{ g.scores }}u{% endif %};
     var scale{{ v }} = 1.0;
+    var inverse{{ v }} = 1.0;
     if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
-        let sink = head_sink(score_head{{ v }});
-        let max_with_sink = max(row_max{{ v }}, sink);
-        scale{{ v }} = exp2(row_max{{ v }} - max_with_sink);
-        row_sum{{ v }} = row_sum{{ v }} * scale{{ v }} + exp2(sink - max_with_sink);
-        row_max{{ v }} = max_with_sink;
+        let joined = with_sink(row_max{{ v }}, row_sum{{ v }}, head_sink(score_head{{ v }}));
+        row_max{{ v }} = joined.x;
+        row_sum{{ v }} = joined.y;
+        scale{{ v }} = joined.z;
 {% endif %}
-        scale{{ v }} = select(scale{{ v }} / row_sum{{ v }}, 0.0, row_sum{{ v }} == 0.0);
+        inverse{{ v }} = inverse_sum(row_sum{{ v }});
 {% if lse %}
         if (owner{{ v }}) {
             lse[(item.query_start + score_row{{ v }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + score_row{{ v }} % GROUP_SIZE] = natural_lse(row_max{{ v }}, row_sum{{ v }});
@@ -395,21 +395,24 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     workgroupBarrier();
 {% for v in range(g.vectors) %}
     if ({{ plus(v * g.lanes) }}lane < {{ g.scores }}u) {
-        weights[{{ plus(v * g.lanes) }}lane] = vec2<f32>({{ "row_minimum%d"|format(v) if v_side.row_scales else "0.0" }}, scale{{ v }});
+        weights[{{ plus(v * g.lanes) }}lane] = vec4<f32>({{ "row_minimum%d"|format(v) if v_side.row_scales else "0.0" }}, scale{{ v }}, inverse{{ v }}, 0.0);
     }
 {% endfor %}
     workgroupBarrier();
 {% endif %}
 {% for r in range(g.rows) %}
     {
+{% if sinks %}
         let scale_row = {% if subgroups %}{{ from_score("scale", r * g.iter_keys) }}{% else %}weights[{{ r }}u].y{% endif %};
+{% endif %}
+        let inverse_row = {% if subgroups %}{{ from_score("inverse", r * g.iter_keys) }}{% else %}weights[{{ r }}u].z{% endif %};
 {% if v_side.row_scales %}
         let minimum_row = {% if subgroups %}{{ from_score("row_minimum", r * g.iter_keys) }}{% else %}weights[{{ r }}u].x{% endif %};
 {% endif %}
 {% for j in range(g.v_rounds) %}
         if ({% if (j + 1) * g.lanes > g.v_loads %}lane < {{ g.v_loads - j * g.lanes }}u && {% endif %}{{ plus(r) }}item.row_start <= last_row) {
 {% for i in range(g.v_vecs) %}
-            let result{{ i }} = {{ "(sum%d_%d_%d + minimum_row)"|format(r, j, i) if v_side.row_scales else "sum%d_%d_%d"|format(r, j, i) }} * scale_row;
+            let result{{ i }} = {{ "(sum%d_%d_%d + minimum_row)"|format(r, j, i) if v_side.row_scales else "sum%d_%d_%d"|format(r, j, i) }}{{ " * scale_row" if sinks }} * inverse_row;
 {% endfor %}
             if (item.part_row == NO_PARTIAL) {
 {% for i in range(g.v_vecs) %}

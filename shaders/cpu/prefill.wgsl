@@ -308,16 +308,18 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% for r in range(g.rows) %}
     let live{{ r }} = item.row_start + {{ plus(r * g.lanes) }}lane <= last_row;
     let part{{ r }} = (item.part_row + kv_head * num_rows + row{{ r }}) * (VALUE_VEC4S + 1u);
+{% if sinks %}
     var scale{{ r }} = 1.0;
+{% endif %}
+    var inverse{{ r }} = 1.0;
     if (item.part_row == NO_PARTIAL) {
 {% if sinks %}
-        let sink = head_sink(q_head{{ r }});
-        let max_with_sink = max(max{{ r }}, sink);
-        scale{{ r }} = exp2(max{{ r }} - max_with_sink);
-        sum{{ r }} = sum{{ r }} * scale{{ r }} + exp2(sink - max_with_sink);
-        max{{ r }} = max_with_sink;
+        let joined = with_sink(max{{ r }}, sum{{ r }}, head_sink(q_head{{ r }}));
+        max{{ r }} = joined.x;
+        sum{{ r }} = joined.y;
+        scale{{ r }} = joined.z;
 {% endif %}
-        scale{{ r }} = select(scale{{ r }} / sum{{ r }}, 0.0, sum{{ r }} == 0.0);
+        inverse{{ r }} = inverse_sum(sum{{ r }});
 {% if lse %}
         if (live{{ r }}) {
             lse[q_row{{ r }}] = natural_lse(max{{ r }}, sum{{ r }});
@@ -332,10 +334,10 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
         if (live{{ r }}) {
 {% if g.screens %}
             // Where something huge was added stands NaN.
-            let bits = bitcast<vec4<u32>>(o{{ r }}_0 * restore * scale{{ r }});
+            let bits = bitcast<vec4<u32>>(o{{ r }}_0 * restore{{ " * scale%d"|format(r) if sinks }} * inverse{{ r }});
             let result = bitcast<vec4<f32>>(bits | select(vec4<u32>(), vec4<u32>(nan_bit), (bits & EXPONENT) == EXPONENT));
 {% else %}
-            let result = {{ "(o%d_0 + minimum%d)"|format(r, r) if v_side.row_scales else "o%d_0"|format(r) }} * scale{{ r }};
+            let result = {{ "(o%d_0 + minimum%d)"|format(r, r) if v_side.row_scales else "o%d_0"|format(r) }}{{ " * scale%d"|format(r) if sinks }} * inverse{{ r }};
 {% endif %}
             if (item.part_row == NO_PARTIAL) {
                 out[q_row{{ r }} * VALUE_VEC4S + e] = result;

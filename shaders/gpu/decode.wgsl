@@ -62,7 +62,7 @@ const MERGE_HEADS: u32 = {{ g.merge_heads }}u;
 // [GROUP_SIZE, Q_ROW] scaled queries; after the last tile [MERGE_HEADS, STREAMS, VALUE_VEC4S] sums
 {% endif %}
 var<workgroup> tile: array<vec4<f32>, {{ g.tile_len }}>;
-// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
+// [PARTS, GROUP_SIZE, LOGITS_ROW]; after the last tile [2, GROUP_SIZE, STREAMS] maxima and sums of weights, in place of which the first of each head's are then factors of its result{{ ", then the same for minima of V, then [GROUP_SIZE] sums of those" if v_row_scales }}
 var<workgroup> logits: array<f32, {{ g.logits_len }}>;
 // [GROUP_SIZE, QUADS]
 var<workgroup> weights: array<vec4<f32>, {{ g.weights_len }}>;
@@ -433,11 +433,6 @@ fn decode(
             item_max = max(item_max, logits[local_idx * STREAMS + s]);
         }
         var item_sum = 0.0;
-        if (SINKS && !is_split) {
-            let sink = head_sink(q_head);
-            item_max = max(item_max, sink);
-            item_sum = exp2(sink - item_max);
-        }
         for (var s = 0u; s < STREAMS; s++) {
             let weight = exp2(logits[local_idx * STREAMS + s] - item_max);
             item_sum = fma(logits[(GROUP_SIZE + local_idx) * STREAMS + s], weight, item_sum);
@@ -446,11 +441,14 @@ fn decode(
         if (is_split) {
             partials[(item.part_row + q_head + 1u) * (VALUE_VEC4S + 1u) - 1u] = vec4<f32>(item_max, item_sum, 0.0, 0.0);
         } else {
-            // A query that sees nothing has all sums zero.
-            let normalise = 1.0 / select(1.0, item_sum, item_sum > 0.0);
-            for (var s = 0u; s < STREAMS; s++) {
-                rescale[s * GROUP_SIZE + local_idx] *= normalise;
-            }
+{% if sinks %}
+            let joined = with_sink(item_max, item_sum, head_sink(q_head));
+            item_max = joined.x;
+            item_sum = joined.y;
+            logits[local_idx * STREAMS] = joined.z;
+{% endif %}
+            // Nobody else reads what this head's streams left here.
+            logits[(GROUP_SIZE + local_idx) * STREAMS] = inverse_sum(item_sum);
 {% if lse %}
             lse[item.query_start * NUM_Q_HEADS + q_head] = natural_lse(item_max, item_sum);
 {% endif %}
@@ -485,7 +483,7 @@ fn decode(
         if (is_split) {
             partials[(item.part_row + q_head) * (VALUE_VEC4S + 1u) + d] = sum;
         } else {
-            out[(item.query_start * NUM_Q_HEADS + q_head) * VALUE_VEC4S + d] = sum;
+            out[(item.query_start * NUM_Q_HEADS + q_head) * VALUE_VEC4S + d] = sum{{ " * logits[(%du + head) * STREAMS]"|format(base) if sinks }} * logits[({{ group_size + base }}u + head) * STREAMS];
         }
     }
 {% if not loop.last %}

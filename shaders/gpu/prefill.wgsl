@@ -468,18 +468,16 @@ fn prefill(
                 partials[partial_row + VALUE_VEC4S] = vec4<f32>(row_max, row_sum, 0.0, 0.0);
             }
         } else {
-            var factor = 1.0;
-            if (SINKS) {
-                let sink = head_sink(q_head);
-                row_max = max(row_max, sink);
-                factor = exp2(logit_max.{{ "xyzw"[r] }} - row_max);
-                row_sum = fma(row_sum, factor, exp2(sink - row_max));
-            }
-            // A row that sees nothing has all sums zero.
-            factor /= select(1.0, row_sum, row_sum > 0.0);
+{% if sinks %}
+            let joined = with_sink(row_max, row_sum, head_sink(q_head));
+            row_max = joined.x;
+            row_sum = joined.y;
+            let factor = joined.z;
+{% endif %}
+            let inverse = inverse_sum(row_sum);
 {% for c in range(g.cols) %}
             {{ "if (lane + %su < VALUE_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > value_vec4s }}{
-                out[out_row * VALUE_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }} * factor;
+                out[out_row * VALUE_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }}{{ " * factor" if sinks }} * inverse;
             }
 {% endfor %}
 {% if lse %}

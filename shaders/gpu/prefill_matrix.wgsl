@@ -480,18 +480,16 @@ fn prefill(
             }
         } else {
             var row_max = reference;
-            var factor = 1.0;
-            if (SINKS) {
-                let sink = head_sink(q_head);
-                row_max = max(row_max, sink);
-                factor = exp2(reference - row_max);
-                p_sum = fma(p_sum, factor, exp2(sink - row_max));
-            }
-            // A row that sees nothing has all sums zero.
-            factor /= select(1.0, p_sum, p_sum > 0.0);
+{% if sinks %}
+            let joined = with_sink(row_max, p_sum, head_sink(q_head));
+            row_max = joined.x;
+            p_sum = joined.y;
+            let factor = joined.z;
+{% endif %}
+            let inverse = inverse_sum(p_sum);
 {% for c in range(g.cols) %}
             {{ "if (%s < HEAD_VEC4S) "|format(col(c)) if (c + 1) * g.lanes > head_vec4s }}{
-                out[out_row * HEAD_VEC4S + {{ col(c) }}] = sum_{{ c }} * factor;
+                out[out_row * HEAD_VEC4S + {{ col(c) }}] = sum_{{ c }}{{ " * factor" if sinks }} * inverse;
             }
 {% endfor %}
 {% if lse %}

@@ -38,6 +38,21 @@ fn head_sink(q_head: u32) -> f32 {
     return 0.0;
 }
 {% endif %}
+
+// How a row ends: its sum of p * v, times what `with_sink` says if there is a sink, times `inverse_sum`. Kernels that know all keys of a row do the same
+// in the same order as `merge` does with partial states, so that a row has the same bits whichever it was.
+
+// (max, sum of p, factor of the sum of p * v) of a row when its sink has joined.
+fn with_sink(logit_max: f32, p_sum: f32, sink: f32) -> vec3<f32> {
+    let largest = max(logit_max, sink);
+    let factor = exp2(logit_max - largest);
+    return vec3<f32>(largest, fma(p_sum, factor, exp2(sink - largest)), factor);
+}
+
+// A row that sees nothing has all sums zero.
+fn inverse_sum(p_sum: f32) -> f32 {
+    return 1.0 / select(p_sum, 1.0, p_sum == 0.0);
+}
 {% if lse %}
 
 // ln of the sum of exp(logit), from a maximum and sum in log2 units.

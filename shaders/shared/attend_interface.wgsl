@@ -14,7 +14,6 @@ const CAUSAL: bool = {{ causal|lower }};
 const WINDOW: bool = {{ window|lower }};
 const SOFTCAP: bool = {{ softcap|lower }};
 const ALIBI: bool = {{ alibi|lower }};
-const SINKS: bool = {{ sinks|lower }};
 const MASK: bool = {{ mask|lower }};
 
 const ITEM_WORDS: u32 = {{ item_words }}u;

@@ -54,6 +54,10 @@ pub struct AttentionConfig {
     /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
     /// more on its own exceeds it.
     pub max_workspace_bytes: u64,
+    /// Multiply-adds of a dispatch at most: long prefills take several, with the same results to the bit, so that no watchdog of the system takes the
+    /// device for dead. `None`: what slow adapters of its class compute in a fraction of a second. Hosts that draw frames set what fits into one, and
+    /// take the parts of a plan over several submits (`Attention::plan_in_parts`).
+    pub max_dispatch_work: Option<u64>,
 }
 
 impl AttentionConfig {
@@ -73,6 +77,7 @@ impl AttentionConfig {
             deterministic: false,
             cascade: Cascade::default(),
             max_workspace_bytes: 64 << 20,
+            max_dispatch_work: None,
         }
     }
 

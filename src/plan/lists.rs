@@ -116,6 +116,12 @@ impl PlanShape {
         Ok(())
     }
 
+    /// Multiply-adds of a key with the rows of an item, over all KV heads.
+    pub(super) fn key_work(&self, rows: u32) -> u64 {
+        let row = (u64::from(self.head_dim) + u64::from(self.value_dim)) * u64::from(self.num_kv_heads);
+        row.saturating_mul(rows.into())
+    }
+
     pub(super) fn uses_decode(&self, entry: &BatchEntry) -> bool {
         self.has_decode && entry.query_len == 1 && entry.kernel != QueryKernel::Prefill
     }

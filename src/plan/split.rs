@@ -19,6 +19,9 @@ pub struct SplitPolicy {
     pub fixed_split_len: Option<u32>,
     /// Bytes of partial states at one time; more work is done in rounds that use the same workspace.
     pub max_workspace_bytes: u64,
+    /// Multiply-adds of a dispatch at most. Systems reset a device that is busy with one for too long (Windows after 2 s), so a longer prefill takes
+    /// several. A work item that has more on its own is a dispatch of its own.
+    pub max_dispatch_work: u64,
     /// Blocks that sequences share are read once for all of them, where that pays. `None`: never, which must be so where logits depend on the
     /// positions of queries (ALiBi), and where results must not depend on what else is in the batch.
     pub cascade: Option<CascadePolicy>,

@@ -1,7 +1,9 @@
 //! [`StepPlan`]: the words that one attention call of a step uploads.
 
-use super::items::{MERGE_ITEM_WORDS, WORK_ITEM_WORDS};
-use super::lists::{PlanShape, WorkLists, partial_row_bytes};
+use std::ops::Range;
+
+use super::items::{MERGE_ITEM_WORDS, WORK_ITEM_WORDS, WorkItem};
+use super::lists::{PlanShape, Round, WorkLists, partial_row_bytes};
 use super::params::{AttendParams, PARAM_BLOCK_WORDS, push_params};
 use super::split::SplitPolicy;
 use super::{MAX_GRID, linear_grid};
@@ -81,9 +83,11 @@ impl StepPlan {
         let merge_start = prefill_start + prefill_len * u64::from(WORK_ITEM_WORDS);
         let params_start =
             (merge_start + merge_len * u64::from(MERGE_ITEM_WORDS)).next_multiple_of(PARAM_BLOCK_WORDS.into());
-        check_offset(params_start + 3 * lists.rounds.len() as u64 * u64::from(PARAM_BLOCK_WORDS))?;
+        let parts: Vec<_> = lists.rounds.iter().flat_map(|round| stages(shape, policy, &lists, round)).collect();
+        let params_len = parts.len() as u64 * u64::from(PARAM_BLOCK_WORDS);
+        check_offset(params_start + params_len)?;
 
-        let mut words = Vec::with_capacity(params_start as usize + 3 * PARAM_BLOCK_WORDS as usize);
+        let mut words = Vec::with_capacity((params_start + params_len) as usize);
         words.extend_from_slice(&batch.tables);
         masks.iter().for_each(|mask| words.extend_from_slice(mask));
         words.extend_from_slice(&lists.tokens);
@@ -91,31 +95,62 @@ impl StepPlan {
         words.extend_from_slice(bytemuck::cast_slice(&lists.prefill));
         words.extend_from_slice(bytemuck::cast_slice(&lists.merge));
         words.resize(params_start as usize, 0);
-        let mut dispatches = Vec::new();
-        for round in &lists.rounds {
-            for (stage, range, start, item_words) in [
-                (Stage::Prefill, &round.prefill, prefill_start, WORK_ITEM_WORDS),
-                (Stage::Decode, &round.decode, decode_start, WORK_ITEM_WORDS),
-                (Stage::Merge, &round.merge, merge_start, MERGE_ITEM_WORDS),
-            ] {
-                if range.is_empty() {
-                    continue;
-                }
-                let heads = shape.num_kv_heads * if stage == Stage::Merge { shape.group_size } else { 1 };
-                let (x, z) = linear_grid(range.len() as u64).filter(|_| heads <= MAX_GRID).ok_or_else(|| {
-                    let got = format!("{} work items of {heads} heads", range.len());
-                    Error::argument("step", got, "at most 65535 * 65535 work items and 65535 heads")
-                })?;
-                let params_offset = words.len() as u64 * 4;
-                dispatches.push(PlannedDispatch { stage, grid: [x, heads, z], params_offset });
-                let items_offset = start as u32 + range.start as u32 * item_words;
-                let num_items = range.len() as u32;
-                push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, ..*params });
-            }
+        let mut dispatches = Vec::with_capacity(parts.len());
+        for (stage, range) in parts {
+            let (start, item_words) = match stage {
+                Stage::Prefill => (prefill_start, WORK_ITEM_WORDS),
+                Stage::Decode => (decode_start, WORK_ITEM_WORDS),
+                Stage::Merge => (merge_start, MERGE_ITEM_WORDS),
+            };
+            let heads = shape.num_kv_heads * if stage == Stage::Merge { shape.group_size } else { 1 };
+            let (x, z) = linear_grid(range.len() as u64).filter(|_| heads <= MAX_GRID).ok_or_else(|| {
+                let got = format!("{} work items of {heads} heads", range.len());
+                Error::argument("step", got, "at most 65535 * 65535 work items and 65535 heads")
+            })?;
+            let params_offset = words.len() as u64 * 4;
+            dispatches.push(PlannedDispatch { stage, grid: [x, heads, z], params_offset });
+            let items_offset = start as u32 + range.start as u32 * item_words;
+            let num_items = range.len() as u32;
+            push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, ..*params });
         }
         let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.value_dim);
         Ok(Self { lists, words, dispatches, workspace_bytes })
     }
+}
+
+/// The dispatches of a round and their items: prefill, decode, and what merges both.
+fn stages(
+    shape: &PlanShape,
+    policy: &SplitPolicy,
+    lists: &WorkLists,
+    round: &Round,
+) -> impl Iterator<Item = (Stage, Range<usize>)> + use<> {
+    // The kernels compute whole tiles, whatever is used of them.
+    let prefill = budgeted(&lists.prefill, &round.prefill, shape.key_work(shape.tile_q), policy.max_dispatch_work);
+    let decode = budgeted(&lists.decode, &round.decode, shape.key_work(shape.group_size), policy.max_dispatch_work);
+    let merge = (!round.merge.is_empty()).then(|| round.merge.clone());
+    let of = |stage| move |range| (stage, range);
+    let items = prefill.into_iter().map(of(Stage::Prefill)).chain(decode.into_iter().map(of(Stage::Decode)));
+    items.chain(merge.map(of(Stage::Merge)))
+}
+
+/// Cuts a range of items, each of which has some work per key, into ranges of at most `max_work`, or of one item.
+fn budgeted(items: &[WorkItem], range: &Range<usize>, key_work: u64, max_work: u64) -> Vec<Range<usize>> {
+    let mut parts = Vec::new();
+    let (mut start, mut work) = (range.start, 0_u64);
+    for i in range.clone() {
+        let keys = items[i].kv_end.saturating_sub(items[i].kv_begin);
+        let own = u64::from(keys).saturating_mul(key_work);
+        if i > start && work.saturating_add(own) > max_work {
+            parts.push(start..i);
+            (start, work) = (i, 0);
+        }
+        work = work.saturating_add(own);
+    }
+    if start < range.end {
+        parts.push(start..range.end);
+    }
+    parts
 }
 
 /// Offsets in an upload are counted in words, by `u32`.
@@ -167,6 +202,7 @@ mod tests {
         min_split_len: 64,
         max_split_len: 64,
         fixed_split_len: None,
+        max_dispatch_work: u64::MAX,
         max_workspace_bytes: 8000,
         cascade: None,
     };
@@ -193,8 +229,16 @@ mod tests {
             .collect();
         let masks: Vec<_> = masks.iter().map(Vec::as_slice).collect();
         let params = AttendParams { qk_scale: 0.5, num_blocks: 200, ..AttendParams::default() };
-        let plan = StepPlan::new(&SHAPE, &POLICY, &params, &batch, &masks).expect("a plan");
-        assert!(plan.lists.rounds.len() > 1, "the workspace holds all partial states");
+        for max_dispatch_work in [u64::MAX, 100_000, 0] {
+            let policy = SplitPolicy { max_dispatch_work, ..POLICY };
+            let plan = StepPlan::new(&SHAPE, &policy, &params, &batch, &masks).expect("a plan");
+            assert!(plan.lists.rounds.len() > 1, "the workspace holds all partial states");
+            check_words(&plan, &batch, max_dispatch_work);
+        }
+    }
+
+    /// Items are where the parameters of a dispatch say, in the order of the lists, and none has more work than it may.
+    fn check_words(plan: &StepPlan, batch: &Batch, max_dispatch_work: u64) {
         let mut found: [Vec<Vec<u32>>; 3] = Default::default();
         for dispatch in &plan.dispatches {
             assert_eq!(dispatch.params_offset % 256, 0);
@@ -209,6 +253,16 @@ mod tests {
             let [x, y, z] = dispatch.grid;
             assert_eq!((x, y, z), (read.grid_x, heads, 1));
             assert!(x * z >= read.num_items);
+            let first = found[dispatch.stage as usize].len();
+            let (items, rows) = match dispatch.stage {
+                Stage::Prefill => (&plan.lists.prefill[..], SHAPE.tile_q),
+                Stage::Decode => (&plan.lists.decode[..], SHAPE.group_size),
+                Stage::Merge => (&[][..], 0),
+            };
+            let keys = items.iter().skip(first).take(read.num_items as usize).map(|item| item.kv_end - item.kv_begin);
+            // 2 KV heads of 16 dims of keys and 16 of values.
+            let work = keys.map(u64::from).sum::<u64>() * u64::from(rows * 2 * 32);
+            assert!(read.num_items == 1 || work <= max_dispatch_work || dispatch.stage == Stage::Merge, "{work}");
             for item in 0..read.num_items {
                 let start = (read.items_offset + item * len) as usize;
                 found[dispatch.stage as usize].push(plan.words[start..start + len as usize].to_vec());

@@ -90,6 +90,7 @@ fn policies() -> impl Strategy<Value = SplitPolicy> {
                 max_split_len,
                 fixed_split_len,
                 max_workspace_bytes,
+                max_dispatch_work: u64::MAX,
                 cascade: None,
             }
         })
@@ -200,6 +201,7 @@ const POLICIES: [SplitPolicy; 2] = [
         max_split_len: 12_288,
         fixed_split_len: None,
         max_workspace_bytes: 64 << 20,
+        max_dispatch_work: u64::MAX,
         cascade: None,
     },
     SplitPolicy {
@@ -208,6 +210,7 @@ const POLICIES: [SplitPolicy; 2] = [
         max_split_len: 1 << 30,
         fixed_split_len: None,
         max_workspace_bytes: 64 << 20,
+        max_dispatch_work: u64::MAX,
         cascade: None,
     },
 ];
@@ -337,6 +340,7 @@ const POLICY: SplitPolicy = SplitPolicy {
     max_split_len: 4096,
     fixed_split_len: None,
     max_workspace_bytes: 1 << 20,
+    max_dispatch_work: u64::MAX,
     cascade: None,
 };
 

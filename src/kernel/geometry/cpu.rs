@@ -98,7 +98,7 @@ geometry! {
         vectors: u32,
         /// Lookups of the block table per iteration.
         lookups: u32,
-        /// `vec4`s of partial scores and `vec2`s of weights in workgroup memory; 0 with subgroups.
+        /// `vec4`s of partial scores and of weights in workgroup memory; 0 with subgroups.
         partial_scores_len: u32,
         weights_len: u32,
     }
@@ -140,7 +140,7 @@ impl CpuDecodeGeometry {
     }
 
     pub(super) fn workgroup_bytes(&self) -> u32 {
-        array_bytes(&[(self.partial_scores_len, 16), (self.weights_len, 8)])
+        array_bytes(&[(self.partial_scores_len, 16), (self.weights_len, 16)])
     }
 }
 
