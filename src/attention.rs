@@ -179,7 +179,7 @@ impl Attention {
     /// Plans a step: who computes what. Host only; the same plan serves every layer.
     ///
     /// # Errors
-    /// [`Error::Stale`]; [`Error::Argument`] if the step's cache has another shape than this attention was made for, or the step is too
+    /// [`Error::Stale`]; [`Error::Argument`] for a step with trees without [`AttentionConfig::trees`], or if the step's cache has another shape than this attention was made for, or the step is too
     /// large; [`Error::Unsupported`] if the work lists don't fit into a binding; [`Error::Wgpu`].
     pub fn plan(&self, step: &Step) -> Result<AttentionPlan> {
         if self.config.custom_mask {
@@ -227,6 +227,9 @@ impl Attention {
                 got,
                 format!("a step of a cache like the attention's, {:?}", self.cache),
             ));
+        }
+        if step.batch().has_trees() && !self.config.trees {
+            return Err(Error::argument("step", "one with a tree", "AttentionConfig::trees set, to attend over trees"));
         }
         let mut batch = Cow::Borrowed(step.batch());
         if let Some(kernels) = kernels {

@@ -48,7 +48,7 @@ pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, Rope
 pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
 pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{
-    BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory,
+    BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory, TokenTree,
 };
 #[cfg(feature = "wgpu")]
 pub use wgpu;

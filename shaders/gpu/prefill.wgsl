@@ -346,7 +346,7 @@ fn prefill(
         let key_{{ j }} = tile_begin + lane + {{ j * g.lanes }}u;
         var logits_{{ j }} = logits_of(score_{{ j }} * params.qk_scale, f32(key_{{ j }}) - vec4<f32>(query), slope);
 {% endfor %}
-        var is_masked = MASK || tile_begin + TILE_KV > item.kv_end;
+        var is_masked = {{ "tile_begin + TILE_KV > (item.mask_begin & ~TREE_MASK) || " if mask }}tile_begin + TILE_KV > item.kv_end;
         if (CAUSAL) {
             is_masked = is_masked || tile_begin + TILE_KV > first_query + 1u;
         }

@@ -347,7 +347,7 @@ fn prefill(
         var minimum_{{ j }} = load_scales(V_PLANES + TILE_KV + 4u * ({{ col(j) }}));
 {% endif %}
 {% endfor %}
-        var is_masked = MASK || tile_begin + TILE_KV > item.kv_end;
+        var is_masked = {{ "tile_begin + TILE_KV > (item.mask_begin & ~TREE_MASK) || " if mask }}tile_begin + TILE_KV > item.kv_end;
         if (CAUSAL) {
             is_masked = is_masked || tile_begin + TILE_KV > first_query + 1u;
         }

@@ -14,11 +14,11 @@ const CAUSAL: bool = {{ causal|lower }};
 const WINDOW: bool = {{ window|lower }};
 const SOFTCAP: bool = {{ softcap|lower }};
 const ALIBI: bool = {{ alibi|lower }};
-const MASK: bool = {{ mask|lower }};
 
 const ITEM_WORDS: u32 = {{ item_words }}u;
 // part_row of an item that is alone: it writes `out`, not a partial state.
 const NO_PARTIAL: u32 = {{ no_partial }}u;
+const TREE_MASK: u32 = {{ tree_mask }}u;
 
 // [num_tokens, num_q_heads, head_dim/4]
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -52,21 +52,34 @@ struct WorkItem {
     mask_offset: u32,   // word of the sequence's mask bits in plan
     mask_stride: u32,   // mask words per token
     tokens_offset: u32, // word of the list of the rows' tokens in plan; 0: they stand one after another from query_start on
+    mask_begin: u32,    // first key that the mask has a bit for; TREE_MASK beside it: each row ends with the first key that the window shows
 }
 
+{% if mask %}
+// Rows of a tile past its last token are computed like that one.
+fn mask_row(item: WorkItem, query: u32) -> u32 {
+    return min(query - item.context_len, item.query_len - 1u);
+}
+
+fn is_tree(item: WorkItem) -> bool {
+    return (item.mask_begin & TREE_MASK) != 0u;
+}
+
+{% endif %}
 // A work item, its keys narrowed to those that some row of its tile of at most `tile_rows` rows can see.
 fn read_item(item_idx: u32, tile_rows: u32) -> WorkItem {
     let word = params.items_offset + item_idx * ITEM_WORDS;
     var item = WorkItem(
         plan[word], plan[word + 1u], plan[word + 2u], plan[word + 3u], plan[word + 4u],
         plan[word + 5u], plan[word + 6u], plan[word + 7u], plan[word + 8u], plan[word + 9u],
-        plan[word + 10u],
+        plan[word + 10u], plan[word + 11u],
     );
     if (CAUSAL) {
         let last_row = min(item.row_start + tile_rows, item.query_len * GROUP_SIZE) - 1u;
         item.kv_end = min(item.kv_end, item.context_len + last_row / GROUP_SIZE + 1u);
     }
-    if (WINDOW) {
+    // (The keys of a tree's items begin where the window of its root does.)
+    if (WINDOW{{ " && !is_tree(item)" if mask }}) {
         let end = item.context_len + item.row_start / GROUP_SIZE + 1u;
         item.kv_begin = max(item.kv_begin, end - min(end, params.window));
     }
@@ -97,15 +110,23 @@ fn is_visible(item: WorkItem, key: u32, query: u32) -> bool {
         visible = visible && key <= query;
     }
     if (WINDOW) {
-        visible = visible && key + params.window > query;
+        var is_near = key + params.window > query;
+{% if mask %}
+        if (is_tree(item)) {
+            is_near = key >= plan[item.mask_offset + (mask_row(item, query) + 1u) * item.mask_stride - 1u];
+        }
+{% endif %}
+        visible = visible && is_near;
     }
-    if (MASK) {
-        // Past the end of the range there may be no mask word.
-        let bit = min(key, item.kv_end - 1u);
-        let token = query - item.context_len;
-        let word = plan[item.mask_offset + token * item.mask_stride + bit / 32u];
-        visible = visible && ((word >> (bit % 32u)) & 1u) == 1u;
+{% if mask %}
+    {
+        // Before the mask there is no word, and past the end of the range perhaps none.
+        let mask_begin = item.mask_begin & ~TREE_MASK;
+        let bit = max(min(key, item.kv_end - 1u), mask_begin) - mask_begin;
+        let word = plan[item.mask_offset + mask_row(item, query) * item.mask_stride + bit / 32u];
+        visible = visible && (key < mask_begin || ((word >> (bit % 32u)) & 1u) == 1u);
     }
+{% endif %}
     return visible;
 }
 

@@ -1,5 +1,6 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
+mod accept;
 mod append_qkv;
 mod calibrate;
 mod defragment;
@@ -30,7 +31,9 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
-use crate::sequence::{BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats};
+use crate::sequence::{
+    BatchEntry, BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, TokenTree,
+};
 use calibrate::KeyScales;
 use record::CacheKernels;
 use state::SharedState;
@@ -298,13 +301,13 @@ impl KvCache {
     /// [`Error::Wgpu`].
     /// In every case nothing has changed.
     pub fn begin_step(&self, batch: &[(SequenceId, u32)]) -> Result<Step> {
-        self.begin(batch, None)
+        self.begin(batch, &[], None)
     }
 
     /// [`KvCache::begin_step`] with positions of the caller's own: one per new token, in the order of the tokens in the step's buffers.
     ///
     /// Positions only say how far a rotary embedding ([`Rope`]) rotates a token. Otherwise they are the tokens' indices in
-    /// their sequences, and may be any `u32` here: for drafts that branch (siblings have the same position), for caches that have
+    /// their sequences, and may be any `u32` here: for caches that have
     /// dropped tokens, or for positions that skip. What a query sees still follows from the order of the tokens in the cache.
     ///
     /// # Errors
@@ -315,20 +318,51 @@ impl KvCache {
             let got = format!("{} positions", positions.len());
             return Err(Error::argument("positions", got, format!("one per new token, {num_tokens}")));
         }
-        self.begin(batch, Some(positions))
+        self.begin(batch, &[], Some(positions))
     }
 
-    fn begin(&self, batch: &[(SequenceId, u32)], positions: Option<&[u32]>) -> Result<Step> {
-        let (reservation, epoch) = {
+    /// [`KvCache::begin_step`] with new tokens that branch, to be verified in one step: a tree for each sequence of the batch, in its order, or
+    /// `None`. A tree has as many tokens as are new. Their positions are `context_len + depth`, and attention needs
+    /// [`AttentionConfig::trees`](crate::AttentionConfig::trees) if one of the trees is no line. The step is committed after
+    /// [`KvCache::accept`].
+    ///
+    /// # Errors
+    /// Those of [`KvCache::begin_step`]; [`Error::Argument`] for another number of trees than sequences, or a tree of another number of tokens.
+    pub fn begin_step_with_trees(&self, batch: &[(SequenceId, u32)], trees: &[Option<TokenTree>]) -> Result<Step> {
+        if trees.len() != batch.len() {
+            let got = format!("{} trees", trees.len());
+            return Err(Error::argument("trees", got, format!("one or None per sequence, {}", batch.len())));
+        }
+        for (&(sequence, query_len), tree) in batch.iter().zip(trees) {
+            if let Some(tree) = tree.as_ref().filter(|tree| tree.len() != query_len) {
+                let got = format!("{} tokens for {sequence}", tree.len());
+                return Err(Error::argument("trees", got, format!("as many as are new, {query_len}")));
+            }
+        }
+        self.begin(batch, trees, None)
+    }
+
+    /// `trees` are as many as sequences, or none at all.
+    fn begin(
+        &self,
+        batch: &[(SequenceId, u32)],
+        trees: &[Option<TokenTree>],
+        positions: Option<&[u32]>,
+    ) -> Result<Step> {
+        let (mut reservation, epoch) = {
             let mut state = self.state();
             (state.reserve(batch)?, state.epoch())
         };
+        let trees: Vec<_> = trees.iter().map(|tree| tree.clone().map(Arc::new)).collect();
+        for (entry, tree) in reservation.batch.entries.iter_mut().zip(&trees) {
+            // A line is what a sequence appends without a tree, and is computed like that.
+            entry.tree = tree.clone().filter(|tree| !tree.is_line());
+        }
         let indices: Vec<u32>;
         let positions = match positions {
             Some(positions) => positions,
             None => {
-                let entries = &reservation.batch.entries;
-                indices = entries.iter().flat_map(|entry| entry.context_len..entry.seq_len()).collect();
+                indices = reservation.batch.entries.iter().flat_map(BatchEntry::positions).collect();
                 &indices
             }
         };
@@ -347,6 +381,7 @@ impl KvCache {
             config: self.config,
             sequences: batch.iter().map(|&(id, _)| id).collect(),
             batch: reservation.batch,
+            trees,
             pending: Some(reservation.pending),
             num_copies: reservation.copies.len() as u32,
             upload,
@@ -358,10 +393,10 @@ impl KvCache {
     /// uploaded for them stays until they have run.
     ///
     /// # Errors
-    /// [`Error::Stale`] for a step of another cache, or from before [`KvCache::clear`]; [`Error::DeviceLost`]. The step is dropped, which rolls
-    /// it back.
+    /// [`Error::Stale`] for a step of another cache, or from before [`KvCache::clear`]; [`Error::Argument`] for one with trees of which no paths
+    /// have been [accepted](Self::accept); [`Error::DeviceLost`]. The step is dropped, which rolls it back.
     pub fn commit(&self, mut step: Step) -> Result<()> {
-        step.check_usable(&self.state)?;
+        step.check_complete(&self.state)?;
         self.gpu.check_alive("committing a step")?;
         // Cleared by another thread since the check.
         let stale = Error::Stale { what: "step", reason: "the cache has been cleared since it began" };

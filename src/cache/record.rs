@@ -17,6 +17,7 @@ const COPY_PARAMS_OFFSET: u64 = PARAM_BLOCK_WORDS as u64 * 4;
 pub(super) struct CacheKernels {
     append: VariantProgram,
     copy_blocks: VariantProgram,
+    pub(super) move_rows: VariantProgram,
     pub(super) pack_blocks: VariantProgram,
     gather: VariantProgram,
 }
@@ -29,6 +30,7 @@ impl CacheKernels {
         Ok(Self {
             append: VariantProgram::new(gpu, variant(Kernel::Append)).await?,
             copy_blocks: VariantProgram::new(gpu, variant(Kernel::CopyBlocks)).await?,
+            move_rows: VariantProgram::new(gpu, variant(Kernel::MoveRows)).await?,
             pack_blocks: VariantProgram::new(gpu, variant(Kernel::PackBlocks)).await?,
             gather: VariantProgram::new(gpu, variant(Kernel::Gather)).await?,
         })
@@ -265,7 +267,7 @@ impl KvCache {
         self.gpu.block_on(self.gather(sequence, layer))
     }
 
-    /// Runs the append, copy, pack and gather kernels once on no tokens, so that drivers which compile at the first dispatch do it now (on
+    /// Runs the append, copy, move, pack and gather kernels once on no tokens, so that drivers which compile at the first dispatch do it now (on
     /// lavapipe 0.05 to 0.3 s). **Submits** a command buffer; doesn't wait for it.
     ///
     /// # Errors
@@ -291,7 +293,8 @@ impl KvCache {
         let kernels = &self.kernels;
         let dispatches = [
             (&kernels.append, append),
-            (&kernels.copy_blocks, copy),
+            (&kernels.copy_blocks, copy.clone()),
+            (&kernels.move_rows, copy),
             (&kernels.pack_blocks, pack),
             (&kernels.gather, gather),
         ]

@@ -9,11 +9,13 @@ use crate::error::{Error, Result};
 use crate::gpu::Upload;
 use crate::ids::SequenceId;
 use crate::layout::KvCacheConfig;
-use crate::sequence::{Batch, Pending};
+use crate::sequence::{Batch, Pending, TokenTree};
 
 const OPEN: u8 = 0;
 const COMMITTED: u8 = 1;
 const ROLLED_BACK: u8 = 2;
+/// Still open, but its rows may have moved.
+const ACCEPTED: u8 = 3;
 
 /// Whether the step is still open.
 #[derive(Clone, Debug)]
@@ -25,9 +27,15 @@ impl StepStatus {
         let reason = match self.0.load(Ordering::Acquire) {
             OPEN => return Ok(()),
             COMMITTED => "it has been committed",
+            ACCEPTED => "paths of it have been accepted, and only committing is left",
             _ => "it has been rolled back",
         };
         Err(Error::Stale { what: "step", reason })
+    }
+
+    /// Whether it has neither been committed nor rolled back.
+    fn is_pending(&self) -> bool {
+        matches!(self.0.load(Ordering::Acquire), OPEN | ACCEPTED)
     }
 
     fn set(&self, status: u8) {
@@ -64,6 +72,8 @@ pub struct Step {
     pub(super) config: KvCacheConfig,
     pub(super) sequences: Vec<SequenceId>,
     pub(super) batch: Batch,
+    /// How the new tokens of each sequence branch; lines as well, if they were given as trees.
+    pub(super) trees: Vec<Option<Arc<TokenTree>>>,
     /// What commit does to each sequence; taken by commit and by drop.
     pub(super) pending: Option<Pending>,
     pub(super) num_copies: u32,
@@ -115,6 +125,31 @@ impl Step {
         self.ticket().check()
     }
 
+    /// Fails unless it can be committed to the cache of this state.
+    pub(super) fn check_complete(&self, cache: &SharedState) -> Result<()> {
+        let is_accepted = self.status.0.load(Ordering::Acquire) == ACCEPTED;
+        if is_accepted && Arc::ptr_eq(&self.state, cache) {
+            return lock(&self.state).check_epoch(self.epoch, "step");
+        }
+        self.check_usable(cache)?;
+        if self.trees.iter().any(Option::is_some) {
+            let got = "one with a tree of which no path has been accepted";
+            return Err(Error::argument("step", got, "KvCache::accept before"));
+        }
+        Ok(())
+    }
+
+    /// Only committing and dropping are left.
+    pub(super) fn set_accepted(&mut self, paths: &[(SequenceId, &[u32])]) {
+        for &(sequence, path) in paths {
+            if let Some(pending) = &mut self.pending {
+                // The paths are checked: they are no longer than the trees.
+                pending.keep(sequence, path.len() as u32);
+            }
+        }
+        self.status.set(ACCEPTED);
+    }
+
     /// What a plan keeps in order to notice that its step is over.
     pub(crate) fn ticket(&self) -> StepTicket {
         StepTicket { state: Arc::clone(&self.state), epoch: self.epoch, status: self.status.clone() }
@@ -141,7 +176,7 @@ impl Step {
 
 impl Drop for Step {
     fn drop(&mut self) {
-        if self.status.check_open().is_ok() {
+        if self.status.is_pending() {
             self.status.set(ROLLED_BACK);
             if let Some(pending) = self.pending.take() {
                 lock(&self.state).roll_back(pending);

@@ -74,7 +74,7 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
             (rows, Some(Access::Write), vec![read("step_lists"), PARAMS])
         }
         Kernel::AppendQkv => (vec![write("qkv")], Some(Access::Write), vec![read("step_lists"), PARAMS]),
-        Kernel::CopyBlocks => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
+        Kernel::CopyBlocks | Kernel::MoveRows => (vec![], Some(Access::Write), vec![read("step_lists"), PARAMS]),
         Kernel::PackBlocks => (vec![write("side"), write("packed_blocks"), read("step_lists"), PARAMS], None, vec![]),
         Kernel::Gather => {
             (vec![], Some(Access::Read), vec![read("step_lists"), write("k_out"), write("v_out"), PARAMS])

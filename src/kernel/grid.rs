@@ -31,6 +31,13 @@ impl Variant {
         let block_bytes = self.k_layout().block_bytes().max(self.v_layout().block_bytes());
         self.grid(argument, u64::from(num_copies) * block_bytes / 16)
     }
+
+    /// Workgroups of `move_rows` for a number of lists: (x, y).
+    pub(crate) fn move_grid(&self, argument: &'static str, num_lists: u32) -> Result<(u32, u32)> {
+        // An invocation moves 4 bytes of the rows of K and of V of a head.
+        let row_bytes = self.k_layout().token_row_bytes().max(self.v_layout().token_row_bytes());
+        self.grid(argument, u64::from(num_lists) * u64::from(self.num_kv_heads) * row_bytes / 4)
+    }
 }
 
 impl AppendGrids {

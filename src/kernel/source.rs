@@ -10,13 +10,15 @@ use super::template;
 use super::variant::{Kernel, Variant};
 use crate::error::Result;
 use crate::layout::{KvLayout, Segments};
-use crate::plan::{LOGIT_FLOOR, MERGE_ITEM_WORDS, NO_PARTIAL, WORK_ITEM_WORDS};
+use crate::plan::{LOGIT_FLOOR, MERGE_ITEM_WORDS, NO_PARTIAL, TREE_MASK, WORK_ITEM_WORDS};
+use crate::sequence::TokenTree;
 
 fn template_name(variant: &Variant) -> &'static str {
     match (variant.kernel, variant.target.profile) {
         (Kernel::Append, _) => "append.wgsl",
         (Kernel::AppendQkv, _) => "append_qkv.wgsl",
         (Kernel::CopyBlocks, _) => "copy_blocks.wgsl",
+        (Kernel::MoveRows, _) => "move_rows.wgsl",
         (Kernel::PackBlocks, _) => "pack_blocks.wgsl",
         (Kernel::Gather, _) => "gather.wgsl",
         (Kernel::Merge, _) => "merge.wgsl",
@@ -90,6 +92,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 item_words => WORK_ITEM_WORDS,
                 merge_item_words => MERGE_ITEM_WORDS,
                 no_partial => NO_PARTIAL,
+                tree_mask => TREE_MASK,
+                max_moves => TokenTree::MAX_LEN,
                 logit_floor => format!("{LOGIT_FLOOR:e}f"),
                 workgroup_size => v.workgroup_size,
                 tile_q => v.tile_q,

@@ -48,6 +48,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/sample.wgsl",
     "model/select_rows.wgsl",
     "model/wide.wgsl",
+    "move_rows.wgsl",
     "pack_blocks.wgsl",
     "rope.wgsl",
     "shared/attend.wgsl",

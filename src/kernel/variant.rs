@@ -17,6 +17,8 @@ pub enum Kernel {
     AppendQkv,
     /// Copies whole blocks, for copy-on-write.
     CopyBlocks,
+    /// Moves rows to earlier places of their sequences, for accepted paths.
+    MoveRows,
     /// Copies blocks of one side into consecutive memory, or back.
     PackBlocks,
     /// Reads a sequence out of its blocks into contiguous f32 rows.
@@ -33,10 +35,11 @@ pub enum Kernel {
 
 impl Kernel {
     /// All kernels.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Append,
         Self::AppendQkv,
         Self::CopyBlocks,
+        Self::MoveRows,
         Self::PackBlocks,
         Self::Gather,
         Self::Decode,
@@ -52,6 +55,7 @@ impl Kernel {
             Self::Append => "append",
             Self::AppendQkv => "append_qkv",
             Self::CopyBlocks => "copy_blocks",
+            Self::MoveRows => "move_rows",
             Self::PackBlocks => "pack_blocks",
             Self::Gather => "gather",
             Self::Decode => "decode",
@@ -91,7 +95,7 @@ impl AttendFlags {
             softcap: config.softcap.is_some(),
             alibi: config.alibi_slopes.is_some(),
             sinks: config.sinks.is_some(),
-            mask: config.custom_mask,
+            mask: config.custom_mask || config.trees,
             lse: config.lse,
         }
     }

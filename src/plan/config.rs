@@ -43,13 +43,17 @@ pub struct AttentionConfig {
     pub sinks: Option<Vec<f32>>,
     /// Calls of `Attention::plan_with_masks` give a bit per query and key.
     pub custom_mask: bool,
+    /// Steps may have new tokens that branch ([`TokenTree`](crate::sequence::TokenTree)). A token of a tree sees what is cached before the tree, the
+    /// tokens of its path and itself, also without `causal`. A window counts by positions: the newest `window` of these. Not with `custom_mask`, nor
+    /// with `alibi_slopes`: kernels take a key's distance from its place in the cache, which is not its position in a tree.
+    pub trees: bool,
     /// Calls write the natural logarithm of the softmax denominator: use `Attention::attend_with_lse`.
     pub lse: bool,
     /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
     /// speed with small batches of middling lengths. Queries are not quantised then, whatever the device allows.
     pub deterministic: bool,
     /// Whether blocks that sequences of a step share (forks, common prompts) are read once for all of them; results are the same within rounding.
-    /// Never with a window, ALiBi or custom masks, nor if `deterministic`.
+    /// Never with a window, ALiBi, custom masks or trees, nor if `deterministic`.
     pub cascade: Cascade,
     /// Bytes of partial states of split key ranges at one time. A step that needs more works in rounds; only a single token that needs
     /// more on its own exceeds it.
@@ -73,6 +77,7 @@ impl AttentionConfig {
             alibi_slopes: None,
             sinks: None,
             custom_mask: false,
+            trees: false,
             lse: false,
             deterministic: false,
             cascade: Cascade::default(),
@@ -114,6 +119,14 @@ impl AttentionConfig {
             }
             values.iter().try_for_each(|&value| finite(argument, value))?;
         }
+        if self.trees && (self.custom_mask || self.alibi_slopes.is_some()) {
+            let beside = if self.custom_mask { "custom_mask" } else { "alibi_slopes" };
+            return Err(Error::argument(
+                "trees",
+                format!("true beside {beside}"),
+                "neither custom_mask nor alibi_slopes",
+            ));
+        }
         // The kernels take the scale in units of log2, or of the soft cap.
         let params = self.params(cache);
         finite("softmax_scale", params.qk_scale)?;
@@ -136,7 +149,8 @@ impl AttentionConfig {
     /// [`SplitPolicy::cascade`](super::SplitPolicy::cascade) by the option, unless another one forbids it. `pays` is when it pays on the adapter.
     #[must_use]
     pub fn cascade_policy(&self, pays: CascadePolicy) -> Option<CascadePolicy> {
-        let sees_positions = self.window.is_some() || self.alibi_slopes.is_some() || self.custom_mask;
+        let has_masks = self.custom_mask || self.trees;
+        let sees_positions = self.window.is_some() || self.alibi_slopes.is_some() || has_masks;
         if self.deterministic || sees_positions {
             return None;
         }

@@ -9,6 +9,13 @@ pub const LOGIT_FLOOR: f32 = -1.701_411_8e38;
 /// Marks a work item that is alone: it writes its result, not a partial state.
 pub const NO_PARTIAL: u32 = u32::MAX;
 
+/// [`WorkItem::mask_begin`] of an item without a mask: no key is as far as that.
+pub const NO_MASK: u32 = i32::MAX as u32;
+
+/// Set in [`WorkItem::mask_begin`] if the mask is a [`TokenTree`](crate::sequence::TokenTree)'s, whose queries' positions don't follow from their
+/// rows: a row of it says what the window shows.
+pub const TREE_MASK: u32 = 1 << 31;
+
 /// Work of one workgroup per KV head: a tile of query rows against a range of keys. The layout is the kernels'.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -35,8 +42,8 @@ pub struct WorkItem {
     pub mask_stride: u32,
     /// Where the tokens of the rows stand, in words of the upload: row `r` is of the `r / group_size`-th. 0: of token `query_start + r / group_size`.
     pub tokens_offset: u32,
-    /// Keeps items three `vec4<u32>` long.
-    pub reserved: u32,
+    /// The first key that the mask has a bit for: those before it are not hidden by it. [`NO_MASK`], or with [`TREE_MASK`] beside the number.
+    pub mask_begin: u32,
 }
 
 /// Merging the partial states of one token: one workgroup per query head. The layout is the merge kernel's.

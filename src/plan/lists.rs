@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::cascade::{self, Cluster, SharedRun};
-use super::items::{MergeItem, NO_PARTIAL, WorkItem};
+use super::items::{MergeItem, NO_MASK, NO_PARTIAL, TREE_MASK, WorkItem};
 use super::split::SplitPolicy;
 use crate::error::{Error, Result};
 use crate::sequence::{Batch, BatchEntry, QueryKernel};
@@ -101,8 +101,10 @@ impl PlanShape {
         for (i, entry) in batch.entries.iter().enumerate() {
             let len = entry.context_len.checked_add(entry.query_len);
             let fits = entry.query_len > 0 && len.is_some_and(|len| len <= i32::MAX as u32);
-            if !fits || entry.table.end > batch.tables.len() || entry.table.start >= entry.table.end {
-                let rule = "new tokens, fewer than 2^31 in all, and a table in the batch";
+            let is_whole = entry.tree.as_ref().is_none_or(|tree| tree.len() == entry.query_len);
+            if !is_whole || !fits || entry.table.end > batch.tables.len() || entry.table.start >= entry.table.end {
+                let rule =
+                    "new tokens, fewer than 2^31 in all, a table in the batch, and a tree of all new tokens or none";
                 return Err(Error::argument("batch", format!("{entry:?} as sequence {i}"), rule));
             }
             num_tokens += u64::from(entry.query_len);
@@ -155,10 +157,19 @@ impl PlanShape {
         let last = entry.context_len + (row_end - 1) / self.group_size;
         let end = if self.causal { last + 1 } else { entry.seq_len() };
         let begin = match self.window {
-            Some(window) => (first + 1).saturating_sub(window),
-            None => 0,
+            // The rows of a tree say nothing of positions: see `own_begin`.
+            Some(window) if entry.tree.is_none() => (first + 1).saturating_sub(window),
+            _ => 0,
         };
         (begin, end)
+    }
+
+    /// The first key that any token of a tree can see: all of them are at least as far as the first one, a root. For others 0.
+    fn own_begin(&self, entry: &BatchEntry) -> u32 {
+        match (&entry.tree, self.window) {
+            (Some(_), Some(window)) => (entry.context_len + 1).saturating_sub(window),
+            _ => 0,
+        }
     }
 }
 
@@ -166,14 +177,15 @@ impl WorkLists {
     /// Plans a batch.
     ///
     /// `table_offset` is where [`Batch::tables`] starts in the upload, in words; `mask_offsets` where the mask bits of each sequence
-    /// start (empty if there is no mask); `tokens_offset` where [`WorkLists::tokens`] will stand, not 0.
+    /// start (empty if there is no mask; in a batch with trees only theirs count); `tokens_offset` where [`WorkLists::tokens`] will stand, not 0.
     ///
     /// A sequence whose keys exceed the split length is cut on a grid of it: *all* tiles of a chunk of it get an item for every range
     /// that any of them sees, some of them empty, so that the merge kernel finds the same number of partial states for each token.
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape with zeros, a sequence of no new tokens, of 2^31 tokens or more or without a table in the batch, or more
-    /// rows (tokens times query heads) than fit 32 bits; for masks beside [`QueryKernel::Decode`] for several tokens.
+    /// rows (tokens times query heads) than fit 32 bits; for masks beside [`QueryKernel::Decode`] for several tokens; for trees without masks, or of
+    /// another number of tokens.
     pub fn new(
         shape: &PlanShape,
         policy: &SplitPolicy,
@@ -183,6 +195,9 @@ impl WorkLists {
         tokens_offset: u32,
     ) -> Result<Self> {
         shape.check(batch)?;
+        if batch.has_trees() && mask_offsets.is_empty() {
+            return Err(Error::argument("masks", "none beside a tree", "those of the trees"));
+        }
         let batch = batch.by_kernel();
         if matches!(batch, Cow::Owned(_)) && !mask_offsets.is_empty() {
             let got = "some beside tokens for the decode kernel one by one";
@@ -282,7 +297,7 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn new(shape: &'a PlanShape, policy: &SplitPolicy, batch: &'a Batch, clusters: &[Cluster]) -> Self {
-        let mut own_begins = vec![0; batch.entries.len()];
+        let mut own_begins: Vec<_> = batch.entries.iter().map(|entry| shape.own_begin(entry)).collect();
         clusters.iter().flat_map(|cluster| &cluster.entries).for_each(|(&i, &begin)| own_begins[i] = begin);
         let own = batch.entries.iter().zip(&own_begins);
         let own = own.flat_map(|(entry, &begin)| shape.tiles(entry, shape.tile_rows(entry), begin));
@@ -360,14 +375,20 @@ impl<'a> Planner<'a> {
     /// What all items of an entry have in common.
     fn base(&self, i: usize) -> Result<WorkItem> {
         let entry = &self.batch.entries[i];
+        let (mask_begin, mask_stride) = match &entry.tree {
+            Some(tree) => (entry.context_len | TREE_MASK, tree.mask_stride(self.shape.window.is_some())),
+            None if self.mask_offsets.is_empty() || self.batch.has_trees() => (NO_MASK, 0),
+            None => (0, entry.seq_len().div_ceil(32)),
+        };
         Ok(WorkItem {
             query_start: self.starts[i],
             query_len: entry.query_len,
             context_len: entry.context_len,
             table_offset: checked(u64::from(self.table_offset) + entry.table.start as u64)?,
             part_row: NO_PARTIAL,
-            mask_offset: self.mask_offsets.get(i).copied().unwrap_or(0),
-            mask_stride: if self.mask_offsets.is_empty() { 0 } else { entry.seq_len().div_ceil(32) },
+            mask_offset: if mask_stride > 0 { self.mask_offsets.get(i).copied().unwrap_or(0) } else { 0 },
+            mask_stride,
+            mask_begin,
             ..WorkItem::default()
         })
     }
@@ -375,7 +396,8 @@ impl<'a> Planner<'a> {
     /// Plans an entry with all its keys.
     fn add_entry(&mut self, i: usize) -> Result<()> {
         let entry = &self.batch.entries[i];
-        let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), 0);
+        let own_begin = self.shape.own_begin(entry);
+        let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), own_begin);
         let (begin, end) = key_range(tiles.clone().map(|t| t.keys));
         let split_len = self.plan.split_len;
         // A single short range needs no merge, wherever it lies; longer ones are cut where the grid says, so that a fixed
@@ -394,7 +416,7 @@ impl<'a> Planner<'a> {
         let most_rows = self.token_rows() * u64::from(self.num_splits((begin, end)));
         let chunk_len = (self.max_rows / most_rows).clamp(1, entry.query_len.into()) as u32;
         for start in (0..entry.query_len).step_by(chunk_len as usize) {
-            self.add_chunk(i, start..entry.query_len.min(start + chunk_len), 0)?;
+            self.add_chunk(i, start..entry.query_len.min(start + chunk_len), own_begin)?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ mod config;
 mod grid;
 mod items;
 mod lists;
+mod moves;
 mod params;
 mod split;
 mod step;
@@ -16,8 +17,9 @@ pub use append::{AppendGrids, append_words};
 pub use cascade::CascadePolicy;
 pub use config::{AttentionConfig, Cascade};
 pub use grid::{MAX_GRID, linear_grid};
-pub use items::{LOGIT_FLOOR, MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
+pub use items::{LOGIT_FLOOR, MERGE_ITEM_WORDS, MergeItem, NO_MASK, NO_PARTIAL, TREE_MASK, WORK_ITEM_WORDS, WorkItem};
 pub use lists::{PlanShape, Round, WorkLists, partial_row_bytes};
+pub use moves::{move_words, path_moves};
 #[cfg(feature = "wgpu")]
 pub(crate) use params::push_params;
 pub use params::{AttendParams, CacheParams, PARAM_BLOCK_WORDS, PackParams};

@@ -8,7 +8,7 @@ use super::params::{AttendParams, PARAM_BLOCK_WORDS, push_params};
 use super::split::SplitPolicy;
 use super::{MAX_GRID, linear_grid};
 use crate::error::{Error, Result};
-use crate::sequence::Batch;
+use crate::sequence::{Batch, BatchEntry};
 
 /// Which of the attention kernels a dispatch runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,11 +49,12 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    /// Plans a batch. `params` are those of [`AttentionConfig`](super::AttentionConfig), and `masks` one per sequence, or none at all.
+    /// Plans a batch. `params` are those of [`AttentionConfig`](super::AttentionConfig), and `masks` one per sequence, or none at all. Masks, and
+    /// trees in the batch, are for kernels that were composed with [`mask`](crate::kernel::AttendFlags::mask).
     ///
     /// # Errors
-    /// [`Error::Argument`] for a mask of another length than `query_len * ceil(seq_len / 32)` words, or a step that is too large for
-    /// 32-bit offsets or the grids of WebGPU.
+    /// [`Error::Argument`] for a mask of another length than `query_len * ceil(seq_len / 32)` words, masks beside a tree, or a step that is too
+    /// large for 32-bit offsets or the grids of WebGPU.
     pub fn new(
         shape: &PlanShape,
         policy: &SplitPolicy,
@@ -63,6 +64,8 @@ impl StepPlan {
     ) -> Result<Self> {
         shape.check(batch)?;
         check_masks(batch, masks)?;
+        let trees = tree_masks(shape, batch);
+        let masks: Vec<_> = if trees.is_empty() { masks.to_vec() } else { trees.iter().map(Vec::as_slice).collect() };
         let mask_words = masks.iter().map(|mask| mask.len() as u64).sum::<u64>();
         check_offset(batch.tables.len() as u64 + mask_words)?;
         let mut mask_offset = batch.tables.len() as u32;
@@ -161,9 +164,23 @@ fn check_offset(words: u64) -> Result<()> {
     Ok(())
 }
 
+/// The masks of a batch with trees: empty for sequences without. None if there is no tree.
+fn tree_masks(shape: &PlanShape, batch: &Batch) -> Vec<Vec<u32>> {
+    if !batch.has_trees() {
+        return Vec::new();
+    }
+    let mask = |entry: &BatchEntry| {
+        entry.tree.as_ref().map_or_else(Vec::new, |tree| tree.mask(entry.context_len, shape.window))
+    };
+    batch.entries.iter().map(mask).collect()
+}
+
 fn check_masks(batch: &Batch, masks: &[&[u32]]) -> Result<()> {
     if masks.is_empty() {
         return Ok(());
+    }
+    if batch.has_trees() {
+        return Err(Error::argument("masks", "some beside a tree", "none, as the tree says what its tokens see"));
     }
     if masks.len() != batch.entries.len() {
         let got = format!("{} masks", masks.len());
@@ -183,7 +200,7 @@ fn check_masks(batch: &Batch, masks: &[&[u32]]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::plan::{MergeItem, WorkItem};
-    use crate::sequence::{BatchEntry, QueryKernel};
+    use crate::sequence::QueryKernel;
 
     const SHAPE: PlanShape = PlanShape {
         num_kv_heads: 2,
@@ -210,7 +227,7 @@ mod tests {
     /// One token of a long sequence, five of a short one and one of an even longer one.
     fn batch() -> Batch {
         let kernel = QueryKernel::Fastest;
-        let entry = |query_len, context_len, table| BatchEntry { query_len, context_len, table, kernel };
+        let entry = |query_len, context_len, table| BatchEntry { query_len, context_len, table, kernel, tree: None };
         Batch {
             entries: vec![entry(1, 199, 0..13), entry(5, 7, 13..14), entry(1, 999, 14..77)],
             tables: (100..177).collect(),
@@ -352,8 +369,13 @@ mod tests {
     /// Whatever a program with a library of its own passes in: an error or a plan, no panic.
     #[test]
     fn nonsense_is_refused() {
-        let entry =
-            |query_len, context_len| BatchEntry { query_len, context_len, table: 0..1, kernel: QueryKernel::Fastest };
+        let entry = |query_len, context_len| BatchEntry {
+            query_len,
+            context_len,
+            table: 0..1,
+            kernel: QueryKernel::Fastest,
+            tree: None,
+        };
         let one = |entry| Batch { entries: vec![entry], tables: vec![0] };
         let new = |shape: PlanShape, policy: SplitPolicy, batch: &Batch, masks: &[&[u32]]| {
             StepPlan::new(&shape, &policy, &AttendParams::default(), batch, masks).map(drop)

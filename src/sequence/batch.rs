@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
+
+use super::tree::TokenTree;
 
 /// One sequence of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +17,8 @@ pub struct BatchEntry {
     pub table: Range<usize>,
     /// Which kernel computes its queries.
     pub kernel: QueryKernel,
+    /// How the new tokens branch: as many as `query_len`. `None`: each follows the one before it.
+    pub tree: Option<Arc<TokenTree>>,
 }
 
 /// Which attention kernel computes the new tokens of a sequence. The two round differently, so whoever wants the same bits for a token however it
@@ -30,6 +35,12 @@ pub enum QueryKernel {
 }
 
 impl BatchEntry {
+    /// Positions of the new tokens.
+    pub fn positions(&self) -> impl Iterator<Item = u32> {
+        let depth = |i: u32| self.tree.as_ref().and_then(|tree| tree.depths().get(i as usize).copied()).unwrap_or(i);
+        (0..self.query_len).map(move |i| self.context_len.saturating_add(depth(i)))
+    }
+
     /// `context_len + query_len`; saturates.
     #[must_use]
     pub fn seq_len(&self) -> u32 {
@@ -65,6 +76,12 @@ impl Batch {
         }
         starts.push(start);
         starts
+    }
+
+    /// Whether the new tokens of some sequence branch.
+    #[must_use]
+    pub fn has_trees(&self) -> bool {
+        self.entries.iter().any(|entry| entry.tree.is_some())
     }
 
     /// The same work with an entry of its own for every token that the decode kernel shall compute.

@@ -62,6 +62,19 @@ struct Change {
     replacement: Option<BlockId>,
     new_blocks: Vec<BlockId>,
     len: u32,
+    /// Tokens that are new, and those of them, the first ones, that stay.
+    query_len: u32,
+    kept: u32,
+}
+
+impl Pending {
+    /// Committing keeps the first `count` of a sequence's new tokens (all, if there aren't as many) and takes the others back: what a path of
+    /// a tree leaves when its rows have moved to the front. Does nothing for a sequence that is not in the step.
+    pub fn keep(&mut self, sequence: SequenceId, count: u32) {
+        if let Some(change) = self.changes.iter_mut().find(|change| change.sequence == sequence) {
+            change.kept = count.min(change.query_len);
+        }
+    }
 }
 
 /// A reserved step: blocks are taken, and nothing else has changed. It ends with [`Manager::commit`] or [`Manager::roll_back`].
@@ -482,8 +495,15 @@ impl Manager {
                     .map(|position| blocks[(position / block_size) as usize] * block_size + position % block_size),
             );
             let kernel = QueryKernel::default();
-            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range, kernel });
-            reservation.pending.changes.push(Change { sequence: id, replacement, new_blocks, len });
+            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range, kernel, tree: None });
+            reservation.pending.changes.push(Change {
+                sequence: id,
+                replacement,
+                new_blocks,
+                len,
+                query_len,
+                kept: query_len,
+            });
         }
         reservation
     }
@@ -499,6 +519,8 @@ impl Manager {
             if let Some(replaced) = sequence.table.grow(change.replacement, &change.new_blocks, change.len) {
                 self.pool.release(replaced);
             }
+            let kept = change.len - (change.query_len - change.kept);
+            sequence.table.truncate(kept, self.config.block_size, &mut self.pool);
         }
         self.settle();
         is_valid

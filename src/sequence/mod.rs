@@ -9,6 +9,7 @@ mod pool;
 mod prefix;
 mod report;
 mod table;
+mod tree;
 
 pub use batch::{Batch, BatchEntry, QueryKernel};
 pub use manager::{BlockUse, Manager, Pending, PoolUsage, Reservation};
@@ -17,3 +18,4 @@ pub use pool::BlockPool;
 pub use prefix::{PrefixMatch, PrefixProbe, PrefixStats};
 pub use report::{MemoryReport, SequenceMemory};
 pub use table::{BlockTable, Growth};
+pub use tree::TokenTree;

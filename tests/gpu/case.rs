@@ -209,7 +209,11 @@ impl Case {
 
     /// What the oracle says of each sequence, over the rows as the formats keep them.
     pub(crate) fn expected(&self, rows: &[Rows]) -> Vec<BoundedOutput> {
-        let channels = self.channels(rows);
+        self.expected_with(rows, self.channels(rows).as_deref())
+    }
+
+    /// [`expected`](Self::expected) with the scales of channels that all of a cache's rows have.
+    fn expected_with(&self, rows: &[Rows], channels: Option<&[f32]>) -> Vec<BoundedOutput> {
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
         if self.latent {
             model = model.with_latents();
@@ -220,7 +224,7 @@ impl Case {
         if self.packed_dots {
             model = model.with_packed_dots();
         }
-        if let Some(channels) = &channels {
+        if let Some(channels) = channels {
             model = model.with_key_scales(channels);
         }
         rows.iter().map(|rows| attention_with_bound(&self.problem(rows), &model).expect("a valid problem")).collect()
@@ -229,8 +233,21 @@ impl Case {
     /// Compares with [`expected`](Self::expected).
     #[track_caller]
     pub(crate) fn compare(&self, gpu: &Gpu, rows: &[Rows], out: &[f32], lse: Option<&[f32]>) {
+        self.compare_with(gpu, rows, self.channels(rows).as_deref(), out, lse);
+    }
+
+    /// [`compare`](Self::compare) with the scales of channels that all of a cache's rows have.
+    #[track_caller]
+    pub(crate) fn compare_with(
+        &self,
+        gpu: &Gpu,
+        rows: &[Rows],
+        channels: Option<&[f32]>,
+        out: &[f32],
+        lse: Option<&[f32]>,
+    ) {
         let (mut at, mut lse_at) = (0, 0);
-        for (i, expected) in self.expected(rows).into_iter().enumerate() {
+        for (i, expected) in self.expected_with(rows, channels).into_iter().enumerate() {
             let rows = &rows[i];
             let len = rows.q.len() / self.head_dim as usize;
             let out_len = len * self.value_dim as usize;

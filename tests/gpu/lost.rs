@@ -164,8 +164,8 @@ fn kernels_are_compiled_once_per_device() {
         gpu.num_compiled()
     };
     let first = make(config);
-    // append, copy_blocks, pack_blocks, gather; decode, prefill, merge; append with rope, rope
-    assert_eq!(first, 9);
+    // append, copy_blocks, move_rows, pack_blocks, gather; decode, prefill, merge; append with rope, rope
+    assert_eq!(first, 10);
     // The size of the pool and the number of layers are not compiled in.
     assert_eq!(make(config.with_blocks(9, 16)), first);
     assert!(make(config.with_blocks(8, 32)) > first);

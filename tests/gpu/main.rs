@@ -35,6 +35,7 @@ mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;
 mod tokens;
+mod trees;
 #[cfg(feature = "tune")]
 mod tune;
 

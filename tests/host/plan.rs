@@ -27,6 +27,7 @@ fn batch(lens: &[(u32, u32)]) -> Batch {
             context_len,
             table: start..start + num_blocks,
             kernel: QueryKernel::Fastest,
+            tree: None,
         });
     }
     batch

@@ -39,6 +39,11 @@ fn copy_blocks_variants() {
 }
 
 #[test]
+fn move_rows_variants() {
+    check_all(Kernel::MoveRows);
+}
+
+#[test]
 fn pack_blocks_variants() {
     check_all(Kernel::PackBlocks);
 }
@@ -231,7 +236,7 @@ macro_rules! fields {
 
 fn check_params(variant: &Variant, module: &Module, problems: &mut Problems) {
     let (fields, size) = match variant.kernel {
-        Kernel::Append | Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::Gather | Kernel::Rope => {
+        Kernel::Append | Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::MoveRows | Kernel::Gather | Kernel::Rope => {
             fields!(CacheParams {
                 num_tokens: U32,
                 num_copies: U32,
@@ -413,9 +418,9 @@ fn struct_words(module: &Module, name: &str) -> Vec<(String, usize)> {
 }
 
 macro_rules! words {
-    ($struct:ty { $($field:ident),* $(,)? }) => {{
+    ($struct:ty { $($field:ident),* $(,)? }, $bytes:expr) => {{
         let words: Vec<(String, usize)> = vec![$((stringify!($field).to_owned(), offset_of!($struct, $field) / 4)),*];
-        assert_eq!(words.len() * 4, offset_of!($struct, reserved), "a field is missing from the test's list");
+        assert_eq!(words.len() * 4, $bytes, "a field is missing from the test's list");
         words
     }};
 }
@@ -426,20 +431,27 @@ fn work_lists_are_read_as_they_are_written() {
     use folio::plan::{MERGE_ITEM_WORDS, MergeItem, NO_PARTIAL, WORK_ITEM_WORDS, WorkItem};
     assert_eq!(size_of::<WorkItem>(), 4 * WORK_ITEM_WORDS as usize);
     assert_eq!(size_of::<MergeItem>(), 4 * MERGE_ITEM_WORDS as usize);
-    let item = words!(WorkItem {
-        query_start,
-        query_len,
-        context_len,
-        row_start,
-        kv_begin,
-        kv_end,
-        table_offset,
-        part_row,
-        mask_offset,
-        mask_stride,
-        tokens_offset,
-    });
-    let merge = words!(MergeItem { token, part_row, num_splits, split_stride, head_stride, next });
+    let item = words!(
+        WorkItem {
+            query_start,
+            query_len,
+            context_len,
+            row_start,
+            kv_begin,
+            kv_end,
+            table_offset,
+            part_row,
+            mask_offset,
+            mask_stride,
+            tokens_offset,
+            mask_begin,
+        },
+        size_of::<WorkItem>()
+    );
+    let merge = words!(
+        MergeItem { token, part_row, num_splits, split_stride, head_stride, next },
+        offset_of!(MergeItem, reserved)
+    );
     for kernel in [Kernel::Decode, Kernel::Prefill, Kernel::Merge] {
         for variant in variants::of_kernel(kernel).iter().step_by(7) {
             let text = compose(variant).expect("text");

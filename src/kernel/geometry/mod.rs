@@ -62,9 +62,15 @@ impl Geometry {
                 None => Self::Prefill(PrefillGeometry::of(variant)),
             },
             (_, Kernel::Append | Kernel::AppendQkv) => Self::Append(AppendGeometry::of(variant)),
-            (_, Kernel::CopyBlocks | Kernel::PackBlocks | Kernel::Gather | Kernel::Merge | Kernel::Rope) => {
-                Self::Linear
-            }
+            (
+                _,
+                Kernel::CopyBlocks
+                | Kernel::MoveRows
+                | Kernel::PackBlocks
+                | Kernel::Gather
+                | Kernel::Merge
+                | Kernel::Rope,
+            ) => Self::Linear,
         }
     }
 

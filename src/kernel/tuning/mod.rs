@@ -81,13 +81,14 @@ fn choose_by_rule(variant: &mut Variant) {
             Kernel::Append
             | Kernel::AppendQkv
             | Kernel::CopyBlocks
+            | Kernel::MoveRows
             | Kernel::PackBlocks
             | Kernel::Gather
             | Kernel::Rope,
         ) => (64, 0, 0),
         // 0.84 of the time of one subgroup, 2048 tokens on lavapipe of Mesa 22.3.6; tunings on 22.3.6 and 26.1 chose 4 to 32 subgroups.
         (Profile::Cpu, Kernel::Append) => (8 * lanes, 0, 0),
-        (Profile::Cpu, Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::PackBlocks) => (lanes, 0, 0),
+        (Profile::Cpu, Kernel::AppendQkv | Kernel::CopyBlocks | Kernel::MoveRows | Kernel::PackBlocks) => (lanes, 0, 0),
         (Profile::Cpu, Kernel::Gather | Kernel::Merge | Kernel::Rope) => (lanes, 0, 0),
     };
 }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use folio::plan::{NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes};
+use folio::plan::{
+    NO_MASK, NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes,
+};
 use folio::sequence::Batch;
 
 use super::{BLOCK_SIZE, TABLE_OFFSET, TOKENS_OFFSET, mask_offsets};
@@ -157,7 +159,8 @@ impl<'a> Checker<'a> {
             if got == want { Ok(()) } else { Err(format!("{what} is {got}, not {want}")) }
         };
         expect("table_offset", item.table_offset, TABLE_OFFSET + entry.table.start as u32)?;
-        expect("reserved", item.reserved, 0)?;
+        let mask_begin = if self.policy.cascade.is_some() { NO_MASK } else { 0 };
+        expect("mask_begin", item.mask_begin, mask_begin)?;
         let tokens: Vec<u32> = match item.tokens_offset {
             0 => (item.query_start..item.query_start + item.query_len).collect(),
             at => self.plan.tokens[(at - TOKENS_OFFSET) as usize..][..item.query_len as usize].to_vec(),
