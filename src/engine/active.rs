@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_channel::mpsc::UnboundedSender;
 
 use super::beams::Beams;
+use super::drafts::DraftTree;
 use super::grammar::Constraint;
 use super::propose::Depth;
 use super::request::{EndReason, Event, Request, Usage};
@@ -34,7 +35,7 @@ pub(super) struct Active {
     /// How far the answer has come in its grammar.
     pub(super) constraint: Option<Constraint>,
     /// Guesses at what comes after the text, for the next step.
-    pub(super) drafts: Vec<u32>,
+    pub(super) drafts: DraftTree,
     pub(super) depth: Depth,
     answer: AnswerText,
     events: UnboundedSender<Event>,
@@ -66,7 +67,7 @@ impl Active {
             logprobs: request.logprobs,
             beams: (request.beams > 1).then(|| Beams::new(request.beams)),
             constraint,
-            drafts: Vec::new(),
+            drafts: DraftTree::default(),
             depth: Depth::new(),
             answer: AnswerText::new(stream, request.stop_strings),
             events,

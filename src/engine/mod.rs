@@ -8,6 +8,7 @@
 
 mod active;
 mod beams;
+mod drafts;
 #[cfg_attr(not(feature = "grammar"), path = "no_grammar.rs")]
 mod grammar;
 mod inspect;
@@ -18,6 +19,7 @@ mod spawn;
 mod step;
 mod text;
 
+pub use drafts::DraftTree;
 pub use inspect::{BlockState, Inspection, RequestPhase, RequestState};
 pub use propose::{DraftModel, Draftable, PromptLookup, Proposals, Proposer};
 pub use request::{Answer, EndReason, Event, Failure, Grammar, Request, SubmitError, Usage};
@@ -51,7 +53,7 @@ pub struct EngineOptions {
     pub ageing: Duration,
     /// Memory of the host for swapped-out requests, in bytes.
     pub max_swapped_bytes: u64,
-    /// Drafts of a request in a step, at most, if there is a [`Proposer`]. How many it gets follows how many were right.
+    /// Drafts of a request in a step, at most, on all branches, if there is a [`Proposer`]. How many it gets one after another follows how many were right.
     pub max_drafts: u32,
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 
+use super::drafts::DraftTree;
 use crate::model::{Decoder, Input, ModelError, ModelResult, Sampling};
 use crate::schedule::RequestId;
 use crate::{ErrorKind, SequenceId};
@@ -20,18 +21,21 @@ pub struct Draftable<'a> {
     /// How its tokens are drawn. A proposer that draws with the same seed at the same position has the same noise, so a good model of the
     /// distribution makes good guesses at any temperature.
     pub sampling: &'a Sampling,
-    /// Drafts, at most; at least 1.
+    /// Drafts one after another, at most; at least 1.
     pub max_drafts: u32,
+    /// Drafts in all, at most, on all branches; at least `max_drafts`.
+    pub max_nodes: u32,
 }
 
 /// What [`Proposer::propose`] returns: drafts for each request, in order.
-pub type Proposals<'a> = Pin<Box<dyn Future<Output = ModelResult<Vec<Vec<u32>>>> + 'a>>;
+pub type Proposals<'a> = Pin<Box<dyn Future<Output = ModelResult<Vec<DraftTree>>> + 'a>>;
 
 /// Guesses how texts go on. What it guesses changes how fast tokens come, and never which. It can be sent to other threads wherever devices can: not
 /// in browsers.
 pub trait Proposer: fmt::Debug + wgpu::WasmNotSend {
-    /// Drafts for each of these requests: none, or up to `max_drafts`. Ids outside the vocabulary and what is too much are cut off. If it
-    /// fails, there are no drafts in this step; a lost device ends the engine's step.
+    /// Drafts for each of these requests: none, a line of up to `max_drafts` (`Vec::into`), or a tree of up to `max_nodes`. Ids outside the vocabulary,
+    /// what is too much, and with an exact model all but the first path are cut off. If it fails, there are no drafts in this step; a lost device ends
+    /// the engine's step.
     fn propose<'a>(&'a mut self, requests: &'a [Draftable<'a>]) -> Proposals<'a>;
 
     /// A request has ended, and won't come again.
@@ -50,12 +54,15 @@ pub struct PromptLookup {
     /// Of several places the one with the longest match is taken, up to this many tokens; of these the first, which is in the text rather than in
     /// the question about it.
     pub max_match: usize,
+    /// Continuations that are guessed at a time, at most, if they differ: those of the best places. Where one of them uses up all drafts there are no
+    /// others. 1: a line.
+    pub branches: usize,
 }
 
 impl Default for PromptLookup {
-    /// 2 to 5 tokens.
+    /// 2 to 5 tokens, one continuation.
     fn default() -> Self {
-        Self { min_match: 2, max_match: 5 }
+        Self { min_match: 2, max_match: 5, branches: 1 }
     }
 }
 
@@ -65,8 +72,7 @@ impl PromptLookup {
     pub fn lookup(&self, text: &[u32], max_drafts: usize) -> Vec<u32> {
         let mut best = (0, 0);
         for end in 1..text.len() {
-            let equal = text[..end].iter().rev().zip(text.iter().rev()).take(self.max_match);
-            let len = equal.take_while(|(a, b)| a == b).count();
+            let len = self.match_len(text, end);
             if len > best.0 {
                 best = (len, end);
                 if len == self.max_match {
@@ -78,15 +84,54 @@ impl PromptLookup {
         if len < self.min_match.max(1) {
             return Vec::new();
         }
-        // What follows may be the end of the text itself, which then repeats.
-        let period = text.len() - end;
-        (0..max_drafts).map(|i| text[end + i % period]).collect()
+        repeated(text, end, max_drafts)
     }
+}
+
+/// A place of the text whose last tokens are those of the text: how many, and where it ends.
+type Match = (usize, usize);
+
+impl PromptLookup {
+    /// What followed at the [best](Self::max_match) places, up to [`branches`](Self::branches) different continuations of up to `max_drafts` tokens
+    /// each; no more than `max_nodes` drafts in all.
+    #[must_use]
+    pub fn lookup_tree(&self, text: &[u32], max_drafts: usize, max_nodes: usize) -> DraftTree {
+        if self.branches <= 1 {
+            return self.lookup(text, max_drafts.min(max_nodes)).into();
+        }
+        let mut matches: Vec<Match> = (1..text.len()).map(|end| (self.match_len(text, end), end)).collect();
+        matches.retain(|&(len, _)| len >= self.min_match.max(1));
+        matches.sort_by_key(|&(len, end)| (std::cmp::Reverse(len), end));
+        let mut tree = DraftTree::default();
+        let mut left = self.branches;
+        for (_, end) in matches {
+            if left == 0 || tree.len() >= max_nodes {
+                break;
+            }
+            let added = tree.add_path(&repeated(text, end, max_drafts), max_nodes);
+            left -= usize::from(added > 0);
+        }
+        tree
+    }
+
+    /// How many tokens before `end` are the last ones of the text.
+    fn match_len(&self, text: &[u32], end: usize) -> usize {
+        let equal = text[..end].iter().rev().zip(text.iter().rev()).take(self.max_match);
+        equal.take_while(|(a, b)| a == b).count()
+    }
+}
+
+/// What follows `end`. That may be the end of the text itself, which then repeats.
+fn repeated(text: &[u32], end: usize, count: usize) -> Vec<u32> {
+    let period = text.len() - end;
+    (0..count).map(|i| text[end + i % period]).collect()
 }
 
 impl Proposer for PromptLookup {
     fn propose<'a>(&'a mut self, requests: &'a [Draftable<'a>]) -> Proposals<'a> {
-        let drafts = requests.iter().map(|request| self.lookup(request.text, request.max_drafts as usize));
+        let drafts = requests
+            .iter()
+            .map(|request| self.lookup_tree(request.text, request.max_drafts as usize, request.max_nodes as usize));
         let drafts = drafts.collect();
         Box::pin(std::future::ready(Ok(drafts)))
     }
@@ -98,6 +143,7 @@ impl Proposer for PromptLookup {
 pub struct DraftModel {
     decoder: Decoder,
     sequences: HashMap<RequestId, SequenceId>,
+    alternatives: u32,
 }
 
 impl DraftModel {
@@ -111,7 +157,15 @@ impl DraftModel {
             let got = format!("{sequences} sequences");
             return Err(ModelError::argument("decoder", got, "one without sequences; free them first"));
         }
-        Ok(Self { decoder, sequences: HashMap::new() })
+        Ok(Self { decoder, sequences: HashMap::new(), alternatives: 0 })
+    }
+
+    /// The same with other guesses beside each token that it draws: so many of the most probable ones, as far as there is room for more drafts.
+    /// Nothing follows them, so what they add is a token more where a draft is wrong and one of them is right (the tree of Medusa, with a draft model's
+    /// distribution in place of its heads). They cost a readback of a row of logits for each draft.
+    #[must_use]
+    pub fn with_alternatives(self, alternatives: u32) -> Self {
+        Self { alternatives, ..self }
     }
 
     /// The decoder, to look into.
@@ -138,10 +192,12 @@ impl DraftModel {
         Ok((sequence, common))
     }
 
-    async fn draft(&mut self, requests: &[Draftable<'_>]) -> ModelResult<Vec<Vec<u32>>> {
+    async fn draft(&mut self, requests: &[Draftable<'_>]) -> ModelResult<Vec<DraftTree>> {
         let max_positions = self.decoder.model().config().max_positions as usize;
         let vocab = self.decoder.model().config().vocab_size;
         let mut drafts = vec![Vec::new(); requests.len()];
+        // Beside each draft.
+        let mut others: Vec<Vec<Vec<u32>>> = vec![Vec::new(); requests.len()];
         // Requests that still draft, with their sequences.
         let mut active = Vec::with_capacity(requests.len());
         for (i, request) in requests.iter().enumerate() {
@@ -157,13 +213,21 @@ impl DraftModel {
                 .iter()
                 .map(|&(i, sequence, common)| {
                     let tokens = if is_first { &requests[i].text[common..] } else { &[] };
-                    Input::new(sequence, tokens).with_sampling(requests[i].sampling)
+                    let mut input = Input::new(sequence, tokens).with_sampling(requests[i].sampling);
+                    // The drawn one may be among them.
+                    input.logprobs = (self.alternatives > 0).then_some(self.alternatives.saturating_add(1));
+                    input
                 })
                 .collect();
             is_first = false;
-            let sampled = self.decoder.step(&inputs).await?;
-            for (&(i, ..), token) in active.iter().zip(sampled) {
-                drafts[i].extend(token);
+            let sampled = self.decoder.draw(&inputs).await?;
+            for (&(i, ..), drawn) in active.iter().zip(sampled) {
+                for drawn in drawn {
+                    drafts[i].push(drawn.token);
+                    let top = drawn.logprob.into_iter().flat_map(|logprob| logprob.top).map(|(token, _)| token);
+                    let top = top.filter(|&token| token != drawn.token).take(self.alternatives as usize);
+                    others[i].push(top.collect());
+                }
             }
             active.retain(|&(i, ..)| {
                 let request = &requests[i];
@@ -171,7 +235,17 @@ impl DraftModel {
                 len < request.max_drafts as usize && request.text.len() + len < max_positions
             });
         }
-        Ok(drafts)
+        let trees = drafts.into_iter().zip(others).zip(requests).map(|((drafts, others), request)| {
+            let mut tree = DraftTree::from(drafts);
+            for (i, others) in (0_u32..).zip(others) {
+                let room = (request.max_nodes as usize).saturating_sub(tree.len());
+                for token in others.into_iter().take(room) {
+                    tree.add(i.checked_sub(1), token);
+                }
+            }
+            tree
+        });
+        Ok(trees.collect())
     }
 }
 
@@ -259,7 +333,27 @@ mod tests {
         for text in [&[][..], &[1], &[1, 2]] {
             assert!(lookup.lookup(text, 3).is_empty());
         }
-        assert!(PromptLookup { min_match: 0, max_match: 0 }.lookup(&[1, 1, 1], 3).is_empty());
+        assert!(PromptLookup { min_match: 0, max_match: 0, branches: 1 }.lookup(&[1, 1, 1], 3).is_empty());
+    }
+
+    #[test]
+    fn prompt_lookup_branches_where_places_differ() {
+        let three = PromptLookup { branches: 3, ..PromptLookup::default() };
+        // Three tokens are equal before 7, two before 4, before 5 and before the second 4.
+        let text = [2, 3, 4, 0, 2, 3, 5, 0, 2, 3, 4, 6, 1, 2, 3, 7, 7, 1, 2, 3];
+        let tree = three.lookup_tree(&text, 3, 16);
+        let mut want = DraftTree::default();
+        for path in [&[7, 7, 1][..], &[4, 0, 2], &[5, 0, 2]] {
+            want.add_path(path, 16);
+        }
+        assert_eq!(tree, want);
+        assert_eq!(three.lookup_tree(&text, 3, 4).tokens(), [7, 7, 1, 4]);
+        assert_eq!(three.lookup_tree(&text, 9, 3), vec![7, 7, 1].into(), "the best one uses up all");
+        let one = PromptLookup::default();
+        assert_eq!(one.lookup_tree(&text, 4, 16), one.lookup(&text, 4).into());
+        assert!(three.lookup_tree(&[1, 2, 3], 4, 16).is_empty() && three.lookup_tree(&[], 4, 16).is_empty());
+        // Nothing is guessed twice.
+        assert!(three.lookup_tree(&[5, 6, 5, 6, 5, 6], 5, 16).is_line());
     }
 
     #[test]

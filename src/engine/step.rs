@@ -5,10 +5,12 @@ use std::time::Duration;
 use web_time::Instant;
 
 use super::active::CacheView;
+use super::drafts::DraftTree;
+use super::grammar::Constraint;
 use super::{Draftable, EndReason, Engine};
 use crate::model::{Drawn, Input, ModelError, ModelResult};
 use crate::schedule::{Costs, Preemption, RequestId, ScheduledChunk, StepSchedule};
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, SequenceId};
 
 /// What a step has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -55,6 +57,19 @@ impl MeasuredCosts {
     }
 }
 
+/// What goes into a step of the model.
+struct Fed<'c> {
+    chunk: &'c ScheduledChunk,
+    sequence: SequenceId,
+    tokens: Vec<u32>,
+    /// How those among them that are drafts branch.
+    parents: Vec<Option<u32>>,
+    /// How many were sampled before.
+    replayed: u32,
+    /// What may come next.
+    allowed: Vec<Vec<u32>>,
+}
+
 impl Engine {
     /// One step of the model for the requests whose turn it is. Hands out its tokens as events; ends requests that are complete, late, or
     /// cancelled by dropping their answers. Without requests it does nothing.
@@ -86,13 +101,13 @@ impl Engine {
 
     /// Asks the proposer for drafts.
     async fn propose(&mut self) -> ModelResult<()> {
-        let Self { proposer, requests, scheduler, decoder, max_drafts, .. } = self;
+        let Self { proposer, requests, scheduler, decoder, max_drafts: most_drafts, .. } = self;
         let Some(proposer) = proposer else { return Ok(()) };
         let mut wanted = Vec::new();
         for (&id, request) in requests.iter_mut() {
-            request.drafts.clear();
+            request.drafts = DraftTree::default();
             if scheduler.may_draft(id) {
-                let most = request.depth.next(*max_drafts);
+                let most = request.depth.next(*most_drafts);
                 if most > 0 {
                     wanted.push((id, most));
                 }
@@ -104,7 +119,8 @@ impl Engine {
         wanted.sort_unstable();
         let draftable = wanted.iter().filter_map(|&(id, max_drafts)| {
             let request = requests.get(&id)?;
-            Some(Draftable { request: id, text: &request.text, sampling: &request.sampling, max_drafts })
+            let (text, sampling, max_nodes) = (&request.text, &request.sampling, *most_drafts);
+            Some(Draftable { request: id, text, sampling, max_drafts, max_nodes })
         });
         let draftable: Vec<_> = draftable.collect();
         let proposals = match proposer.propose(&draftable).await {
@@ -113,13 +129,17 @@ impl Engine {
             Err(_) => return Ok(()),
         };
         let vocab = decoder.model().config().vocab_size;
+        let most_nodes = (*most_drafts).min(decoder.max_tree_len().saturating_sub(1));
         for ((id, most), drafts) in wanted.into_iter().zip(proposals) {
             let Some(request) = requests.get_mut(&id) else { continue };
-            request.drafts = drafts.into_iter().take(most as usize).take_while(|&token| token < vocab).collect();
-            if let Some(constraint) = &mut request.constraint {
-                let valid = constraint.valid(&request.drafts).unwrap_or(0);
-                request.drafts.truncate(valid);
-            }
+            // A line is bit for bit what single steps are in an exact model, and a tree is not.
+            let drafts = if decoder.model().is_exact() { drafts.first_line() } else { drafts };
+            let constraint = &mut request.constraint;
+            request.drafts = drafts.pruned(most_nodes, most, |path| {
+                let follows =
+                    |constraint: &mut Constraint| constraint.valid(path).is_ok_and(|valid| valid == path.len());
+                path.last().is_some_and(|&token| token < vocab) && constraint.as_mut().is_none_or(follows)
+            });
             scheduler.set_drafts(id, request.drafts.len() as u32);
         }
         Ok(())
@@ -163,28 +183,36 @@ impl Engine {
 
     /// Runs the model, and hands out what was sampled.
     async fn compute(&mut self, chunks: &[ScheduledChunk], report: &mut StepReport) -> ModelResult<()> {
-        // What is fed: the sequence, its new tokens, how many of them were sampled before, and what may come next.
         let mut feeds = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             let Some(request) = self.requests.get_mut(&chunk.request) else { continue };
             let Some(sequence) = request.sequence else { continue };
             if let Some(beams) = request.beams.as_ref().filter(|beams| beams.feeds().next().is_some()) {
-                feeds.extend(beams.feeds().map(|(sequence, token)| (chunk, sequence, vec![token], 1, Vec::new())));
+                feeds.extend(beams.feeds().map(|(sequence, token)| Fed {
+                    chunk,
+                    sequence,
+                    tokens: vec![token],
+                    parents: Vec::new(),
+                    replayed: 1,
+                    allowed: Vec::new(),
+                }));
                 continue;
             }
             let cached = self.decoder.tokens(sequence)?.len();
             // The pending token is in the text, too, and the decoder feeds it by itself.
             let first = cached + usize::from(self.decoder.pending(sequence)?.is_some());
             let end = cached + chunk.tokens as usize;
-            let drafts = request.drafts.get(..chunk.drafts as usize).unwrap_or_default();
+            let drafts = request.drafts.tokens().get(..chunk.drafts as usize).unwrap_or_default();
+            let parents = request.drafts.parents().get(..chunk.drafts as usize).unwrap_or_default().to_vec();
             let replayed = end - first.max(request.usage.prompt_tokens as usize).min(end);
             let allowed = match request.constraint.as_mut().filter(|_| chunk.samples) {
-                Some(constraint) => constraint.allowed(drafts),
+                Some(constraint) => request.drafts.along_paths(drafts.len(), |path| constraint.allowed(path)),
                 None => Ok(Vec::new()),
             };
             match allowed {
                 Ok(allowed) => {
-                    feeds.push((chunk, sequence, [&request.text[first..end], drafts].concat(), replayed, allowed));
+                    let tokens = [&request.text[first..end], drafts].concat();
+                    feeds.push(Fed { chunk, sequence, tokens, parents, replayed: replayed as u32, allowed });
                 }
                 Err(error) => self.end(chunk.request, EndReason::Failed((&error).into())),
             }
@@ -192,11 +220,11 @@ impl Engine {
         if feeds.is_empty() {
             return Ok(());
         }
-        let inputs = feeds.iter().filter_map(|(chunk, sequence, tokens, replayed, allowed)| {
+        let inputs = feeds.iter().filter_map(|Fed { chunk, sequence, tokens, parents, replayed, allowed }| {
             let request = self.requests.get(&chunk.request)?;
-            let mut input = Input::new(*sequence, tokens).with_replayed(*replayed as u32);
+            let mut input = Input::new(*sequence, tokens).with_replayed(*replayed);
             if chunk.samples {
-                input = input.with_sampling(&request.sampling).with_drafts(chunk.drafts).with_allowed(allowed);
+                input = input.with_sampling(&request.sampling).with_draft_tree(parents).with_allowed(allowed);
                 input.logprobs = request.logprobs;
                 if let Some(beams) = &request.beams {
                     input.logprobs = Some(beams.top(request.stop_tokens.len()).max(request.logprobs.unwrap_or(0)));
@@ -228,7 +256,7 @@ impl Engine {
             MeasuredCosts::note(&mut self.costs.compute_token, start.elapsed(), tokens);
             self.set_costs();
         }
-        let mut drawn = feeds.into_iter().map(|(chunk, ..)| chunk).zip(drawn).peekable();
+        let mut drawn = feeds.into_iter().map(|fed| fed.chunk).zip(drawn).peekable();
         while let Some((chunk, first)) = drawn.next() {
             // Of several beams all, one after another.
             let mut rows = first;
@@ -305,7 +333,7 @@ impl Engine {
         request.usage.computed_tokens += chunk.tokens + chunk.drafts;
         request.usage.drafted_tokens += chunk.drafts;
         request.usage.accepted_tokens += accepted;
-        request.depth.note(chunk.drafts, accepted);
+        request.depth.note(request.drafts.depth(chunk.drafts), accepted);
         report.draft_tokens += chunk.drafts;
         report.accepted_tokens += accepted;
         for drawn in drawn {

@@ -181,7 +181,12 @@ fn compare(format: KvFormat, seed: u64, counts: &mut [Counts; 4]) -> Option<()> 
         });
         let mut engine = engine(decoder(14, format, way > 0)?, options);
         match way {
-            2 => engine = engine.with_proposer(PromptLookup::default()),
+            2 => {
+                // Of its trees one line is verified.
+                let mut lookup = PromptLookup::default();
+                lookup.branches = 3;
+                engine = engine.with_proposer(lookup);
+            }
             3 => engine = engine.with_proposer(DraftModel::new(decoder(64, KvFormat::F16, false)?).unwrap()),
             _ => {}
         }

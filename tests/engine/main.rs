@@ -15,6 +15,7 @@ mod beams;
 mod equal;
 mod exact;
 mod life;
+mod trees;
 mod wishes;
 
 use std::path::{Path, PathBuf};

@@ -91,7 +91,7 @@ fn answers_follow_their_grammar() {
     let Some(first) = decoder(64, KvFormat::F32, false) else { return };
     let mut engine = engine(first, EngineOptions::default());
     let mut eager = PromptLookup::default();
-    eager.min_match = 1;
+    (eager.min_match, eager.branches) = (1, 3);
     let mut drafting =
         super::engine(decoder(64, KvFormat::F32, false).unwrap(), EngineOptions::default()).with_proposer(eager);
     let schema = r#"{"type": "object", "additionalProperties": false, "required": ["name", "age"],

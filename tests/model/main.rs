@@ -37,3 +37,4 @@ mod ops;
 mod parity;
 mod sampler;
 mod shaders_ops;
+mod trees;

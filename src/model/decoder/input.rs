@@ -19,13 +19,20 @@ pub struct Input<'a> {
     ///
     /// As a draw depends on the seed and the position only, the text is the one that single steps would give: no draft is accepted by chance.
     pub drafts: u32,
+    /// How the drafts branch (token trees of SpecInfer, Miao et al. 2023; Medusa, Cai et al. 2024): for each the draft that it follows, an
+    /// earlier one, or `None` if it follows the token before the drafts. Empty: each follows the one before it. The tokens after all drafts
+    /// are sampled in one step; those that are right from the first on stay.
+    ///
+    /// Not for [exact](crate::model::ModelOptions::with_exact) models, unless the tree is a line: a draft's keys are added up in the order in which the
+    /// tree stands in the cache, which is another one than that of single steps.
+    pub parents: &'a [Option<u32>],
     /// How many of the tokens before the drafts were sampled in an earlier life of the sequence, and are computed again: the last so many. In
     /// [exact](crate::model::ModelOptions::with_exact) models they get the bits that they had as single tokens; elsewhere it changes nothing.
     pub replayed: u32,
     /// Log-probabilities of each sampled token, and of so many most probable ones beside it: [`Drawn::logprob`]. They cost a readback of a row of
     /// logits.
     pub logprobs: Option<u32>,
-    /// For each token that is sampled (one more than there are drafts) the set of those that it may be: a bit per token, lowest first,
+    /// For each token that is sampled (before the drafts, and after each of them) the set of those that it may be: a bit per token, lowest first,
     /// `vocab_size.div_ceil(32)` words. Empty: any.
     pub allowed: &'a [Vec<u32>],
 }
@@ -34,7 +41,7 @@ impl<'a> Input<'a> {
     /// New tokens, after which nothing is wanted.
     #[must_use]
     pub const fn new(sequence: SequenceId, tokens: &'a [u32]) -> Self {
-        Self { sequence, tokens, sampling: None, drafts: 0, replayed: 0, logprobs: None, allowed: &[] }
+        Self { sequence, tokens, sampling: None, drafts: 0, parents: &[], replayed: 0, logprobs: None, allowed: &[] }
     }
 
     /// The same, and the token after them.
@@ -47,6 +54,12 @@ impl<'a> Input<'a> {
     #[must_use]
     pub const fn with_drafts(self, drafts: u32) -> Self {
         Self { drafts, ..self }
+    }
+
+    /// The same with the last tokens as guesses that branch: as many as there are `parents`.
+    #[must_use]
+    pub const fn with_draft_tree(self, parents: &'a [Option<u32>]) -> Self {
+        Self { drafts: parents.len() as u32, parents, ..self }
     }
 
     /// The same with `replayed` tokens that were sampled before.

@@ -84,6 +84,8 @@ pub struct Decoder {
     options: DecoderOptions,
     cache: Arc<KvCache>,
     attention: Attention,
+    /// Made with the first step that has a tree.
+    tree_attention: Option<Attention>,
     append: Option<AppendQkv>,
     sampler: Sampler,
     scratch: Scratch,
@@ -179,6 +181,7 @@ impl Decoder {
             model,
             options,
             attention,
+            tree_attention: None,
             append,
             sampler,
             scratch,

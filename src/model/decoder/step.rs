@@ -11,7 +11,7 @@ use crate::model::error::{ModelError, ModelResult};
 use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
-use crate::{BufferRef, KvCache, Result, SequenceId};
+use crate::{Attention, BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
@@ -56,12 +56,12 @@ impl Decoder {
         Ok(drawn.iter().map(|drawn| drawn.last().map(|last| last.token)).collect())
     }
 
-    /// [`Decoder::step`] that returns all that was sampled: for each input none, or as many tokens as drafts were right, and one more, which is
-    /// pending then; with log-probabilities if they were asked for.
+    /// [`Decoder::step`] that returns all that was sampled: for each input none, or as many tokens as drafts were right, one after another, and one
+    /// more, which is pending then; with log-probabilities if they were asked for.
     ///
     /// # Errors
     /// Those of [`Decoder::step`]; [`Error::Argument`](crate::Error::Argument) for drafts without sampling, or more of them than a step or the
-    /// tokens before them allow, for more replayed tokens than there are, and for sets of allowed tokens of another number or length.
+    /// tokens before them allow, for parents that make no tree of them, for more replayed tokens than there are, and for sets of allowed tokens of another number or length.
     pub async fn draw(&mut self, batch: &[Input<'_>]) -> ModelResult<Vec<Vec<Drawn>>> {
         for input in batch {
             self.cached_text(input.sequence)?;
@@ -80,10 +80,13 @@ impl Decoder {
         let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
         let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
         let mut drawn = vec![Vec::new(); batch.len()];
+        // Of inputs with a tree: the tokens of the tree that were right, the first of which was no draft.
+        let mut paths: Vec<Option<Vec<u32>>> = vec![None; batch.len()];
         self.run(&mut feeds, |vocab, chunks, words| {
             let num_drawn = chunks.iter().map(|chunk| chunk.rows).sum::<usize>();
             let (output, mut logits) = words.split_at(num_drawn * Sampler::OUTPUT_WORDS as usize);
             let mut sampled = Sampler::read_output(output).into_iter();
+            let mut accepted = Vec::new();
             for chunk in chunks {
                 for sampled in sampled.by_ref().take(chunk.rows) {
                     let Some(token) = sampled.token else {
@@ -98,11 +101,22 @@ impl Decoder {
                     });
                     drawn[chunk.input].push(Drawn { token, logprob });
                 }
+                if let Some(tree) = chunk.tree {
+                    let path = right_path(tree, chunk.tokens, &drawn[chunk.input]);
+                    accepted.push((chunk.sequence, path.clone()));
+                    paths[chunk.input] = Some(path);
+                }
             }
-            Ok(())
+            Ok(accepted)
         })
         .await?;
-        for ((input, feed), drawn) in batch.iter().zip(&mut feeds).zip(&mut drawn) {
+        for (((input, feed), drawn), path) in batch.iter().zip(&mut feeds).zip(&mut drawn).zip(paths) {
+            if let Some(path) = path {
+                *drawn = path.iter().map(|&token| drawn[token as usize].clone()).collect();
+                let right = path.iter().map(|&token| feed.tokens[feed.wanted_from + token as usize]);
+                feed.tokens = feed.tokens[..feed.wanted_from].iter().copied().chain(right).collect();
+                continue;
+            }
             let (_, drafts) = feed.tokens.split_at(feed.tokens.len() - input.drafts as usize);
             let right = drafts.iter().zip(drawn.iter()).take_while(|(draft, drawn)| **draft == drawn.token).count();
             let rejected = drafts.len() - right;
@@ -149,7 +163,7 @@ impl Decoder {
                 logits[chunk.input].extend(own.iter().map(|&bits| f32::from_bits(bits)));
                 rest = after;
             }
-            Ok(())
+            Ok(Vec::new())
         })
         .await?;
         rollback.disarm();
@@ -184,12 +198,17 @@ impl Decoder {
                 let need = "at least one, as none is pending";
                 return Err(ModelError::argument("tokens", format!("none for {sequence}"), need));
             }
-            if len as usize + tokens.len() > config.max_positions as usize {
+            let tree = check_draws(&input, &tokens, config.vocab_size)?;
+            if let Some(tree) = &tree {
+                self.check_tree(tree)?;
+            }
+            // The drafts of a tree stand side by side.
+            let beside = tree.as_ref().map_or(0, |tree| tree.len() - 1 - tree.depths().iter().max().unwrap_or(&0));
+            if len as usize + tokens.len() - beside as usize > config.max_positions as usize {
                 let got = format!("{len} + {} for {sequence}", tokens.len());
                 let rule = format!("at most the model's {} positions", config.max_positions);
                 return Err(ModelError::argument("tokens", got, rule));
             }
-            check_draws(&input, &tokens, config.vocab_size)?;
             let sampled_once = input.drafts as usize + input.replayed as usize;
             let first_given = usize::from(pending.is_some());
             feeds.push(Feed {
@@ -199,11 +218,31 @@ impl Decoder {
                 done: 0,
                 wanted_from: tokens.len().saturating_sub(rows),
                 draw: input.sampling.map(|_| input),
+                tree,
                 given: first_given..tokens.len().saturating_sub(sampled_once).max(first_given),
                 tokens,
             });
         }
         Ok(feeds)
+    }
+
+    /// Fails unless the last token before drafts that branch and these fit into a step, and the model adds up in any order.
+    fn check_tree(&self, tree: &TokenTree) -> ModelResult<()> {
+        if self.model.is_exact() {
+            return Err(ModelError::argument("parents", "a tree", "a line, as the model is exact"));
+        }
+        let most = self.max_tree_len();
+        if tree.len() > most {
+            let got = format!("{} tokens with the one before the drafts", tree.len());
+            return Err(ModelError::argument("parents", got, format!("at most a step's, {most}")));
+        }
+        Ok(())
+    }
+
+    /// Most tokens of a tree, the one before the drafts included.
+    pub(crate) fn max_tree_len(&self) -> u32 {
+        let rows = self.max_logit_rows().min(TokenTree::MAX_LEN) as u32;
+        rows.min(self.options.max_step_tokens)
     }
 
     /// Rows of logits that fit into a binding at a time.
@@ -213,11 +252,12 @@ impl Decoder {
         (bytes / (u64::from(self.model.config().vocab_size) * 4)).max(1) as usize
     }
 
-    /// Runs a batch in as many steps as it takes. `finish` gets the words that each step has read back. Texts don't change yet.
+    /// Runs a batch in as many steps as it takes. `finish` gets the words that each step has read back, and returns a path of each tree of the step.
+    /// Texts don't change yet.
     async fn run(
         &mut self,
         feeds: &mut [Feed<'_>],
-        mut finish: impl FnMut(usize, &[Chunk<'_>], &[u32]) -> ModelResult<()>,
+        mut finish: impl FnMut(usize, &[Chunk<'_>], &[u32]) -> ModelResult<Paths>,
     ) -> ModelResult<()> {
         let vocab = self.model.config().vocab_size as usize;
         self.find_prefixes(feeds)?;
@@ -280,22 +320,34 @@ impl Decoder {
     async fn run_step(
         &mut self,
         chunks: &[Chunk<'_>],
-        finish: impl FnOnce(&[u32]) -> ModelResult<()>,
+        finish: impl FnOnce(&[u32]) -> ModelResult<Paths>,
     ) -> ModelResult<()> {
         let gpu = self.gpu().clone();
         let model = Arc::clone(&self.model);
         let vocab = model.config().vocab_size;
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
-        let step = self.cache.begin_step(&batch)?;
+        let has_trees = chunks.iter().any(|chunk| chunk.tree.is_some());
+        if has_trees && self.tree_attention.is_none() {
+            let mut config = self.attention.config().clone();
+            config.trees = true;
+            self.tree_attention = Some(Attention::new(&self.cache, config).await?);
+        }
+        let mut step = if has_trees {
+            let trees: Vec<_> = chunks.iter().map(|chunk| chunk.tree.cloned()).collect();
+            self.cache.begin_step_with_trees(&batch, &trees)?
+        } else {
+            self.cache.begin_step(&batch)?
+        };
+        let attention = self.tree_attention.as_ref().filter(|_| has_trees).unwrap_or(&self.attention);
         let plan = if model.is_exact() {
             let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
-            self.attention.plan_with_kernels(&step, &kernels)?
+            attention.plan_with_kernels(&step, &kernels)?
         } else {
-            self.attention.plan(&step)?
+            attention.plan(&step)?
         };
 
         let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
-        let positions: Vec<u32> = chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len() as u32).collect();
+        let positions: Vec<u32> = chunks.iter().flat_map(Chunk::positions).collect();
         let mut head_rows = Vec::new();
         let mut start = 0;
         for chunk in chunks {
@@ -328,7 +380,7 @@ impl Decoder {
         let histories: Vec<_> = draws
             .iter()
             .map(|(chunk, _, sampling, _, row)| {
-                self.history(chunk.sequence, &chunk.fed[..chunk.fed.len() - chunk.rows + row + 1], sampling)
+                self.history(chunk.sequence, &chunk.fed_to(chunk.tokens.len() - chunk.rows + row), sampling)
             })
             .collect();
         let requests: Vec<_> = draws
@@ -337,7 +389,7 @@ impl Decoder {
             .map(|(&(chunk, input, &sampling, draw, row), history)| SamplingRequest {
                 sampling,
                 // The position of the token that is drawn, so that a seed gives the same text however it is cut into steps.
-                draw_index: chunk.position + (chunk.tokens.len() - chunk.rows + row + 1) as u32,
+                draw_index: chunk.position_of(chunk.tokens.len() - chunk.rows + row) + 1,
                 history,
                 logprob: false,
                 allowed: input.allowed.get(draw).map(Vec::as_slice),
@@ -365,7 +417,7 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                attention: &self.attention,
+                attention: self.tree_attention.as_ref().filter(|_| has_trees).unwrap_or(&self.attention),
                 append: self.append.as_ref(),
                 step: &step,
                 plan: &plan,
@@ -393,10 +445,24 @@ impl Decoder {
         gpu.submit("running the model", encoder).await?;
         if num_head_rows > 0 {
             let words = staging.words(&gpu, result_bytes).await?;
-            finish(&words)?;
+            let paths = finish(&words)?;
+            if has_trees {
+                self.accept(&mut step, &paths).await?;
+            }
         }
         self.staging = Some(staging);
         self.cache.commit(step)?;
+        Ok(())
+    }
+
+    /// Keeps a path of each tree of a step. Submits, if rows move.
+    async fn accept(&self, step: &mut Step, paths: &Paths) -> ModelResult<()> {
+        let given: Vec<_> = paths.iter().map(|(sequence, path)| (*sequence, path.as_slice())).collect();
+        let mut encoder = self.gpu().encoder()?;
+        self.cache.accept(&mut encoder, step, &given)?;
+        if given.iter().any(|(_, path)| (0..).zip(*path).any(|(to, &from)| from != to)) {
+            self.gpu().submit("accepting drafts", encoder).await?;
+        }
         Ok(())
     }
 
@@ -440,13 +506,42 @@ fn publish(cache: &KvCache, sequence: SequenceId, text: &mut Text, exact: bool) 
     }
 }
 
-/// Checks what an input wants to be drawn. `tokens` are those that it feeds, the pending one included.
-fn check_draws(input: &Input<'_>, tokens: &[u32], vocab: u32) -> ModelResult<()> {
+/// Paths of trees, by the sequence.
+type Paths = Vec<(SequenceId, Vec<u32>)>;
+
+/// The tokens of a tree that are what was sampled before them, from its root on, which always is. `sampled`: what comes after each.
+fn right_path(tree: &TokenTree, tokens: &[u32], sampled: &[Drawn]) -> Vec<u32> {
+    let mut path = vec![0];
+    while let Some(&last) = path.last() {
+        let next = sampled.get(last as usize).map(|drawn| drawn.token);
+        let mut children = (0..).zip(tree.parents()).zip(tokens).filter(|((_, parent), _)| **parent == Some(last));
+        match children.find(|&(_, &token)| Some(token) == next) {
+            Some(((child, _), _)) => path.push(child),
+            None => break,
+        }
+    }
+    path
+}
+
+/// Checks what an input wants to be drawn. `tokens` are those that it feeds, the pending one included. Returns how the last one before the drafts and
+/// these branch, if they do.
+fn check_draws(input: &Input<'_>, tokens: &[u32], vocab: u32) -> ModelResult<Option<TokenTree>> {
     let (drafts, len) = (input.drafts as usize, tokens.len());
     if drafts > 0 && (input.sampling.is_none() || drafts >= len || drafts > input.tokens.len()) {
         let rule = "sampling, a token before them, and at most the tokens that are fed";
         return Err(ModelError::argument("drafts", format!("{drafts} of {len} tokens"), rule));
     }
+    let tree = if input.parents.is_empty() {
+        None
+    } else if input.parents.len() != drafts {
+        return Err(ModelError::argument("parents", input.parents.len(), format!("one per draft, {drafts}")));
+    } else {
+        // Errors count from the first draft. The root of the tree is the token before it.
+        TokenTree::new(input.parents)?;
+        let parents = input.parents.iter().map(|parent| Some(parent.map_or(0, |parent| parent.saturating_add(1))));
+        let tree = TokenTree::new(&std::iter::once(None).chain(parents).collect::<Vec<_>>())?;
+        Some(tree).filter(|tree| !tree.is_line())
+    };
     if input.replayed as usize > input.tokens.len() - drafts {
         let rule = format!("at most the tokens before the drafts, {}", input.tokens.len() - drafts);
         return Err(ModelError::argument("replayed", input.replayed, rule));
@@ -458,5 +553,5 @@ fn check_draws(input: &Input<'_>, tokens: &[u32], vocab: u32) -> ModelResult<()>
         let rule = format!("one for each of {} draws, of {words} words", input.draws());
         return Err(ModelError::argument("allowed", got, rule));
     }
-    Ok(())
+    Ok(tree)
 }
