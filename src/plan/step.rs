@@ -200,7 +200,9 @@ fn check_masks(batch: &Batch, masks: &[&[u32]]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::plan::{MergeItem, WorkItem};
-    use crate::sequence::QueryKernel;
+    use crate::plan::{NO_MASK, TREE_MASK};
+    use crate::sequence::{QueryKernel, TokenTree};
+    use std::sync::Arc;
 
     const SHAPE: PlanShape = PlanShape {
         num_kv_heads: 2,
@@ -364,6 +366,44 @@ mod tests {
             let text = error.expect_err("refused").to_string();
             assert!(text.starts_with("masks: got"), "{text}");
         }
+    }
+
+    /// The words of a tree's mask are found from its items; sequences beside it have no mask, and nothing else goes with a tree.
+    #[test]
+    fn trees_have_masks_of_their_own() {
+        let tree = TokenTree::new(&[None, Some(0), Some(0), Some(2), None]).expect("a tree");
+        let mut with_tree = batch();
+        with_tree.entries[1].tree = Some(Arc::new(tree.clone()));
+        let new = |shape: PlanShape, batch: &Batch, masks: &[&[u32]]| {
+            StepPlan::new(&shape, &POLICY, &AttendParams::default(), batch, masks)
+        };
+        for window in [None, Some(4)] {
+            let plan = new(PlanShape { window, ..SHAPE }, &with_tree, &[]).expect("a plan");
+            let mask = tree.mask(7, window);
+            let items = plan.lists.decode.iter().chain(&plan.lists.prefill);
+            let (of_tree, others): (Vec<&WorkItem>, Vec<&WorkItem>) =
+                items.partition(|item| (1..6).contains(&item.query_start));
+            for item in of_tree {
+                assert_eq!((item.mask_begin, item.mask_stride), (7 | TREE_MASK, 1 + u32::from(window.is_some())));
+                let start = (item.mask_offset - (item.query_start - 1) * item.mask_stride) as usize;
+                assert_eq!(plan.words[start..start + mask.len()], mask);
+                // Its root sees the keys 4 to 7.
+                assert_eq!(item.kv_begin, window.map_or(0, |_| 4));
+            }
+            assert!(others.iter().all(|item| (item.mask_begin, item.mask_stride) == (NO_MASK, 0)));
+        }
+        let masks = [vec![0; 7], vec![0; 5], vec![0; 32]];
+        let refused = |batch: &Batch, masks: &[&[u32]], name: &str| {
+            let error = new(SHAPE, batch, masks).expect_err("refused").to_string();
+            assert!(error.starts_with(name), "{error}");
+        };
+        refused(&with_tree, &masks.each_ref().map(Vec::as_slice), "masks: got some beside a tree");
+        let mut other = with_tree.clone();
+        other.entries[1].kernel = QueryKernel::Decode;
+        refused(&other, &[], "masks: got");
+        let mut other = with_tree;
+        other.entries[1].query_len = 4;
+        refused(&other, &[], "batch: got");
     }
 
     /// Whatever a program with a library of its own passes in: an error or a plan, no panic.

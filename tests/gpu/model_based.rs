@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 
 use folio::wgpu::CommandEncoder;
-use folio::{BlockId, Error, KvCache, PoolUsage, SequenceId, SequenceSnapshot, Step};
+use folio::{BlockId, Error, KvCache, PoolUsage, SequenceId, SequenceSnapshot, Step, TokenTree};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
@@ -32,6 +32,8 @@ enum Op {
     Prompt(u32),
     /// New tokens for some sequences; commands are submitted at once, whatever becomes of the step.
     Step(Vec<(Index, u32)>, Fate),
+    /// New tokens of a sequence that branch, so many and by this seed, of which a path is accepted.
+    Tree(Index, u32, u64, Fate),
     /// Ends the oldest open step.
     End {
         commit: bool,
@@ -64,11 +66,14 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     let fate = prop_oneof![3 => Just(Fate::Commit), 1 => Just(Fate::Drop), 1 => Just(Fate::Hold)];
+    let fate_of_tree = fate.clone();
     let batch = prop::collection::vec((any::<Index>(), 1..8_u32), 1..6);
     prop_oneof![
         2 => Just(Op::Create),
         4 => (1..20_u32).prop_map(Op::Prompt),
         8 => (batch, fate).prop_map(|(batch, fate)| Op::Step(batch, fate)),
+        4 => (any::<Index>(), 1..12_u32, any::<u64>(), fate_of_tree)
+            .prop_map(|(sequence, len, seed, fate)| Op::Tree(sequence, len, seed, fate)),
         2 => any::<bool>().prop_map(|commit| Op::End { commit }),
         4 => (any::<Index>(), 0..3_u32).prop_map(|(s, less)| Op::Fork(s, less)),
         2 => (any::<Index>(), any::<Index>()).prop_map(|(s, len)| Op::ForkAt(s, len)),
@@ -130,6 +135,10 @@ impl Model<'_> {
             Op::Step(batch, fate) => {
                 let batch = batch.iter().filter_map(|(index, len)| Some((self.pick(index)?, *len)));
                 self.step(&batch.collect::<Vec<_>>(), *fate);
+            }
+            Op::Tree(index, len, seed, fate) => {
+                let Some(i) = self.pick(index) else { return };
+                self.tree(i, *len, *seed, *fate);
             }
             Op::End { commit } => {
                 if !self.open.is_empty() {
@@ -322,7 +331,40 @@ impl Model<'_> {
         let taken = room(before) - room(self.cache.usage());
         assert!((least..=most).contains(&taken), "took {taken}, {least} to {most}");
         run(self.cache, &step, &new.iter().flat_map(|(_, tokens)| tokens).copied().collect::<Vec<_>>());
-        let open = Open { step, new };
+        self.end(Open { step, new }, fate, before);
+    }
+
+    /// A tree of new tokens, and a path of it.
+    fn tree(&mut self, i: usize, len: u32, seed: u64, fate: Fate) {
+        let sequence = self.sequences[i].0;
+        if self.is_open(sequence) {
+            return;
+        }
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let parents: Vec<_> = (0..len).map(|i| (rng.u32(..5) > 0 && i > 0).then(|| rng.u32(..i.max(1)))).collect();
+        let tree = TokenTree::new(&parents).expect("a tree");
+        let mut path = tree.path_to(rng.u32(..len));
+        path.truncate(rng.usize(..=path.len()));
+        let tokens: Vec<u32> = (self.next_token..self.next_token + len).collect();
+        self.next_token += len;
+        let before = self.cache.usage();
+        let mut step = match self.cache.begin_step_with_trees(&[(sequence, len)], &[Some(tree)]) {
+            Ok(step) => step,
+            Err(Error::OutOfBlocks { need, free, .. }) => {
+                assert!(need > free && free == room(before), "need {need}, {before:?}");
+                return assert_eq!(self.cache.usage(), before);
+            }
+            Err(error) => panic!("{error}"),
+        };
+        run(self.cache, &step, &tokens);
+        let mut encoder = encoder(self.cache);
+        self.cache.accept(&mut encoder, &mut step, &[(sequence, &path)]).expect("a path");
+        self.submit(encoder);
+        let kept = path.iter().map(|&i| tokens[i as usize]).collect();
+        self.end(Open { step, new: vec![(sequence, kept)] }, fate, before);
+    }
+
+    fn end(&mut self, open: Open, fate: Fate, before: PoolUsage) {
         match fate {
             Fate::Commit => self.commit(open),
             Fate::Drop => {
