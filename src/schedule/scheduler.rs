@@ -144,7 +144,7 @@ impl Scheduler {
     }
 
     /// Offers guesses at the next tokens of a running request that wants one token, to be verified in the next step if there is room. Any
-    /// other step, and the one that takes them, forgets them.
+    /// other step, and the one that takes them, forgets them. Of guesses that branch all count: each takes a token of the step and a slot of the cache.
     pub fn set_drafts(&mut self, request: RequestId, drafts: u32) {
         if let Some(request) = self.requests.get_mut(&request) {
             // Each draft that is right is followed by one more token, which is never fed if it is the last.

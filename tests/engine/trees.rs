@@ -1,15 +1,16 @@
 //! Drafts that branch: the same tokens, in fewer steps.
 
 use std::future::ready;
+use std::sync::Arc;
 
 use fastrand::Rng;
-use folio::KvFormat;
 use folio::engine::{
     DraftModel, DraftTree, Draftable, Engine, EngineOptions, PromptLookup, Proposals, Proposer, Request,
 };
-use folio::model::Sampling;
+use folio::model::{Decoder, DecoderOptions, Model, ModelOptions, Sampling, WeightFormat};
+use folio::{Gpu, KvFormat};
 
-use super::{Collected, adapter, collect, decoder, drawn, engine, options, prompt};
+use super::{Collected, adapter, collect, decoder, drawn, engine, options, prompt, stories};
 
 const PROMPTS: [&str; 5] = [
     "Once upon a time there was a girl named Anna. She had a dog and a red ball. The dog liked the ball. The dog and the cat and",
@@ -114,10 +115,18 @@ fn trees_change_no_token() {
     }
 }
 
+/// The model with weights of 4 bits.
+fn small_model(gpu: &Gpu) -> DraftModel {
+    let weights = ModelOptions::new(WeightFormat::INT4);
+    let model = Arc::new(Model::load_blocking(gpu, stories(), weights, |_| {}).unwrap());
+    DraftModel::new(Decoder::new_blocking(model, DecoderOptions::default()).unwrap()).unwrap()
+}
+
 /// A tree needs fewer steps than its first line.
 #[test]
 fn trees_save_steps() {
     let Some(plain) = decoder(64, KvFormat::F32, false) else { return };
+    let gpu = plain.gpu().clone();
     let requests = requests(48);
     let want = alone(&mut engine(plain, EngineOptions::default()), &requests);
     let plain_steps: u32 = want.iter().map(|(_, steps)| steps).sum();
@@ -138,5 +147,10 @@ fn trees_save_steps() {
     adapter::say(&format!(
         "prompt lookup, {plain_steps} steps without drafts; (steps, drafts, accepted): line {line:?}, tree {tree:?}"
     ));
+    assert!(tree.0 < line.0 && line.0 < plain_steps, "{tree:?}, {line:?} of {plain_steps}");
+    let [one, two] = [small_model(&gpu), small_model(&gpu).with_alternatives(2)];
+    let line = with(Box::new(|engine| engine.with_proposer(one)));
+    let tree = with(Box::new(|engine| engine.with_proposer(two)));
+    adapter::say(&format!("a draft model of 4 bits: line {line:?}, with two alternatives {tree:?}"));
     assert!(tree.0 < line.0 && line.0 < plain_steps, "{tree:?}, {line:?} of {plain_steps}");
 }
