@@ -1,4 +1,5 @@
 {% import "shared/kv_side.wgsl" as sides %}
+{% set kept = [k_side] if latent else [k_side, v_side] %}
 // move_rows: rows of K and V go to earlier places of their sequences, their scales with them. Bytes are bytes: no format matters here.
 // One invocation moves one word of the rows of one KV head, of K and of V, for one list, in the order of the list. Destinations of a list rise
 // and none is behind its source, which rises too: so no word is overwritten before it is read, and lists have no block in common.
@@ -6,20 +7,20 @@
 {% include "shared/cache_params.wgsl" %}
 
 // Words of a row, and of a row with its scale.
-{% for side in [k_side, v_side] %}
+{% for side in kept %}
 const {{ side.name|upper }}_ROW: u32 = {{ side.row_bytes // 4 }}u;
 const {{ side.name|upper }}_WORDS: u32 = {{ side.row_bytes // 4 + (1 if side.row_scales else 0) }}u;
 {% endfor %}
-const WORDS: u32 = max(K_WORDS, V_WORDS);
+const WORDS: u32 = {{ "K_WORDS" if latent else "max(K_WORDS, V_WORDS)" }};
 
 {{ sides.declare(k_side, 0, "read_write", "u32", "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, K_ROW]") -}}
-{{ sides.declare(v_side, k_side.segments, "read_write", "u32", "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, V_ROW]") -}}
-{% set after = k_side.segments + v_side.segments %}
+{{ sides.declare(v_side, k_side.segments, "read_write", "u32", "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, V_ROW]") if not latent -}}
+{% set after = k_side.segments + (0 if latent else v_side.segments) %}
 @group(0) @binding({{ after }}) var<storage, read> step_lists: array<u32>;  // [num_copies + 1] where each list begins, at params.list_offset; [moves, 2] slots from and to, at params.copies_offset
 @group(0) @binding({{ after + 1 }}) var<uniform> params: CacheParams;
 
 {{ sides.cache_row_function() }}
-{% for side in [k_side, v_side] %}
+{% for side in kept %}
 {% macro place(local) -%}
 {% if side.row_scales -%}
     select({{ sides.row_start(side, local, 4) }} + word, {{ sides.scale_word(side, local) }}, word == {{ side.name|upper }}_ROW)
@@ -56,11 +57,10 @@ fn move_rows(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocat
         let slot_to = step_lists[params.copies_offset + 2u * i + 1u];
         let row_from = cache_row(slot_from / BLOCK_SIZE, kv_head, slot_from);
         let row_to = cache_row(slot_to / BLOCK_SIZE, kv_head, slot_to);
-        if (word < K_WORDS) {
-            write_k(row_to, word, read_k(row_from, word));
+{% for side in kept %}
+        if (word < {{ side.name|upper }}_WORDS) {
+            write_{{ side.name }}(row_to, word, read_{{ side.name }}(row_from, word));
         }
-        if (word < V_WORDS) {
-            write_v(row_to, word, read_v(row_from, word));
-        }
+{% endfor %}
     }
 }

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use folio::kernel::tuning::Tuning;
-use folio::model::{Decoder, DecoderOptions, Model, ModelConfig, ModelOptions, Progress, Tokenizer, WeightFormat};
+use folio::model::{
+    Decoder, DecoderOptions, GgufMetadata, Model, ModelConfig, ModelOptions, Progress, Tokenizer, WeightFormat,
+};
 use folio::{Gpu, GpuOptions, KvFormat, KvFormats};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -17,8 +19,8 @@ use crate::template::ChatTemplate;
 /// Which model, and how it is kept.
 #[derive(Clone, clap::Args)]
 pub(crate) struct LoadOptions {
-    /// Folder with config.json, tokenizer.json and safetensors [default: the story model of this repository]
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json, tokenizer.json and safetensors, or a .gguf file [default: the story model of this repository]
+    #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<PathBuf>,
     /// Leave the model's chat template out: text goes in as it is
     #[arg(long)]
@@ -87,7 +89,7 @@ pub(crate) struct Loaded {
     pub(crate) tokenizer: Tokenizer,
     /// How it wants conversations; `None` if it says nothing, or isn't asked.
     pub(crate) template: Option<ChatTemplate>,
-    /// `stories`, or that of the model's folder.
+    /// `stories`, or that of the model's folder or file.
     pub(crate) name: String,
     /// Tokens that end an answer.
     pub(crate) stop_tokens: Vec<u32>,
@@ -103,12 +105,19 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
         gpu = tuned(&gpu, file)?;
     }
     let stories = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
-    let folder = options.model.clone().unwrap_or_else(stories);
-    let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))?;
-    let template = if options.raw { None } else { ChatTemplate::from_folder(&folder)? };
+    let path = options.model.clone().unwrap_or_else(stories);
+    let is_gguf = GgufMetadata::is_path(&path);
+    let tokenizer = Tokenizer::from_file(if is_gguf { path.clone() } else { path.join("tokenizer.json") })?;
+    let template = if options.raw {
+        None
+    } else if is_gguf {
+        ChatTemplate::from_gguf(&path)?
+    } else {
+        ChatTemplate::from_folder(&path)?
+    };
     let start = Instant::now();
     let model_options = ModelOptions::new(options.weights).with_exact(options.exact);
-    let model = Model::load_blocking(&gpu, &folder, model_options, loading_bar())?;
+    let model = Model::load_blocking(&gpu, &path, model_options, loading_bar())?;
     let load_time = start.elapsed();
     tokenizer.check_vocab_size(model.config().vocab_size)?;
     let mut stop_tokens = model.config().eos_token_ids.clone();
@@ -129,7 +138,7 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
     }
     gpu.block_on(decoder.warm_up())?;
     drop(busy);
-    let name = if options.is_stories() { "stories".to_owned() } else { name_of(&folder) };
+    let name = if options.is_stories() { "stories".to_owned() } else { name_of(&path) };
     eprintln!(
         "{name}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",
         model.weight_bytes() as f64 / 1e6,
@@ -139,10 +148,11 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
     Ok(Loaded { gpu, decoder, tokenizer, template, name, stop_tokens })
 }
 
-/// The folder's own name, also where it is given as `.` or by a link.
-fn name_of(folder: &Path) -> String {
-    let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
-    last(folder).or_else(|| last(&folder.canonicalize().ok()?)).unwrap_or_else(|| "model".to_owned())
+/// The folder's own name, also where it is given as `.` or by a link; that of a `.gguf` file without its end.
+fn name_of(model: &Path) -> String {
+    let own = |path: &Path| if GgufMetadata::is_path(path) { path.file_stem() } else { path.file_name() };
+    let last = |path: &Path| own(path).map(|name| name.to_string_lossy().into_owned());
+    last(model).or_else(|| last(&model.canonicalize().ok()?)).unwrap_or_else(|| "model".to_owned())
 }
 
 /// The same device with the kernel sizes of a file.

@@ -1,6 +1,6 @@
 //! Chat templates: how a model wants a conversation as one text.
 //!
-//! Hugging Face's checkpoints bring a Jinja template along. It is rendered by minijinja in the surroundings that transformers gives it: blocks
+//! Hugging Face's checkpoints and GGUF files bring a Jinja template along. It is rendered by minijinja in the surroundings that transformers gives it: blocks
 //! trimmed, no escaping, Python's methods, `raise_exception`, `strftime_now`, `tojson`.
 
 use std::collections::BTreeMap;
@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use folio::model::GgufMetadata;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
@@ -134,9 +135,28 @@ impl ChatTemplate {
             SpecialToken::Text(text) | SpecialToken::Object { content: text } => text,
         };
         let special_tokens = tokens.into_iter().filter_map(|(name, token)| Some((name, text(token?)))).collect();
+        Self::new(source, path, special_tokens).map(Some)
+    }
+
+    /// The template of a GGUF file: `tokenizer.chat_template`. `None` if there is none.
+    pub(crate) fn from_gguf(path: &Path) -> Result<Option<Self>> {
+        let metadata = GgufMetadata::open(path)?;
+        let Some(source) = metadata.text("tokenizer.chat_template")? else { return Ok(None) };
+        let mut special_tokens = BTreeMap::new();
+        for (name, setting) in
+            [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
+        {
+            if let Some(token) = metadata.special_token(setting)? {
+                special_tokens.insert(name, token.to_owned());
+            }
+        }
+        Self::new(source.to_owned(), path.to_owned(), special_tokens).map(Some)
+    }
+
+    fn new(source: String, path: PathBuf, special_tokens: BTreeMap<&'static str, String>) -> Result<Self> {
         let failed = |error: Error| anyhow!("{}: chat template: {error}", path.display());
         let environment = environment(source).map_err(failed)?;
-        Ok(Some(Self { environment, path, special_tokens }))
+        Ok(Self { environment, path, special_tokens })
     }
 
     /// The conversation as one text, special tokens included: it is to be encoded without adding any. With `add_generation_prompt` it ends where

@@ -240,3 +240,27 @@ fn a_signal_takes_the_picture_away_too() {
     assert!(matches!(child.wait().unwrap().code(), Some(0 | 130)));
     assert!(is_as_found(&other));
 }
+
+#[test]
+fn a_gguf_file_is_a_model() {
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gguf/qwen2/model.gguf");
+    let path = file.to_str().unwrap();
+    // The weights are random, so that any text is right; that it is one turn of the template's, `--verbose` says.
+    for weights in ["f16", "int4"] {
+        let Some(child) =
+            start(&["--model", path, "-p", "Hi", "-n", "4", "-t", "0", "--verbose", "--weights", weights])
+        else {
+            return;
+        };
+        let (code, out, err) = finish(child);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(err.contains("model: 0.0 MB of weights"), "{err}");
+        // <|im_start|>, user, a line, Hi, <|im_end|>, a line, <|im_start|>, assistant, a line: more than the text alone.
+        let prompt = out.lines().find(|line| line.starts_with("prompts")).unwrap();
+        let tokens: u32 = prompt.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(tokens >= 9, "{prompt}");
+    }
+    let missing = folio(&["chat", "--model", "nowhere.gguf", "-p", "Hi"]);
+    let (code, _, err) = finish(missing);
+    assert!(code == Some(1) && err.contains("nowhere.gguf"), "{err}");
+}

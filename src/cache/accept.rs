@@ -61,7 +61,7 @@ impl KvCache {
                 .layers
                 .iter()
                 .map(|storage| {
-                    let mut resources: Vec<_> = storage.bindings().collect();
+                    let mut resources: Vec<_> = storage.written().collect();
                     resources.extend([words.as_entire_binding(), params_binding::<CacheParams>(&words, 0)]);
                     kernel.dispatch(resources, [x, y, 1])
                 })

@@ -7,7 +7,7 @@ use super::ops::NormKind;
 use super::{ModelError, ModelResult};
 
 /// One architecture of Hugging Face transformers.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Architecture {
     pub(crate) model_type: &'static str,
     pub(crate) config: ConfigKeys,
@@ -23,7 +23,7 @@ pub struct Architecture {
 }
 
 /// What `config.json` calls the settings. Defaults are those of transformers' configuration classes; what has none must be there.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct ConfigKeys {
     pub(crate) num_layers: &'static str,
     pub(crate) hidden_size: &'static str,
@@ -78,7 +78,7 @@ pub(crate) enum Window {
 }
 
 /// Names of tensors. `{i}` stands for the layer; `.weight` and `.bias` are appended. All but the head's follow the prefix.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct TensorNames {
     /// What files put before the names, in the order in which they are tried: a bare model is saved without it.
     pub(crate) prefixes: &'static [&'static str],

@@ -1,4 +1,4 @@
-//! Reads a Hugging Face checkpoint: which tensors its safetensors files hold, and their rows as f32.
+//! Reads a checkpoint: which tensors its safetensors files, or its GGUF file, hold, and their rows as f32.
 //!
 //! Files are mapped, not read: one at a time, so that a process never has more than one of them in its memory, and rows are converted
 //! straight into the caller's buffer.
@@ -9,15 +9,14 @@ use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::architecture::{Architecture, LinearWeights, ModelWeights, Piece, TensorSource};
 use super::config::{JsonFile, ModelConfig};
-use super::{ModelError, ModelResult};
+use super::elements::{ElementType, Elements};
+use super::gguf::{self, Described, Header};
+use super::{ModelError, ModelResult, WeightGrid};
 use crate::files::{self, Fault};
 
 /// The longest header that the safetensors library reads, too.
@@ -40,7 +39,10 @@ const COMPARE_LEN: usize = 1 << 18;
 #[derive(Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
-    architecture: &'static Architecture,
+    /// With the names that the files use.
+    architecture: Architecture,
+    /// Rows of queries and keys are to be brought into Hugging Face's order.
+    interleaved: bool,
     /// The file that must name every tensor: the only shard, or the index.
     names: PathBuf,
     shards: Vec<Shard>,
@@ -60,7 +62,7 @@ struct Shard {
 #[derive(Debug)]
 struct Entry {
     shard: usize,
-    dtype: Dtype,
+    kind: ElementType,
     shape: Vec<usize>,
     /// Bytes from the start of the file.
     start: usize,
@@ -69,18 +71,22 @@ struct Entry {
 
 impl Checkpoint {
     /// Opens a directory with `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards. A path to a
-    /// `.safetensors` file or to an index opens that one, with the `config.json` beside it.
+    /// `.safetensors` file or to an index opens that one, with the `config.json` beside it; a path to a `.gguf` file (version 2 or 3) opens that alone.
     ///
     /// Reads configuration and headers, no weights.
     ///
     /// # Errors
     /// [`ModelError::File`] for a file that is missing, unreadable, truncated or broken, [`ModelError::Config`] for a setting that is
-    /// missing, wrong or not supported, [`ModelError::Tensor`] for a tensor that an index names and its file lacks.
+    /// missing, wrong or not supported, [`ModelError::Tensor`] for a tensor that an index names and its file lacks, or that a GGUF file describes
+    /// wrongly or in a type that is not supported.
     pub fn open(path: impl AsRef<Path>) -> ModelResult<Self> {
         let path = path.as_ref();
+        if gguf::is_gguf(path) {
+            return Self::open_gguf(path);
+        }
         let (directory, names) = find(path)?;
         let config = ModelConfig::from_dir(&directory)?;
-        let architecture = config.architecture()?;
+        let architecture = *config.architecture()?;
         let mut shards = Vec::new();
         let mut tensors = HashMap::new();
         if names.extension().is_some_and(|extension| extension == "json") {
@@ -114,7 +120,29 @@ impl Checkpoint {
         } else {
             tensors = open_shard(names.clone(), &mut shards)?;
         }
-        Ok(Self { config, architecture, names, shards, tensors, mapped: Mutex::new(None) })
+        Ok(Self { config, architecture, interleaved: false, names, shards, tensors, mapped: Mutex::new(None) })
+    }
+
+    fn open_gguf(path: &Path) -> ModelResult<Self> {
+        let header = Header::read(path)?;
+        let Described { config, architecture, interleaved } = gguf::describe(&header)?;
+        let Header { file, bytes, tensors, .. } = header;
+        let entry = |tensor: gguf::Tensor| {
+            let gguf::Tensor { kind, shape, start, end } = tensor;
+            Entry { shard: 0, kind, shape, start, end }
+        };
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name, entry(tensor))).collect();
+        let names = path.to_owned();
+        let shards = vec![Shard { path: names.clone(), file, bytes }];
+        let checkpoint = Self { config, architecture, interleaved, names, shards, tensors, mapped: Mutex::new(None) };
+        // No setting tells of parts that an architecture doesn't have: a tensor that nothing uses does.
+        let weights = checkpoint.weights()?;
+        if let Some(tensor) = checkpoint.unused(&weights).first() {
+            let need = format!("only tensors that {} has", checkpoint.config.model_type);
+            let got = "a tensor that is not known".to_owned();
+            return Err(ModelError::Tensor { path: path.to_owned(), tensor: (*tensor).to_owned(), got, need });
+        }
+        Ok(checkpoint)
     }
 
     /// The model's shape and settings.
@@ -143,6 +171,9 @@ impl Checkpoint {
         )?;
         if weights.head.is_none() {
             weights.head = self.untied_head(&weights.embedding)?;
+        }
+        if self.interleaved {
+            gguf::undo_interleaving(&mut weights, self.config.head_dim as usize);
         }
         Ok(weights)
     }
@@ -179,7 +210,7 @@ impl Checkpoint {
         let mut bytes = 0;
         for piece in &source.pieces {
             let entry = self.entry(piece)?;
-            bytes += piece.rows as u64 * source.columns as u64 * (entry.dtype.bitsize() / 8) as u64;
+            bytes += entry.kind.bytes(piece.rows as u64 * source.columns as u64);
         }
         Ok(bytes)
     }
@@ -193,14 +224,52 @@ impl Checkpoint {
     /// [`Error::Argument`](crate::Error::Argument) if `out` holds no whole rows or the source ends before it; [`ModelError::Tensor`] as for
     /// [`Checkpoint::check`]; [`ModelError::File`] if the file was cut short or can't be mapped.
     pub fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
-        let [rows, columns] = source.shape();
-        if !out.len().is_multiple_of(columns) {
-            let need = format!("a multiple of the {columns} columns");
-            return Err(ModelError::argument("out", format!("{} f32", out.len()), need));
+        let columns = source.columns;
+        self.each_run(source, row_start, columns, out, |piece, data, first, out| {
+            if piece.transposed {
+                // The file has `[columns, all rows]`.
+                let stride = piece.shape.get(1).copied().unwrap_or(1);
+                data.transposed(first, stride, columns, out);
+            } else {
+                data.read(first * columns, out);
+            }
+        })
+    }
+
+    /// Fills in the grids on which rows of a source lie, from `row_start` on, one for each group of 32 columns: those of GGUF's Q4_0, Q4_1 and Q4_K.
+    /// The others stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::rows`].
+    pub fn grids(&self, source: &TensorSource, row_start: usize, out: &mut [Option<WeightGrid>]) -> ModelResult<()> {
+        let groups = source.columns.div_ceil(WeightGrid::GROUP_SIZE as usize);
+        self.each_run(source, row_start, groups, out, |piece, data, first, out| match data.kind {
+            // Rows of such a type are whole blocks, unless they are columns.
+            ElementType::Blocks(kind) if !piece.transposed && source.columns > 1 => {
+                kind.grids(data.bytes, first * groups, out);
+            }
+            _ => {}
+        })
+    }
+
+    /// Calls `read` for each run of rows that lie side by side in a tensor: the piece and its bytes, the first row's number in the tensor, and the part
+    /// of `out`, which has `per_row` elements for each row, from `row_start` on.
+    fn each_run<T>(
+        &self,
+        source: &TensorSource,
+        row_start: usize,
+        per_row: usize,
+        out: &mut [T],
+        mut read: impl FnMut(&Piece, &Elements<'_>, usize, &mut [T]),
+    ) -> ModelResult<()> {
+        let [rows, _] = source.shape();
+        if !out.len().is_multiple_of(per_row) {
+            let need = format!("a multiple of {per_row}, as many as for a row");
+            return Err(ModelError::argument("out", format!("{} elements", out.len()), need));
         }
-        let row_end = row_start.checked_add(out.len() / columns).filter(|end| *end <= rows);
+        let row_end = row_start.checked_add(out.len() / per_row).filter(|end| *end <= rows);
         let Some(row_end) = row_end else {
-            let got = format!("{} rows from row {row_start} on", out.len() / columns);
+            let got = format!("{} rows from row {row_start} on", out.len() / per_row);
             return Err(ModelError::argument("row_start", got, format!("within the {rows} rows")));
         };
         let mut piece_start = 0;
@@ -208,33 +277,20 @@ impl Checkpoint {
             let piece_end = piece_start + piece.rows;
             let (from, to) = (row_start.max(piece_start), row_end.min(piece_end));
             if from < to {
-                let out = &mut out[(from - row_start) * columns..(to - row_start) * columns];
-                self.piece_rows(piece, from - piece_start, columns, out)?;
+                let entry = self.entry(piece)?;
+                let map = self.map(entry.shard)?;
+                let data = Elements { bytes: &map[entry.start..entry.end], kind: entry.kind };
+                let mut row = from - piece_start;
+                let mut rest = &mut out[(from - row_start) * per_row..(to - row_start) * per_row];
+                while !rest.is_empty() {
+                    let (first, run) = piece.locate(row);
+                    let run = run.min(rest.len() / per_row);
+                    let (now, later) = rest.split_at_mut(run * per_row);
+                    read(piece, &data, first, now);
+                    (rest, row) = (later, row + run);
+                }
             }
             piece_start = piece_end;
-        }
-        Ok(())
-    }
-
-    fn piece_rows(&self, piece: &Piece, row_start: usize, columns: usize, out: &mut [f32]) -> ModelResult<()> {
-        let entry = self.entry(piece)?;
-        let map = self.map(entry.shard)?;
-        let data = Elements { bytes: &map[entry.start..entry.end], dtype: entry.dtype };
-        let mut row = row_start;
-        let mut rest = out;
-        while !rest.is_empty() {
-            let (first, run) = piece.locate(row);
-            let run = run.min(rest.len() / columns);
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(run * columns);
-            if piece.transposed {
-                // The file has `[columns, all rows]`.
-                let stride = piece.shape.get(1).copied().unwrap_or(1);
-                data.transposed(first, stride, columns, now);
-            } else {
-                data.read(first * columns, now);
-            }
-            rest = later;
-            row += run;
         }
         Ok(())
     }
@@ -258,8 +314,8 @@ impl Checkpoint {
         if entry.shape != piece.shape {
             return Err(wrong(path, format!("shape {:?}", entry.shape), format!("shape {:?}", piece.shape)));
         }
-        if !matches!(entry.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(wrong(path, format!("type {:?}", entry.dtype), "type F32, F16 or BF16".to_owned()));
+        if !entry.kind.is_readable() {
+            return Err(wrong(path, format!("type {}", entry.kind), "type F32, F16 or BF16".to_owned()));
         }
         Ok(entry)
     }
@@ -322,7 +378,8 @@ fn map_file(file: &File) -> std::io::Result<Mmap> {
 
 /// The directory, and the file or index that names the tensors.
 fn find(path: &Path) -> ModelResult<(PathBuf, PathBuf)> {
-    let need = "need a directory with config.json and model.safetensors or model.safetensors.index.json";
+    let need =
+        "need a directory with config.json and model.safetensors or model.safetensors.index.json, or a .gguf file";
     let metadata = std::fs::metadata(path)
         .map_err(|e| ModelError::file_because(path, format!("can't be read: {}; {need}", e.kind()), e))?;
     if !metadata.is_dir() {
@@ -382,67 +439,9 @@ fn open_shard(path: PathBuf, shards: &mut Vec<Shard>) -> ModelResult<HashMap<Str
     let entry = |name: String, info: &safetensors::tensor::TensorInfo| {
         let (start, end) = info.data_offsets;
         let (start, end) = (data + start, data + end);
-        (name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end })
+        (name, Entry { shard, kind: ElementType::Plain(info.dtype), shape: info.shape.clone(), start, end })
     };
     let entries = header.tensors().into_iter().map(|(name, info)| entry(name, info)).collect();
     shards.push(Shard { path, file, bytes });
     Ok(entries)
-}
-
-/// A tensor's elements, as they lie in the file.
-struct Elements<'a> {
-    bytes: &'a [u8],
-    dtype: Dtype,
-}
-
-impl Elements<'_> {
-    /// Consecutive elements from `first` on.
-    fn read(&self, first: usize, out: &mut [f32]) {
-        match self.dtype {
-            Dtype::F32 => {
-                let (words, _) = self.bytes[first * 4..][..out.len() * 4].as_chunks();
-                for (out, word) in out.iter_mut().zip(words) {
-                    *out = f32::from_le_bytes(*word);
-                }
-            }
-            dtype => {
-                let (words, _) = self.bytes[first * 2..][..out.len() * 2].as_chunks();
-                // The library converts slices with the CPU's own instructions, but needs them aligned, which files are not.
-                const LEN: usize = 256;
-                let mut aligned = [0; LEN];
-                for (out, words) in out.chunks_mut(LEN).zip(words.chunks(LEN)) {
-                    let aligned = &mut aligned[..out.len()];
-                    for (to, word) in aligned.iter_mut().zip(words) {
-                        *to = u16::from_le_bytes(*word);
-                    }
-                    match dtype {
-                        Dtype::BF16 => aligned.reinterpret_cast::<bf16>().convert_to_f32_slice(out),
-                        _ => aligned.reinterpret_cast::<f16>().convert_to_f32_slice(out),
-                    }
-                }
-            }
-        }
-    }
-
-    /// Columns `first..` of a matrix with `stride` columns, as rows of `height`, as many as fit.
-    fn transposed(&self, first: usize, stride: usize, height: usize, out: &mut [f32]) {
-        // A tile of 16 rows of the file by 64 elements: 4 KiB, written as whole cache lines of 16 f32.
-        const TALL: usize = 16;
-        const WIDE: usize = 64;
-        let mut tile = [0.0; TALL * WIDE];
-        for (strip, rows) in out.chunks_mut(WIDE * height).enumerate() {
-            let wide = rows.len() / height;
-            for top in (0..height).step_by(TALL) {
-                let tall = TALL.min(height - top);
-                for (i, line) in tile.chunks_mut(WIDE).take(tall).enumerate() {
-                    self.read((top + i) * stride + first + strip * WIDE, &mut line[..wide]);
-                }
-                for (j, row) in rows.chunks_mut(height).enumerate() {
-                    for (i, out) in row[top..top + tall].iter_mut().enumerate() {
-                        *out = tile[i * WIDE + j];
-                    }
-                }
-            }
-        }
-    }
 }

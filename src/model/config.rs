@@ -197,6 +197,11 @@ pub(crate) struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
+    /// Settings of a file; `prefix` stands before their names in errors.
+    pub(super) fn new(path: &'a Path, prefix: String, object: &'a Map<String, Value>) -> Self {
+        Self { path, prefix, object }
+    }
+
     /// A setting that is there and not null, which Hugging Face's files use alike.
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
@@ -300,6 +305,15 @@ fn parse(file: &Section<'_>, generation: Option<&Section<'_>>) -> ModelResult<Mo
     let need = || format!("one of {}", Architecture::known());
     let name = file.text("model_type")?.ok_or_else(|| file.error("model_type", "nothing", need()))?;
     let architecture = Architecture::find(name).ok_or_else(|| file.error("model_type", name, need()))?;
+    parse_as(architecture, file, generation)
+}
+
+/// The configuration of a known architecture, by its own names of settings.
+pub(super) fn parse_as(
+    architecture: &Architecture,
+    file: &Section<'_>,
+    generation: Option<&Section<'_>>,
+) -> ModelResult<ModelConfig> {
     let keys = &architecture.config;
 
     if file.get("quantization_config").is_some() {

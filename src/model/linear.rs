@@ -7,7 +7,7 @@ use super::linear_config::{LinearConfig, check_regions};
 use super::linear_kernels::{Compiled, LinearKernels, TEXTURE_WIDTH, create_texture, create_view};
 use super::linear_sizes;
 use super::linear_variant::{LinearKernel, LinearVariant};
-use super::quantise::{Packed, Packer, WeightFormat};
+use super::quantise::{Packed, Packer, WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::kernel::tuning::LinearThresholds;
 use crate::kernel::{AdapterClass, Profile};
@@ -79,6 +79,17 @@ struct LinearParams {
     norm_eps: f32,
 }
 
+/// Fills its slice from a row of W on.
+pub(crate) type Fill<'a, T> = &'a mut dyn FnMut(u32, &mut [T]) -> ModelResult<()>;
+
+/// Where the rows of W come from.
+pub(crate) struct RowSource<'a> {
+    /// Whole rows of weights.
+    pub(crate) rows: Fill<'a, f32>,
+    /// The grids of as many rows, which come as `None`. Called for formats that take them only.
+    pub(crate) grids: Fill<'a, Option<WeightGrid>>,
+}
+
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
 pub(crate) const MAX_IN_FEATURES: u32 = 1 << 18;
 
@@ -109,6 +120,19 @@ impl Linear {
         kernels: &LinearKernels,
         config: LinearConfig,
         rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
+        bias: Option<&[f32]>,
+        norm: Option<RmsNorm<'_>>,
+    ) -> ModelResult<Self> {
+        let source = RowSource { rows, grids: &mut |_, _| Ok(()) };
+        Self::from_source(gpu, kernels, config, source, bias, norm).await
+    }
+
+    /// [`Linear::new`] of weights that may lie on grids.
+    pub(crate) async fn from_source(
+        gpu: &Gpu,
+        kernels: &LinearKernels,
+        config: LinearConfig,
+        source: RowSource<'_>,
         bias: Option<&[f32]>,
         norm: Option<RmsNorm<'_>>,
     ) -> ModelResult<Self> {
@@ -143,7 +167,7 @@ impl Linear {
             compiled.push(kernels.get(gpu, variant).await?);
         }
         let lanes = variants.first().map_or(1, LinearVariant::lanes);
-        let parts = upload(gpu, kernels, config, lanes, norm.map_or(0.0, |norm| norm.eps), rows)?;
+        let parts = upload(gpu, kernels, config, lanes, norm.map_or(0.0, |norm| norm.eps), source)?;
         let vector = |values: &[f32]| {
             let contents = bytemuck::cast_slice(values);
             gpu.create_buffer_with("creating a bias", "folio bias", contents, wgpu::BufferUsages::STORAGE)
@@ -340,7 +364,7 @@ fn upload(
     config: LinearConfig,
     lanes: u32,
     norm_eps: f32,
-    rows: &mut dyn FnMut(u32, &mut [f32]) -> ModelResult<()>,
+    source: RowSource<'_>,
 ) -> ModelResult<Vec<Part>> {
     let LinearConfig { in_features, out_features, format, gated, .. } = config;
     let packer = Packer::new(format, in_features, lanes);
@@ -366,7 +390,8 @@ fn upload(
     let piece_rows = PIECE / u64::from(in_features) / blocks_per_unit;
     let piece_rows = u32::try_from(piece_rows).unwrap_or(u32::MAX).max(1).next_multiple_of(lanes);
     let block_len = lanes as usize * in_features as usize;
-    let mut values = Vec::new();
+    let RowSource { rows, grids: fill_grids } = source;
+    let (mut values, mut grids) = (Vec::new(), Vec::new());
     let mut parts = Vec::new();
     for first_row in (0..out_features).step_by(part_rows as usize) {
         let num_rows = part_rows.min(out_features - first_row);
@@ -381,14 +406,25 @@ fn upload(
             values.resize(len * blocks_per_unit as usize, 0.0);
             let (own, up) = values.split_at_mut(len);
             rows(row, own)?;
+            let num_grids = piece as usize * packer.row_grids;
+            grids.clear();
+            grids.resize(num_grids * blocks_per_unit as usize, None);
+            let (own_grids, up_grids) = grids.split_at_mut(num_grids);
+            if num_grids > 0 {
+                fill_grids(row, own_grids)?;
+            }
             if gated {
                 rows(out_features + row, up)?;
+                if num_grids > 0 {
+                    fill_grids(out_features + row, up_grids)?;
+                }
                 for (block, (gate, up)) in (0..).zip(own.chunks(block_len).zip(up.chunks(block_len))) {
-                    packer.pack(gate, row + block * lanes, &mut packed)?;
-                    packer.pack(up, out_features + row + block * lanes, &mut packed)?;
+                    let first = (block * lanes) as usize * packer.row_grids;
+                    packer.pack(gate, &own_grids[first..], row + block * lanes, &mut packed)?;
+                    packer.pack(up, &up_grids[first..], out_features + row + block * lanes, &mut packed)?;
                 }
             } else {
-                packer.pack(own, row, &mut packed)?;
+                packer.pack(own, own_grids, row, &mut packed)?;
             }
             let last = first + piece == num_rows;
             weights.write(gpu, kernels, &mut packed.packs, last)?;

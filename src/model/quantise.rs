@@ -28,10 +28,42 @@ pub enum WeightFormat {
     /// 4 bits, a bf16 scale and a bf16 minimum per group, affine: `q * scale + min`, q in 0..=15. Both are rounded so that the group's
     /// range lies within `min ..= min + 15 * scale`. Absolute error at most `scale / 2`, where `scale <= (max - min + |min| / 128) * (1 + 1/128) / 15`,
     /// plus rounding of 2^-22 relative to the group's largest value.
+    ///
+    /// With groups of 32, weights that come from 16 values at equal distances keep them: see [`WeightGrid`].
     Int4 {
         /// Inputs that share a scale and a minimum: a multiple of 32.
         group_size: u32,
     },
+}
+
+/// 16 values at equal distances, on which a group of 32 weights lies: `q * scale + min`, q in 0..=15. What weights that were quantised before are made of.
+///
+/// [`WeightFormat::Int4`] with groups of 32 takes it instead of what it finds by the smallest and the largest weight: scale and min are rounded to bf16, and
+/// each weight becomes the nearest of the values. It is off by at most `2^-8 (8 |scale| + |v|)`, v the smallest of the 16 values, where it is off by
+/// half a scale without.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WeightGrid {
+    /// Distance of neighbours; may be negative.
+    pub scale: f32,
+    /// The value of code 0.
+    pub min: f32,
+}
+
+impl WeightGrid {
+    /// Weights that share one.
+    pub const GROUP_SIZE: u32 = 32;
+
+    /// The same values with a scale of at least 0, as bf16 hold them. `None` if they don't.
+    fn rounded(self) -> Option<Self> {
+        let Self { scale, min } =
+            if self.scale < 0.0 { Self { scale: -self.scale, min: self.min + 15.0 * self.scale } } else { self };
+        let round = |value: f32| half::bf16::from_f32(value).to_f32();
+        // The device takes smaller scales for zero.
+        let rounded = Some(round(scale)).filter(|scale| *scale >= f32::MIN_POSITIVE).unwrap_or(0.0);
+        // What the scale is off by adds up to 15 times that: half of it to either side.
+        let (scale, min) = (rounded, round(min + 7.5 * (scale - rounded)));
+        (scale.is_finite() && min.is_finite()).then_some(Self { scale, min })
+    }
 }
 
 /// Rows are padded with zeros to a multiple of this many inputs, so that kernels read up to 32 at a time without looking for the end of W.
@@ -88,12 +120,20 @@ impl WeightFormat {
     /// # Errors
     /// [`ModelError::Weight`] if a weight doesn't fit F16; [`Error::Argument`] if the group size is not a multiple of 32.
     pub fn round_trip(self, row: &[f32]) -> ModelResult<Vec<f32>> {
+        self.round_trip_on(row, &[])
+    }
+
+    /// [`WeightFormat::round_trip`] of weights that lie on grids: one per group of 32, or none at all.
+    ///
+    /// # Errors
+    /// Those of [`WeightFormat::round_trip`].
+    pub fn round_trip_on(self, row: &[f32], grids: &[Option<WeightGrid>]) -> ModelResult<Vec<f32>> {
         self.check()?;
         let in_features =
             u32::try_from(row.len()).map_err(|_| ModelError::argument("weights", row.len(), "fewer than 2^32"))?;
         let packer = Packer::new(self, in_features, 1);
         let mut packed = Packed::default();
-        packer.pack(row, 0, &mut packed)?;
+        packer.pack(row, grids, 0, &mut packed)?;
         let per_pack = self.pack_weights() as usize;
         let value = |(k, _): (usize, &f32)| {
             let words = &packed.packs[k / per_pack * 4..][..4];
@@ -157,6 +197,11 @@ impl WeightFormat {
         in_features.div_ceil(PADDING) * (PADDING / self.pack_weights())
     }
 
+    /// Grids of a row, if the format takes them.
+    pub(crate) fn row_grids(self, in_features: u32) -> u32 {
+        if self == Self::INT4 { in_features.div_ceil(WeightGrid::GROUP_SIZE) } else { 0 }
+    }
+
     /// Scales of a row, with its padding: they are loaded four at a time.
     pub(crate) fn row_groups(self, in_features: u32) -> u32 {
         self.group_size().map_or(0, |size| in_features.div_ceil(size).next_multiple_of(4))
@@ -172,6 +217,7 @@ pub(crate) struct Packer {
     lanes: usize,
     pub(crate) row_packs: usize,
     pub(crate) row_groups: usize,
+    pub(crate) row_grids: usize,
 }
 
 /// Packed rows of a matrix.
@@ -190,14 +236,22 @@ impl Packer {
             lanes: lanes as usize,
             row_packs: format.row_packs(in_features) as usize,
             row_groups: format.row_groups(in_features) as usize,
+            row_grids: format.row_grids(in_features) as usize,
         }
     }
 
-    /// Appends whole rows; the last block is filled up with rows of zeros. `first_row` is the number of the first, for the error.
+    /// Appends whole rows; the last block is filled up with rows of zeros. `grids` are `row_grids` for each row, or fewer: rows without them have none.
+    /// `first_row` is the number of the first, for the error.
     ///
     /// # Errors
     /// [`ModelError::Weight`] if a weight is finite and doesn't fit F16.
-    pub(crate) fn pack(&self, rows: &[f32], first_row: u32, packed: &mut Packed) -> ModelResult<()> {
+    pub(crate) fn pack(
+        &self,
+        rows: &[f32],
+        grids: &[Option<WeightGrid>],
+        first_row: u32,
+        packed: &mut Packed,
+    ) -> ModelResult<()> {
         for (block, rows) in rows.chunks(self.in_features * self.lanes).enumerate() {
             let (packs, scales) = (packed.packs.len(), packed.scales.len());
             packed.packs.resize(packs + self.row_packs * self.lanes * 4, 0);
@@ -221,7 +275,9 @@ impl Packer {
                     }
                     WeightFormat::Int4 { group_size } => {
                         let scales = Interleaved { words: &mut packed.scales[scales..], lanes: self.lanes, lane };
-                        pack_int4(row, group_size as usize, packs, scales);
+                        let at = (block * self.lanes + lane) * self.row_grids;
+                        let grids = grids.get(at..at + self.row_grids).unwrap_or_default();
+                        pack_int4(row, group_size as usize, grids, packs, scales);
                     }
                 }
             }
@@ -289,13 +345,17 @@ fn pack_int8(row: &[f32], group_size: usize, mut out: Interleaved<'_>, mut scale
     }
 }
 
-fn pack_int4(row: &[f32], group_size: usize, mut out: Interleaved<'_>, mut scales: Interleaved<'_>) {
+fn pack_int4(
+    row: &[f32],
+    group_size: usize,
+    grids: &[Option<WeightGrid>],
+    mut out: Interleaved<'_>,
+    mut scales: Interleaved<'_>,
+) {
     for (group, weights) in row.chunks(group_size).enumerate() {
         let finite = weights.iter().all(|w| w.is_finite());
-        let (smallest, largest) = weights.iter().fold((f32::MAX, f32::MIN), |(a, b), w| (a.min(*w), b.max(*w)));
-        let min = bf16_below(smallest);
-        // Divided first: the range of huge weights of both signs is beyond f32.
-        let scale = bf16_above(largest / 15.0 - min / 15.0);
+        let given = grids.get(group).copied().flatten().and_then(WeightGrid::rounded);
+        let WeightGrid { scale, min } = given.unwrap_or_else(|| grid_around(weights));
         let (scale, min) = if finite { (scale, min) } else { (f32::NAN, f32::NAN) };
         scales.set_word(group, (scale.to_bits() & 0xffff_0000) | (min.to_bits() >> 16));
         let inverse = if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 };
@@ -308,6 +368,14 @@ fn pack_int4(row: &[f32], group_size: usize, mut out: Interleaved<'_>, mut scale
             out.set(group * group_size / 32 + i, words);
         }
     }
+}
+
+/// The closest grid of bf16 from the smallest to the largest weight.
+fn grid_around(weights: &[f32]) -> WeightGrid {
+    let (smallest, largest) = weights.iter().fold((f32::MAX, f32::MIN), |(a, b), w| (a.min(*w), b.max(*w)));
+    let min = bf16_below(smallest);
+    // Divided first: the range of huge weights of both signs is beyond f32.
+    WeightGrid { scale: bf16_above(largest / 15.0 - min / 15.0), min }
 }
 
 /// The largest bf16 that is not above a finite value, as f32.

@@ -13,7 +13,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use tokenizers::normalizers::Precompiled;
 
-use super::{ModelError, ModelResult};
+use super::{ModelError, ModelResult, gguf};
 use crate::files;
 
 /// The longest file that is read: four times the 33 MB of the largest published ones, which have 262 144 tokens.
@@ -43,16 +43,21 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads `tokenizer.json`; a directory stands for the one in it. What the file says about padding and truncation is left out: a prompt is
-    /// encoded as it is.
+    /// encoded as it is. A `.gguf` file has a tokenizer of its own.
     ///
     /// # Errors
-    /// [`ModelError::File`] if the file is missing, unreadable, longer than 128 MiB, damaged, or no tokenizer.
+    /// [`ModelError::File`] if the file is missing, unreadable, longer than 128 MiB, damaged, or no tokenizer; for a `.gguf` file also
+    /// [`ModelError::Config`] for a setting of its tokenizer that is missing, wrong or not supported.
     pub fn from_file(path: impl AsRef<Path>) -> ModelResult<Self> {
         let mut path = path.as_ref().to_owned();
         if path.is_dir() {
             path.push("tokenizer.json");
         }
-        let bytes = files::read(&path, MAX_BYTES).map_err(|fault| ModelError::fault(&path, fault))?;
+        let bytes = if gguf::is_gguf(&path) {
+            gguf::tokenizer_json(&gguf::Header::read(&path)?)?
+        } else {
+            files::read(&path, MAX_BYTES).map_err(|fault| ModelError::fault(&path, fault))?
+        };
         check(&path, &bytes)?;
         let load = || {
             let mut tokenizer = tokenizers::Tokenizer::from_bytes(&bytes)?;

@@ -6,12 +6,12 @@ use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, Position};
 use super::error::{ModelError, ModelResult};
-use super::linear::{Linear, RmsNorm};
+use super::linear::{Linear, RmsNorm, RowSource};
 use super::linear_config::LinearConfig;
 use super::linear_kernels::LinearKernels;
 use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 use super::progress::Progress;
-use super::quantise::WeightFormat;
+use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::Result;
 use crate::layout::Region;
@@ -33,6 +33,16 @@ pub trait WeightSource {
         let [rows, columns] = source.shape();
         Ok((rows * columns * 4) as u64)
     }
+
+    /// Fills in the grids on which whole rows of a parameter lie, from row `row_start` on: one for each group of 32 columns, where the source knows it
+    /// to be one. All are `None` before.
+    ///
+    /// # Errors
+    /// Those of [`WeightSource::rows`].
+    fn grids(&self, source: &TensorSource, row_start: usize, out: &mut [Option<WeightGrid>]) -> ModelResult<()> {
+        let _ = (source, row_start, out);
+        Ok(())
+    }
 }
 
 impl WeightSource for Checkpoint {
@@ -42,6 +52,10 @@ impl WeightSource for Checkpoint {
 
     fn bytes(&self, source: &TensorSource) -> ModelResult<u64> {
         Self::bytes(self, source)
+    }
+
+    fn grids(&self, source: &TensorSource, row_start: usize, out: &mut [Option<WeightGrid>]) -> ModelResult<()> {
+        Self::grids(self, source, row_start, out)
     }
 }
 
@@ -161,7 +175,7 @@ pub(crate) struct StepContext<'a> {
 }
 
 impl Model {
-    /// Loads a checkpoint: a folder with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    /// Loads a checkpoint: a folder with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its shards; or a `.gguf` file.
     ///
     /// Everything is checked before the first byte goes to the GPU. `progress` is told after each tensor.
     ///
@@ -419,6 +433,26 @@ fn at_row<'a>(matrices: &[&'a TensorSource], mut row: usize) -> ModelResult<(&'a
     Err(ModelError::argument("row", format!("{row} behind the last matrix"), "a row of one"))
 }
 
+/// Fills `out`, which has `per_row` elements for each row of all matrices from `row` on, matrix by matrix: `fill` gets a matrix, and a row of it.
+fn fill_rows<T>(
+    matrices: &[&TensorSource],
+    row: u32,
+    per_row: usize,
+    mut out: &mut [T],
+    fill: impl Fn(&TensorSource, usize, &mut [T]) -> ModelResult<()>,
+) -> ModelResult<()> {
+    let mut row = row as usize;
+    while !out.is_empty() {
+        let (matrix, within) = at_row(matrices, row)?;
+        let [num_rows, _] = matrix.shape();
+        let own = out.len().min((num_rows - within) * per_row);
+        let (now, later) = out.split_at_mut(own);
+        fill(matrix, within, now)?;
+        (out, row) = (later, row + own / per_row);
+    }
+    Ok(())
+}
+
 /// Uploads the parts of a model.
 struct Builder<'a, P> {
     gpu: &'a Gpu,
@@ -472,24 +506,21 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let norm = norm.map(|norm| self.values(&norm.weight)).transpose()?;
         let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
         let source = self.source;
-        let mut rows = |row_start: u32, mut out: &mut [f32]| {
-            let mut row = row_start as usize;
-            while !out.is_empty() {
-                let (weight, within) = at_row(weights, row)?;
-                let [num_rows, columns] = weight.shape();
-                let own = out.len().min((num_rows - within) * columns);
-                let (now, later) = out.split_at_mut(own);
-                source.rows(weight, within, now)?;
-                (out, row) = (later, row + own / columns);
-            }
-            Ok(())
+        let mut rows = |row: u32, out: &mut [f32]| {
+            fill_rows(weights, row, in_features as usize, out, |weight, row, out| source.rows(weight, row, out))
         };
-        let linear = Linear::new(self.gpu, &self.kernels, config, &mut rows, bias.as_deref(), norm).await;
+        let row_grids = in_features.div_ceil(WeightGrid::GROUP_SIZE) as usize;
+        let mut grids = |row: u32, out: &mut [Option<WeightGrid>]| {
+            fill_rows(weights, row, row_grids, out, |weight, row, out| source.grids(weight, row, out))
+        };
+        let rows = RowSource { rows: &mut rows, grids: &mut grids };
+        let linear = Linear::from_source(self.gpu, &self.kernels, config, rows, bias.as_deref(), norm).await;
         // The layer knows the value that it can't store, the loader whose it is.
         let linear = linear.map_err(|error| match error {
             ModelError::Weight { tensor: None, value, row, column } => match at_row(weights, row as usize) {
                 Ok((weight, row)) => {
-                    let names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
+                    let mut names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
+                    names.dedup();
                     ModelError::Weight { tensor: Some(names.join(" + ")), value, row: row as u64, column }
                 }
                 Err(error) => error,

@@ -17,6 +17,7 @@ mod common;
 mod translate;
 
 mod bad_files;
+mod bad_gguf;
 mod bad_tokenizers;
 mod buffers;
 mod checkpoint_files;
@@ -24,6 +25,7 @@ mod decoder;
 #[cfg(feature = "counters")]
 mod dispatches;
 mod forward;
+mod gguf;
 mod life_cycle;
 mod linear;
 mod linear_candidates;

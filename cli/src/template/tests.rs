@@ -202,3 +202,15 @@ fn broken_ones_are_errors() {
     let error = format!("{:#}", ChatTemplate::from_folder(folder.path()).unwrap_err());
     assert!(error.contains("got a directory or a device, need a regular file"), "{error}");
 }
+
+#[test]
+fn a_gguf_file_has_a_template() {
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gguf");
+    let template = ChatTemplate::from_gguf(&fixtures.join("qwen2/model.gguf")).unwrap().unwrap();
+    let text = template.render(&[Message::new("user", "Hi")], true).unwrap();
+    assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    assert_eq!(template.eos_token(), Some("<|im_end|>"));
+    assert!(ChatTemplate::from_gguf(&fixtures.join("llama/model.gguf")).unwrap().is_none());
+    let error = ChatTemplate::from_gguf(&fixtures.join("llama/config.json")).unwrap_err();
+    assert!(format!("{error:#}").contains("need a GGUF file"), "{error:#}");
+}
