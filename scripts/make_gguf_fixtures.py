@@ -470,8 +470,10 @@ def main():
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    # README.md stays.
+    for name in ["tokenizers", *MODELS]:
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     TOKENIZERS = make_vocabularies()
     make_blocks(out / "blocks.safetensors")
     make_tokenizers(out / "tokenizers")

@@ -150,8 +150,10 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
 
 /// The folder's own name, also where it is given as `.` or by a link; that of a `.gguf` file without its end.
 fn name_of(model: &Path) -> String {
-    let own = |path: &Path| if GgufMetadata::is_path(path) { path.file_stem() } else { path.file_name() };
-    let last = |path: &Path| own(path).map(|name| name.to_string_lossy().into_owned());
+    let last = |path: &Path| {
+        let name = if GgufMetadata::is_path(path) { path.file_stem() } else { path.file_name() };
+        name.map(|name| name.to_string_lossy().into_owned())
+    };
     last(model).or_else(|| last(&model.canonicalize().ok()?)).unwrap_or_else(|| "model".to_owned())
 }
 

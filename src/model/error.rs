@@ -21,7 +21,7 @@ pub enum ModelError {
         /// The error of the system or of the parser, if one is behind it. It is not repeated in the text.
         source: Option<Cause>,
     },
-    /// A setting in a JSON file is missing, has a wrong type or value, or asks for something that folio doesn't know.
+    /// A setting in a JSON or GGUF file is missing, has a wrong type or value, or asks for something that folio doesn't know.
     #[error("{path}: {key}: got {got}, need {need}", path = path.display())]
     Config {
         /// The file.
@@ -33,10 +33,10 @@ pub enum ModelError {
         /// What would be right.
         need: String,
     },
-    /// A tensor is missing or has another shape or type than the configuration asks for.
+    /// A tensor is missing, has another shape or type than the configuration asks for, or doesn't lie where its file says.
     #[error("{path}: tensor {tensor}: got {got}, need {need}", path = path.display())]
     Tensor {
-        /// The safetensors file, or the index that should have named it.
+        /// The safetensors or GGUF file, or the index that should have named it.
         path: PathBuf,
         /// Name of the tensor.
         tensor: String,

@@ -185,11 +185,11 @@ impl Model {
     /// [`ModelError::Folio`](super::ModelError::Folio) for what the device can't do.
     pub async fn load(
         gpu: &Gpu,
-        folder: impl AsRef<Path>,
+        path: impl AsRef<Path>,
         options: ModelOptions,
         progress: impl FnMut(Progress<'_>),
     ) -> ModelResult<Self> {
-        let checkpoint = Checkpoint::open(folder.as_ref())?;
+        let checkpoint = Checkpoint::open(path.as_ref())?;
         let weights = checkpoint.weights()?;
         Self::from_source(gpu, checkpoint.config().clone(), &weights, &checkpoint, options, progress).await
     }
@@ -201,11 +201,11 @@ impl Model {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn load_blocking(
         gpu: &Gpu,
-        folder: impl AsRef<Path>,
+        path: impl AsRef<Path>,
         options: ModelOptions,
         progress: impl FnMut(Progress<'_>),
     ) -> ModelResult<Self> {
-        pollster::block_on(Self::load(gpu, folder, options, progress))
+        pollster::block_on(Self::load(gpu, path, options, progress))
     }
 
     /// Puts a model on the GPU whose weights come from anywhere. `weights` says what is asked of `source`; see [`ModelConfig::weights`].

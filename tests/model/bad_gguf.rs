@@ -275,7 +275,10 @@ fn settings_that_are_wrong() {
         changed(|file| file.set(key, list(4, 1, &[1, 0, 0, 0])), &[key, "a list of 1 numbers"]);
         changed(|file| file.set(key, typed(5, &(-1_i32).to_le_bytes())), &[key, "-1"]);
     }
-    changed(|file| file.set("llama.attention.head_count", u32_value(3)), &["llama.attention.head_count"]);
+    changed(
+        |file| file.set("llama.attention.head_count", u32_value(3)),
+        &["llama.embedding_length", "got 16, need a multiple of attention.head_count, which is 3"],
+    );
     changed(|file| file.set("llama.attention.head_count_kv", u32_value(3)), &["llama.attention.head_count_kv"]);
     changed(
         |file| file.set("llama.attention.value_length", u32_value(16)),

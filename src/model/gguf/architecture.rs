@@ -197,7 +197,8 @@ impl Settings<'_> {
             Some(length) => Some(length),
             None => {
                 let (hidden, heads) = (size("embedding_length")?, size("attention.head_count")?);
-                hidden.zip(heads).and_then(|(hidden, heads)| hidden.checked_div(heads))
+                let whole = |(hidden, heads): &(u32, u32)| hidden.is_multiple_of(*heads);
+                hidden.zip(heads).filter(whole).and_then(|(hidden, heads)| hidden.checked_div(heads))
             }
         };
         // Without a length the sizes that it follows from are missing or wrong, which is said where they are read.
