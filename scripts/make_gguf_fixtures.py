@@ -33,7 +33,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -338,15 +338,24 @@ TEMPLATE = (
 )
 
 
-def bpe(split, size, specials):
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+
+# Those that transformers doesn't know, as `llama-vocab.cpp` has them: each splits what the one before has left whole.
+LLAMA_CPP_SPLITS = {
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"],
+    "smollm": [r"\p{N}", GPT2_SPLIT],
+}
+
+
+def pre_tokenizer(splits):
+    steps = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
+    return pre_tokenizers.Sequence(steps + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)])
+
+
+def bpe(splits, size, specials):
     """A byte-level vocabulary trained on the corpus: tokens in order, and merges."""
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
-    if split:
-        from tokenizers import Regex
-
-        steps.insert(0, pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizer(splits)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(alphabet), show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
@@ -375,8 +384,11 @@ def make_vocabularies():
          dict(bos="<|begin_of_text|>", eos="<|end_of_text|>")),
         ("qwen2", "qwen2", 296, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"], dict(eos="<|im_end|>")),
         ("tekken", "tekken", 400, ["<unk>", "<s>", "</s>"], dict(bos="<s>", eos="</s>", unknown="<unk>")),
+        ("default", "default", 400, ["<|endoftext|>"], dict(bos="<|endoftext|>", eos="<|endoftext|>")),
+        ("smollm", "smollm", 400, ["<|im_end|>"], dict(bos="<|im_end|>", eos="<|im_end|>")),
     ]:
-        tokens, merges = bpe(mapping.GGUF_PRE_TOKENIZER_SPLITS.get(pre), size, specials)
+        known = mapping.GGUF_PRE_TOKENIZER_SPLITS.get(pre)
+        tokens, merges = bpe(LLAMA_CPP_SPLITS.get(pre) or ([known] if known else []), size, specials)
         kinds = [3 if token in specials else 1 for token in tokens]
         if "<think>" in specials:
             kinds[tokens.index("<think>")] = 4
@@ -428,6 +440,12 @@ def make_tokenizers(directory):
                 tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(m.split(" ")) for m in vocabulary["merges"]])
                 tokenizer.add_special_tokens({"additional_special_tokens": specials[:3]}, replace_extra_special_tokens=False)
                 tokenizer.add_tokens(specials[3:])
+            elif name in LLAMA_CPP_SPLITS:
+                vocab = {token: i for i, token in enumerate(vocabulary["tokens"])}
+                model = models.BPE(vocab=vocab, merges=[tuple(m.split(" ")) for m in vocabulary["merges"]])
+                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(LLAMA_CPP_SPLITS[name])
+                tokenizer.backend_tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
             else:
                 tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=path.name)
             ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]

@@ -17,7 +17,7 @@ use crate::adapter;
 use crate::common::with;
 
 const MODELS: [&str; 8] = ["gpt2", "gpt_neox", "llama", "llama3", "llama_linear", "llama_yarn", "qwen2", "qwen3"];
-const TOKENIZERS: [&str; 5] = ["gpt2", "llama_bpe", "llama_spm", "qwen2", "tekken"];
+const TOKENIZERS: [&str; 7] = ["default", "gpt2", "llama_bpe", "llama_spm", "qwen2", "smollm", "tekken"];
 
 /// Deviation from transformers' logits, relative to their standard deviation: that of F32 in `parity.rs`.
 const TOLERANCE: f64 = 2e-4;

@@ -234,14 +234,14 @@ impl Settings<'_> {
             Some(factor) => factor,
             None => header.number(&old)?.unwrap_or(1.0),
         };
-        if !(factor >= 1.0) {
+        if factor < 1.0 {
             return Err(header.error(&scaling("factor"), factor, "a number of at least 1"));
         }
         let section = match kind {
             "none" => return Ok(()),
             "linear" => json!({ "rope_type": "linear", "factor": factor }),
             "yarn" => {
-                // How far the paper's own values are changed is not said by any converter, but the format has settings for it.
+                // The paper's own values may be changed by these; what is negative is not set.
                 for (name, value) in [
                     ("yarn_ext_factor", 1.0),
                     ("yarn_attn_factor", 1.0),
