@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use folio::model::{
-    Checkpoint, Decoder, DecoderOptions, GgufMetadata, LogitRows, Model, ModelError, ModelOptions, TensorSource,
-    Tokenizer, WeightFormat,
+    Checkpoint, Decoder, DecoderOptions, GgufMetadata, LogitRows, Model, ModelError, ModelOptions, ModelResult,
+    TensorSource, Tokenizer, WeightFormat, WeightSource,
 };
 use folio::{Gpu, KvFormat};
 use safetensors::SafeTensors;
@@ -33,11 +33,14 @@ fn words(file: &SafeTensors<'_>, name: &str) -> Vec<u32> {
 
 /// Logits of all tokens.
 fn logits(gpu: &Gpu, path: &Path, weights: WeightFormat, tokens: &[u32]) -> Vec<f32> {
-    let model = Arc::new(Model::load_blocking(gpu, path, ModelOptions::new(weights), |_| {}).unwrap());
+    logits_of(gpu, Model::load_blocking(gpu, path, ModelOptions::new(weights), |_| {}).unwrap(), tokens)
+}
+
+fn logits_of(gpu: &Gpu, model: Model, tokens: &[u32]) -> Vec<f32> {
     let options = with(DecoderOptions::default(), |options| {
         (options.k_format, options.v_format, options.num_blocks) = (KvFormat::F32, KvFormat::F32, 8);
     });
-    let mut decoder = Decoder::new_blocking(model, options).unwrap();
+    let mut decoder = Decoder::new_blocking(Arc::new(model), options).unwrap();
     let sequence = decoder.create_sequence();
     let rows = gpu.block_on(decoder.logits(&[(sequence, tokens)], LogitRows::All)).unwrap();
     rows.concat()
@@ -102,6 +105,56 @@ fn a_model_is_the_same_as_from_safetensors() {
     for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT8] {
         let [a, b] = [&file, &folder].map(|path| logits(&gpu, path, format, &tokens));
         assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "{format}");
+    }
+}
+
+/// A checkpoint whose matrices have the values that Int4 stores for them, each row by itself.
+struct Rounded<'a> {
+    checkpoint: &'a Checkpoint,
+    with_grids: bool,
+}
+
+impl WeightSource for Rounded<'_> {
+    fn rows(&self, source: &TensorSource, row_start: usize, out: &mut [f32]) -> ModelResult<()> {
+        self.checkpoint.rows(source, row_start, out)?;
+        let [_, columns] = source.shape();
+        if columns == 1 {
+            return Ok(());
+        }
+        for (i, row) in out.chunks_mut(columns).enumerate() {
+            let mut grids = vec![None; columns.div_ceil(32)];
+            if self.with_grids {
+                self.checkpoint.grids(source, row_start + i, &mut grids)?;
+            }
+            row.copy_from_slice(&WeightFormat::INT4.round_trip_on(row, &grids)?);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn four_bits_keep_the_grids_of_every_row() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    // Both have layers in which some rows come with grids and some without: queries and keys, gate and up.
+    for name in ["llama", "qwen2"] {
+        let checkpoint = Checkpoint::open(fixture(name).join("model.gguf")).unwrap();
+        let weights = checkpoint.weights().unwrap();
+        let tokens: Vec<u32> = (3..30).collect();
+        let model = |source: &dyn WeightSource, format: WeightFormat| {
+            let config = checkpoint.config().clone();
+            Model::from_source_blocking(&gpu, config, &weights, source, ModelOptions::new(format), |_| {}).unwrap()
+        };
+        let rounded = |with_grids| {
+            let source = Rounded { checkpoint: &checkpoint, with_grids };
+            logits_of(&gpu, model(&source, WeightFormat::F32), &tokens)
+        };
+        let stored = logits_of(&gpu, model(&checkpoint, WeightFormat::INT4), &tokens);
+        let (own, without) = (deviation(&stored, &rounded(true)), deviation(&stored, &rounded(false)));
+        println!(
+            "{name}: Int4 is {own:.1e} standard deviations from its own values, {without:.1e} from those without grids"
+        );
+        assert!(own < TOLERANCE, "{name}: {own}");
+        assert!(without > 10.0 * TOLERANCE, "{name}: {without}");
     }
 }
 
