@@ -388,7 +388,7 @@ impl Case {
 }
 
 /// Records the append of keys and, where the cache has room for them, values.
-fn append_rows<'a>(
+pub(crate) fn append_rows<'a>(
     cache: &KvCache,
     recorder: impl Into<Recorder<'a>>,
     step: &Step,

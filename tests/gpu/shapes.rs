@@ -5,11 +5,11 @@ use folio::reference::rope::{RopeProblem, rotate};
 use folio::wgpu;
 use folio::{
     AppendQkv, Attention, AttentionConfig, Cascade, KvCache, KvCacheConfig, Rope, RopeConfig, RopeLayout,
-    SequenceSnapshot,
+    SequenceSnapshot, TokenTree,
 };
 
 use crate::adapter::{self, ALL, CPU, CPU_PLAIN, GPU, GPU_PLAIN};
-use crate::case::{Case, append, option_of_four_heads, upload};
+use crate::case::{Case, append, append_rows, option_of_four_heads, upload};
 use crate::movable::{swap_in, swap_out};
 
 /// A prompt, a chunk behind a context, a decode step, and one with more keys than a split has.
@@ -114,6 +114,41 @@ fn forked_latents() {
         let mut case = Case::new(&[(50, 2), (53, 1), (61, 4)], 4, 1, 72).formats(F16, F16).latent(64);
         case.prefix = 45;
         case.check(&gpu);
+    }
+}
+
+/// Rows of an accepted path move in their own widths, those of latents once.
+#[test]
+fn accepted_paths() {
+    let Some(gpu) = adapter::open(CPU) else { return };
+    let wide = KvCacheConfig::new(1, 2, 40).with_value_dim(16).with_formats(Int8, F16);
+    for config in [wide, KvCacheConfig::latent(1, 40, 32).with_formats(Int4, Int4)] {
+        let config = config.with_blocks(8, 3);
+        let [k_row, v_row] = [config.head_dim, config.value_dim()].map(|dim| (config.num_kv_heads * dim) as usize);
+        let rows = |tokens: &[usize], row: usize| -> Vec<f32> {
+            tokens.iter().flat_map(|&token| (0..row).map(move |i| ((token * 31 + i * 7) % 50) as f32)).collect()
+        };
+        let tree = TokenTree::new(&[None, Some(0), Some(0), Some(2), Some(1)]).expect("a tree");
+        let kept = [[0, 2, 3].as_slice(), &[0, 1, 2, 3, 4]].map(|tokens| {
+            let cache = KvCache::new_blocking(&gpu, config).expect("cache");
+            let sequence = cache.create_sequence();
+            append(&cache, &[(sequence, 4)], 0, &rows(&[9; 4], k_row), &rows(&[9; 4], v_row));
+            let whole = tokens.len() == 5;
+            let trees = [whole.then(|| tree.clone())];
+            let batch = [(sequence, tokens.len() as u32)];
+            let mut step = cache.begin_step_with_trees(&batch, &trees).expect("step");
+            let (k, v) = (upload(&gpu, &rows(tokens, k_row)), upload(&gpu, &rows(tokens, v_row)));
+            let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            append_rows(&cache, &mut encoder, &step, 0, &k, &v);
+            if whole {
+                cache.accept(&mut encoder, &mut step, &[(sequence, &[0, 2, 3])]).expect("a path");
+            }
+            gpu.queue().submit([encoder.finish()]);
+            cache.commit(step).expect("commit");
+            cache.gather_blocking(sequence, 0).expect("rows")
+        });
+        assert_eq!(kept[0].k.len(), 7 * k_row);
+        assert_eq!(kept[0], kept[1], "{config:?}");
     }
 }
 
