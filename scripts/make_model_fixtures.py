@@ -25,10 +25,12 @@ A fixture is refused, and `--search` looks for the next seed, unless
 - no continuation contains an end-of-sequence token, and each has MIN_DISTINCT different tokens,
 - the logits' standard deviation is within LOGITS_STD, and attention is neither uniform nor fixed on one key,
 - every tensor matters: shifted by one element, it changes some logit by MIN_EFFECT standard deviations,
-- positions matter, and so does the scaling of rotary embeddings if the model has one.
+- positions matter, and so does the scaling of rotary embeddings if the model has one,
+- every setting that its options name matters.
 """
 
 import argparse
+import copy
 import json
 import math
 import pathlib
@@ -63,6 +65,8 @@ assert max(LENGTHS) + STEPS <= POSITIONS
 #   strip     prefix removed from the tensors' names
 #   masks     name of causal masks, one per layer, which older versions saved with the weights, and their type
 #   inv_freq  name of rotary frequencies, one tensor per layer, which older versions saved too
+#   noise     of randomize, where it differs: a tied head and large embeddings would repeat the last token
+#   without   changes of the configuration, by name, each of which has to change logits
 MODELS = {
     "gpt2": dict(
         seed=0,
@@ -184,6 +188,138 @@ MODELS = {
         drop=["rope_parameters", "dtype", "pad_token_id", "attention_bias", "is_decoder"],
         put=dict(rotary_pct=0.25, rotary_emb_base=5000, torch_dtype="float32", transformers_version="4.24.0"),
     ),
+    # A window that is shorter than the text.
+    "mistral": dict(
+        seed=2,
+        config=dict(
+            model_type="mistral", vocab_size=101, hidden_size=48, num_attention_heads=6, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=80, sliding_window=16, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={"window": dict(sliding_window=POSITIONS)},
+    ),
+    # Stacked projections, a window; 12 of 16 dimensions are rotated, by LongRoPE's short factors up to POSITIONS tokens.
+    "phi3": dict(
+        seed=72,
+        config=dict(
+            model_type="phi3", vocab_size=103, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=72, sliding_window=20, tie_word_embeddings=False, pad_token_id=0,
+            max_position_embeddings=4 * POSITIONS, original_max_position_embeddings=POSITIONS,
+            rope_parameters=dict(
+                rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.1, 1.5, 2.0, 3.0, 4.5], long_factor=[1.0, 2.0, 5.0, 9.0, 14.0, 20.0],
+            ),
+        ),
+        without={"window": dict(sliding_window=None)},
+    ),
+    # config.json as Phi-3's: `rope_theta`, and `rope_scaling` with `type`. Every text of more than one token is a
+    # long one, and at the first position no rotation shows.
+    "phi3_long": dict(
+        seed=2,
+        config=dict(
+            model_type="phi3", vocab_size=107, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
+            num_hidden_layers=2, intermediate_size=72, tie_word_embeddings=True, pad_token_id=0,
+            original_max_position_embeddings=1,
+            rope_parameters=dict(
+                rope_type="longrope", rope_theta=10000.0, attention_factor=1.1875,
+                short_factor=[1.0] * 8, long_factor=[1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 9.0, 14.0],
+            ),
+        ),
+        drop=["rope_parameters", "dtype", "pad_token_id", "partial_rotary_factor"],
+        put=dict(
+            rope_theta=10000.0,
+            rope_scaling=dict(
+                type="longrope", attention_factor=1.1875, short_factor=[1.0] * 8,
+                long_factor=[1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 9.0, 14.0],
+            ),
+            pad_token_id=0, torch_dtype="float32", transformers_version="4.40.0",
+        ),
+    ),
+    # The second of three layers has no rotary embedding, and a window.
+    "smollm3": dict(
+        seed=6,
+        config=dict(
+            model_type="smollm3", vocab_size=109, hidden_size=48, num_attention_heads=6, num_key_value_heads=2,
+            num_hidden_layers=3, intermediate_size=64, tie_word_embeddings=True, pad_token_id=0,
+            no_rope_layer_interval=2, use_sliding_window=True, sliding_window=12,
+            rope_parameters=dict(rope_type="default", rope_theta=2000000.0),
+        ),
+        drop=["no_rope_layers", "layer_types"],
+        without={
+            "window": dict(use_sliding_window=False, layer_types=["full_attention"] * 3),
+            "layer without rope": dict(no_rope_layers=[1, 1, 1]),
+        },
+    ),
+    # Norms behind attention and MLP, and of all queries and all keys of a token.
+    "olmo2": dict(
+        seed=9,
+        config=dict(
+            model_type="olmo2", vocab_size=113, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=72, tie_word_embeddings=False, pad_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+        ),
+    ),
+    # Soft caps, windows in every other layer, a scale of logits that is not the head's, norms before and behind.
+    # config.json as Gemma 2's: no `layer_types`.
+    "gemma2": dict(
+        seed=12,
+        dtype=torch.bfloat16,
+        config=dict(
+            model_type="gemma2", vocab_size=101, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=24, num_hidden_layers=3, intermediate_size=56, sliding_window=12, query_pre_attn_scalar=16,
+            attn_logit_softcapping=2.0, final_logit_softcapping=10.0, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        drop=["layer_types", "rope_parameters", "dtype"],
+        put=dict(rope_theta=10000.0, torch_dtype="bfloat16", transformers_version="4.42.4"),
+        without={
+            "window": dict(sliding_window=POSITIONS),
+            "full layer": dict(layer_types=["sliding_attention"] * 3),
+            "soft cap of attention": dict(attn_logit_softcapping=None),
+            "soft cap of the head": dict(final_logit_softcapping=None),
+            "scale of attention": dict(query_pre_attn_scalar=24),
+        },
+    ),
+    # Norms of queries and keys, a base of the rotation for layers with a window and another, scaled, for the others.
+    "gemma3": dict(
+        seed=126,
+        noise=dict(embedding=0.14, post_norm=2.0),
+        dtype=torch.bfloat16,
+        config=dict(
+            model_type="gemma3_text", vocab_size=103, hidden_size=64, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=16, num_hidden_layers=4, intermediate_size=72, sliding_window=12, query_pre_attn_scalar=64,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=4.0, rope_theta=100000.0),
+                sliding_attention=dict(rope_type="default", rope_theta=1000.0),
+            ),
+        ),
+        without={
+            "window": dict(sliding_window=POSITIONS),
+            "full layers": dict(layer_types=["sliding_attention"] * 4),
+            "scale of attention": dict(query_pre_attn_scalar=16),
+        },
+    ),
+    # config.json as Gemma 3's: `rope_local_base_freq`, `sliding_window_pattern`.
+    "gemma3_older": dict(
+        seed=23,
+        config=dict(
+            model_type="gemma3_text", vocab_size=97, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16, num_hidden_layers=3, intermediate_size=48, sliding_window=10, query_pre_attn_scalar=16,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"], final_logit_softcapping=10.0,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=50000.0),
+                sliding_attention=dict(rope_type="default", rope_theta=500.0),
+            ),
+        ),
+        drop=["layer_types", "rope_parameters", "dtype"],
+        put=dict(
+            rope_theta=50000.0, rope_local_base_freq=500.0, rope_scaling=dict(rope_type="linear", factor=8.0),
+            sliding_window_pattern=2, torch_dtype="float32", transformers_version="4.50.0.dev0",
+        ),
+        without={"window": dict(sliding_window=POSITIONS), "soft cap of the head": dict(final_logit_softcapping=None)},
+    ),
 }
 
 
@@ -207,34 +343,63 @@ def generator(*seed):
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, seed)).encode()))
 
 
-def randomize(model, seed):
+def randomize(model, seed, embedding=0.23, post_norm=1.0):
     """Fills every parameter, norms and biases included, each from its own generator."""
+    # Gemma's norms multiply by one more than their weight.
+    offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator(seed, name))
         if parameter.ndim == 1 and name.endswith("weight"):
             # Of a norm. Where queries and keys are normalised, only this weight can make attention less than uniform.
-            parameter.data = (1.8 if "q_norm" in name or "k_norm" in name else 1.0) + 0.3 * noise
+            center = 1.8 if "q_norm" in name or "k_norm" in name else post_norm if ".post_" in name else 1.0
+            parameter.data = center - offset + 0.3 * noise
         else:
-            parameter.data = 0.23 * noise
+            parameter.data = (embedding if "embed_tokens" in name else 0.23) * noise
 
 
 def frequencies(model, exact):
-    """Rotary inverse frequencies with the config's scaling and without it, or None if the model has none."""
-    rotary = [module for module in model.modules() if hasattr(module, "inv_freq")]
-    if not rotary:
-        return None
-    (rotary,) = rotary
-    plain = rotary.compute_default_rope_parameters
-    scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(rotary.rope_type, plain)
-    with exact:
-        return rotary, scaled(model.config)[0], plain(model.config)[0]
+    """The rotations of a model: each a label, its module, the inverse frequencies by the name of their buffer, and what
+    they are without scaling."""
+    found = []
+    for rotary in (module for module in model.modules() if hasattr(module, "rope_type")):
+        kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+        for kind, rope_type in kinds.items():
+            of_kind = {} if kind is None else dict(layer_type=kind)
+            prefix = "" if kind is None else f"{kind}_"
+            plain = rotary.compute_default_rope_parameters
+            compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(rope_type, plain)
+            with exact:
+                buffers = {f"{prefix}inv_freq": compute(model.config, **of_kind)[0]}
+                if rope_type == "longrope":
+                    buffers["original_inv_freq"] = buffers["inv_freq"]
+                    buffers["long_inv_freq"] = compute(model.config, seq_len=1 << 40)[0]
+                found.append((f"positions{f' of {kind}' * bool(kind)}", rotary, buffers, plain(model.config, **of_kind)[0]))
+    return found
+
+
+def set_frequencies(model):
+    """Makes them as exact as float64 is."""
+    for _, rotary, buffers, _ in frequencies(model, Exact()):
+        for name, values in buffers.items():
+            setattr(rotary, name, values.clone())
 
 
 def load(directory, dtype):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
-    if dtype is torch.float64 and (found := frequencies(model, Exact())):
-        found[0].inv_freq = found[1]
+    if dtype is torch.float64:
+        set_frequencies(model)
     return model
+
+
+def changed(model, changes):
+    """The same weights with other settings."""
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    other.load_state_dict(model.state_dict())
+    set_frequencies(other)
+    return other
 
 
 def logits_of(model, tokens, **options):
@@ -262,7 +427,7 @@ def older_layout(directory, options, model):
             if dtype is torch.bool:
                 tensors[name.format(layer).replace("bias", "masked_bias")] = torch.tensor(-1e9)
         if "inv_freq" in options:
-            tensors[options["inv_freq"].format(layer)] = frequencies(model, Exact())[2].float()
+            tensors[options["inv_freq"].format(layer)] = frequencies(model, Exact())[0][3].float()
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -276,23 +441,26 @@ def continuation(model, tokens):
     return tokens[-STEPS:], gap
 
 
-def effects(model, tokens, logits, std):
+def effects(model, tokens, logits, std, without):
     """The largest change of a logit, in standard deviations, for each thing that is changed in the model."""
-    change = lambda: ((logits_of(model, tokens).logits[0] - logits).abs().max() / std).item()
+    change = lambda model: ((logits_of(model, tokens).logits[0] - logits).abs().max() / std).item()
     found = {}
     for name, parameter in model.named_parameters():
         original = parameter.data
         parameter.data = original.roll(1, dims=-1)
-        found[name] = change()
+        found[name] = change(model)
         parameter.data = original
-    if rotary := frequencies(model, Exact()):
-        module, scaled, plain = rotary
-        module.inv_freq = torch.zeros_like(scaled)
-        found["positions"] = change()
-        if module.rope_type != "default":
-            module.inv_freq = plain
-            found["scaling of positions"] = change()
-        module.inv_freq = scaled
+    for name, rotary, buffers, plain in frequencies(model, Exact()):
+        for label, values in [(name, torch.zeros_like(plain)), (f"scaling of {name}", plain)]:
+            if values.equal(buffers[max(buffers, key=len)]):
+                continue
+            for buffer in buffers:
+                setattr(rotary, buffer, values.clone())
+            found[label] = change(model)
+        for buffer, values in buffers.items():
+            setattr(rotary, buffer, values)
+    for name, changes in without.items():
+        found[name] = change(changed(model, changes))
     return found
 
 
@@ -310,10 +478,10 @@ def make(name, options, seed, directory):
     config.setdefault("bos_token_id", 1)
     config.setdefault("eos_token_id", vocab_size - 1)
     if config["model_type"] != "gpt2":
-        config["max_position_embeddings"] = POSITIONS
+        config.setdefault("max_position_embeddings", POSITIONS)
     config = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model, f"{name}/{seed}")
+    randomize(model, f"{name}/{seed}", **options.get("noise", {}))
     model.to(options.get("dtype", torch.float32))
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -356,7 +524,7 @@ def make(name, options, seed, directory):
         entropy = attention_entropy(model, tokens[2])
         if not ATTENTION_ENTROPY[0] <= entropy <= ATTENTION_ENTROPY[1]:
             raise Refused(f"attention's entropy {entropy:.3f}")
-        weakest = min((effect, part) for part, effect in effects(model, tokens[2], logits[2], std).items())
+        weakest = min((effect, part) for part, effect in effects(model, tokens[2], logits[2], std, options.get("without", {})).items())
         if weakest[0] < MIN_EFFECT:
             raise Refused(f"{weakest[1]} changes logits by {weakest[0]:.4f} standard deviations only")
 

@@ -1,4 +1,4 @@
-{# activate: the nonlinearity `activation` ("none": identity) of a {{ float }}, f32 or vec4<f32>. #}
+{# activate: the nonlinearity `activation` ("none": identity; "softcap": of the logits of a head) of a {{ float }}, f32 or vec4<f32>. #}
 {% if activation == "none" %}
 fn activate(x: {{ float }}) -> {{ float }} {
     return x;
@@ -21,6 +21,13 @@ fn activate(x: {{ float }}) -> {{ float }} {
     p = p * s + 0.2089352523;
     let tail = select(t * exp(-0.5 * a * a) * p, {{ float }}(0.0), a > {{ float }}(13.0));
     return x * select(tail, 1.0 - tail, x > {{ float }}(0.0));
+}
+{% elif activation == "softcap" %}
+// c tanh(x / c), with c = {{ softcap }}. tanh is 1 in f32 from 10 on, where some drivers overflow in it. NaN fails both comparisons and stays.
+fn activate(x: {{ float }}) -> {{ float }} {
+    let cap = {{ float }}({{ softcap }});
+    let inside = abs(x) <= 10.0 * cap;
+    return select(select(x, sign(x) * cap, abs(x) > 10.0 * cap), cap * tanh(x / cap), inside);
 }
 {% elif activation == "relu" %}
 fn activate(x: {{ float }}) -> {{ float }} {

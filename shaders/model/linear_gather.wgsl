@@ -1,5 +1,5 @@
 {#
-out[i] = W[ids[i]] as f32: the embedding of tokens, from the weights as the linear layer packs them. An invocation widens one pack. Rows of W that this
+out[i] = W[ids[i]] as f32, times `gather_scale` if there is one: the embedding of tokens, from the weights as the linear layer packs them. An invocation widens one pack. Rows of W that this
 binding of it doesn't hold are left to another dispatch.
 
 Iterations per invocation: none.
@@ -70,8 +70,8 @@ fn linear_gather(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_inv
     let out_row = i * params.in_features;
 {% for e in range(per_pack) %}
     if (k + {{ e }}u < params.in_features) {
-        out[out_row + k + {{ e }}u] = {{ parts.widen("words", e) }}
-            {%- if quantised %} * {{ parts.scale_of("scale_word") }}{% endif %}{% if quantised %} + {{ parts.min_of("scale_word") }}{% endif %};
+        out[out_row + k + {{ e }}u] = {{ "%s * ("|format(gather_scale) if gather_scale }}{{ parts.widen("words", e) }}
+            {%- if quantised %} * {{ parts.scale_of("scale_word") }}{% endif %}{% if quantised %} + {{ parts.min_of("scale_word") }}{% endif %}{{ ")" if gather_scale }};
     }
 {% endfor %}
 }

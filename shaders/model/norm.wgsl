@@ -101,9 +101,9 @@ fn across(v: vec4<f32>) -> f32 {
     }
 {% endif %}
 {% endmacro %}
-{# A vec4 of the result, from those of the row, the weight and the bias. #}
-{% macro normed(v, w, b) -%}
-  {% if layer %}(({{ v }} - first_mean) - mean){% else %}{{ v }}{% endif %} * scale * {{ w }}{% if bias %} + {{ b }}{% endif %}
+{# A vec4 of the result, from those of the row, the weight, the bias and what it is added to. #}
+{% macro normed(v, w, b, old) -%}
+  {% if accumulate %}{{ old }} + {% endif %}{% if layer %}(({{ v }} - first_mean) - mean){% else %}{{ v }}{% endif %} * scale * {{ w }}{% if bias %} + {{ b }}{% endif %}
 {%- endmacro %}
 @compute @workgroup_size({{ lanes * rows }})
 fn norm(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -162,9 +162,12 @@ fn norm(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let b = bias[c];
 {% endif %}
 {% if wide %}
-        out[base + c] = join({{ normed("low(e)", "low(w)", "low(b)") }}, {{ normed("high(e)", "high(w)", "high(b)") }});
+{% if accumulate %}
+        let old = out[base + c];
+{% endif %}
+        out[base + c] = join({{ normed("low(e)", "low(w)", "low(b)", "low(old)") }}, {{ normed("high(e)", "high(w)", "high(b)", "high(old)") }});
 {% else %}
-        out[base + c] = {{ normed("e", "w", "b") }};
+        out[base + c] = {{ normed("e", "w", "b", "out[base + c]") }};
 {% endif %}
 {%- endcall %}
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::error::{ModelError, ModelResult};
-use super::linear_config::{LinearConfig, check_regions};
+use super::linear_config::{LinearConfig, check_regions, check_softcap};
 use super::linear_kernels::{Compiled, LinearKernels, TEXTURE_WIDTH, create_texture, create_view};
 use super::linear_sizes;
 use super::linear_variant::{LinearKernel, LinearVariant};
@@ -146,6 +146,7 @@ impl Linear {
         }
         format.check()?;
         check_regions(&config)?;
+        check_softcap(&config)?;
         check_vector("bias", bias, config.bias.then_some(config.weight_rows()))?;
         check_vector("norm", norm.map(|norm| norm.weight), config.norm.then_some(in_features))?;
         // Rows of zeros would be divided by zero, and a value that is flushed to zero is one.
@@ -252,7 +253,8 @@ impl Linear {
     }
 
     /// Records `out[i] = W[ids[i]]`, as f32 `[ids, in_features]`: the embedding of tokens by the weights of the output layer (tied weights). `ids` holds
-    /// u32, one per row of `out`; ids beyond the last row of W are taken for the last one. A norm and regions play no part.
+    /// u32, one per row of `out`; ids beyond the last row of W are taken for the last one. [`LinearConfig::gather_scale`] multiplies them; a norm, a soft cap
+    /// and regions play no part.
     ///
     /// # Errors
     /// [`Error::Argument`] if the layer is gated, if `out` is not `[rows, in_features]`, `ids` doesn't hold one u32 per row, or both are in the same buffer;

@@ -5,6 +5,38 @@ use super::quantise::WeightFormat;
 use crate::layout::Region;
 use crate::{Error, Result};
 
+/// A finite number above 0. Configurations that hold it are compared and hashed by its bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Factor(u32);
+
+impl Factor {
+    /// This number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it is not finite and above 0.
+    pub fn new(value: f32) -> Result<Self> {
+        let fits = value.is_finite() && value > 0.0;
+        fits.then(|| Self(value.to_bits())).ok_or_else(|| Error::argument("factor", value, "a finite number above 0"))
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> f32 {
+        f32::from_bits(self.0)
+    }
+
+    /// As WGSL writes it.
+    pub(super) fn literal(self) -> String {
+        format!("{:e}", self.get())
+    }
+}
+
+impl std::fmt::Debug for Factor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.get().fmt(f)
+    }
+}
+
 /// Shape and options of a [`Linear`](super::Linear) layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearConfig {
@@ -20,6 +52,10 @@ pub struct LinearConfig {
     pub accumulate: bool,
     /// What is applied to `x W^T + bias`.
     pub activation: Option<ActivationKind>,
+    /// `c * tanh(y / c)` in place of an activation, for the logits of a head (Gemma 2).
+    pub softcap: Option<Factor>,
+    /// What [`Linear::gather_rows`](super::Linear::gather_rows) multiplies rows of W by (Gemma's embedding).
+    pub gather_scale: Option<Factor>,
     /// Whether W has `2 * out_features` rows (and the bias as many values): those of a gate, then those of up, and y is `activation(gate) * up`.
     pub gated: bool,
     /// Widths of matrices that y is cut into, one after another in its buffer: of queries, keys and values. Multiples of 4 whose sum is
@@ -43,6 +79,8 @@ impl LinearConfig {
             bias: false,
             accumulate: false,
             activation: None,
+            softcap: None,
+            gather_scale: None,
             gated: false,
             regions: None,
             norm: false,
@@ -60,6 +98,16 @@ impl LinearConfig {
     /// Rows of W.
     pub(super) fn weight_rows(&self) -> u32 {
         if self.gated { 2 * self.out_features } else { self.out_features }
+    }
+}
+
+/// A soft cap takes the place of an activation.
+pub(super) fn check_softcap(config: &LinearConfig) -> Result<()> {
+    match config.softcap {
+        Some(cap) if config.activation.is_some() || config.gated => {
+            Err(Error::argument("softcap", cap.get(), "none beside an activation or a gate"))
+        }
+        _ => Ok(()),
     }
 }
 

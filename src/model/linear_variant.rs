@@ -2,7 +2,7 @@
 
 use minijinja::context;
 
-use super::linear_config::LinearConfig;
+use super::linear_config::{Factor, LinearConfig};
 use super::linear_sizes::{MATRIX_BLOCK, MATRIX_INPUTS};
 use super::ops::ActivationKind;
 use super::quantise::WeightFormat;
@@ -92,6 +92,10 @@ pub struct LinearVariant {
     pub gated: bool,
     /// Widths of the regions of y.
     pub regions: Option<[u32; 3]>,
+    /// What caps y.
+    pub softcap: Option<Factor>,
+    /// What multiplies rows of W, as the embedding.
+    pub gather_scale: Option<Factor>,
     /// Whether x is normalised.
     pub norm: bool,
     /// Whether rows of x start at a multiple of what the kernel loads at once: 4 inputs on GPUs, 8 on CPU adapters.
@@ -124,8 +128,8 @@ impl LinearVariant {
     /// Every kernel of a layer on a device; those that multiply come first.
     #[must_use]
     pub fn of_layer(target: Target, config: &LinearConfig) -> Vec<Self> {
-        let LinearConfig { in_features, out_features, format, activation, bias, gated, regions, norm, exact, .. } =
-            *config;
+        let LinearConfig { in_features, out_features, format, activation, softcap, gather_scale, .. } = *config;
+        let LinearConfig { bias, gated, regions, norm, exact, .. } = *config;
         let kernels = LinearKernel::multipliers(target.profile).iter().copied();
         let kernels = kernels.filter(|kernel| !exact || kernel.is_exact(target));
         let stage = (target.profile == Profile::Cpu).then_some(LinearKernel::Stage);
@@ -135,6 +139,8 @@ impl LinearVariant {
                 target,
                 format,
                 activation,
+                softcap,
+                gather_scale,
                 bias,
                 gated,
                 regions,
@@ -167,16 +173,21 @@ impl LinearVariant {
         match (self.kernel, target.profile) {
             (LinearKernel::Gather, _) => {
                 (self.activation, self.bias, self.in_aligned, self.out_aligned) = (None, false, false, false);
+                self.softcap = None;
                 (self.gated, self.regions, self.norm) = (false, None, false);
                 (target.subgroups, target.int64) = (false, false);
             }
             (LinearKernel::Stage, _) => {
                 (self.activation, self.bias, self.out_aligned) = (None, false, false);
+                self.softcap = None;
                 (self.gated, self.regions) = (false, None);
                 (self.format, target.subgroups) = (WeightFormat::F32, false);
             }
             (LinearKernel::Rows(_), _) => self.out_aligned = false,
             (LinearKernel::Matmul, _) => target.subgroups = target.matrix.is_some(),
+        }
+        if self.kernel != LinearKernel::Gather {
+            self.gather_scale = None;
         }
         if self.staged() {
             // What moves x to the texture has normalised it.
@@ -289,7 +300,9 @@ impl LinearVariant {
             lanes => self.lanes(),
             format => self.format.shader_name(),
             group_size => self.format.group_size(),
-            activation => self.activation.map_or("none", ActivationKind::shader_name),
+            activation => if self.softcap.is_some() { "softcap" } else { self.activation.map_or("none", ActivationKind::shader_name) },
+            softcap => self.softcap.map(Factor::literal),
+            gather_scale => self.gather_scale.map(Factor::literal),
             bias => self.bias,
             gated => self.gated,
             regions => self.regions.map(|widths| Region::of(widths).map(region_context)),

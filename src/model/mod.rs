@@ -4,6 +4,7 @@
 //! kernels of its own for the linear layers, norms and sampling.
 
 mod architecture;
+mod builder;
 mod checkpoint;
 mod config;
 mod decoder;
@@ -28,13 +29,13 @@ mod tune;
 
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
-pub use config::{ModelConfig, NormSettings, Position};
+pub use config::{LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm};
 pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use gguf::GgufMetadata;
 pub use linear::{Linear, RmsNorm};
-pub use linear_config::LinearConfig;
+pub use linear_config::{Factor, LinearConfig};
 pub use linear_kernels::LinearKernels;
 pub use linear_variant::{LinearKernel, LinearVariant};
 pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};

@@ -2,20 +2,20 @@
 
 use std::path::Path;
 
-use super::architecture::{LayerWeights, LinearWeights, ModelWeights, NormWeights, TensorSource};
+use super::architecture::{LayerWeights, ModelWeights, TensorSource};
+use super::builder::Builder;
 use super::checkpoint::Checkpoint;
-use super::config::{ModelConfig, Position};
+use super::config::{ModelConfig, QkNorm};
 use super::error::{ModelError, ModelResult};
-use super::linear::{Linear, RmsNorm, RowSource};
-use super::linear_config::LinearConfig;
+use super::linear::Linear;
+use super::linear_config::{Factor, LinearConfig};
 use super::linear_kernels::LinearKernels;
 use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
 use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
-use crate::Result;
 use crate::layout::Region;
-use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Gpu, HeadNorm, KvCache, QkvRows, Step};
+use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, HeadNorm, KvCache, QkvRows, Result, Step};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -67,13 +67,15 @@ pub struct ModelOptions {
     pub weights: WeightFormat,
     /// Whether the logits of a sequence have the same bits whatever else is in a batch. See [`ModelOptions::with_exact`].
     pub exact: bool,
+    /// Whether a model with LongRoPE is to read long texts. See [`ModelConfig::with_long_context`].
+    pub long_context: bool,
 }
 
 impl ModelOptions {
     /// With matrices in this format.
     #[must_use]
     pub const fn new(weights: WeightFormat) -> Self {
-        Self { weights, exact: false }
+        Self { weights, exact: false, long_context: false }
     }
 
     /// The same, with logits of a sequence that have the same bits alone and in any batch: linear layers and attention add in an order that doesn't
@@ -82,6 +84,14 @@ impl ModelOptions {
     #[must_use]
     pub const fn with_exact(mut self, exact: bool) -> Self {
         self.exact = exact;
+        self
+    }
+
+    /// The same for long texts, which a model with LongRoPE reads with other frequencies than short ones: see [`ModelConfig::with_long_context`]. An error
+    /// with other models.
+    #[must_use]
+    pub const fn with_long_context(mut self, long_context: bool) -> Self {
+        self.long_context = long_context;
         self
     }
 }
@@ -94,17 +104,63 @@ impl Default for ModelOptions {
 
 /// One transformer layer: attention and a feed-forward network (MLP), each behind a norm and added to the residual stream.
 ///
-/// RMSNorm is a part of the linear layer behind it, LayerNorm has a dispatch of its own.
+/// RMSNorm is a part of the linear layer behind it, LayerNorm has a dispatch of its own. So has a norm of what is added.
 #[derive(Debug)]
-struct Layer {
-    attention_norm: Option<NormParameters>,
-    qkv: Linear,
-    head_norm: Option<HeadNorm>,
-    o: Linear,
-    mlp_norm: Option<NormParameters>,
+pub(super) struct Layer {
+    pub(super) attention_norm: Option<NormParameters>,
+    pub(super) qkv: Linear,
+    pub(super) qk_norm: QkNormWeights,
+    pub(super) o: Linear,
+    pub(super) post_attention_norm: Option<NormParameters>,
+    pub(super) mlp_norm: Option<NormParameters>,
     /// With the gate, if there is one, and the activation.
-    up: Linear,
-    down: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+    pub(super) post_mlp_norm: Option<NormParameters>,
+}
+
+/// Norms of queries and keys.
+#[derive(Debug)]
+pub(super) enum QkNormWeights {
+    None,
+    PerHead(HeadNorm),
+    AllHeads([NormParameters; 2]),
+}
+
+/// The kernels of the norms.
+#[derive(Debug)]
+pub(super) struct Norms {
+    /// LayerNorm over the residual stream.
+    pub(super) layer: Option<Norm>,
+    /// Of what is added to the residual stream.
+    pub(super) added: Option<Norm>,
+    /// Of all query heads together, and of all key heads.
+    pub(super) qk: Option<[Norm; 2]>,
+}
+
+impl Norms {
+    async fn new(gpu: &Gpu, config: &ModelConfig, weights: &ModelWeights) -> Result<Self> {
+        let of = |width| NormConfig::new(config.norm.kind, width, config.norm.eps);
+        let hidden = of(config.hidden_size);
+        let layer = match config.norm.kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(Norm::new(gpu, NormConfig { bias: true, ..hidden }).await?),
+        };
+        let adds = |layer: &LayerWeights| layer.post_attn_norm.is_some() || layer.post_mlp_norm.is_some();
+        let added = if weights.layers.iter().any(adds) {
+            let bias = config.norm.kind == NormKind::Layer;
+            Some(Norm::new(gpu, NormConfig { bias, accumulate: true, ..hidden }).await?)
+        } else {
+            None
+        };
+        let qk = if config.qk_norm == Some(QkNorm::AllHeads) {
+            let [q, k, _] = qkv_widths(config).map(of);
+            Some([Norm::new(gpu, q).await?, Norm::new(gpu, k).await?])
+        } else {
+            None
+        };
+        Ok(Self { layer, added, qk })
+    }
 }
 
 /// A decoder-only transformer with its weights on the GPU. Make one and share it between [`Decoder`](super::Decoder)s.
@@ -115,8 +171,7 @@ pub struct Model {
     embedding: Linear,
     position_embedding: Option<PositionEmbedding>,
     layers: Vec<Layer>,
-    /// LayerNorm over the residual stream.
-    norm: Option<Norm>,
+    norms: Norms,
     final_norm: Option<NormParameters>,
     /// `None`: the token embedding, transposed.
     head: Option<Linear>,
@@ -127,7 +182,7 @@ pub struct Model {
 #[derive(Debug)]
 pub(crate) struct Scratch {
     hidden: wgpu::Buffer,
-    /// After LayerNorm; rows for the head.
+    /// After LayerNorm, or before a norm of what is added; rows for the head.
     normed: wgpu::Buffer,
     qkv: wgpu::Buffer,
     attended: wgpu::Buffer,
@@ -162,16 +217,22 @@ impl Scratch {
 /// What the layers of one step share.
 pub(crate) struct StepContext<'a> {
     pub(crate) cache: &'a KvCache,
-    pub(crate) attention: &'a Attention,
-    /// For models with rotary embeddings.
-    pub(crate) append: Option<&'a AppendQkv>,
+    /// For each of the model's kinds of layers.
+    pub(crate) kinds: Vec<KindContext<'a>>,
     pub(crate) step: &'a Step,
-    pub(crate) plan: &'a AttentionPlan,
     /// Token id of each row.
     pub(crate) ids: BufferRef<'a>,
     /// Position of each row, for learned positions.
     pub(crate) positions: BufferRef<'a>,
     pub(crate) rows: u32,
+}
+
+/// What the layers of one kind share in a step.
+pub(crate) struct KindContext<'a> {
+    pub(crate) attention: &'a Attention,
+    pub(crate) plan: &'a AttentionPlan,
+    /// For layers with rotary embeddings.
+    pub(crate) append: Option<&'a AppendQkv>,
 }
 
 impl Model {
@@ -220,23 +281,26 @@ impl Model {
         options: ModelOptions,
         progress: impl FnMut(Progress<'_>),
     ) -> ModelResult<Self> {
+        let config = if options.long_context { config.with_long_context()? } else { config };
         let bytes_total = weights.sources().map(|tensor| source.bytes(tensor)).sum::<ModelResult<u64>>()?;
         let kernels = LinearKernels::new();
-        let norm_config =
-            NormConfig { bias: true, ..NormConfig::new(config.norm.kind, config.hidden_size, config.norm.eps) };
-        let norm = match config.norm.kind {
-            NormKind::Rms => None,
-            NormKind::Layer => Some(Norm::new(gpu, norm_config).await?),
-        };
-        if config.qk_norm && (norm.is_some() || config.position == Position::Learned) {
-            let got = format!("with {:?} norms, {:?}", config.norm.kind, config.position);
-            return Err(ModelError::argument("qk_norm", got, "RMSNorm and rotary embeddings"));
+        let norms = Norms::new(gpu, &config, weights).await?;
+        let rotates = config.layers.kinds().iter().all(|kind| kind.rope.is_some());
+        if config.qk_norm == Some(QkNorm::PerHead) && (config.norm.kind != NormKind::Rms || !rotates) {
+            let got = format!("PerHead with {:?} norms, {:?}", config.norm.kind, config.layers);
+            return Err(ModelError::argument("qk_norm", got, "RMSNorm and rotary embeddings in all layers"));
         }
+        let factor = |value: Option<f32>| value.map(Factor::new).transpose();
+        let (scale, cap) = (factor(config.embedding_scale)?, factor(config.logit_softcap)?);
         let mut builder =
             Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
         // Whichever computes logits normalises before.
         let tied_norm = Some(&weights.final_norm).filter(|_| weights.head.is_none());
-        let embedding = builder.matrix(&[&weights.embedding], &[], tied_norm, |_| {}).await?;
+        let embed = |linear: &mut LinearConfig| {
+            linear.gather_scale = scale;
+            linear.softcap = cap.filter(|_| weights.head.is_none());
+        };
+        let embedding = builder.matrix(&[&weights.embedding], &[], tied_norm, embed).await?;
         let position_embedding = match &weights.position_embedding {
             Some(tensor) => {
                 let table = builder.values(tensor)?;
@@ -246,16 +310,18 @@ impl Model {
         };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, norm.as_ref()).await?);
+            layers.push(builder.layer(layer, &norms).await?);
         }
-        let final_norm = builder.norm(&weights.final_norm, norm.as_ref())?;
+        let final_norm = builder.norm(Some(&weights.final_norm), norms.layer.as_ref())?;
         let head = match &weights.head {
-            Some(head) => Some(builder.linear(&[head], Some(&weights.final_norm), |_| {}).await?),
+            Some(head) => {
+                Some(builder.linear(&[head], Some(&weights.final_norm), |linear| linear.softcap = cap).await?)
+            }
             None => None,
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
         let gpu = gpu.clone();
-        Ok(Self { gpu, config, embedding, position_embedding, layers, norm, final_norm, head, select })
+        Ok(Self { gpu, config, embedding, position_embedding, layers, norms, final_norm, head, select })
     }
 
     /// [`Model::from_source`] for programs without an async runtime.
@@ -351,28 +417,61 @@ impl Model {
         let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
         let up = Rows::new(&scratch.up, rows, config.intermediate_size);
 
+        let kind = context.kinds.get(config.layers.index(index));
+        let kind = kind.ok_or_else(|| Error::argument("layers", "a kind without attention", "one for each kind"))?;
+
         let x = self.normed(pass, scratch, layer.attention_norm.as_ref(), hidden)?;
         layer.qkv.record(&mut *pass, x, qkv)?;
-        match context.append {
-            Some(append) => {
-                let norm = layer.head_norm.as_ref();
-                context.cache.append_qkv(&mut *pass, context.step, index, append, heads, norm)?;
+        let mut head_norm = None;
+        match (&layer.qk_norm, &self.norms.qk) {
+            (QkNormWeights::PerHead(norm), _) => head_norm = Some(norm),
+            (QkNormWeights::AllHeads(weights), Some(norms)) => {
+                let qk_rows = Region::of(qkv_widths(config)).map(|Region { width, offset, .. }| Rows {
+                    offset: u64::from(rows) * u64::from(offset) * 4,
+                    ..Rows::new(&scratch.qkv, rows, width)
+                });
+                for ((norm, weights), rows) in norms.iter().zip(weights).zip(qk_rows) {
+                    norm.record_in_place(&mut *pass, weights, rows)?;
+                }
             }
+            _ => {}
+        }
+        match kind.append {
+            Some(append) => context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?,
             None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
         }
-        context.attention.attend(&mut *pass, context.plan, index, heads.q(), attended.range())?;
+        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
 
+        let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
         if config.parallel_residual {
             let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
             layer.up.record(&mut *pass, x, up)?;
-            layer.o.record(&mut *pass, attended, hidden)?;
+            self.add(pass, scratch, &layer.o, post_attention, attended, hidden)?;
         } else {
-            layer.o.record(&mut *pass, attended, hidden)?;
+            self.add(pass, scratch, &layer.o, post_attention, attended, hidden)?;
             let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
             layer.up.record(&mut *pass, x, up)?;
         }
-        layer.down.record(&mut *pass, up, hidden)
+        self.add(pass, scratch, &layer.down, layer.post_mlp_norm.as_ref(), up, hidden)
+    }
+
+    /// Adds a linear layer's result to the residual stream, normalised if there are weights for it.
+    fn add(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        linear: &Linear,
+        weights: Option<&NormParameters>,
+        x: Rows<'_>,
+        hidden: Rows<'_>,
+    ) -> Result<()> {
+        let (Some(norm), Some(weights)) = (&self.norms.added, weights) else {
+            return linear.record(&mut *pass, x, hidden);
+        };
+        let added = Rows { buffer: &scratch.normed, offset: 0, ..hidden };
+        linear.record(&mut *pass, x, added)?;
+        norm.record(&mut *pass, weights, added, hidden)
     }
 
     /// What a linear layer reads: x after LayerNorm, or x itself, which the layer normalises.
@@ -383,7 +482,7 @@ impl Model {
         weights: Option<&NormParameters>,
         x: Rows<'a>,
     ) -> Result<Rows<'a>> {
-        let (Some(norm), Some(weights)) = (&self.norm, weights) else { return Ok(x) };
+        let (Some(norm), Some(weights)) = (&self.norms.layer, weights) else { return Ok(x) };
         let normed = Rows { buffer: &scratch.normed, offset: 0, ..x };
         norm.record(&mut *pass, weights, x, normed)?;
         Ok(normed)
@@ -408,7 +507,7 @@ impl Model {
         }
         let chosen = Rows::new(&scratch.normed, logits.rows, width);
         self.select.record(&mut *pass, hidden, head_rows, chosen)?;
-        if let (Some(norm), Some(weights)) = (&self.norm, &self.final_norm) {
+        if let (Some(norm), Some(weights)) = (&self.norms.layer, &self.final_norm) {
             norm.record_in_place(&mut *pass, weights, chosen)?;
         }
         head.record(&mut *pass, chosen, logits)
@@ -416,171 +515,7 @@ impl Model {
 }
 
 /// Widths of queries, keys and values.
-fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
+pub(super) fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
     let kv_width = config.num_kv_heads.saturating_mul(config.head_dim);
     [config.num_q_heads.saturating_mul(config.head_dim), kv_width, kv_width]
-}
-
-/// The matrix that has a row of all, and which of its own rows that is.
-fn at_row<'a>(matrices: &[&'a TensorSource], mut row: usize) -> ModelResult<(&'a TensorSource, usize)> {
-    for &matrix in matrices {
-        let [rows, _] = matrix.shape();
-        if row < rows {
-            return Ok((matrix, row));
-        }
-        row -= rows;
-    }
-    Err(ModelError::argument("row", format!("{row} behind the last matrix"), "a row of one"))
-}
-
-/// Fills `out`, which has `per_row` elements for each row of all matrices from `row` on, matrix by matrix: `fill` gets a matrix, and a row of it.
-fn fill_rows<T>(
-    matrices: &[&TensorSource],
-    row: u32,
-    per_row: usize,
-    mut out: &mut [T],
-    fill: impl Fn(&TensorSource, usize, &mut [T]) -> ModelResult<()>,
-) -> ModelResult<()> {
-    let mut row = row as usize;
-    while !out.is_empty() {
-        let (matrix, within) = at_row(matrices, row)?;
-        let [num_rows, _] = matrix.shape();
-        let own = out.len().min((num_rows - within) * per_row);
-        let (now, later) = out.split_at_mut(own);
-        fill(matrix, within, now)?;
-        (out, row) = (later, row + own / per_row);
-    }
-    Ok(())
-}
-
-/// Uploads the parts of a model.
-struct Builder<'a, P> {
-    gpu: &'a Gpu,
-    config: &'a ModelConfig,
-    source: &'a dyn WeightSource,
-    options: ModelOptions,
-    kernels: LinearKernels,
-    progress: P,
-    bytes_done: u64,
-    bytes_total: u64,
-}
-
-impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
-    fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
-        self.bytes_done += self.source.bytes(tensor)?;
-        let what = tensor.pieces().first().map_or("", |piece| piece.tensor());
-        (self.progress)(Progress { bytes_done: self.bytes_done, bytes_total: self.bytes_total, what });
-        Ok(())
-    }
-
-    /// All of a small tensor.
-    fn values(&mut self, tensor: &TensorSource) -> ModelResult<Vec<f32>> {
-        let [rows, columns] = tensor.shape();
-        let mut values = vec![0.0; rows * columns];
-        self.source.rows(tensor, 0, &mut values)?;
-        self.advance(tensor)?;
-        Ok(values)
-    }
-
-    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them.
-    async fn matrix(
-        &mut self,
-        weights: &[&TensorSource],
-        biases: &[&TensorSource],
-        norm: Option<&NormWeights>,
-        configure: impl FnOnce(&mut LinearConfig),
-    ) -> ModelResult<Linear> {
-        // Sizes of a configuration are below 2^31.
-        let out_features = weights.iter().map(|weight| weight.shape()[0]).sum::<usize>() as u32;
-        let in_features = weights.first().map_or(0, |weight| weight.shape()[1]) as u32;
-        let mut config = LinearConfig::new(in_features, out_features, self.options.weights);
-        config.exact = self.options.exact;
-        let norm = norm.filter(|_| self.config.norm.kind == NormKind::Rms);
-        (config.bias, config.norm) = (!biases.is_empty(), norm.is_some());
-        configure(&mut config);
-        let mut bias = Vec::new();
-        for tensor in biases {
-            bias.extend(self.values(tensor)?);
-        }
-        let bias = (!biases.is_empty()).then_some(bias);
-        let norm = norm.map(|norm| self.values(&norm.weight)).transpose()?;
-        let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
-        let source = self.source;
-        let mut rows = |row: u32, out: &mut [f32]| {
-            fill_rows(weights, row, in_features as usize, out, |weight, row, out| source.rows(weight, row, out))
-        };
-        let row_grids = in_features.div_ceil(WeightGrid::GROUP_SIZE) as usize;
-        let mut grids = |row: u32, out: &mut [Option<WeightGrid>]| {
-            fill_rows(weights, row, row_grids, out, |weight, row, out| source.grids(weight, row, out))
-        };
-        let rows = RowSource { rows: &mut rows, grids: &mut grids };
-        let linear = Linear::from_source(self.gpu, &self.kernels, config, rows, bias.as_deref(), norm).await;
-        // The layer knows the value that it can't store, the loader whose it is.
-        let linear = linear.map_err(|error| match error {
-            ModelError::Weight { tensor: None, value, row, column } => match at_row(weights, row as usize) {
-                Ok((weight, row)) => {
-                    let mut names: Vec<_> = weight.pieces().iter().map(|piece| piece.tensor()).collect();
-                    names.dedup();
-                    ModelError::Weight { tensor: Some(names.join(" + ")), value, row: row as u64, column }
-                }
-                Err(error) => error,
-            },
-            other => other,
-        })?;
-        for weight in weights {
-            self.advance(weight)?;
-        }
-        Ok(linear)
-    }
-
-    async fn linear(
-        &mut self,
-        layers: &[&LinearWeights],
-        norm: Option<&NormWeights>,
-        configure: impl FnOnce(&mut LinearConfig),
-    ) -> ModelResult<Linear> {
-        let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
-        let biases: Vec<_> = layers.iter().filter_map(|layer| layer.bias.as_ref()).collect();
-        if !biases.is_empty() && biases.len() != layers.len() {
-            let got = format!("{} in {} layers", biases.len(), layers.len());
-            return Err(ModelError::argument("biases", got, "one in each layer or none at all"));
-        }
-        self.matrix(&weights, &biases, norm, configure).await
-    }
-
-    /// The weights of a LayerNorm. Those of RMSNorm go to the linear layer behind it.
-    fn norm(&mut self, weights: &NormWeights, norm: Option<&Norm>) -> ModelResult<Option<NormParameters>> {
-        let Some(norm) = norm else { return Ok(None) };
-        let weight = self.values(&weights.weight)?;
-        let bias = weights.bias.as_ref().map(|tensor| self.values(tensor)).transpose()?;
-        Ok(Some(norm.weights(&weight, bias.as_deref())?))
-    }
-
-    async fn layer(&mut self, weights: &LayerWeights, norm: Option<&Norm>) -> ModelResult<Layer> {
-        let config = self.config;
-        let add = |linear: &mut LinearConfig| linear.accumulate = true;
-        let split = |linear: &mut LinearConfig| linear.regions = Some(qkv_widths(config));
-        let activate = |linear: &mut LinearConfig| {
-            linear.activation = Some(config.activation);
-            if config.gated_mlp {
-                (linear.gated, linear.out_features) = (true, linear.out_features / 2);
-            }
-        };
-        let head_norm = match (&weights.q_norm, &weights.k_norm) {
-            (Some(q), Some(k)) => {
-                let (q, k) = (self.values(&q.weight)?, self.values(&k.weight)?);
-                Some(HeadNorm::new(self.gpu, &q, &k, config.norm.eps)?)
-            }
-            _ => None,
-        };
-        Ok(Layer {
-            attention_norm: self.norm(&weights.attn_norm, norm)?,
-            qkv: self.linear(&[&weights.q, &weights.k, &weights.v], Some(&weights.attn_norm), split).await?,
-            head_norm,
-            o: self.linear(&[&weights.o], None, add).await?,
-            mlp_norm: self.norm(&weights.mlp_norm, norm)?,
-            up: self.linear(&[&weights.gate_up], Some(&weights.mlp_norm), activate).await?,
-            down: self.linear(&[&weights.down], None, add).await?,
-        })
-    }
 }

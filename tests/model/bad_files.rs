@@ -645,12 +645,12 @@ fn rope_that_is_wrong() {
     refused("gpt_neox", &json!({ "rotary_pct": 0.375 }), "rotary_pct", &["3 dimensions", "even"]);
     refused("gpt_neox", &json!({ "rotary_pct": 0.1 }), "rotary_pct", &["0 dimensions", "even"]);
     refused("llama", &json!({ "rope_scaling": "linear" }), "rope_scaling", &["an object"]);
-    let known = "default, linear, dynamic, yarn, llama3";
+    let known = "default, linear, dynamic, yarn, longrope, llama3";
     let scaled = |section: &str, scaling: Value, key: &str, parts: &[&str]| {
         refused("llama", &json!({ section: scaling }), &format!("{section}.{key}"), parts);
     };
     for (key, section) in [("rope_type", "rope_scaling"), ("type", "rope_scaling"), ("rope_type", "rope_parameters")] {
-        scaled(section, json!({ key: "longrope", "factor": 2 }), key, &["got longrope", known]);
+        scaled(section, json!({ key: "proportional", "factor": 2 }), key, &["got proportional", known]);
         scaled(section, json!({ key: 3 }), key, &["got 3", "a string"]);
         for kind in ["linear", "dynamic", "llama3"] {
             let rest = json!({ key: kind, "low_freq_factor": 1, "high_freq_factor": 4 });
@@ -675,7 +675,7 @@ fn rope_that_is_wrong() {
     yarn("beta_slow", json!(-1), &["above 0"]);
     yarn("attention_factor", json!(0), &["above 0"]);
     yarn("mscale", json!("x"), &["at least 0"]);
-    yarn("truncate", json!(false), &["not supported"]);
+    yarn("truncate", json!(0), &["true or false"]);
     yarn("original_max_position_embeddings", json!(0), &["got 0"]);
     let all = json!({ "type": "yarn", "original_max_position_embeddings": 1000 });
     scaled("rope_scaling", all, "original_max_position_embeddings", &["got 1000", "256"]);

@@ -98,7 +98,8 @@ pub(crate) const LAYERS: usize = 2;
 pub(crate) const VOCAB: usize = 37;
 
 /// The architectures, each with sizes that differ from one another wherever the architecture lets them.
-pub(crate) const ARCHITECTURES: [&str; 6] = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"];
+pub(crate) const ARCHITECTURES: [&str; 11] =
+    ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"];
 
 pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
     let mut tensors = Tensors::new();
@@ -173,38 +174,52 @@ pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
             // Qwen3's heads times their width is not the hidden size.
             let hidden = if model_type == "qwen3" { hidden } else { q * head };
             let bias = model_type == "qwen2";
+            let tied = ["gemma2", "gemma3_text", "qwen2", "smollm3"].contains(&model_type);
             add("model.embed_tokens.weight".into(), &[VOCAB, hidden]);
             for i in 0..LAYERS {
                 let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{i}.{name}"), shape);
-                add("input_layernorm.weight", &[hidden]);
-                for (name, heads) in [("q", q), ("k", kv), ("v", kv)] {
-                    add(&format!("self_attn.{name}_proj.weight"), &[heads * head, hidden]);
-                    if bias {
-                        add(&format!("self_attn.{name}_proj.bias"), &[heads * head]);
+                let norms: &[&str] = match model_type {
+                    "olmo2" => &["post_attention", "post_feedforward"],
+                    "gemma2" | "gemma3_text" => &["input", "post_attention", "pre_feedforward", "post_feedforward"],
+                    _ => &["input", "post_attention"],
+                };
+                norms.iter().for_each(|norm| add(&format!("{norm}_layernorm.weight"), &[hidden]));
+                if model_type == "phi3" {
+                    add("self_attn.qkv_proj.weight", &[(q + 2 * kv) * head, hidden]);
+                    add("mlp.gate_up_proj.weight", &[2 * inner, hidden]);
+                } else {
+                    for (name, heads) in [("q", q), ("k", kv), ("v", kv)] {
+                        add(&format!("self_attn.{name}_proj.weight"), &[heads * head, hidden]);
+                        if bias {
+                            add(&format!("self_attn.{name}_proj.bias"), &[heads * head]);
+                        }
                     }
+                    add("mlp.gate_proj.weight", &[inner, hidden]);
+                    add("mlp.up_proj.weight", &[inner, hidden]);
                 }
                 add("self_attn.o_proj.weight", &[hidden, q * head]);
-                if model_type == "qwen3" {
-                    add("self_attn.q_norm.weight", &[head]);
-                    add("self_attn.k_norm.weight", &[head]);
+                let normed = match model_type {
+                    "qwen3" | "gemma3_text" => Some([1, 1]),
+                    "olmo2" => Some([q, kv]),
+                    _ => None,
+                };
+                for (name, heads) in ["q", "k"].into_iter().zip(normed.into_iter().flatten()) {
+                    add(&format!("self_attn.{name}_norm.weight"), &[heads * head]);
                 }
                 if model_type == "llama" {
                     add("self_attn.rotary_emb.inv_freq", &[head / 2]);
                 }
-                add("post_attention_layernorm.weight", &[hidden]);
-                add("mlp.gate_proj.weight", &[inner, hidden]);
-                add("mlp.up_proj.weight", &[inner, hidden]);
                 add("mlp.down_proj.weight", &[hidden, inner]);
             }
             add("model.norm.weight".into(), &[hidden]);
-            if model_type != "qwen2" {
+            if !tied {
                 add("lm_head.weight".into(), &[VOCAB, hidden]);
             }
             json!({
                 "model_type": model_type, "num_hidden_layers": LAYERS, "hidden_size": hidden, "num_attention_heads": q,
                 "num_key_value_heads": kv, "head_dim": head, "intermediate_size": inner, "vocab_size": VOCAB,
                 "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 500000.0,
-                "tie_word_embeddings": model_type == "qwen2", "sliding_window": null, "bos_token_id": 1, "eos_token_id": 2,
+                "tie_word_embeddings": tied, "sliding_window": null, "bos_token_id": 1, "eos_token_id": 2,
             })
         }
     };

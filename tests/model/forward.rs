@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use folio::model::{
-    ActivationKind, Checkpoint, LinearWeights, ModelConfig, NormKind, NormWeights, Position, TensorSource,
+    ActivationKind, Checkpoint, LinearWeights, ModelConfig, NormKind, NormWeights, QkNorm, TensorSource,
 };
 use folio::{RopeConfig, RopeLayout, RopeScaling};
 use safetensors::SafeTensors;
@@ -33,7 +33,8 @@ fn linear(checkpoint: &Checkpoint, source: &LinearWeights) -> Linear {
 }
 
 fn norm(checkpoint: &Checkpoint, source: &NormWeights) -> Norm {
-    let weight = read(checkpoint, &source.weight);
+    let offset = f64::from(checkpoint.config().norm.weight_offset);
+    let weight = read(checkpoint, &source.weight).into_iter().map(|weight| weight + offset).collect();
     Norm { weight, bias: source.bias.as_ref().map(|bias| read(checkpoint, bias)) }
 }
 
@@ -42,6 +43,11 @@ impl Linear {
         let rows = self.weight.chunks(self.columns).enumerate();
         rows.map(|(i, row)| dot(row, x) + self.bias.as_ref().map_or(0.0, |bias| bias[i])).collect()
     }
+}
+
+/// What is there if there is no norm.
+fn normed(norm: &Option<Norm>, config: &ModelConfig, x: &[f64]) -> Vec<f64> {
+    norm.as_ref().map_or_else(|| x.to_vec(), |norm| norm.apply(config, x))
 }
 
 impl Norm {
@@ -96,12 +102,15 @@ fn frequencies(rope: &RopeConfig) -> (Vec<f64>, f64) {
     match rope.scaling.clone() {
         RopeScaling::None => (plain, 1.0),
         RopeScaling::Linear { factor } => (plain.iter().map(|f| f / factor).collect(), 1.0),
-        RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor, .. } => {
+        RopeScaling::Yarn {
+            factor, original_max_position, beta_fast, beta_slow, attention_factor, truncate, ..
+        } => {
             let length = f64::from(original_max_position);
             // The pair that turns `rotations` times within the original context.
             let pair = |rotations: f64| dim * (length / (rotations * tau)).ln() / (2.0 * rope.theta.ln());
-            let low = pair(beta_fast).floor().max(0.0);
-            let high = pair(beta_slow).ceil().min(dim - 1.0);
+            let (low, high) = (pair(beta_fast), pair(beta_slow));
+            let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+            let (low, high) = (low.max(0.0), high.min(dim - 1.0));
             let high = if low == high { high + 0.001 } else { high };
             let mixed = plain.iter().enumerate().map(|(i, f)| {
                 let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
@@ -117,6 +126,8 @@ fn frequencies(rope: &RopeConfig) -> (Vec<f64>, f64) {
             });
             (scaled.collect(), 1.0)
         }
+        // The list itself is checked where it is read: `longrope_of_files`.
+        RopeScaling::Custom { inverse_frequencies, attention_factor } => (inverse_frequencies, attention_factor),
         other => panic!("not made by a configuration: {other:?}"),
     }
 }
@@ -134,60 +145,67 @@ fn rotate(rope: &RopeConfig, position: usize, head: &mut [f64]) {
 }
 
 /// Logits after each token of a sequence.
-fn forward(checkpoint: &Checkpoint, tokens: &[usize]) -> Vec<Vec<f64>> {
-    let config = checkpoint.config();
+fn forward(checkpoint: &Checkpoint, config: &ModelConfig, tokens: &[usize]) -> Vec<Vec<f64>> {
     let weights = checkpoint.weights().unwrap();
     let (hidden, head_dim) = (config.hidden_size as usize, config.head_dim as usize);
     let group = config.num_q_heads / config.num_kv_heads;
     let embedding = read(checkpoint, &weights.embedding);
     let mut rows: Vec<Vec<f64>> = tokens.iter().map(|t| embedding[t * hidden..][..hidden].to_vec()).collect();
+    if let Some(scale) = config.embedding_scale {
+        rows.iter_mut().flatten().for_each(|x| *x *= f64::from(scale));
+    }
     if let Some(source) = &weights.position_embedding {
         let positions = read(checkpoint, source);
         rows.iter_mut().zip(positions.chunks(hidden)).for_each(|(row, position)| add(row, position));
     }
-    for layer in &weights.layers {
-        let attn_norm = norm(checkpoint, &layer.attn_norm);
+    let softmax_scale = config.softmax_scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
+    let softcap = |cap: Option<f32>, x: f64| cap.map_or(x, |cap| f64::from(cap) * (x / f64::from(cap)).tanh());
+    for (kind, layer) in (0..).map(|i| config.layers.kind(i)).zip(&weights.layers) {
+        let norms = [&layer.attn_norm, &layer.post_attn_norm, &layer.mlp_norm, &layer.post_mlp_norm];
+        let [attn_norm, post_attn_norm, mlp_norm, post_mlp_norm] =
+            norms.map(|source| source.as_ref().map(|source| norm(checkpoint, source)));
         let [q, k, v, o] = [&layer.q, &layer.k, &layer.v, &layer.o].map(|l| linear(checkpoint, l));
         let [q_norm, k_norm] = [&layer.q_norm, &layer.k_norm].map(|n| n.as_ref().map(|n| norm(checkpoint, n)));
         let heads = |projection: &Linear, norm: &Option<Norm>, position: usize, x: &[f64]| -> Vec<Vec<f64>> {
-            let heads = projection.apply(x);
+            let mut heads = projection.apply(x);
+            let over = if config.qk_norm == Some(QkNorm::AllHeads) { heads.len() } else { head_dim };
+            heads = heads.chunks(over).flat_map(|x| normed(norm, config, x)).collect();
             let heads = heads.chunks(head_dim).map(|head| {
-                let mut head = norm.as_ref().map_or_else(|| head.to_vec(), |norm| norm.apply(config, head));
-                if let Position::Rope(rope) = &config.position {
+                let mut head = head.to_vec();
+                if let Some(rope) = &kind.rope {
                     rotate(rope, position, &mut head);
                 }
                 head
             });
             heads.collect()
         };
-        let inputs: Vec<_> = rows.iter().map(|row| attn_norm.apply(config, row)).collect();
+        let inputs: Vec<_> = rows.iter().map(|row| normed(&attn_norm, config, row)).collect();
         let keys: Vec<_> = inputs.iter().enumerate().map(|(i, x)| heads(&k, &k_norm, i, x)).collect();
         let values: Vec<_> = inputs.iter().map(|x| v.apply(x)).collect();
-        let mlp_norm = norm(checkpoint, &layer.mlp_norm);
         let [gate_up, down] = [&layer.gate_up, &layer.down].map(|l| linear(checkpoint, l));
         for (i, row) in rows.iter_mut().enumerate() {
             let mut attended = Vec::new();
-            let first = config.sliding_window.map_or(0, |window| (i + 1).saturating_sub(window as usize));
+            let first = kind.window.map_or(0, |window| (i + 1).saturating_sub(window as usize));
             for (h, query) in heads(&q, &q_norm, i, &inputs[i]).iter().enumerate() {
                 let kv = h / group as usize;
-                let scores: Vec<_> =
-                    (first..=i).map(|j| (dot(query, &keys[j][kv]) / (head_dim as f64).sqrt()).exp()).collect();
+                let logit = |j: usize| softcap(config.attention_softcap, dot(query, &keys[j][kv]) * softmax_scale);
+                let scores: Vec<_> = (first..=i).map(|j| logit(j).exp()).collect();
                 let sum: f64 = scores.iter().sum();
                 attended.extend((0..head_dim).map(|d| {
                     let value = |j: usize| values[first + j][kv * head_dim + d];
                     scores.iter().enumerate().map(|(j, score)| score / sum * value(j)).sum::<f64>()
                 }));
             }
-            let attended = o.apply(&attended);
+            let attended = normed(&post_attn_norm, config, &o.apply(&attended));
             let mlp = |x: &[f64]| {
-                let mut inner = gate_up.apply(&mlp_norm.apply(config, x));
+                let mut inner = gate_up.apply(&normed(&mlp_norm, config, x));
                 if config.gated_mlp {
                     let up = inner.split_off(config.intermediate_size as usize);
                     inner.iter_mut().zip(up).for_each(|(gate, up)| *gate = activate(config.activation, *gate) * up);
                 } else {
                     inner.iter_mut().for_each(|x| *x = activate(config.activation, *x));
                 }
-                down.apply(&inner)
+                normed(&post_mlp_norm, config, &down.apply(&inner))
             };
             if config.parallel_residual {
                 let mlp = mlp(row);
@@ -205,7 +223,8 @@ fn forward(checkpoint: &Checkpoint, tokens: &[usize]) -> Vec<Vec<f64>> {
         Some(head) => linear(checkpoint, head),
         None => Linear { weight: embedding, bias: None, columns: hidden },
     };
-    rows.iter().map(|row| head.apply(&final_norm.apply(config, row))).collect()
+    let logits = |row: &Vec<f64>| head.apply(&final_norm.apply(config, row));
+    rows.iter().map(|row| logits(row).into_iter().map(|x| softcap(config.logit_softcap, x)).collect()).collect()
 }
 
 #[test]
@@ -224,10 +243,11 @@ fn the_logits_are_those_of_transformers() {
         let (tokens, lengths) = (ints("tokens"), ints("lengths"));
         let logits: Vec<_> = words("logits").into_iter().map(f32::from_le_bytes).collect();
         let checkpoint = Checkpoint::open(&path).unwrap();
-        let vocab = checkpoint.config().vocab_size as usize;
+        let config = crate::parity::config(&checkpoint);
+        let vocab = config.vocab_size as usize;
         let (mut start, mut worst, mut largest) = (0, (0.0, 0, 0), 0f64);
         for length in lengths {
-            for (i, row) in forward(&checkpoint, &tokens[start..start + length]).iter().enumerate() {
+            for (i, row) in forward(&checkpoint, &config, &tokens[start..start + length]).iter().enumerate() {
                 for (j, got) in row.iter().enumerate() {
                     let want = f64::from(logits[(start + i) * vocab + j]);
                     largest = largest.max(want.abs());

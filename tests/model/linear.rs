@@ -1,7 +1,9 @@
 //! Linear layers against f64, on the weights as their format stores them.
 
 use crate::common::with;
-use folio::model::{ActivationKind, Linear, LinearConfig, LinearKernels, ModelError, ModelResult, Rows, WeightFormat};
+use folio::model::{
+    ActivationKind, Factor, Linear, LinearConfig, LinearKernels, ModelError, ModelResult, Rows, WeightFormat,
+};
 use folio::{Error, Gpu, GpuOptions, Profile, wgpu};
 
 use crate::adapter;
@@ -100,7 +102,7 @@ impl Layer {
     }
 
     fn expected(&self, x: &[f32], y: &[f32]) -> Vec<(f64, f64)> {
-        let LinearConfig { in_features, out_features, activation, accumulate, .. } = self.linear.config();
+        let LinearConfig { in_features, out_features, activation, softcap, accumulate, .. } = self.linear.config();
         let n = in_features as usize;
         let mut expected = Vec::new();
         for (row, x) in x.chunks(n).enumerate() {
@@ -113,7 +115,11 @@ impl Layer {
                 // Any order of n additions, the rounding of the products and of their scales; and what the device flushes to zero.
                 let bound = (f64::from(in_features) + 8.0) * HALF_ULP * (size + bias.abs())
                     + f64::from(in_features + 1) * f64::from(f32::MIN_POSITIVE);
-                let (value, mut bound) = activate(activation, sum + bias, bound);
+                let (mut value, mut bound) = activate(activation, sum + bias, bound);
+                if let Some(cap) = softcap.map(|cap| f64::from(cap.get())) {
+                    // Nowhere steeper than 1; WGSL's tanh may be off by 1e-5.
+                    (value, bound) = (cap * (value / cap).tanh(), bound + 1e-5 * cap);
+                }
                 let before = if accumulate { f64::from(y[row * out_features as usize + col]) } else { 0.0 };
                 bound += (value + before).abs() * HALF_ULP * 2.0;
                 expected.push((value + before, bound));
@@ -233,13 +239,20 @@ fn bias_activation_and_accumulation_agree_with_f64() {
         let kernels = LinearKernels::new();
         let mut rng = fastrand::Rng::with_seed(11);
         let few = [adapter::CPU, adapter::GPU].contains(&how);
-        for activation in std::iter::once(None).chain(ActivationKind::ALL.map(Some)) {
+        let softcap = Some(Factor::new(30.0).unwrap());
+        let activations = std::iter::once(None).chain(ActivationKind::ALL.map(Some)).map(|a| (a, None));
+        for (activation, softcap) in activations.chain([(None, softcap)]) {
             for (bias, accumulate) in [(true, false), (false, true), (true, true)] {
                 if !few && (activation == Some(ActivationKind::Relu) || !bias) {
                     continue;
                 }
-                let config =
-                    LinearConfig { bias, accumulate, activation, ..LinearConfig::new(40, 70, WeightFormat::F16) };
+                let config = LinearConfig {
+                    bias,
+                    accumulate,
+                    activation,
+                    softcap,
+                    ..LinearConfig::new(40, 70, WeightFormat::F16)
+                };
                 let weights = normal(&mut rng, 40 * 70, 1.0);
                 let layer = Layer::new(&gpu, &kernels, config, &weights, &mut rng);
                 let mut x = normal(&mut rng, 40 * MAX_ROWS, 1.0);
@@ -325,7 +338,10 @@ fn nan_and_infinite_weights_reach_the_output() {
             for bad in [f32::NAN, f32::INFINITY] {
                 let mut weights = vec![0.5; 64 * 9];
                 weights[64 * 4 + 3] = bad;
-                let linear = new_linear(&gpu, &kernels, LinearConfig::new(64, 9, format), &weights, None).unwrap();
+                // A soft cap hides no NaN; an infinity is as high as the cap.
+                let softcap = bad.is_nan().then(|| Factor::new(30.0).unwrap());
+                let config = LinearConfig { softcap, ..LinearConfig::new(64, 9, format) };
+                let linear = new_linear(&gpu, &kernels, config, &weights, None).unwrap();
                 let (x, y) = (buffer(&gpu, &[1.0; 64]), buffer(&gpu, &[0.0; 9]));
                 run(&gpu, |pass| linear.record(&mut *pass, Rows::new(&x, 1, 64), Rows::new(&y, 1, 9)).unwrap());
                 let got = gpu.read_blocking(&y).unwrap();
@@ -344,9 +360,10 @@ fn gathered_rows_are_the_stored_weights() {
         let kernels = LinearKernels::new();
         let mut rng = fastrand::Rng::with_seed(19);
         for format in FORMATS {
-            for n in [7, 100, 256] {
+            for (n, scale) in [(7, None), (100, None), (256, None), (100, Some(8.0)), (7, Some(6.5))] {
                 let out = 45;
-                let config = LinearConfig::new(n, out, format);
+                let gather_scale = scale.map(|scale| Factor::new(scale).unwrap());
+                let config = LinearConfig { gather_scale, ..LinearConfig::new(n, out, format) };
                 let layer = Layer::new(&gpu, &kernels, config, &normal(&mut rng, n * out, 1.0), &mut rng);
                 // Beyond the last row: the last row.
                 let ids = [0u32, 44, 7, 8, 7, u32::MAX, 45, 31];
@@ -359,9 +376,12 @@ fn gathered_rows_are_the_stored_weights() {
                     let start = (row * n) as usize;
                     let range = start..start + n as usize;
                     let bounds = layer.weights[range.clone()].iter().zip(&layer.sizes[range]);
-                    // Exact, but for the rounding of an affine value.
-                    let expected: Vec<_> =
-                        bounds.map(|(w, size)| (f64::from(*w), 2.0 * HALF_ULP * size + 1e-30)).collect();
+                    // Exact, but for the rounding of an affine value, and of its product with the scale.
+                    let (factor, roundings) = scale.map_or((1.0, 2.0), |scale| (f64::from(scale), 3.0));
+                    let expected = |(w, size): (&f32, &f64)| {
+                        (factor * f64::from(*w), factor * roundings * HALF_ULP * size + 1e-30)
+                    };
+                    let expected: Vec<_> = bounds.map(expected).collect();
                     compare(got, &expected, n, &format!("{how:?} {format:?} row {row}"));
                 }
             }
@@ -440,6 +460,11 @@ fn bad_input_is_refused() {
     assert_eq!(new(LinearConfig { out_features: u32::MAX, ..config }, None), "out_features");
     assert_eq!(new(config, Some(&[0.0; 8])), "bias");
     assert_eq!(new(LinearConfig { bias: true, ..config }, None), "bias");
+    let softcap = Some(Factor::new(30.0).unwrap());
+    assert_eq!(new(LinearConfig { softcap, gated: true, ..config }, None), "softcap");
+    let activation = Some(ActivationKind::Relu);
+    assert_eq!(new(LinearConfig { softcap, activation, ..config }, None), "softcap");
+    assert!([0.0, -1.0, f32::NAN, f32::INFINITY].iter().all(|factor| Factor::new(*factor).is_err()));
     assert_eq!(new(LinearConfig { bias: true, ..config }, Some(&[0.0; 7])), "bias");
     for group_size in [0, 1, 16, 33] {
         assert_eq!(new(LinearConfig { format: WeightFormat::Int4 { group_size }, ..config }, None), "group_size");

@@ -4,7 +4,7 @@
 use crate::translate::translate;
 use folio::Profile;
 use folio::kernel::{Access, MatrixSize, Target, Vendor};
-use folio::model::{ActivationKind, LinearConfig, LinearKernel, LinearVariant, WeightFormat};
+use folio::model::{ActivationKind, Factor, LinearConfig, LinearKernel, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
@@ -56,6 +56,7 @@ fn variants() -> Vec<LinearVariant> {
                     LinearConfig { norm, ..config },
                     LinearConfig { regions, norm, ..config },
                     LinearConfig { gated, norm, ..config },
+                    LinearConfig { gather_scale: Some(Factor::new(8.0).unwrap()), ..config },
                 ] {
                     variants.extend(LinearVariant::of_layer(target, &config));
                 }
@@ -65,6 +66,9 @@ fn variants() -> Vec<LinearVariant> {
             let config = LinearConfig { activation, bias: true, ..LinearConfig::new(64, 64, WeightFormat::F16) };
             variants.extend(LinearVariant::of_layer(target, &config));
         }
+        let softcap = Some(Factor::new(30.0).unwrap());
+        let config = LinearConfig { softcap, norm: true, ..LinearConfig::new(64, 63, WeightFormat::F16) };
+        variants.extend(LinearVariant::of_layer(target, &config));
     }
     let mut seen = std::collections::HashSet::new();
     variants.retain(|variant| seen.insert(*variant));

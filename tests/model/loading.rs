@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use folio::model::{
-    ActivationKind, Architecture, Checkpoint, LinearWeights, ModelConfig, ModelError, NormKind, NormWeights, Position,
-    TensorSource, Tokenizer,
+    ActivationKind, Architecture, Checkpoint, LayerKind, LayerPattern, LinearWeights, ModelConfig, ModelError,
+    NormKind, NormWeights, QkNorm, TensorSource, Tokenizer,
 };
 use folio::{RopeConfig, RopeLayout, RopeScaling};
 use safetensors::Dtype;
@@ -94,12 +94,16 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
     let vector = |source: &TensorSource, name: String, len: usize| {
         expect(checkpoint, source, [len, 1], |row, _| tensor(name.clone()).values[row]);
     };
-    let norm = |norm: &NormWeights, name: String, len: usize| {
+    let norm_of = |norm: &NormWeights, name: String, len: usize| {
         vector(&norm.weight, format!("{name}.weight"), len);
         assert_eq!(norm.bias.is_some(), config.norm.kind == NormKind::Layer);
         if let Some(bias) = &norm.bias {
             vector(bias, format!("{name}.bias"), len);
         }
+    };
+    let norm = |source: &Option<NormWeights>, name: String, len: usize| {
+        assert_eq!(source.is_some(), model.tensors.contains_key(&format!("{name}.weight")), "{name}");
+        source.iter().for_each(|source| norm_of(source, name.clone(), len));
     };
     let linear = |linear: &LinearWeights, name: String, out: usize, columns: usize, transposed: bool| {
         let weight = tensor(format!("{name}.weight"));
@@ -126,7 +130,7 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
         "gpt2" => {
             matrix(&weights.embedding, "transformer.wte.weight".into(), [VOCAB, hidden]);
             matrix(weights.position_embedding.as_ref().unwrap(), "transformer.wpe.weight".into(), [64, hidden]);
-            norm(&weights.final_norm, "transformer.ln_f".into(), hidden);
+            norm_of(&weights.final_norm, "transformer.ln_f".into(), hidden);
             assert_eq!(weights.head, None);
             for (i, layer) in weights.layers.iter().enumerate() {
                 let name = |name: &str| format!("transformer.h.{i}.{name}");
@@ -146,7 +150,7 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
         "gpt_neox" => {
             matrix(&weights.embedding, "gpt_neox.embed_in.weight".into(), [VOCAB, hidden]);
             linear(weights.head.as_ref().unwrap(), "embed_out".into(), VOCAB, hidden, false);
-            norm(&weights.final_norm, "gpt_neox.final_layer_norm".into(), hidden);
+            norm_of(&weights.final_norm, "gpt_neox.final_layer_norm".into(), hidden);
             assert!(weights.position_embedding.is_none());
             for (i, layer) in weights.layers.iter().enumerate() {
                 let name = |name: &str| format!("gpt_neox.layers.{i}.{name}");
@@ -166,25 +170,47 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
             matrix(&weights.embedding, "model.embed_tokens.weight".into(), [VOCAB, hidden]);
             match &weights.head {
                 Some(head) => linear(head, "lm_head".into(), VOCAB, hidden, false),
-                None => assert_eq!(model_type, "qwen2"),
+                None => assert!(config.tied_head),
             }
-            norm(&weights.final_norm, "model.norm".into(), hidden);
+            norm_of(&weights.final_norm, "model.norm".into(), hidden);
             for (i, layer) in weights.layers.iter().enumerate() {
                 let name = |name: &str| format!("model.layers.{i}.{name}");
                 norm(&layer.attn_norm, name("input_layernorm"), hidden);
-                linear(&layer.q, name("self_attn.q_proj"), q, hidden, false);
-                linear(&layer.k, name("self_attn.k_proj"), kv, hidden, false);
-                linear(&layer.v, name("self_attn.v_proj"), kv, hidden, false);
-                linear(&layer.o, name("self_attn.o_proj"), hidden, q, false);
-                assert_eq!(layer.q_norm.is_some(), model_type == "qwen3");
-                if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
-                    norm(q_norm, name("self_attn.q_norm"), head);
-                    norm(k_norm, name("self_attn.k_norm"), head);
+                let stacked = name("self_attn.qkv_proj.weight");
+                if model.tensors.contains_key(&stacked) {
+                    for (part, first, rows) in [(&layer.q, 0, q), (&layer.k, q, kv), (&layer.v, q + kv, kv)] {
+                        expect(checkpoint, &part.weight, [rows, hidden], |row, column| {
+                            tensor(stacked.clone()).at(first + row, column)
+                        });
+                    }
+                } else {
+                    linear(&layer.q, name("self_attn.q_proj"), q, hidden, false);
+                    linear(&layer.k, name("self_attn.k_proj"), kv, hidden, false);
+                    linear(&layer.v, name("self_attn.v_proj"), kv, hidden, false);
                 }
-                norm(&layer.mlp_norm, name("post_attention_layernorm"), hidden);
-                let (gate, up) = (tensor(name("mlp.gate_proj.weight")), tensor(name("mlp.up_proj.weight")));
+                linear(&layer.o, name("self_attn.o_proj"), hidden, q, false);
+                let all = config.qk_norm == Some(QkNorm::AllHeads);
+                assert_eq!(all, model_type == "olmo2");
+                norm(&layer.q_norm, name("self_attn.q_norm"), if all { q } else { head });
+                norm(&layer.k_norm, name("self_attn.k_norm"), if all { kv } else { head });
+                // Gemma and OLMo 2 have the name for the norm behind attention, the others for the one before the MLP.
+                let behind = model_type.starts_with("gemma") || model_type == "olmo2";
+                let [post_attn, mlp] = if behind {
+                    ["post_attention_layernorm", "pre_feedforward_layernorm"]
+                } else {
+                    ["none", "post_attention_layernorm"]
+                };
+                norm(&layer.post_attn_norm, name(post_attn), hidden);
+                norm(&layer.mlp_norm, name(mlp), hidden);
+                norm(&layer.post_mlp_norm, name("post_feedforward_layernorm"), hidden);
+                let packed = name("mlp.gate_up_proj.weight");
+                let parts = match model.tensors.get(&packed) {
+                    Some(both) => [both, both],
+                    None => [tensor(name("mlp.gate_proj.weight")), tensor(name("mlp.up_proj.weight"))],
+                };
+                let up_row = |row: usize| if model.tensors.contains_key(&packed) { row } else { row - inner };
                 expect(checkpoint, &layer.gate_up.weight, [2 * inner, hidden], |row, column| {
-                    if row < inner { gate.at(row, column) } else { up.at(row - inner, column) }
+                    if row < inner { parts[0].at(row, column) } else { parts[1].at(up_row(row), column) }
                 });
                 linear(&layer.down, name("mlp.down_proj"), hidden, inner, false);
                 assert_eq!(layer.qkv().unwrap().weight.shape(), [q + 2 * kv, hidden]);
@@ -401,7 +427,7 @@ fn real_checkpoints() {
         }
         seen.push(checkpoint.config().model_type);
     }
-    for model_type in ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"] {
+    for model_type in ARCHITECTURES {
         assert!(seen.contains(&model_type), "no checkpoint of {model_type} among the fixtures");
     }
 }
@@ -413,8 +439,9 @@ fn configurations() {
     assert_eq!((gpt2.num_q_heads, gpt2.num_kv_heads, gpt2.head_dim, gpt2.max_positions), (3, 3, 8, 64));
     assert_eq!((gpt2.norm.kind, gpt2.norm.eps, gpt2.activation), (NormKind::Layer, 1e-5, ActivationKind::GeluTanh));
     assert!(gpt2.qkv_bias && gpt2.output_bias && gpt2.mlp_bias && gpt2.tied_head);
-    assert!(!gpt2.gated_mlp && !gpt2.parallel_residual && !gpt2.qk_norm);
-    assert_eq!((gpt2.position, gpt2.sliding_window), (Position::Learned, None));
+    assert!(!gpt2.gated_mlp && !gpt2.parallel_residual && gpt2.qk_norm.is_none());
+    assert!(gpt2.learned_positions);
+    assert_eq!(gpt2.layers, LayerPattern::uniform(LayerKind::new(None, None)));
     assert_eq!((gpt2.bos_token_id, gpt2.eos_token_ids), (Some(36), vec![36]));
 
     let neox = config_of(&model("gpt_neox", Dtype::F32).config).unwrap();
@@ -425,7 +452,7 @@ fn configurations() {
 
     let llama = config_of(&model("llama", Dtype::F32).config).unwrap();
     assert_eq!((llama.norm.kind, llama.norm.eps, llama.activation), (NormKind::Rms, 1e-6, ActivationKind::Silu));
-    assert!(llama.gated_mlp && !llama.qkv_bias && !llama.output_bias && !llama.mlp_bias && !llama.qk_norm);
+    assert!(llama.gated_mlp && !llama.qkv_bias && !llama.output_bias && !llama.mlp_bias && llama.qk_norm.is_none());
     assert_eq!((llama.q_width(), llama.kv_width()), (48, 16));
     // What transformers adds by itself.
     let bare =
@@ -435,7 +462,7 @@ fn configurations() {
     let qwen2 = config_of(&model("qwen2", Dtype::F32).config).unwrap();
     assert!(qwen2.qkv_bias && !qwen2.output_bias && qwen2.tied_head);
     let qwen3 = config_of(&model("qwen3", Dtype::F32).config).unwrap();
-    assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.q_width() != qwen3.hidden_size as usize);
+    assert!(qwen3.qk_norm == Some(QkNorm::PerHead) && !qwen3.qkv_bias && qwen3.q_width() != qwen3.hidden_size as usize);
     assert_eq!(config_of(&without("qwen3", &["head_dim"])).unwrap().head_dim, 128);
 
     for (name, activation) in [
@@ -472,9 +499,10 @@ fn tokens_that_end_a_text() {
 
 #[test]
 fn rope_of_old_and_new_files() {
-    let rope = |model_type: &str, changes: Value| match config_of(&changed(model_type, &changes)).unwrap() {
-        ModelConfig { position: Position::Rope(rope), max_positions, .. } => (rope, max_positions),
-        other => panic!("{other:?}"),
+    let rope = |model_type: &str, changes: Value| {
+        let config = config_of(&changed(model_type, &changes)).unwrap();
+        assert_eq!(config.layers.kinds().len(), 1);
+        (config.layers.kind(1).rope.clone().unwrap(), config.max_positions)
     };
     let layout = RopeLayout::HalfSplit;
     let plain = |rotary_dim, theta| RopeConfig { layout, ..RopeConfig::new(rotary_dim, theta) };
@@ -532,28 +560,31 @@ fn rope_of_old_and_new_files() {
     assert!((factor - (0.1 * 4f64.ln() + 1.0) / (0.05 * 4f64.ln() + 1.0)).abs() < 1e-15);
 }
 
+/// The window of each layer.
+fn all_windows(config: &ModelConfig) -> Vec<Option<u32>> {
+    (0..config.num_layers).map(|layer| config.layers.kind(layer).window).collect()
+}
+
 #[test]
 fn sliding_windows() {
-    let window = |model_type: &str, changes: Value| config_of(&changed(model_type, &changes)).map(|c| c.sliding_window);
-    assert_eq!(window("mistral", json!({})).unwrap(), None);
-    assert_eq!(window("mistral", json!({ "sliding_window": 9 })).unwrap(), Some(9));
-    assert_eq!(config_of(&without("mistral", &["sliding_window"])).unwrap().sliding_window, Some(4096));
+    let window = |model_type: &str, changes: Value| config_of(&changed(model_type, &changes)).map(|c| all_windows(&c));
+    assert_eq!(window("mistral", json!({})).unwrap(), [None; 2]);
+    assert_eq!(window("mistral", json!({ "sliding_window": 9 })).unwrap(), [Some(9); 2]);
+    assert_eq!(all_windows(&config_of(&without("mistral", &["sliding_window"])).unwrap()), [Some(4096); 2]);
     // Llama has none, whatever the file says.
-    assert_eq!(window("llama", json!({ "sliding_window": 9 })).unwrap(), None);
+    assert_eq!(window("llama", json!({ "sliding_window": 9 })).unwrap(), [None; 2]);
     for model_type in ["qwen2", "qwen3"] {
         let window = |changes: Value| window(model_type, changes);
-        assert_eq!(window(json!({ "sliding_window": 9 })).unwrap(), None);
+        assert_eq!(window(json!({ "sliding_window": 9 })).unwrap(), [None; 2]);
         let on =
             |key: &str, value: Value| window(json!({ "sliding_window": 9, "use_sliding_window": true, key: value }));
-        assert_eq!(on("max_window_layers", 0.into()).unwrap(), Some(9));
-        assert_eq!(on("max_window_layers", 2.into()).unwrap(), None);
-        assert_eq!(on("max_window_layers", Value::Null).unwrap(), None, "28 full layers by default");
-        assert_eq!(on("layer_types", json!(["sliding_attention", "sliding_attention"])).unwrap(), Some(9));
-        assert_eq!(on("layer_types", json!(["full_attention", "full_attention"])).unwrap(), None);
-        let error = on("max_window_layers", 1.into()).unwrap_err().to_string();
-        assert!(error.contains("max_window_layers") && error.contains("1 of 2 layers"), "{error}");
-        let error = on("layer_types", json!(["full_attention", "sliding_attention"])).unwrap_err().to_string();
-        assert!(error.contains("layer_types") && error.contains("1 of 2 layers"), "{error}");
+        assert_eq!(on("max_window_layers", 0.into()).unwrap(), [Some(9); 2]);
+        assert_eq!(on("max_window_layers", 2.into()).unwrap(), [None; 2]);
+        assert_eq!(on("max_window_layers", Value::Null).unwrap(), [None; 2], "28 full layers by default");
+        assert_eq!(on("layer_types", json!(["sliding_attention", "sliding_attention"])).unwrap(), [Some(9); 2]);
+        assert_eq!(on("layer_types", json!(["full_attention", "full_attention"])).unwrap(), [None; 2]);
+        assert_eq!(on("max_window_layers", 1.into()).unwrap(), [None, Some(9)]);
+        assert_eq!(on("layer_types", json!(["sliding_attention", "full_attention"])).unwrap(), [Some(9), None]);
         for wrong in
             [json!(["full_attention"]), json!(["full_attention", "chunked_attention"]), json!([1, 2]), json!(3)]
         {

@@ -119,6 +119,37 @@ fn norms_match_f64() {
 }
 
 #[test]
+fn norms_are_added() {
+    on_all(|gpu, family| {
+        let mut rng = fastrand::Rng::with_seed(12);
+        for (width, rows, kind, bias) in
+            [(64, 1, NormKind::Rms, false), (260, 17, NormKind::Layer, true), (1028, 9, NormKind::Rms, false)]
+        {
+            let config = NormConfig { bias, accumulate: true, ..NormConfig::new(kind, width, 1e-5) };
+            let n = width as usize;
+            let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.f32() * 4.0 - 2.0).collect() };
+            let (x, old, weight) = (values(n * rows as usize), values(n * rows as usize), values(n));
+            let bias = bias.then(|| values(n));
+            let norm = block_on(Norm::new(gpu, config)).unwrap();
+            let weights = norm.weights(&weight, bias.as_deref()).unwrap();
+            let (input, out) = (floats(gpu, &x), floats(gpu, &old));
+            run(gpu, |pass| {
+                norm.record(&mut *pass, &weights, Rows::new(&input, rows, width), Rows::new(&out, rows, width))
+                    .unwrap();
+                norm.record_in_place(&mut *pass, &weights, Rows::new(&input, rows, width)).unwrap();
+            });
+            let normed: Vec<f64> = x.chunks(n).flat_map(|x| norm_f64(&config, x, &weight, bias.as_deref())).collect();
+            for (got, old) in [(read(gpu, &out), &old), (read(gpu, &input), &x)] {
+                let want: Vec<f64> = normed.iter().zip(old).map(|(new, old)| f64::from(*old) + new).collect();
+                // As in `norms_match_f64`, and the rounding of the sum.
+                let bound = |i: usize| 4e-6 * (normed[i].abs() + f64::from(weight[i % n]).abs() + 0.5 + want[i].abs());
+                assert_close(&format!("{config:?} {rows} rows, {family}"), &got, &want, bound);
+            }
+        }
+    });
+}
+
+#[test]
 fn norms_keep_rows_apart() {
     on_all(|gpu, family| {
         for kind in [NormKind::Rms, NormKind::Layer] {

@@ -7,8 +7,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use folio::model::{Decoder, DecoderOptions, LogitRows, Model, ModelOptions, Prompt, Sampling, WeightFormat};
-use folio::{Gpu, KvFormat};
+use folio::model::{
+    Checkpoint, Decoder, DecoderOptions, LayerKind, LayerPattern, LogitRows, Model, ModelConfig, ModelOptions,
+    ModelWeights, Prompt, Sampling, WeightFormat,
+};
+use folio::{Gpu, KvFormat, RopeConfig};
 use safetensors::SafeTensors;
 
 use crate::adapter::{self, Open};
@@ -99,8 +102,22 @@ impl Expected {
     }
 }
 
+/// Whether nearly all texts of a checkpoint are longer than what it was first trained on.
+fn is_long(config: &ModelConfig) -> bool {
+    config.max_positions == 1
+}
+
+/// The configuration by which the logits of a checkpoint were computed.
+pub(crate) fn config(checkpoint: &Checkpoint) -> ModelConfig {
+    let config = checkpoint.config().clone();
+    if is_long(&config) { config.with_long_context().unwrap() } else { config }
+}
+
 fn load(gpu: &Gpu, name: &str, weights: WeightFormat) -> Arc<Model> {
-    Arc::new(Model::load_blocking(gpu, fixtures().join(name), ModelOptions::new(weights), |_| {}).unwrap())
+    let path = fixtures().join(name);
+    let long = is_long(&ModelConfig::from_dir(&path).unwrap());
+    let options = ModelOptions::new(weights).with_long_context(long);
+    Arc::new(Model::load_blocking(gpu, path, options, |_| {}).unwrap())
 }
 
 fn decoder(model: &Arc<Model>, format: KvFormat, max_step_tokens: u32) -> Decoder {
@@ -174,7 +191,7 @@ fn every_architecture_agrees_with_transformers() {
 #[test]
 fn small_steps_agree_too() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
-    for name in ["llama3", "gpt2"] {
+    for name in ["llama3", "gpt2", "gemma3", "smollm3"] {
         let expected = Expected::load(name);
         let model = load(&gpu, name, WeightFormat::F32);
         let mut decoder = decoder(&model, KvFormat::F32, 10);
@@ -201,7 +218,7 @@ fn every_kernel_family_agrees() {
     ];
     for (family, open) in families {
         let Some(gpu) = adapter::open(open) else { return };
-        for name in ["qwen3", "gpt_neox"] {
+        for name in ["qwen3", "gpt_neox", "olmo2", "gemma2"] {
             let expected = Expected::load(name);
             let model = load(&gpu, name, WeightFormat::F32);
             let mut decoder = decoder(&model, KvFormat::F32, 256);
@@ -237,5 +254,79 @@ fn weight_formats_stay_close() {
         let deviation = expected.mean_deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
         println!("{weights:?}: {deviation:.1e} of the spread");
         assert!(deviation < tolerance, "{weights:?}: {deviation:.1e} of the spread");
+    }
+}
+
+/// What a model of a checkpoint is changed in: its settings, or where its weights come from.
+type Change = (&'static str, fn(&mut ModelConfig, &mut ModelWeights));
+
+fn each_kind(config: &mut ModelConfig, change: fn(&mut LayerKind)) {
+    let kinds = (0..config.num_layers).map(|layer| {
+        let mut kind = config.layers.kind(layer).clone();
+        change(&mut kind);
+        kind
+    });
+    config.layers = LayerPattern::repeated(kinds.collect::<Vec<_>>()).unwrap();
+}
+
+/// Without one of its settings a model computes something else: the fixtures would notice if the decoder ignored it.
+#[test]
+fn every_setting_matters() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let window: Change = ("window", |config, _| each_kind(config, |kind| kind.window = None));
+    let window_everywhere: Change =
+        ("layers without window", |config, _| each_kind(config, |kind| kind.window = Some(12)));
+    let rope: Change = ("layers without rope", |config, _| {
+        let rope = config.layers.kind(0).rope.clone();
+        let windows =
+            (0..config.num_layers).map(|layer| LayerKind::new(rope.clone(), config.layers.kind(layer).window));
+        config.layers = LayerPattern::repeated(windows.collect::<Vec<_>>()).unwrap();
+    });
+    let post_norms: Change = ("norms of what is added", |_, weights| {
+        weights.layers.iter_mut().for_each(|layer| (layer.post_attn_norm, layer.post_mlp_norm) = (None, None));
+    });
+    let scale: Change = ("scale of attention", |config, _| config.softmax_scale = None);
+    let cap: Change = ("soft cap of attention", |config, _| config.attention_softcap = None);
+    let head_cap: Change = ("soft cap of the head", |config, _| config.logit_softcap = None);
+    let embedding: Change = ("scale of the embedding", |config, _| config.embedding_scale = None);
+    let offset: Change = ("offset of norms", |config, _| config.norm.weight_offset = 0.0);
+    let qk_norm: Change = ("norms of queries and keys", |config, weights| {
+        config.qk_norm = None;
+        weights.layers.iter_mut().for_each(|layer| (layer.q_norm, layer.k_norm) = (None, None));
+    });
+    let long: Change = ("long factors", |config, _| {
+        let long = config.long_context.clone().unwrap();
+        config.layers = long.layers;
+    });
+    let partial: Change = ("factors and dimensions that are not rotated", |config, _| {
+        let rope = RopeConfig::new(config.head_dim, 10_000.0);
+        let window = config.layers.kind(0).window;
+        config.layers = LayerPattern::uniform(LayerKind::new(Some(rope), window));
+    });
+    let same: Change = ("nothing", |_, _| ());
+    let cases: [(&str, &[Change]); 7] = [
+        ("mistral", &[window]),
+        ("phi3", &[window, long, partial]),
+        ("smollm3", &[window, window_everywhere, rope]),
+        ("olmo2", &[post_norms, qk_norm]),
+        ("gemma2", &[window, window_everywhere, post_norms, scale, cap, head_cap, embedding, offset]),
+        ("gemma3", &[window, window_everywhere, rope, post_norms, scale, embedding, offset, qk_norm]),
+        ("gemma3_older", &[rope, head_cap]),
+    ];
+    for (name, changes) in cases {
+        let expected = Expected::load(name);
+        let checkpoint = Checkpoint::open(fixtures().join(name)).unwrap();
+        for (what, change) in [&same].into_iter().chain(changes) {
+            let (mut config, mut weights) = (config(&checkpoint), checkpoint.weights().unwrap());
+            change(&mut config, &mut weights);
+            let options = ModelOptions::new(WeightFormat::F32);
+            let model = Model::from_source_blocking(&gpu, config, &weights, &checkpoint, options, |_| {}).unwrap();
+            let mut decoder = decoder(&Arc::new(model), KvFormat::F32, 256);
+            let deviation = expected.deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
+            println!("{name} without {what}: {deviation:.1e}");
+            // Fifty times what would still pass.
+            let passes = if *what == "nothing" { deviation < TOLERANCE } else { deviation > 50.0 * TOLERANCE };
+            assert!(passes, "{name} without {what}: {deviation:.1e} of the spread");
+        }
     }
 }

@@ -27,8 +27,14 @@ fn targets() -> impl Iterator<Item = Target> {
 fn norm_variants() {
     for target in targets() {
         for width in [4, 8, 64, 128, 256, 260, 768, 1024, 2304, 4096, 8192, 16_384] {
-            for (kind, bias) in [(NormKind::Rms, false), (NormKind::Rms, true), (NormKind::Layer, true)] {
-                let config = NormConfig { bias, ..NormConfig::new(kind, width, 1e-6) };
+            for (kind, bias, accumulate) in [
+                (NormKind::Rms, false, false),
+                (NormKind::Rms, true, false),
+                (NormKind::Layer, true, false),
+                (NormKind::Rms, false, true),
+                (NormKind::Layer, true, true),
+            ] {
+                let config = NormConfig { bias, accumulate, ..NormConfig::new(kind, width, 1e-6) };
                 for in_place in [false, true] {
                     check(&config.source(target, in_place).unwrap(), &format!("{target:?} {config:?} {in_place}"));
                 }

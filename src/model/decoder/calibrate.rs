@@ -93,7 +93,7 @@ impl Decoder {
     /// # Errors
     /// Those of [`step`](Self::step).
     pub async fn warm_up(&mut self) -> ModelResult<()> {
-        self.attention.warm_up()?;
+        self.kernels.warm_up()?;
         let room = self.usage().free.saturating_mul(self.options.block_size).min(self.model.config().max_positions);
         let most = self.options.max_step_tokens.min(room);
         let (greedy, draw) = (Sampling::greedy(), Sampling::default());

@@ -3,22 +3,23 @@
 mod calibrate;
 mod feed;
 mod input;
+mod kernels;
 mod life_cycle;
 mod step;
 
 pub use input::{Drawn, Input, LogitRows, TokenLogprob};
+use kernels::LayerKernels;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::config::{ModelConfig, Position};
+use super::config::ModelConfig;
 use super::error::{ModelError, ModelResult};
 use super::sampler::Sampler;
 use super::transformer::{Model, Scratch};
 use crate::gpu::Readback;
 use crate::{
-    AppendQkv, Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, PrefixStats,
-    Result, SequenceId, SequenceSnapshot,
+    Gpu, KvCache, KvCacheConfig, KvFormat, MemoryReport, PoolUsage, PrefixStats, Result, SequenceId, SequenceSnapshot,
 };
 
 /// The cache and the step size of a [`Decoder`].
@@ -83,10 +84,9 @@ pub struct Decoder {
     model: Arc<Model>,
     options: DecoderOptions,
     cache: Arc<KvCache>,
-    attention: Attention,
+    kernels: LayerKernels,
     /// Made with the first step that has a tree.
-    tree_attention: Option<Attention>,
-    append: Option<AppendQkv>,
+    tree_kernels: Option<LayerKernels>,
     sampler: Sampler,
     scratch: Scratch,
     logits: wgpu::Buffer,
@@ -160,15 +160,7 @@ impl Decoder {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
         check_step_tokens(&gpu, &config, options.max_step_tokens)?;
         let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
-        let mut attention_config = AttentionConfig::new(config.num_q_heads);
-        (attention_config.window, attention_config.deterministic) = (config.sliding_window, model.is_exact());
-        let attention = Attention::new(&cache, attention_config).await?;
-        let append = match &config.position {
-            Position::Rope(rope) => {
-                Some(AppendQkv::new(&cache, rope.clone(), config.num_q_heads, config.qk_norm).await?)
-            }
-            Position::Learned => None,
-        };
+        let kernels = LayerKernels::new(&model, &cache, false).await?;
         let sampler = Sampler::new(&gpu, config.vocab_size).await?;
         let scratch = Scratch::new(&gpu, &config, options.max_step_tokens)?;
         Ok(Self {
@@ -180,9 +172,8 @@ impl Decoder {
             cache: Arc::new(cache),
             model,
             options,
-            attention,
-            tree_attention: None,
-            append,
+            kernels,
+            tree_kernels: None,
             sampler,
             scratch,
         })

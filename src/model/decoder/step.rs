@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use super::feed::{Chunk, Feed, StepLimits, next_chunks};
 use super::input::{Drawn, Input, LogitRows, TokenLogprob};
+use super::kernels::LayerKernels;
 use super::{Decoder, Text, storage};
 use crate::gpu::{Readback, Upload};
 use crate::model::error::{ModelError, ModelResult};
 use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
-use crate::{Attention, BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
+use crate::{BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
@@ -327,10 +328,8 @@ impl Decoder {
         let vocab = model.config().vocab_size;
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let has_trees = chunks.iter().any(|chunk| chunk.tree.is_some());
-        if has_trees && self.tree_attention.is_none() {
-            let mut config = self.attention.config().clone();
-            config.trees = true;
-            self.tree_attention = Some(Attention::new(&self.cache, config).await?);
+        if has_trees && self.tree_kernels.is_none() {
+            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, true).await?);
         }
         let mut step = if has_trees {
             let trees: Vec<_> = chunks.iter().map(|chunk| chunk.tree.cloned()).collect();
@@ -338,13 +337,9 @@ impl Decoder {
         } else {
             self.cache.begin_step(&batch)?
         };
-        let attention = self.tree_attention.as_ref().filter(|_| has_trees).unwrap_or(&self.attention);
-        let plan = if model.is_exact() {
-            let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
-            attention.plan_with_kernels(&step, &kernels)?
-        } else {
-            attention.plan(&step)?
-        };
+        let layer_kernels = self.tree_kernels.as_ref().filter(|_| has_trees).unwrap_or(&self.kernels);
+        let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
+        let plans = layer_kernels.plan(&step, model.is_exact().then_some(&kernels[..]))?;
 
         let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
         let positions: Vec<u32> = chunks.iter().flat_map(Chunk::positions).collect();
@@ -417,10 +412,8 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                attention: self.tree_attention.as_ref().filter(|_| has_trees).unwrap_or(&self.attention),
-                append: self.append.as_ref(),
+                kinds: layer_kernels.contexts(&plans),
                 step: &step,
-                plan: &plan,
                 ids,
                 positions,
                 rows,

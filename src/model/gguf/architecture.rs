@@ -6,10 +6,10 @@ use std::io::{Read, Seek, SeekFrom};
 use serde_json::{Map, Number, json};
 
 use super::super::architecture::{
-    Architecture, ConfigKeys, Flag, LinearWeights, ModelWeights, Positions, Qkv, SizeDefault, TensorNames,
-    TensorSource, Window,
+    Architecture, ConfigKeys, Flag, LinearWeights, ModelWeights, Optional, Positions, Qkv, RopeKeys, SizeDefault,
+    TensorNames, TensorSource, Up, Window, WindowedLayers,
 };
-use super::super::config::{ModelConfig, Position, Section, parse_as};
+use super::super::config::{LayerKind, LayerPattern, ModelConfig, Section, parse_as};
 use super::super::elements::{ElementType, Elements};
 use super::super::ops::NormKind;
 use super::super::{ModelError, ModelResult};
@@ -75,24 +75,29 @@ pub(crate) fn describe(header: &Header) -> ModelResult<Described> {
         config: keys(table),
         positions: match table.positions {
             Positions::Learned => Positions::Learned,
-            Positions::Rope { .. } => Positions::Rope {
+            Positions::Rope(rope) => Positions::Rope(RopeKeys {
                 theta: &["rope.freq_base"],
                 partial: &["rope.dimension_fraction"],
                 default_partial: 1.0,
-            },
+                ..rope
+            }),
         },
         qkv_bias: present(table.qkv_bias, if fused { "blk.0.attn_qkv.bias" } else { "blk.0.attn_q.bias" }),
         output_bias: present(table.output_bias, "blk.0.attn_output.bias"),
         mlp_bias: present(table.mlp_bias, "blk.0.ffn_up.bias"),
         tied_head: if has("output.weight") { Flag::Never } else { Flag::Always },
-        window: Window::Key(WINDOW, 0),
+        window: Some(Window {
+            switch: None,
+            size: Optional { key: WINDOW, default: None },
+            layers: WindowedLayers::All,
+        }),
         tensors: names(&table.tensors),
         ..*table
     };
     let map = settings.map(&architecture)?;
     let mut config = parse_as(&architecture, &Section::new(&header.path, format!("{name}."), &map), None)?;
     if known.interleaved
-        && let Position::Rope(rope) = &config.position
+        && let Some(rope) = &config.layers.kind(0).rope
         && rope.rotary_dim != config.head_dim
     {
         let need = format!("{}, the whole head, whose rows are interleaved", config.head_dim);
@@ -126,6 +131,7 @@ fn keys(of: &Architecture) -> ConfigKeys {
         // The format has no setting for it.
         activation: ("activation", of.config.activation.1),
         fixed: &[],
+        absent: &[],
     }
 }
 
@@ -135,17 +141,22 @@ fn names(of: &TensorNames) -> TensorNames {
         prefixes: &[""],
         embedding: "token_embd",
         position_embedding: of.position_embedding.map(|_| "position_embd"),
-        attn_norm: "blk.{i}.attn_norm",
+        attn_norm: of.attn_norm.map(|_| "blk.{i}.attn_norm"),
+        post_attn_norm: of.post_attn_norm.map(|_| "blk.{i}.post_attention_norm"),
         qkv: match of.qkv {
             Qkv::Split(_) => Qkv::Split(["blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v"]),
             // What is stored per head elsewhere is sorted by queries, keys and values here.
             Qkv::Stacked(_) | Qkv::PerHead(_) => Qkv::Stacked("blk.{i}.attn_qkv"),
         },
         output: "blk.{i}.attn_output",
-        qk_norm: of.qk_norm.map(|_| ["blk.{i}.attn_q_norm", "blk.{i}.attn_k_norm"]),
-        mlp_norm: "blk.{i}.ffn_norm",
-        gate: of.gate.map(|_| "blk.{i}.ffn_gate"),
-        up: "blk.{i}.ffn_up",
+        qk_norm: of.qk_norm.map(|(over, _)| (over, ["blk.{i}.attn_q_norm", "blk.{i}.attn_k_norm"])),
+        mlp_norm: of.mlp_norm.map(|_| "blk.{i}.ffn_norm"),
+        post_mlp_norm: of.post_mlp_norm.map(|_| "blk.{i}.post_ffw_norm"),
+        up: match of.up {
+            Up::Alone(_) => Up::Alone("blk.{i}.ffn_up"),
+            Up::Gated(_) => Up::Gated(["blk.{i}.ffn_gate", "blk.{i}.ffn_up"]),
+            Up::Packed(_) => Up::Packed("blk.{i}.ffn_up"),
+        },
         down: "blk.{i}.ffn_down",
         final_norm: "output_norm",
         head: "output",
@@ -289,9 +300,8 @@ fn as_json(value: &Value) -> serde_json::Value {
 
 /// Applies the divisors of frequencies, which stand for the scaling of Llama 3.1 and others.
 fn divide_frequencies(header: &Header, config: &mut ModelConfig) -> ModelResult<()> {
-    let (Some(tensor), Position::Rope(rope)) = (header.tensors.get(ROPE_FACTORS), &mut config.position) else {
-        return Ok(());
-    };
+    let kind = config.layers.kind(0).clone();
+    let (Some(tensor), Some(mut rope)) = (header.tensors.get(ROPE_FACTORS), kind.rope) else { return Ok(()) };
     let wrong = |got: String, need: String| tensor_error(&header.path, ROPE_FACTORS, got, need);
     let pairs = rope.rotary_dim as usize / 2;
     if tensor.shape != [pairs] || !matches!(tensor.kind, ElementType::Plain(_)) || !tensor.kind.is_readable() {
@@ -313,7 +323,10 @@ fn divide_frequencies(header: &Header, config: &mut ModelConfig) -> ModelResult<
     let inverse_frequencies = frequencies.iter().zip(divisors).map(|(f, divisor)| f / f64::from(divisor)).collect();
     let attention_factor = rope.attention_factor();
     rope.scaling = RopeScaling::Custom { inverse_frequencies, attention_factor };
-    rope.validate(config.head_dim).map_err(ModelError::from)
+    rope.validate(config.head_dim)?;
+    // The architectures that are read have layers of one kind.
+    config.layers = LayerPattern::uniform(LayerKind::new(Some(rope), kind.window));
+    Ok(())
 }
 
 /// Turns rows of queries and keys back to Hugging Face's order. Converters of Llama put element `i` of a head's first half at row `2 i`, and element `i` of

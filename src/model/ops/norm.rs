@@ -38,13 +38,15 @@ pub struct NormConfig {
     pub bias: bool,
     /// Added to the weights: 0, or 1 for checkpoints (Gemma's) that store `weight - 1`.
     pub weight_offset: f32,
+    /// Whether the result is added to `out` instead of written over it: a norm of what a layer adds to a residual stream.
+    pub accumulate: bool,
 }
 
 impl NormConfig {
     /// A norm without bias, with weights as they are.
     #[must_use]
     pub const fn new(kind: NormKind, width: u32, eps: f32) -> Self {
-        Self { kind, width, eps, bias: false, weight_offset: 0.0 }
+        Self { kind, width, eps, bias: false, weight_offset: 0.0, accumulate: false }
     }
 
     /// Checks the fields.
@@ -98,6 +100,7 @@ impl NormConfig {
                 layer,
                 held => target.profile == Profile::Gpu,
                 in_place,
+                accumulate => self.accumulate,
                 bias => self.bias,
                 eps => format!("{:e}", self.eps),
                 grid_x => MAX_GRID,
@@ -191,7 +194,7 @@ impl Norm {
         &self.config
     }
 
-    /// Records `out = norm(x)`; both `[rows, width]`, in different buffers.
+    /// Records `out = norm(x)`, or `out +=` that; both `[rows, width]`, in different buffers.
     ///
     /// # Errors
     /// [`Error::Argument`] for rows that don't fit, or weights of another configuration; [`Error::Wgpu`].
@@ -209,7 +212,7 @@ impl Norm {
         self.dispatch(recorder.into(), &self.program, weights, &[x.binding(), out.binding()], x.rows)
     }
 
-    /// Records `x = norm(x)`; `x` is `[rows, width]`.
+    /// Records `x = norm(x)`, or `x +=` that; `x` is `[rows, width]`.
     ///
     /// # Errors
     /// Those of [`Norm::record`].

@@ -1,0 +1,296 @@
+//! The table of architectures.
+
+use super::{
+    Architecture, ConfigKeys, Flag, Optional, Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window,
+    WindowedLayers,
+};
+use crate::model::config::QkNorm;
+use crate::model::ops::NormKind;
+
+/// The keys that Llama and all that descend from it share.
+const LLAMA_KEYS: ConfigKeys = ConfigKeys {
+    num_layers: "num_hidden_layers",
+    hidden_size: "hidden_size",
+    num_q_heads: "num_attention_heads",
+    num_kv_heads: Some("num_key_value_heads"),
+    head_dim: Some("head_dim"),
+    default_head_dim: None,
+    intermediate_size: "intermediate_size",
+    default_intermediate_size: SizeDefault::Required,
+    vocab_size: "vocab_size",
+    max_positions: "max_position_embeddings",
+    norm_eps: ("rms_norm_eps", 1e-6),
+    activation: ("hidden_act", "silu"),
+    fixed: &[],
+    absent: &[],
+};
+
+const LLAMA_TENSORS: TensorNames = TensorNames {
+    prefixes: &["model.", ""],
+    embedding: "embed_tokens",
+    position_embedding: None,
+    attn_norm: Some("layers.{i}.input_layernorm"),
+    post_attn_norm: None,
+    qkv: Qkv::Split(["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"]),
+    output: "layers.{i}.self_attn.o_proj",
+    qk_norm: None,
+    mlp_norm: Some("layers.{i}.post_attention_layernorm"),
+    post_mlp_norm: None,
+    up: Up::Gated(["layers.{i}.mlp.gate_proj", "layers.{i}.mlp.up_proj"]),
+    down: "layers.{i}.mlp.down_proj",
+    final_norm: "norm",
+    head: "lm_head",
+    transposed: false,
+    ignored: &[".rotary_emb.inv_freq"],
+};
+
+/// The base is the paper's, and transformers' default.
+const LLAMA_ROPE: RopeKeys = RopeKeys {
+    theta: &["rope_theta"],
+    default_theta: 10_000.0,
+    partial: &["partial_rotary_factor"],
+    default_partial: 1.0,
+    long_names: &[],
+    windowed_theta: None,
+    skipped: None,
+};
+
+const QK_NORMS: [&str; 2] = ["layers.{i}.self_attn.q_norm", "layers.{i}.self_attn.k_norm"];
+
+/// The same window in all layers.
+const fn window_of_all(default: Option<u32>) -> Window {
+    Window { switch: None, size: Optional { key: "sliding_window", default }, layers: WindowedLayers::All }
+}
+
+const QWEN_WINDOW: Window = Window {
+    switch: Some("use_sliding_window"),
+    size: Optional { key: "sliding_window", default: None },
+    layers: WindowedLayers::From("max_window_layers", 28),
+};
+
+/// Llama, and what the others below change of it.
+const LLAMA: Architecture = Architecture {
+    model_type: "llama",
+    config: LLAMA_KEYS,
+    norm: NormKind::Rms,
+    norm_offset: 0.0,
+    positions: Positions::Rope(LLAMA_ROPE),
+    parallel_residual: Flag::Never,
+    qkv_bias: Flag::Key("attention_bias", false),
+    output_bias: Flag::Key("attention_bias", false),
+    mlp_bias: Flag::Key("mlp_bias", false),
+    tied_head: Flag::Key("tie_word_embeddings", false),
+    window: None,
+    query_scalar: None,
+    attention_softcap: None,
+    logit_softcap: None,
+    scaled_embedding: false,
+    tensors: LLAMA_TENSORS,
+};
+
+const GEMMA_WINDOW: Window = Window {
+    switch: None,
+    size: Optional { key: "sliding_window", default: Some(4096) },
+    layers: WindowedLayers::AllBut(None, 2),
+};
+
+const GEMMA_TENSORS: TensorNames = TensorNames {
+    post_attn_norm: Some("layers.{i}.post_attention_layernorm"),
+    mlp_norm: Some("layers.{i}.pre_feedforward_layernorm"),
+    post_mlp_norm: Some("layers.{i}.post_feedforward_layernorm"),
+    ..LLAMA_TENSORS
+};
+
+const GEMMA2: Architecture = Architecture {
+    model_type: "gemma2",
+    config: ConfigKeys {
+        default_head_dim: Some(256),
+        activation: ("hidden_activation", "gelu_pytorch_tanh"),
+        fixed: &[("use_bidirectional_attention", false)],
+        ..LLAMA_KEYS
+    },
+    norm_offset: 1.0,
+    mlp_bias: Flag::Never,
+    tied_head: Flag::Key("tie_word_embeddings", true),
+    window: Some(GEMMA_WINDOW),
+    query_scalar: Some(("query_pre_attn_scalar", 256.0)),
+    attention_softcap: Some(Optional { key: "attn_logit_softcapping", default: Some(50.0) }),
+    logit_softcap: Some(Optional { key: "final_logit_softcapping", default: Some(30.0) }),
+    scaled_embedding: true,
+    tensors: GEMMA_TENSORS,
+    ..LLAMA
+};
+
+pub(super) const ARCHITECTURES: &[Architecture] = &[
+    Architecture {
+        model_type: "gpt2",
+        config: ConfigKeys {
+            num_layers: "n_layer",
+            hidden_size: "n_embd",
+            num_q_heads: "n_head",
+            num_kv_heads: None,
+            head_dim: None,
+            default_head_dim: None,
+            intermediate_size: "n_inner",
+            default_intermediate_size: SizeDefault::TimesHidden(4),
+            vocab_size: "vocab_size",
+            max_positions: "n_positions",
+            norm_eps: ("layer_norm_epsilon", 1e-5),
+            activation: ("activation_function", "gelu_new"),
+            fixed: &[
+                ("scale_attn_weights", true),
+                ("scale_attn_by_inverse_layer_idx", false),
+                ("add_cross_attention", false),
+            ],
+            absent: &[],
+        },
+        norm: NormKind::Layer,
+        positions: Positions::Learned,
+        parallel_residual: Flag::Never,
+        qkv_bias: Flag::Always,
+        output_bias: Flag::Always,
+        mlp_bias: Flag::Always,
+        tied_head: Flag::Key("tie_word_embeddings", true),
+        tensors: TensorNames {
+            prefixes: &["transformer.", ""],
+            embedding: "wte",
+            position_embedding: Some("wpe"),
+            attn_norm: Some("h.{i}.ln_1"),
+            post_attn_norm: None,
+            qkv: Qkv::Stacked("h.{i}.attn.c_attn"),
+            output: "h.{i}.attn.c_proj",
+            qk_norm: None,
+            mlp_norm: Some("h.{i}.ln_2"),
+            post_mlp_norm: None,
+            up: Up::Alone("h.{i}.mlp.c_fc"),
+            down: "h.{i}.mlp.c_proj",
+            final_norm: "ln_f",
+            head: "lm_head",
+            transposed: true,
+            ignored: &[".attn.bias", ".attn.masked_bias"],
+        },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "gpt_neox",
+        config: ConfigKeys {
+            num_kv_heads: None,
+            head_dim: None,
+            norm_eps: ("layer_norm_eps", 1e-5),
+            activation: ("hidden_act", "gelu"),
+            ..LLAMA_KEYS
+        },
+        norm: NormKind::Layer,
+        positions: Positions::Rope(RopeKeys {
+            theta: &["rotary_emb_base", "rope_theta"],
+            partial: &["rotary_pct", "partial_rotary_factor"],
+            default_partial: 0.25,
+            ..LLAMA_ROPE
+        }),
+        parallel_residual: Flag::Key("use_parallel_residual", true),
+        qkv_bias: Flag::Key("attention_bias", true),
+        output_bias: Flag::Key("attention_bias", true),
+        mlp_bias: Flag::Always,
+        tied_head: Flag::Key("tie_word_embeddings", false),
+        tensors: TensorNames {
+            prefixes: &["gpt_neox.", ""],
+            embedding: "embed_in",
+            position_embedding: None,
+            attn_norm: Some("layers.{i}.input_layernorm"),
+            post_attn_norm: None,
+            qkv: Qkv::PerHead("layers.{i}.attention.query_key_value"),
+            output: "layers.{i}.attention.dense",
+            qk_norm: None,
+            mlp_norm: Some("layers.{i}.post_attention_layernorm"),
+            post_mlp_norm: None,
+            up: Up::Alone("layers.{i}.mlp.dense_h_to_4h"),
+            down: "layers.{i}.mlp.dense_4h_to_h",
+            final_norm: "final_layer_norm",
+            head: "embed_out",
+            transposed: false,
+            ignored: &[".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"],
+        },
+        ..LLAMA
+    },
+    LLAMA,
+    Architecture {
+        model_type: "mistral",
+        qkv_bias: Flag::Never,
+        output_bias: Flag::Never,
+        mlp_bias: Flag::Never,
+        window: Some(window_of_all(Some(4096))),
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "qwen2",
+        qkv_bias: Flag::Always,
+        output_bias: Flag::Never,
+        mlp_bias: Flag::Never,
+        window: Some(QWEN_WINDOW),
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "qwen3",
+        config: ConfigKeys { default_head_dim: Some(128), ..LLAMA_KEYS },
+        mlp_bias: Flag::Never,
+        window: Some(QWEN_WINDOW),
+        tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "phi3",
+        config: ConfigKeys { norm_eps: ("rms_norm_eps", 1e-5), ..LLAMA_KEYS },
+        positions: Positions::Rope(RopeKeys { long_names: &["su", "yarn"], ..LLAMA_ROPE }),
+        qkv_bias: Flag::Never,
+        output_bias: Flag::Never,
+        mlp_bias: Flag::Never,
+        window: Some(window_of_all(None)),
+        tensors: TensorNames {
+            qkv: Qkv::Stacked("layers.{i}.self_attn.qkv_proj"),
+            up: Up::Packed("layers.{i}.mlp.gate_up_proj"),
+            ..LLAMA_TENSORS
+        },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "smollm3",
+        positions: Positions::Rope(RopeKeys {
+            default_theta: 2_000_000.0,
+            skipped: Some(("no_rope_layers", "no_rope_layer_interval", 4)),
+            ..LLAMA_ROPE
+        }),
+        tied_head: Flag::Key("tie_word_embeddings", true),
+        window: Some(Window { layers: WindowedLayers::WithoutRope, ..QWEN_WINDOW }),
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "olmo2",
+        config: ConfigKeys { norm_eps: ("rms_norm_eps", 1e-5), ..LLAMA_KEYS },
+        mlp_bias: Flag::Never,
+        tensors: TensorNames {
+            attn_norm: None,
+            post_attn_norm: Some("layers.{i}.post_attention_layernorm"),
+            qk_norm: Some((QkNorm::AllHeads, QK_NORMS)),
+            mlp_norm: None,
+            post_mlp_norm: Some("layers.{i}.post_feedforward_layernorm"),
+            ..LLAMA_TENSORS
+        },
+        ..LLAMA
+    },
+    GEMMA2,
+    Architecture {
+        model_type: "gemma3_text",
+        // transformers reads a soft cap of attention, and leaves it out.
+        config: ConfigKeys { absent: &["attn_logit_softcapping"], ..GEMMA2.config },
+        positions: Positions::Rope(RopeKeys {
+            default_theta: 1_000_000.0,
+            windowed_theta: Some(("rope_local_base_freq", 10_000.0)),
+            ..LLAMA_ROPE
+        }),
+        window: Some(Window { layers: WindowedLayers::AllBut(Some("sliding_window_pattern"), 6), ..GEMMA_WINDOW }),
+        attention_softcap: None,
+        logit_softcap: Some(Optional { key: "final_logit_softcapping", default: None }),
+        tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..GEMMA_TENSORS },
+        ..GEMMA2
+    },
+];

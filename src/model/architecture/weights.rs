@@ -1,0 +1,333 @@
+//! Where the parameters of a model lie in its checkpoint.
+
+use super::{Qkv, TensorNames, Up};
+use crate::model::config::{ModelConfig, QkNorm};
+use crate::model::ops::NormKind;
+use crate::model::{ModelError, ModelResult};
+
+/// Where each parameter of a model lies in its checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ModelWeights {
+    /// `[vocab_size, hidden_size]`
+    pub embedding: TensorSource,
+    /// `[max_positions, hidden_size]`, for learned positions.
+    pub position_embedding: Option<TensorSource>,
+    /// From the first layer to the last.
+    pub layers: Vec<LayerWeights>,
+    /// The norm before the head.
+    pub final_norm: NormWeights,
+    /// `[vocab_size, hidden_size]`. `None`: the head is tied, use the embedding.
+    pub head: Option<LinearWeights>,
+}
+
+/// The parameters of one layer.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LayerWeights {
+    /// The norm before attention.
+    pub attn_norm: Option<NormWeights>,
+    /// The norm of what attention adds to the residual stream.
+    pub post_attn_norm: Option<NormWeights>,
+    /// `[num_q_heads * head_dim, hidden_size]`
+    pub q: LinearWeights,
+    /// `[num_kv_heads * head_dim, hidden_size]`
+    pub k: LinearWeights,
+    /// `[num_kv_heads * head_dim, hidden_size]`
+    pub v: LinearWeights,
+    /// `[hidden_size, num_q_heads * head_dim]`
+    pub o: LinearWeights,
+    /// The norm of queries: `head_dim` wide, or as wide as all heads. See [`ModelConfig::qk_norm`](crate::model::ModelConfig::qk_norm).
+    pub q_norm: Option<NormWeights>,
+    /// The norm of keys.
+    pub k_norm: Option<NormWeights>,
+    /// The norm before the MLP.
+    pub mlp_norm: Option<NormWeights>,
+    /// The norm of what the MLP adds to the residual stream.
+    pub post_mlp_norm: Option<NormWeights>,
+    /// Gated: `[2 * intermediate_size, hidden_size]`, all rows of the gate, then all of up. Otherwise `[intermediate_size, hidden_size]`.
+    pub gate_up: LinearWeights,
+    /// `[hidden_size, intermediate_size]`
+    pub down: LinearWeights,
+}
+
+/// A linear layer's parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LinearWeights {
+    /// `[out, in]`
+    pub weight: TensorSource,
+    /// `[out, 1]`
+    pub bias: Option<TensorSource>,
+}
+
+/// A norm's parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NormWeights {
+    /// `[width, 1]`
+    pub weight: TensorSource,
+    /// `[width, 1]`; LayerNorm only.
+    pub bias: Option<TensorSource>,
+}
+
+impl ModelWeights {
+    /// Every source, in the order of computation: embedding, layers, final norm, head.
+    pub fn sources(&self) -> impl Iterator<Item = &TensorSource> {
+        let start = std::iter::once(&self.embedding).chain(&self.position_embedding);
+        let layers = self.layers.iter().flat_map(LayerWeights::sources);
+        let head = self.head.iter().flat_map(LinearWeights::sources);
+        start.chain(layers).chain(self.final_norm.sources()).chain(head)
+    }
+}
+
+impl LayerWeights {
+    /// Every source of the layer, in the order of computation.
+    pub fn sources(&self) -> impl Iterator<Item = &TensorSource> {
+        let projections = [&self.q, &self.k, &self.v].into_iter().flat_map(LinearWeights::sources);
+        let [before, qk, between, after] = [
+            [&self.attn_norm, &None],
+            [&self.q_norm, &self.k_norm],
+            [&self.post_attn_norm, &self.mlp_norm],
+            [&self.post_mlp_norm, &None],
+        ]
+        .map(|norms| norms.into_iter().flatten().flat_map(NormWeights::sources));
+        let attention = before.chain(projections).chain(qk).chain(self.o.sources()).chain(between);
+        attention.chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
+    }
+
+    /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if they were changed so that they no longer fit together.
+    pub fn qkv(&self) -> ModelResult<LinearWeights> {
+        LinearWeights::stack(&[&self.q, &self.k, &self.v])
+    }
+}
+
+impl LinearWeights {
+    /// The weight and the bias.
+    pub fn sources(&self) -> impl Iterator<Item = &TensorSource> {
+        std::iter::once(&self.weight).chain(&self.bias)
+    }
+
+    /// Layers with the same input as one, their outputs one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if there is none, if they have different inputs, or if only some have a bias.
+    pub fn stack(parts: &[&Self]) -> ModelResult<Self> {
+        let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
+        let biases: Vec<_> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        if !biases.is_empty() && biases.len() != parts.len() {
+            let got = format!("{} in {} layers", biases.len(), parts.len());
+            return Err(ModelError::argument("biases", got, "one in each layer or none at all"));
+        }
+        let bias = if biases.is_empty() { None } else { Some(TensorSource::stack(&biases)?) };
+        Ok(Self { weight: TensorSource::stack(&weights)?, bias })
+    }
+}
+
+impl NormWeights {
+    /// The weight and the bias.
+    pub fn sources(&self) -> impl Iterator<Item = &TensorSource> {
+        std::iter::once(&self.weight).chain(&self.bias)
+    }
+}
+
+/// A parameter as a matrix `[rows, columns]`, put together from rows of tensors. A vector has one column.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSource {
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) columns: usize,
+}
+
+impl TensorSource {
+    /// `[rows, columns]`: `[out, in]` of a linear layer, `[n, 1]` of a vector.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 2] {
+        [self.pieces.iter().map(|piece| piece.rows).sum(), self.columns]
+    }
+
+    /// The pieces, from the first row to the last.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// Sources of the same width as one, their rows one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) if there is none, or if the widths differ.
+    pub fn stack(parts: &[&Self]) -> ModelResult<Self> {
+        let need = "sources, at least one, of the same width";
+        let Some(first) = parts.first() else {
+            return Err(ModelError::argument("parts", "none", need));
+        };
+        if let Some(other) = parts.iter().find(|part| part.columns != first.columns) {
+            return Err(ModelError::argument("parts", format!("widths {} and {}", first.columns, other.columns), need));
+        }
+        let pieces = parts.iter().flat_map(|part| part.pieces.iter().cloned()).collect();
+        Ok(Self { pieces, columns: first.columns })
+    }
+}
+
+/// Rows of one tensor. Row `r` of the piece is row `first + r / run * stride + r % run` of the tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    pub(crate) tensor: String,
+    /// What the tensor must have, as it lies in the file.
+    pub(crate) shape: Vec<usize>,
+    /// "Row" above means a column of what lies in the file.
+    pub(crate) transposed: bool,
+    pub(crate) rows: usize,
+    pub(crate) first: usize,
+    /// Rows that lie side by side.
+    pub(crate) run: usize,
+    pub(crate) stride: usize,
+}
+
+impl Piece {
+    /// Name of the tensor.
+    #[must_use]
+    pub fn tensor(&self) -> &str {
+        &self.tensor
+    }
+
+    /// Row of the tensor, and how many rows of the piece, from `row` on, lie there side by side.
+    pub(crate) fn locate(&self, row: usize) -> (usize, usize) {
+        let within = row % self.run;
+        (self.first + row / self.run * self.stride + within, (self.run - within).min(self.rows - row))
+    }
+}
+
+/// Rows of a fused tensor.
+#[derive(Clone, Copy)]
+struct Selection {
+    rows: usize,
+    first: usize,
+    run: usize,
+    stride: usize,
+}
+
+impl Selection {
+    fn range(first: usize, rows: usize) -> Self {
+        Self { rows, first, run: rows, stride: rows }
+    }
+}
+
+pub(super) struct Build<'a> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) names: &'a TensorNames,
+    pub(super) prefix: &'static str,
+}
+
+impl Build<'_> {
+    fn name(&self, template: &str, layer: u32) -> String {
+        format!("{}{}", self.prefix, template.replace("{i}", &layer.to_string()))
+    }
+
+    pub(super) fn table(&self, template: &str, rows: u32) -> TensorSource {
+        let (rows, columns) = (rows as usize, self.config.hidden_size as usize);
+        let tensor = format!("{}.weight", self.name(template, 0));
+        let Selection { first, run, stride, .. } = Selection::range(0, rows);
+        let piece = Piece { tensor, shape: vec![rows, columns], transposed: false, rows, first, run, stride };
+        TensorSource { pieces: vec![piece], columns }
+    }
+
+    fn vector(tensor: String, len: usize, select: Selection) -> TensorSource {
+        let Selection { rows, first, run, stride } = select;
+        let piece = Piece { tensor, shape: vec![len], transposed: false, rows, first, run, stride };
+        TensorSource { pieces: vec![piece], columns: 1 }
+    }
+
+    pub(super) fn norm(&self, template: &str, width: usize, layer: u32) -> NormWeights {
+        let name = self.name(template, layer);
+        let vector = |end: &str| Self::vector(format!("{name}.{end}"), width, Selection::range(0, width));
+        let bias = (self.config.norm.kind == NormKind::Layer).then(|| vector("bias"));
+        NormWeights { weight: vector("weight"), bias }
+    }
+
+    pub(super) fn linear(&self, template: &str, out: usize, columns: usize, bias: bool, layer: u32) -> LinearWeights {
+        self.select(template, out, columns, bias, layer, Selection::range(0, out))
+    }
+
+    /// Some outputs of a linear layer that has `out` of them.
+    fn select(
+        &self,
+        template: &str,
+        out: usize,
+        columns: usize,
+        bias: bool,
+        layer: u32,
+        select: Selection,
+    ) -> LinearWeights {
+        let name = self.name(template, layer);
+        let transposed = self.names.transposed;
+        let shape = if transposed { vec![columns, out] } else { vec![out, columns] };
+        let Selection { rows, first, run, stride } = select;
+        let piece = Piece { tensor: format!("{name}.weight"), shape, transposed, rows, first, run, stride };
+        let bias = bias.then(|| Self::vector(format!("{name}.bias"), out, select));
+        LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias }
+    }
+
+    fn qkv(&self, layer: u32) -> [LinearWeights; 3] {
+        let (hidden, head) = (self.config.hidden_size as usize, self.config.head_dim as usize);
+        let (q, kv) = (self.config.q_width(), self.config.kv_width());
+        let bias = self.config.qkv_bias;
+        let all = q + 2 * kv;
+        match self.names.qkv {
+            Qkv::Split([q_name, k_name, v_name]) => [
+                self.linear(q_name, q, hidden, bias, layer),
+                self.linear(k_name, kv, hidden, bias, layer),
+                self.linear(v_name, kv, hidden, bias, layer),
+            ],
+            Qkv::Stacked(name) => [(0, q), (q, kv), (q + kv, kv)]
+                .map(|(first, rows)| self.select(name, all, hidden, bias, layer, Selection::range(first, rows))),
+            Qkv::PerHead(name) => [0, head, 2 * head].map(|first| {
+                let select = Selection { rows: q, first, run: head, stride: 3 * head };
+                self.select(name, all, hidden, bias, layer, select)
+            }),
+        }
+    }
+
+    pub(super) fn layer(&self, layer: u32) -> LayerWeights {
+        let (config, names) = (self.config, self.names);
+        let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
+        let [q, k, v] = self.qkv(layer);
+        let [q_norm, k_norm] = match names.qk_norm {
+            None => [None, None],
+            Some((over, [q, k])) => {
+                let [q_width, k_width] = match over {
+                    QkNorm::PerHead => [config.head_dim as usize; 2],
+                    QkNorm::AllHeads => [config.q_width(), config.kv_width()],
+                };
+                [Some(self.norm(q, q_width, layer)), Some(self.norm(k, k_width, layer))]
+            }
+        };
+        let gate_up = match names.up {
+            Up::Alone(up) => self.linear(up, inner, hidden, config.mlp_bias, layer),
+            Up::Packed(both) => self.linear(both, 2 * inner, hidden, config.mlp_bias, layer),
+            Up::Gated(both) => {
+                let [mut gate, up] = both.map(|name| self.linear(name, inner, hidden, config.mlp_bias, layer));
+                gate.weight.pieces.extend(up.weight.pieces);
+                if let (Some(gate), Some(up)) = (&mut gate.bias, up.bias) {
+                    gate.pieces.extend(up.pieces);
+                }
+                gate
+            }
+        };
+        let norm = |name: Option<_>| name.map(|name| self.norm(name, hidden, layer));
+        LayerWeights {
+            attn_norm: norm(names.attn_norm),
+            post_attn_norm: norm(names.post_attn_norm),
+            q,
+            k,
+            v,
+            o: self.linear(names.output, hidden, config.q_width(), config.output_bias, layer),
+            q_norm,
+            k_norm,
+            mlp_norm: norm(names.mlp_norm),
+            post_mlp_norm: norm(names.post_mlp_norm),
+            gate_up,
+            down: self.linear(names.down, hidden, inner, config.mlp_bias, layer),
+        }
+    }
+}
