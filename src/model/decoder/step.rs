@@ -317,6 +317,11 @@ impl Decoder {
         Ok(())
     }
 
+    /// The kernels for a step with or without trees.
+    fn layer_kernels(&self, has_trees: bool) -> &LayerKernels {
+        self.tree_kernels.as_ref().filter(|_| has_trees).unwrap_or(&self.kernels)
+    }
+
     /// One step: everything is recorded into one pass and submitted at once.
     async fn run_step(
         &mut self,
@@ -337,9 +342,8 @@ impl Decoder {
         } else {
             self.cache.begin_step(&batch)?
         };
-        let layer_kernels = self.tree_kernels.as_ref().filter(|_| has_trees).unwrap_or(&self.kernels);
         let kernels: Vec<_> = chunks.iter().map(|chunk| chunk.kernel).collect();
-        let plans = layer_kernels.plan(&step, model.is_exact().then_some(&kernels[..]))?;
+        let plans = self.layer_kernels(has_trees).plan(&step, model.is_exact().then_some(&kernels[..]))?;
 
         let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
         let positions: Vec<u32> = chunks.iter().flat_map(Chunk::positions).collect();
@@ -412,7 +416,7 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                kinds: layer_kernels.contexts(&plans),
+                kinds: self.layer_kernels(has_trees).contexts(&plans),
                 step: &step,
                 ids,
                 positions,
