@@ -373,7 +373,8 @@ def frequencies(model, exact):
                 if rope_type == "longrope":
                     buffers["original_inv_freq"] = buffers["inv_freq"]
                     buffers["long_inv_freq"] = compute(model.config, seq_len=1 << 40)[0]
-                found.append((f"positions{f' of {kind}' * bool(kind)}", rotary, buffers, plain(model.config, **of_kind)[0]))
+                label = f"positions{f' of {kind}' * bool(kind)}"
+                found.append((label, rotary, buffers, plain(model.config, **of_kind)[0]))
     return found
 
 
@@ -524,7 +525,8 @@ def make(name, options, seed, directory):
         entropy = attention_entropy(model, tokens[2])
         if not ATTENTION_ENTROPY[0] <= entropy <= ATTENTION_ENTROPY[1]:
             raise Refused(f"attention's entropy {entropy:.3f}")
-        weakest = min((effect, part) for part, effect in effects(model, tokens[2], logits[2], std, options.get("without", {})).items())
+        found = effects(model, tokens[2], logits[2], std, options.get("without", {}))
+        weakest = min((effect, part) for part, effect in found.items())
         if weakest[0] < MIN_EFFECT:
             raise Refused(f"{weakest[1]} changes logits by {weakest[0]:.4f} standard deviations only")
 

@@ -41,6 +41,9 @@ pub(crate) struct LoadOptions {
     /// The same bits whatever else is in a batch, for some of the speed
     #[arg(long, help_heading = "Device")]
     pub(crate) exact: bool,
+    /// Read texts beyond the length that a model with LongRoPE (Phi-3) was first trained on
+    #[arg(long, help_heading = "Cache")]
+    pub(crate) long_context: bool,
     /// Part of an adapter's name [default: the best adapter]
     #[arg(long, help_heading = "Device", value_name = "NAME", env = "FOLIO_ADAPTER")]
     pub(crate) adapter: Option<String>,
@@ -116,7 +119,8 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
         ChatTemplate::from_folder(&path)?
     };
     let start = Instant::now();
-    let model_options = ModelOptions::new(options.weights).with_exact(options.exact);
+    let model_options =
+        ModelOptions::new(options.weights).with_exact(options.exact).with_long_context(options.long_context);
     let model = Model::load_blocking(&gpu, &path, model_options, loading_bar())?;
     let load_time = start.elapsed();
     tokenizer.check_vocab_size(model.config().vocab_size)?;

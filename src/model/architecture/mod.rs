@@ -98,10 +98,10 @@ pub(crate) struct RopeKeys {
     pub(crate) default_partial: f64,
     /// Older names of `longrope`.
     pub(crate) long_names: &'static [&'static str],
-    /// Layers with a window have a base of their own, and no scaling: its key and default.
+    /// Layers with a window have a base of their own, to which no scaling at the top level applies: its key and default.
     pub(crate) windowed_theta: Option<(&'static str, f64)>,
-    /// Some layers have none: the key of a list with a 0 for each of them; without the list, the key of a number, every so manieth layer,
-    /// and its default.
+    /// Some layers have none: the key of a list with a 0 for each of them; without the list, the key of a number n, and its default: every
+    /// n-th layer.
     pub(crate) skipped: Option<(&'static str, &'static str, u32)>,
 }
 
@@ -122,7 +122,7 @@ pub(crate) enum WindowedLayers {
     From(&'static str, u32),
     /// Those without RoPE.
     WithoutRope,
-    /// All but every so manieth: a key, if it can be set, and the default.
+    /// All but every n-th: the key of n, if it can be set, and its default.
     AllBut(Option<&'static str>, u32),
 }
 

@@ -107,7 +107,7 @@ pub(super) fn rotated_layers(
     every_but_last(file, interval, every)
 }
 
-/// True but for every so manieth.
+/// True but for the last of `every` layers.
 fn every_but_last(file: &Section<'_>, key: &str, every: u32) -> ModelResult<Vec<bool>> {
     if every > MAX_PERIOD {
         return Err(file.error(key, every, format!("at most {MAX_PERIOD}")));

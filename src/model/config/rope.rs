@@ -59,7 +59,8 @@ pub(super) fn parse_rope(
         }
     }
     let (full, windowed) = (of_kind("full_attention")?, of_kind("sliding_attention")?);
-    let own_theta = theta(full.as_ref(), keys.theta, keys.default_theta)?;
+    let older_with_theta = older.as_ref().filter(|section| section.get("rope_theta").is_some());
+    let own_theta = theta(older_with_theta.or(full.as_ref()), keys.theta, keys.default_theta)?;
     let windowed_theta = theta(windowed.as_ref(), &[windowed_key], windowed_default)?;
     let section = older.or(full);
     let mut ropes = with_theta(file, section.as_ref(), keys, own_theta, head_dim, max_position_embeddings)?;
