@@ -106,6 +106,8 @@ fn two_bases() {
     }
     let defaults = kinds("gemma3_text", &json!({ "rope_theta": null }));
     assert_eq!(thetas(&defaults), [1e4, 1e4, 1e4, 1e4, 1e4, 1e6, 1e4]);
+    let inside = json!({ "rope_scaling": { "rope_type": "linear", "factor": 8, "rope_theta": 3e5 } });
+    assert_eq!(thetas(&kinds("gemma3_text", &inside)), [1e4, 1e4, 1e4, 1e4, 1e4, 3e5, 1e4]);
     let flat = json!({ "rope_parameters": { "rope_theta": 5e5, "rope_type": "default" } });
     refused("gemma3_text", flat, "rope_parameters.rope_theta", &["nothing but full_attention and sliding_attention"]);
     let wrong = json!({ "rope_parameters": { "sliding_attention": { "rope_theta": 0 } } });
