@@ -155,7 +155,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for; those of
-    /// [`KvCache::new`] and [`Attention::new`].
+    /// [`KvCache::new`] and [`Attention::new`](crate::Attention::new).
     pub async fn new(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
         check_step_tokens(&gpu, &config, options.max_step_tokens)?;
