@@ -122,7 +122,8 @@ fn is_candidate(class: usize, tuned_for: &TunedFor, entry: &TunedKernel) -> bool
 type Key = (usize, String, u32, u32, String, String, u32);
 
 fn key(class: usize, entry: &TunedKernel) -> Key {
-    let TunedShape { kernel, head_dim, group_size, k_format, v_format } = entry.shape.clone();
+    // (Shapes with values of another width are no entries: none of the variants above has them.)
+    let TunedShape { kernel, head_dim, value_dim: _, group_size, k_format, v_format } = entry.shape.clone();
     let lanes = if CLASSES[class].1 == Profile::Cpu && kernel != "append" { entry.sizes.workgroup_size } else { 0 };
     (class, kernel, head_dim, group_size, k_format, v_format, lanes)
 }
@@ -283,6 +284,7 @@ fn entry(tile_kv: u32, nanos: u64, split: bool) -> TunedKernel {
         shape: TunedShape {
             kernel: "decode".into(),
             head_dim: 64,
+            value_dim: None,
             group_size: 4,
             k_format: "F16".into(),
             v_format: "F16".into(),

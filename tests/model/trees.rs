@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use folio::model::{
-    Checkpoint, Decoder, DecoderOptions, Drawn, Input, Model, ModelOptions, ModelResult, Sampling, WeightFormat,
+    Checkpoint, Decoder, DecoderOptions, Drawn, Input, LayerKind, LayerPattern, Model, ModelOptions, ModelResult,
+    Sampling, WeightFormat,
 };
 use folio::{Gpu, KvFormat, TokenTree};
 
@@ -16,7 +17,11 @@ use crate::decoder::{decoder_with, fixture, small, tokens};
 fn load(gpu: &Gpu, folder: &Path, window: Option<u32>, exact: bool) -> Arc<Model> {
     let options = ModelOptions::new(WeightFormat::F32).with_exact(exact);
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let config = with(checkpoint.config().clone(), |config| config.sliding_window = window);
+    let config = with(checkpoint.config().clone(), |config| {
+        if window.is_some() {
+            config.layers = LayerPattern::uniform(LayerKind::new(config.layers.kind(0).rope.clone(), window));
+        }
+    });
     let weights = checkpoint.weights().unwrap();
     Arc::new(Model::from_source_blocking(gpu, config, &weights, &checkpoint, options, |_| {}).unwrap())
 }
@@ -110,6 +115,8 @@ fn trees_of_drafts_give_the_text_of_single_steps() {
         (stories, KvFormat::Int8, None),
         (fixture("gpt2"), KvFormat::F32, None),
         (fixture("llama"), KvFormat::F16, Some(7)),
+        // Layers with windows beside layers without.
+        (fixture("gemma3"), KvFormat::F32, None),
     ] {
         let options = with(small(64), |o| (o.block_size, o.k_format, o.v_format) = (8, format, format));
         let mut decoder = Decoder::new_blocking(load(&gpu, &folder, window, false), options).unwrap();

@@ -79,8 +79,8 @@ impl PrefillGeometry {
         let num_slices = head_vec4s.div_ceil(SLICE);
         // Two buffers of 16 KiB at most, beside the weights.
         let v_keys = match value_vec4s {
-            ..=16 => 8,
-            ..=64 => 4,
+            0..=16 => 8,
+            17..=64 => 4,
             _ => 2,
         };
         let k_cols = SLICE * 4 / k_dims;
