@@ -382,7 +382,7 @@ const CHOICES: [Choice; 12] = [
     ("lse", |kernel| attends(kernel) || kernel == Kernel::Merge, |v| v.flags.lse ^= true),
     ("block_size", |kernel| !matches!(kernel, Kernel::Merge | Kernel::PackBlocks), |v| v.block_size *= 2),
     ("num_kv_heads", |kernel| kernel != Kernel::PackBlocks, |v| v.num_kv_heads *= 2),
-    ("value_dim", |kernel| kernel != Kernel::PackBlocks && kernel != Kernel::CopyBlocks, |v| v.value_dim *= 2),
+    ("value_dim", |kernel| kernel != Kernel::PackBlocks, |v| v.value_dim *= 2),
     ("k_format", reads_elements, |v| v.k_format = another(v.k_format)),
     ("v_format", reads_elements, |v| v.v_format = another(v.v_format)),
 ];

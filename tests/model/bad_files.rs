@@ -428,7 +428,7 @@ fn sizes_that_no_kernel_takes() {
         for odd in [18, 30, 16_388] {
             refused(model_type, &json!({ "hidden_size": odd }), "hidden_size", &[&format!("got {odd}"), four, "16384"]);
         }
-        for odd in [4, 12, 59, 264] {
+        for odd in [4, 12, 59, 584] {
             refused(model_type, &json!({ "head_dim": odd }), "head_dim", &[&format!("got {odd}"), "a multiple of 8"]);
         }
         let heads = json!({ "num_attention_heads": 65_540, "num_key_value_heads": 2 });
