@@ -140,13 +140,16 @@ pub(crate) fn load(options: &LoadOptions, sequences: u32, adjust: impl FnOnce(&m
         let opening = tokenizer.encode(opening, true)?;
         gpu.block_on(decoder.calibrate_keys_on_own_text(&[&opening], 200))?;
     }
-    gpu.block_on(decoder.warm_up())?;
+    gpu.block_on(decoder.warm_up_with(|at| {
+        busy.0.set_message(format!("compiling kernels... {} of {} stages", at.stages_done, at.stages_total));
+    }))?;
     drop(busy);
     let name = if options.is_stories() { "stories".to_owned() } else { name_of(&path) };
     eprintln!(
-        "{name}: {:.1} MB of weights in {:.1} s, kernels compiled in {:.1} s",
+        "{name}: {:.1} MB of weights in {:.1} s, {} kernels compiled in {:.1} s",
         model.weight_bytes() as f64 / 1e6,
         load_time.as_secs_f64(),
+        gpu.num_compiled(),
         start.elapsed().as_secs_f64()
     );
     Ok(Loaded { gpu, decoder, tokenizer, template, name, stop_tokens })

@@ -218,7 +218,8 @@ impl Gpu {
         self.inner.features.contains(wgpu::Features::SUBGROUP)
     }
 
-    /// How many kernels have been compiled on the device so far.
+    /// How many kernels have been compiled on the device so far: pipelines, which equal caches, attentions and linear layers share. What a model needs is
+    /// the difference between before it is loaded and after its decoder is warmed up.
     #[must_use]
     pub fn num_compiled(&self) -> u64 {
         self.inner.programs.num_compiled()

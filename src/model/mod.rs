@@ -39,7 +39,7 @@ pub use linear_config::{Factor, LinearConfig};
 pub use linear_kernels::LinearKernels;
 pub use linear_variant::{LinearKernel, LinearVariant};
 pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
-pub use progress::Progress;
+pub use progress::{Progress, WarmUp};
 pub use quantise::{WeightFormat, WeightGrid};
 pub use rows::Rows;
 pub use sampler::{Sampled, Sampler, Sampling, SamplingRequest};

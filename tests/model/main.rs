@@ -38,6 +38,7 @@ mod linear_tune;
 mod loading;
 mod ops;
 mod parity;
+mod pipelines;
 mod sampler;
 mod shaders_ops;
 mod trees;

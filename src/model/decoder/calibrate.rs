@@ -7,6 +7,7 @@ use super::input::Input;
 use super::{Decoder, DecoderOptions};
 use crate::model::error::{ModelError, ModelResult};
 use crate::model::generate::Prompt;
+use crate::model::progress::WarmUp;
 use crate::model::sampler::Sampling;
 use crate::{KvCache, KvFormat, SequenceId};
 
@@ -93,6 +94,15 @@ impl Decoder {
     /// # Errors
     /// Those of [`step`](Self::step).
     pub async fn warm_up(&mut self) -> ModelResult<()> {
+        self.warm_up_with(|_| {}).await
+    }
+
+    /// [`Decoder::warm_up`], which tells `progress` after each stage how far it is. A steady state compiles nothing more: each pipeline that steps need has
+    /// been made and run by then, but for those of trees of drafts.
+    ///
+    /// # Errors
+    /// Those of [`step`](Self::step).
+    pub async fn warm_up_with(&mut self, mut progress: impl FnMut(WarmUp)) -> ModelResult<()> {
         self.kernels.warm_up()?;
         let room = self.usage().free.saturating_mul(self.options.block_size).min(self.model.config().max_positions);
         let most = self.options.max_step_tokens.min(room);
@@ -100,7 +110,14 @@ impl Decoder {
         let penalty = |sampling| Sampling { repetition_penalty: 1.5, ..sampling };
         let samplings = [greedy, draw, penalty(greedy), penalty(draw)];
         // Linear layers have kernels for 1, 2, 4, 8, 16 and many rows; the sampler has one for each of these settings.
-        for (i, len) in [1, 2, 4, 8, 16, most].into_iter().filter(|len| (1..=most).contains(len)).enumerate() {
+        let lens: Vec<u32> = [1, 2, 4, 8, 16, most].into_iter().filter(|len| (1..=most).contains(len)).collect();
+        let gpu = self.gpu().clone();
+        let stages_total = 1 + lens.len() as u32;
+        let mut report = |stages_done| {
+            progress(WarmUp { stages_done, stages_total, num_pipelines: gpu.num_compiled() });
+        };
+        report(1);
+        for (i, len) in lens.into_iter().enumerate() {
             // A sequence of the cache that the decoder doesn't know: nothing of it can stay, in the prefix index for example.
             let ended = Ended { cache: Arc::clone(&self.cache), sequence: self.cache.create_sequence() };
             let tokens = vec![0; len as usize];
@@ -112,6 +129,7 @@ impl Decoder {
             {
                 return Err(error);
             }
+            report(2 + i as u32);
         }
         Ok(())
     }
