@@ -75,7 +75,7 @@ impl KvCacheConfig {
     ///
     /// So a query of the cache is `W_k^T q` followed by the rotated part of the head's query, 576 elements, and what attention yields, 512 elements, is
     /// multiplied by `W_v`. [`AttentionConfig::softmax_scale`](crate::AttentionConfig) is that of the heads before: `1 / sqrt(192)` where those have 128
-    /// and 64 elements. Rows are appended by [`KvCache::append_latent`](crate::KvCache::append_latent).
+    /// and 64 elements. Rows are appended by `KvCache::append_latent`.
     #[must_use]
     pub const fn latent(num_layers: u32, head_dim: u32, value_dim: u32) -> Self {
         Self { latent: true, ..Self::new(num_layers, 1, head_dim).with_value_dim(value_dim) }
