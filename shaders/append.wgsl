@@ -1,5 +1,6 @@
 {% from "shared/kv_rows.wgsl" import element_type, store, store_functions %}
 {% from "shared/kv_side.wgsl" import cache_row_function, declare %}
+{% import "shared/host_rows.wgsl" as host %}
 // append: new K and V rows go into their slots, converted to the cache's formats.
 {% if rope %}
 // K rows are rotated by their tokens' positions before.
@@ -17,12 +18,12 @@
 {# Partners that lie a multiple of 4 apart, or in the same 8 elements, come in vec4s. #}
 {% set wide = rope != "half_split" or rotary_dim % 8 == 0 %}
 {% if wide %}
-@group(0) @binding(0) var<storage, read> k_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM / 4]
+@group(0) @binding(0) var<storage, read> k_new: array<{{ host.vec4_type(k_rows) }}>;  // a row of HEAD_DIM / 4 per token and head
 {% else %}
-@group(0) @binding(0) var<storage, read> k_new: array<f32>;  // [num_tokens, NUM_KV_HEADS, HEAD_DIM]
+@group(0) @binding(0) var<storage, read> k_new: array<f32>;  // a row of HEAD_DIM per token and head
 {% endif %}
 {% if not latent %}
-@group(0) @binding(1) var<storage, read> v_new: array<vec4<f32>>;  // [num_tokens, NUM_KV_HEADS, VALUE_VEC8S * 2]
+@group(0) @binding(1) var<storage, read> v_new: array<{{ host.vec4_type(v_rows) }}>;  // a row of VALUE_VEC8S * 2 per token and head
 {% endif %}
 {% set sides_from = 1 if latent else 2 %}
 {{ declare(k_side, sides_from, "read_write", element_type(k_format), "[num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]") -}}
@@ -49,14 +50,15 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
     {%- if condition == "none" -%}{%- elif condition -%} if ({{ condition }}) { {{ statement }} } {%- else -%} {{ statement }} {%- endif -%}
 {%- endmacro %}
 {# This invocation's part of the new key, and of the new value; the row is the row-th. #}
-{% set new_k = "rotated_vec8(row * HEAD_DIM, vec8_idx, step_lists[params.positions_offset + token])" if rope else "Vec8(k_new[2u * k_at], k_new[2u * k_at + 1u])" %}
-{% set new_v = "Vec8(v_new[2u * v_at], v_new[2u * v_at + 1u])" %}
+{% set new_k = "rotated_vec8(k_begin, vec8_idx, step_lists[params.positions_offset + token])" if rope else "Vec8(%s, %s)"|format(host.load(k_rows, "k_new[k_at]"), host.load(k_rows, "k_new[k_at + 1u]")) %}
+{% set new_v = "Vec8(%s, %s)"|format(host.load(v_rows, "v_new[v_at]"), host.load(v_rows, "v_new[v_at + 1u]")) %}
 {{ cache_row_function() }}
 {{ store_functions([k_format, v_format]) }}
 {{ store(k_side) }}
 {{ store(v_side) if not latent }}
 {% if rope %}
 {% set rows = "k_new" %}
+{% set rows_layout = k_rows %}
 {% set head_norm = false %}
 {% include "shared/rope.wgsl" %}
 {% include "shared/rotated_rows.wgsl" %}
@@ -74,11 +76,13 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endif %}
     let kv_head = row % NUM_KV_HEADS;
     let token = row / NUM_KV_HEADS;
-{% if not rope %}
-    let k_at = row * HEAD_VEC8S + vec8_idx;
+{% if rope %}
+    let k_begin = {{ "4u * (%s)"|format(host.begin(k_rows, "token", "kv_head")) if k_rows.strided else "row * HEAD_DIM" }};
+{% else %}
+    let k_at = {{ host.begin(k_rows, "token", "kv_head") ~ " + 2u * vec8_idx" if k_rows.strided else "2u * (row * HEAD_VEC8S + vec8_idx)" }};
 {% endif %}
 {% if not latent %}
-    let v_at = row * VALUE_VEC8S + vec8_idx;
+    let v_at = {{ host.begin(v_rows, "token", "kv_head") ~ " + 2u * vec8_idx" if v_rows.strided else "2u * (row * VALUE_VEC8S + vec8_idx)" }};
 {% endif %}
 {% if row_scales %}
     let live = lane < ROWS * ROW_VEC8S && token < params.num_tokens;

@@ -1,5 +1,6 @@
 {% from "shared/kv_rows.wgsl" import element_type, store, store_functions %}
 {% from "shared/kv_side.wgsl" import cache_row_function, declare %}
+{% import "shared/host_rows.wgsl" as host %}
 // append_qkv: rows of queries, keys and values, one matrix after another. Keys and values go into their slots as `append` does it, queries stay where
 // they are; queries and keys are rotated by their tokens' positions{{ ", after RMSNorm of each head" if head_norm }}.
 {% if head_norm %}
@@ -48,6 +49,7 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {{ store(k_side) }}
 {{ store(v_side) }}
 {% set rows = "qkv" %}
+{% set rows_layout = k_rows %}
 {% include "shared/rope.wgsl" %}
 {% include "shared/rotated_rows.wgsl" %}
 {% if not head_norm %}

@@ -3,6 +3,7 @@
 // One workgroup per token and query head; a lane owns every WORKGROUP_SIZE-th vec4 of the row.
 // Loop iterations per invocation: with s for the states and l for the items of a row, (s + l) * (1 + ceil(VALUE_VEC4S / WORKGROUP_SIZE)) +
 // ceil(VALUE_VEC4S / WORKGROUP_SIZE).
+{% import "shared/host_rows.wgsl" as host %}
 {% include "shared/attend.wgsl" %}
 
 const STATE_VEC4S: u32 = VALUE_VEC4S + 1u;  // the sum, then (max, sum of weights, 0, 0)
@@ -30,7 +31,7 @@ fn first_row(item: MergeItem, q_head: u32) -> u32 {
 
 @group(0) @binding(0) var<storage, read> partials: array<vec4<f32>>;  // [partial rows, STATE_VEC4S]
 @group(0) @binding(1) var<storage, read> plan: array<u32>;
-@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;  // [num_tokens, NUM_Q_HEADS, VALUE_VEC4S]
+@group(0) @binding(2) var<storage, read_write> out: array<{{ host.vec4_type(out_rows) }}>;  // a row of VALUE_VEC4S per token and query head
 @group(0) @binding(3) var<uniform> params: AttendParams;
 {% if lse %}
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;  // [num_tokens, NUM_Q_HEADS]
@@ -51,8 +52,8 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
 
     var row_max = LOGIT_FLOOR;
     var item = first;
-    for (var at = item_idx; ; at += item.next) {
-        item = read_item(at);
+    var at = item_idx;
+    loop {
         let row = first_row(item, q_head);
         for (var split = 0u; split < item.num_splits; split++) {
             row_max = max(row_max, partials[(row + split * item.split_stride) * STATE_VEC4S + VALUE_VEC4S].x);
@@ -60,6 +61,8 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
         if (item.next == 0u) {
             break;
         }
+        at += item.next;
+        item = read_item(at);
     }
 {% if sinks %}
     let sink = head_sink(q_head);
@@ -73,8 +76,9 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
     for (var i = lane; i < VALUE_VEC4S; i += WORKGROUP_SIZE) {
         weight_sum = sink_weight;
         var sum = vec4<f32>(0.0);
-        for (var at = item_idx; ; at += item.next) {
-            item = read_item(at);
+        item = first;
+        at = item_idx;
+        loop {
             let row_of_item = first_row(item, q_head);
             for (var split = 0u; split < item.num_splits; split++) {
                 let row = (row_of_item + split * item.split_stride) * STATE_VEC4S;
@@ -86,8 +90,10 @@ fn merge(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_
             if (item.next == 0u) {
                 break;
             }
+            at += item.next;
+            item = read_item(at);
         }
-        out[(first.token * NUM_Q_HEADS + q_head) * VALUE_VEC4S + i] = sum * inverse_sum(weight_sum);
+        store_out(out_begin(first.token * NUM_Q_HEADS + q_head) + i, sum * inverse_sum(weight_sum));
     }
 {% if lse %}
     // Lane 0 owns a vec4 of every row, so it knows the sum of weights.

@@ -100,7 +100,8 @@ impl Attention {
         // Which kernels a tuner found faster must not show in results that are to be the same in every batch and on every day.
         let target = Target { packed_dots: gpu.packed_dots() && !config.deterministic, ..gpu.target() };
         let variant = |kernel| {
-            let mut variant = Variant::new(kernel, target, &geometry, group_size, flags).with_segments(segments);
+            let variant = Variant::new(kernel, target, &geometry, group_size, flags).with_segments(segments);
+            let mut variant = variant.with_rows(config.q_rows, config.out_rows);
             // Only with matrix units does a kernel need more than every device has.
             if variant.workgroup_bytes() > gpu.limits().max_compute_workgroup_storage_size {
                 variant = variant.without_matrices();
@@ -291,9 +292,10 @@ impl Attention {
     /// Records attention of one layer: `out = softmax(q kᵀ) v` over everything that the step's sequences have cached, the new tokens included.
     ///
     /// `q`: f32 `[num_tokens, num_q_heads, head_dim]`, `out`: f32 `[num_tokens, num_q_heads, value_dim]`, the tokens of all sequences of the step one
-    /// after another. Each range needs usage `STORAGE`, an aligned offset and exactly the step's size, and a buffer of its own: WebGPU allows no buffer to be read and written in one
-    /// dispatch, not even in disjoint ranges. Record the layer's
-    /// [`append`](crate::KvCache::append) first, in the same or an earlier command buffer.
+    /// after another, unless [`AttentionConfig::q_rows`] and [`AttentionConfig::out_rows`] say that they lie otherwise. Each range needs usage `STORAGE`,
+    /// an aligned offset and exactly the step's size (at least that, for rows with gaps), and a buffer of its own: WebGPU allows no buffer to be read and
+    /// written in one dispatch, not even in disjoint ranges. Record the layer's [`append`](crate::KvCache::append) first, in the same or an earlier
+    /// command buffer.
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, a plan of another attention, or if
@@ -382,8 +384,10 @@ impl Attention {
         self.check_own(plan)?;
         let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
-        let q = q.check(&self.gpu, "q", rows * u64::from(self.cache.head_dim), true)?;
-        let out = out.check(&self.gpu, "out", rows * u64::from(self.cache.value_dim()), true)?;
+        let Variant { q_rows, out_rows, .. } = &self.prefill.variant;
+        let q = q.check_rows(&self.gpu, "q", q_rows, plan.num_tokens)?;
+        let out = out.check_rows(&self.gpu, "out", out_rows, plan.num_tokens)?;
+        out_rows.check_apart("out", plan.num_tokens)?;
         let lse = lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
         // WebGPU allows no buffer to be read and written in one dispatch, not even in disjoint ranges.
         check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())])?;

@@ -1,5 +1,9 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
+mod rows;
+
+pub use rows::{HostRows, RowElement, RowLayout};
+
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 

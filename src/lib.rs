@@ -34,8 +34,8 @@ pub mod tune;
 pub use attention::{Attention, AttentionPlan, MergeStates};
 #[cfg(feature = "wgpu")]
 pub use cache::{
-    AppendQkv, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot, Step, SwapIn,
-    SwapOut,
+    AppendQkv, AppendRows, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot,
+    Step, StepRows, SwapIn, SwapOut,
 };
 pub use error::{BoxError, Error, ErrorKind, Holder, Result};
 pub use format::{KvFormat, KvFormats};
@@ -45,7 +45,10 @@ pub use gpu::GpuOptions;
 pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_limits, useful_features};
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
+pub use layout::{
+    HostRows, KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, RowElement,
+    RowLayout, Segments,
+};
 pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{
     BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory, TokenTree,

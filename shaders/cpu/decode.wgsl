@@ -150,7 +150,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
     let row{{ r }} = min({{ plus(r) }}item.row_start, last_row);
     let q_row{{ r }} = (item.query_start + row{{ r }} / GROUP_SIZE) * NUM_Q_HEADS + kv_head * GROUP_SIZE + row{{ r }} % GROUP_SIZE;
 {% for j in range(g.k_rounds) %}{% for i in range(g.k_vecs) %}
-    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = q[q_row{{ r }} * HEAD_VEC4S + {{ vec_idx("k", j, i) }}] * params.qk_scale;
+    {{ "var" if k_side.channel_scales else "let" }} q{{ r }}_{{ j }}_{{ i }} = load_q(q_begin(q_row{{ r }}) + {{ vec_idx("k", j, i) }}) * params.qk_scale;
 {% endfor %}{% endfor %}
 {% for j in range(g.v_rounds) %}{% for i in range(g.v_vecs) %}
     var sum{{ r }}_{{ j }}_{{ i }} = vec4<f32>();
@@ -416,7 +416,7 @@ fn decode(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% endfor %}
             if (item.part_row == NO_PARTIAL) {
 {% for i in range(g.v_vecs) %}
-                out[q_row{{ r }} * VALUE_VEC4S + {{ vec_idx("v", j, i) }}] = result{{ i }};
+                store_out(out_begin(q_row{{ r }}) + {{ vec_idx("v", j, i) }}, result{{ i }});
 {% endfor %}
             } else {
 {% for i in range(g.v_vecs) %}

@@ -138,7 +138,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
 {% for e in range(g.q_vecs - 1) %}
         q{{ r }}_{{ e }} = q{{ r }}_{{ e + 1 }};
 {% endfor %}
-        q{{ r }}_{{ g.q_vecs - 1 }} = q[q_row{{ r }} * HEAD_VEC4S + e] * {{ "qk_scale" if g.screens else "params.qk_scale" }};
+        q{{ r }}_{{ g.q_vecs - 1 }} = load_q(q_begin(q_row{{ r }}) + e) * {{ "qk_scale" if g.screens else "params.qk_scale" }};
 {% if k_side.channel_scales %}
         offset{{ r }} += dot(q{{ r }}_{{ g.q_vecs - 1 }}, channel_minimum);
         q{{ r }}_{{ g.q_vecs - 1 }} *= channel_scale;
@@ -340,7 +340,7 @@ fn prefill(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocatio
             let result = {{ "(o%d_0 + minimum%d)"|format(r, r) if v_side.row_scales else "o%d_0"|format(r) }}{{ " * scale%d"|format(r) if sinks }} * inverse{{ r }};
 {% endif %}
             if (item.part_row == NO_PARTIAL) {
-                out[q_row{{ r }} * VALUE_VEC4S + e] = result;
+                store_out(out_begin(q_row{{ r }}) + e, result);
             } else {
                 partials[part{{ r }} + e] = result;
             }

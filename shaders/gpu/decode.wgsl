@@ -167,27 +167,27 @@ fn decode(
 {% else %}
         let d = i % Q_ROW;
 {% endif %}
-        let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW) * HEAD_VEC4S;
+        let head = q_begin(item.query_start * NUM_Q_HEADS + first_head + i / Q_ROW);
         let at = min(d, HEAD_VEC4S - 1u);
-        tile[i] = select(vec4<f32>(0.0), q[head + at] * params.qk_scale{{ " * k_channels(0u, kv_head, 4u * at)" if k_channel_scales }}, d < HEAD_VEC4S);
+        tile[i] = select(vec4<f32>(0.0), load_q(head + at) * params.qk_scale{{ " * k_channels(0u, kv_head, 4u * at)" if k_channel_scales }}, d < HEAD_VEC4S);
     }
 {% endif %}
 {% if k_affine %}
     // What the minima are multiplied by, per head in QUADS parts.
     if (local_idx < GROUP_SIZE * QUADS) {
-        let head = (item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS) * HEAD_VEC4S;
+        let head = q_begin(item.query_start * NUM_Q_HEADS + first_head + local_idx / QUADS);
         var part = vec4<f32>(0.0);
 {% if packed_dots %}
         var largest = vec4<u32>(0u);
 {% endif %}
         for (var d = local_idx % QUADS; d < HEAD_VEC4S; d += QUADS) {
 {% if packed_dots %}
-            largest = max(largest, {{ packed.magnitudes("q[head + d]", "4u * d", k_channel_scales) }});
+            largest = max(largest, {{ packed.magnitudes("load_q(head + d)", "4u * d", k_channel_scales) }});
 {% endif %}
 {% if k_channel_scales %}
-            part = fma(q[head + d], {{ "fma(vec4<f32>(CENTRE), k_channels(0u, kv_head, 4u * d), k_channels(1u, kv_head, 4u * d))" if packed_dots else "k_channels(1u, kv_head, 4u * d)" }}, part);
+            part = fma(load_q(head + d), {{ "fma(vec4<f32>(CENTRE), k_channels(0u, kv_head, 4u * d), k_channels(1u, kv_head, 4u * d))" if packed_dots else "k_channels(1u, kv_head, 4u * d)" }}, part);
 {% else %}
-            part += q[head + d];
+            part += load_q(head + d);
 {% endif %}
         }
         weights[local_idx] = part * params.qk_scale;
@@ -483,7 +483,7 @@ fn decode(
         if (is_split) {
             partials[(item.part_row + q_head) * (VALUE_VEC4S + 1u) + d] = sum;
         } else {
-            out[(item.query_start * NUM_Q_HEADS + q_head) * VALUE_VEC4S + d] = sum{{ " * logits[(%du + head) * STREAMS]"|format(base) if sinks }} * logits[({{ group_size + base }}u + head) * STREAMS];
+            store_out(out_begin(item.query_start * NUM_Q_HEADS + q_head) + d, sum{{ " * logits[(%du + head) * STREAMS]"|format(base) if sinks }} * logits[({{ group_size + base }}u + head) * STREAMS]);
         }
     }
 {% if not loop.last %}

@@ -141,9 +141,9 @@ fn scaled(codes: vec4<f32>, word: u32) -> vec4<f32> {
 {% macro load_slice(d) %}
 {% for n in range(g.q_loads) %}
 {% if g.is_padded %}
-            q_load_{{ n }} = select(vec4<f32>(0.0), q[q_at_{{ n }} + min({{ d }} + q_col, HEAD_VEC4S - 1u)], {{ d }} + q_col < HEAD_VEC4S);
+            q_load_{{ n }} = select(vec4<f32>(0.0), load_q(q_at_{{ n }} + min({{ d }} + q_col, HEAD_VEC4S - 1u)), {{ d }} + q_col < HEAD_VEC4S);
 {% else %}
-            q_load_{{ n }} = q[q_at_{{ n }} + {{ d }} + q_col];
+            q_load_{{ n }} = load_q(q_at_{{ n }} + {{ d }} + q_col);
 {% endif %}
 {% endfor %}
 {% if k_channel_scales %}
@@ -222,7 +222,7 @@ fn prefill(
     let q_col = local_idx % SLICE;
     let q_slot = local_idx / SLICE * SLICE_ROW + q_col;
 {% for n in range(g.q_loads) %}
-    let q_at_{{ n }} = q_row_of(item, first_head, item.row_start + local_idx / SLICE + {{ n * workgroup_size // g.slice }}u) * HEAD_VEC4S;
+    let q_at_{{ n }} = q_begin(q_row_of(item, first_head, item.row_start + local_idx / SLICE + {{ n * workgroup_size // g.slice }}u));
     var q_load_{{ n }}: vec4<f32>;
 {% endfor %}
 {% if k_channel_scales %}
@@ -263,7 +263,7 @@ fn prefill(
     for (var d = lane; d < HEAD_VEC4S; d += LANES) {
         let minimum = k_channels(1u, kv_head, 4u * d);
 {% for r in range(4) %}
-        minimum_product.{{ "xyzw"[r] }} = fma_dot(q[q_row_of(item, first_head, first_row + {{ r }}u) * HEAD_VEC4S + d], minimum, minimum_product.{{ "xyzw"[r] }});
+        minimum_product.{{ "xyzw"[r] }} = fma_dot(load_q(q_begin(q_row_of(item, first_head, first_row + {{ r }}u)) + d), minimum, minimum_product.{{ "xyzw"[r] }});
 {% endfor %}
     }
 {{ combine_lanes("minimum_product", "sum")|trim("\n")|replace("        ", "    ") }}
@@ -477,7 +477,7 @@ fn prefill(
             let inverse = inverse_sum(row_sum);
 {% for c in range(g.cols) %}
             {{ "if (lane + %su < VALUE_VEC4S) "|format(c * g.lanes) if (c + 1) * g.lanes > value_vec4s }}{
-                out[out_row * VALUE_VEC4S + lane + {{ c * g.lanes }}u] = sum_{{ r }}_{{ c }}{{ " * factor" if sinks }} * inverse;
+                store_out(out_begin(out_row) + lane + {{ c * g.lanes }}u, sum_{{ r }}_{{ c }}{{ " * factor" if sinks }} * inverse);
             }
 {% endfor %}
 {% if lse %}

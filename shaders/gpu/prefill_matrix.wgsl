@@ -221,7 +221,7 @@ fn prefill(
     var minimum_product = 0.0;
 {% endif %}
 {% for c in range(g.cols) %}
-    var q_{{ c }} = q[out_row * HEAD_VEC4S + {{ safe_col(c) }}];
+    var q_{{ c }} = load_q(q_begin(out_row) + {{ safe_col(c) }});
 {% if (c + 1) * g.lanes > head_vec4s %}
     q_{{ c }} = select(vec4<f32>(0.0), q_{{ c }}, {{ col(c) }} < HEAD_VEC4S);
 {% endif %}
@@ -489,7 +489,7 @@ fn prefill(
             let inverse = inverse_sum(p_sum);
 {% for c in range(g.cols) %}
             {{ "if (%s < HEAD_VEC4S) "|format(col(c)) if (c + 1) * g.lanes > head_vec4s }}{
-                out[out_row * HEAD_VEC4S + {{ col(c) }}] = sum_{{ c }}{{ " * factor" if sinks }} * inverse;
+                store_out(out_begin(out_row) + {{ col(c) }}, sum_{{ c }}{{ " * factor" if sinks }} * inverse);
             }
 {% endfor %}
 {% if lse %}

@@ -1,4 +1,6 @@
-{# What decode, prefill and merge share: parameters, and what is said of a head and of a row. The includer declares `params`, and `heads` if there are any. #}
+{# What decode, prefill and merge share: parameters, and what is said of a head and of a row. The includer declares `params` and `out`, and `heads` if there are any. #}
+{% import "shared/host_rows.wgsl" as host %}
+{% from "shared/kv_rows.wgsl" import f16_functions %}
 struct AttendParams {
     items_offset: u32,   // first item, in words of plan
     num_items: u32,
@@ -52,6 +54,18 @@ fn with_sink(logit_max: f32, p_sum: f32, sink: f32) -> vec3<f32> {
 // A row that sees nothing has all sums zero.
 fn inverse_sum(p_sum: f32) -> f32 {
     return 1.0 / select(p_sum, 1.0, p_sum == 0.0);
+}
+
+// Where a row of out begins, in vec4s; rows are token * NUM_Q_HEADS + head.
+fn out_begin(row: u32) -> u32 {
+    return {{ host.begin(out_rows, "row / NUM_Q_HEADS", "row % NUM_Q_HEADS") if out_rows.strided else "row * VALUE_VEC4S" }};
+}
+
+{% if out_rows.halves %}
+{{ f16_functions() }}
+{% endif %}
+fn store_out(at: u32, x: vec4<f32>) {
+    out[at] = {{ host.stored(out_rows, "x") }};
 }
 {% if lse %}
 

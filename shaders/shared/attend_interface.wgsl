@@ -1,7 +1,17 @@
 {# Bindings, work items, cache rows and visibility of decode and prefill. Before it the kernel declares KElement and VElement. #}
 {% import "shared/kv_side.wgsl" as side %}
+{% import "shared/host_rows.wgsl" as host %}
 {% set after = 1 + k_side.segments + v_side.segments %}
 {% include "shared/attend.wgsl" %}
+
+// Where a row of q begins, in vec4s; rows are token * NUM_Q_HEADS + head.
+fn q_begin(row: u32) -> u32 {
+    return {{ host.begin(q_rows, "row / NUM_Q_HEADS", "row % NUM_Q_HEADS") if q_rows.strided else "row * HEAD_VEC4S" }};
+}
+
+fn load_q(at: u32) -> vec4<f32> {
+    return {{ host.load(q_rows, "q[at]") }};
+}
 
 const HEAD_DIM: u32 = {{ head_dim }}u;
 const NUM_KV_HEADS: u32 = {{ num_kv_heads }}u;
@@ -20,14 +30,14 @@ const ITEM_WORDS: u32 = {{ item_words }}u;
 const NO_PARTIAL: u32 = {{ no_partial }}u;
 const TREE_MASK: u32 = {{ tree_mask }}u;
 
-// [num_tokens, num_q_heads, head_dim/4]
-@group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
+// a row of head_dim/4 per token and query head
+@group(0) @binding(0) var<storage, read> q: array<{{ host.vec4_type(q_rows) }}>;
 {{ side.declare(k_side, 1, "read", "KElement", "[num_blocks, num_kv_heads, block_size, K_ROW]") -}}
 {{ side.declare(v_side, 1 + k_side.segments, "read", "VElement", "[num_blocks, num_kv_heads, block_size, V_ROW]") -}}
 // work items, block tables, mask bits
 @group(0) @binding({{ after }}) var<storage, read> plan: array<u32>;
-// [num_tokens, num_q_heads, value_dim/4]
-@group(0) @binding({{ after + 1 }}) var<storage, read_write> out: array<vec4<f32>>;
+// a row of value_dim/4 per token and query head
+@group(0) @binding({{ after + 1 }}) var<storage, read_write> out: array<{{ host.vec4_type(out_rows) }}>;
 // [partial rows, value_dim/4 + 1]: sum of p * v, then (max, sum of p, 0, 0)
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> partials: array<vec4<f32>>;
 @group(0) @binding({{ after + 3 }}) var<uniform> params: AttendParams;

@@ -82,12 +82,12 @@ fn sum_of_codes(head: u32) -> f32 {
         let place = i % Q_CODES_ROW;
         let element = place / {{ g.lanes * k_codes }}u * LANES + place % LANES;
         let first = element * {{ g.k_dims // 4 }}u{{ " + place / LANES %% %du * 4u"|format(k_codes) if k_codes > 1 }};
-        let head = (item.query_start * NUM_Q_HEADS + first_head + i / Q_CODES_ROW) * HEAD_VEC4S;
+        let head = q_begin(item.query_start * NUM_Q_HEADS + first_head + i / Q_CODES_ROW);
         let per_quarter = codes_per_quarter(largest_of_query(i / Q_CODES_ROW));
         // Past the end of the row codes are 0.
 {% for w in range(g.q_code_words) %}
         let at_{{ w }} = min(first + {{ w }}u, HEAD_VEC4S - 1u);
-        let codes_{{ w }} = query_codes({{ scaled("q[head + at_%d]"|format(w), "4u * at_%d"|format(w), k_channel_scales) }}, per_quarter);
+        let codes_{{ w }} = query_codes({{ scaled("load_q(head + at_%d)"|format(w), "4u * at_%d"|format(w), k_channel_scales) }}, per_quarter);
 {% endfor %}
         q_codes[i] = {{ g.q_codes_type }}(
             {%- for w in range(g.q_code_words) %}select(0u, codes_{{ w }}, first + {{ w }}u < HEAD_VEC4S){{ ", " if not loop.last }}{% endfor %});

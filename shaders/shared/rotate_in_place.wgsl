@@ -1,5 +1,5 @@
 {#
-Four pairs of a row of `{{ rows }}`, rotated in place: no other invocation touches them. Included after rope; `wide`: the rows are vec4s.
+Four pairs of a row of `{{ rows }}`, rotated in place: no other invocation touches them. Included after rope; `wide`: the rows are vec4s, in the layout `rows_layout`.
 #}
 const ROW_GROUPS: u32 = (ROTARY_PAIRS + 3u) / 4u;  // of a row, of four pairs each
 
@@ -10,16 +10,19 @@ fn rotate_in_place(start: u32, pair_group: u32, position: u32) {
     let base = {{ "(start + ROTARY_START) / 4u" if wide else "start + ROTARY_START" }};
 {% if rope == "interleaved" %}
     let at = base + pair / 2u;
-    let lo = {{ rows }}[at];
-    let hi = {{ rows }}[at + 1u];
+    let lo = {{ host.load(rows_layout, rows ~ "[at]") }};
+    let hi = {{ host.load(rows_layout, rows ~ "[at + 1u]") }};
     let rotated = rotate_pairs(vec4<f32>(lo.xz, hi.xz), vec4<f32>(lo.yw, hi.yw), pairs, position);
-    {{ rows }}[at] = vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y);
-    {{ rows }}[at + 1u] = vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w);
+    let new_lo = vec4<f32>(rotated.first.x, rotated.second.x, rotated.first.y, rotated.second.y);
+    let new_hi = vec4<f32>(rotated.first.z, rotated.second.z, rotated.first.w, rotated.second.w);
+    {{ rows }}[at] = {{ host.stored(rows_layout, "new_lo") }};
+    {{ rows }}[at + 1u] = {{ host.stored(rows_layout, "new_hi") }};
 {% elif wide %}
     let at = base + pair / 4u;
-    let rotated = rotate_pairs({{ rows }}[at], {{ rows }}[at + ROTARY_PAIRS / 4u], pairs, position);
-    {{ rows }}[at] = rotated.first;
-    {{ rows }}[at + ROTARY_PAIRS / 4u] = rotated.second;
+    let partner = at + ROTARY_PAIRS / 4u;
+    let rotated = rotate_pairs({{ host.load(rows_layout, rows ~ "[at]") }}, {{ host.load(rows_layout, rows ~ "[partner]") }}, pairs, position);
+    {{ rows }}[at] = {{ host.stored(rows_layout, "rotated.first") }};
+    {{ rows }}[partner] = {{ host.stored(rows_layout, "rotated.second") }};
 {% else %}
     let at = base + min(pairs, vec4<u32>(ROTARY_PAIRS - 1u));
     let partner = at + ROTARY_PAIRS;

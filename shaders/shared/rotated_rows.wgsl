@@ -1,5 +1,5 @@
 {#
-Elements of rows, rotated by their token's position. Included after rope; reads `{{ rows }}`, of vec4s if `wide`, otherwise of elements. With `head_norm`
+Elements of rows, rotated by their token's position. Included after rope; reads `{{ rows }}`, of vec4s if `wide`, otherwise of elements, and in the layout `rows_layout`. With `head_norm`
 each element is multiplied by its weight before, from `norm_weights`.
 #}
 {% if head_norm %}
@@ -13,7 +13,7 @@ fn weights_of(first: u32, dims: vec4<u32>) -> vec4<f32> {
 // Four elements{{ ", which are neighbours" if wide }}, of the row that starts at element `start`.
 fn row_elements(start: u32, dims: vec4<u32>{{ ", weights: u32" if head_norm }}) -> vec4<f32> {
 {% if wide %}
-    let elements = {{ rows }}[(start + dims.x) / 4u];
+    let elements = {{ host.load(rows_layout, rows ~ "[(start + dims.x) / 4u]") }};
 {% else %}
     let at = start + dims;
     let elements = vec4<f32>({{ rows }}[at.x], {{ rows }}[at.y], {{ rows }}[at.z], {{ rows }}[at.w]);

@@ -2,6 +2,7 @@
 
 mod accept;
 mod append_qkv;
+mod append_rows;
 mod calibrate;
 mod defragment;
 mod pack;
@@ -16,6 +17,7 @@ mod storage;
 mod swap;
 
 pub use append_qkv::{AppendQkv, HeadNorm, QkvRows};
+pub use append_rows::{AppendRows, StepRows};
 pub use defragment::Defragment;
 pub use record::KvRows;
 pub use rope::Rope;

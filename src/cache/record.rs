@@ -96,7 +96,7 @@ impl KvCache {
         if self.config.latent {
             return Err(Error::argument("v", "rows of values", "append_latent, as values are keys in this cache"));
         }
-        self.append_any(recorder.into(), step, layer, k.into(), Some(v.into()), rope)
+        self.append_any(recorder.into(), step, layer, k.into(), Some(v.into()), self.dense_kernel(rope)?)
     }
 
     /// [`KvCache::append`] to a [latent](KvCacheConfig::latent) cache: `rows`, f32 `[num_tokens, num_kv_heads, head_dim]`, are keys and values.
@@ -117,31 +117,34 @@ impl KvCache {
         if !self.config.latent {
             return Err(Error::argument("rows", "rows of latents", "append, as this cache has values of its own"));
         }
-        self.append_any(recorder.into(), step, layer, rows.into(), None, rope)
+        self.append_any(recorder.into(), step, layer, rows.into(), None, self.dense_kernel(rope)?)
     }
 
-    fn append_any(
+    /// The kernel for rows of f32 without gaps, and its table of frequencies.
+    fn dense_kernel<'k>(&'k self, rope: Option<&'k Rope>) -> Result<(&'k VariantProgram, Option<&'k wgpu::Buffer>)> {
+        let Some(kernels) = rope.map(Rope::kernels) else { return Ok((&self.kernels.append, None)) };
+        kernels.check_cache("rope", &self.gpu, &self.config)?;
+        Ok((&kernels.append, kernels.table()))
+    }
+
+    pub(super) fn append_any(
         &self,
         recorder: Recorder<'_>,
         step: &Step,
         layer: u32,
         k: BufferRef<'_>,
         v: Option<BufferRef<'_>>,
-        rope: Option<&Rope>,
+        (kernel, table): (&VariantProgram, Option<&wgpu::Buffer>),
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
         self.check_calibrated(layer)?;
-        let (gpu, config) = (&self.gpu, &self.config);
-        let (kernel, table) = match rope {
-            Some(rope) => rope.append_kernel(gpu, config)?,
-            None => (&self.kernels.append, None),
-        };
+        let gpu = &self.gpu;
         let num_tokens = step.num_tokens();
-        let [k_elements, v_elements] = row_elements(config, num_tokens);
-        let k = k.check(gpu, "k", k_elements, true)?;
+        let Variant { k_rows, v_rows, .. } = &kernel.variant;
+        let k = k.check_rows(gpu, "k", k_rows, num_tokens)?;
         self.layers.check_foreign("k", &k)?;
-        let v = v.map(|v| v.check(gpu, "v", v_elements, true)).transpose()?;
+        let v = v.map(|v| v.check_rows(gpu, "v", v_rows, num_tokens)).transpose()?;
         v.iter().try_for_each(|v| self.layers.check_foreign("v", v))?;
         let (upload, lease) = step.upload().buffer()?;
         let mut dispatches = Vec::with_capacity(2);

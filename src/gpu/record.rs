@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::upload::Lease;
 use super::{Gpu, Program};
 use crate::error::{Error, Result};
+use crate::layout::HostRows;
 
 /// Where commands go: a compute pass of the host's, or its encoder, in which folio then opens a pass of its own.
 ///
@@ -203,7 +204,7 @@ impl<'a> BufferRef<'a> {
         if self.size < need || (exact && self.size != need) {
             let rule = if exact { "exactly" } else { "at least" };
             let got = format!("{} bytes", self.size);
-            return Err(Error::argument(argument, got, format!("{rule} {need} bytes ({elements} f32)")));
+            return Err(Error::argument(argument, got, format!("{rule} {need} bytes ({elements} words of 4)")));
         }
         let max = gpu.limits().max_storage_buffer_binding_size;
         if need > max {
@@ -211,6 +212,17 @@ impl<'a> BufferRef<'a> {
             return Err(Error::unsupported(argument, need, have).with_hint("use smaller steps"));
         }
         Ok(Self { size: need, ..self })
+    }
+
+    /// [`BufferRef::check`] for rows of a step's tokens: exactly these if they have no gaps.
+    pub(crate) fn check_rows(
+        self,
+        gpu: &Gpu,
+        argument: &'static str,
+        rows: &HostRows,
+        num_tokens: u32,
+    ) -> Result<Self> {
+        self.check(gpu, argument, rows.words(num_tokens), !rows.strided())
     }
 
     /// Checks that the range can be copied from.

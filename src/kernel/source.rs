@@ -9,7 +9,7 @@ use super::target::Profile;
 use super::template;
 use super::variant::{Kernel, Variant};
 use crate::error::Result;
-use crate::layout::{KvLayout, Segments};
+use crate::layout::{HostRows, KvLayout, Segments};
 use crate::plan::{LOGIT_FLOOR, MERGE_ITEM_WORDS, NO_PARTIAL, TREE_MASK, WORK_ITEM_WORDS};
 use crate::sequence::TokenTree;
 
@@ -51,6 +51,12 @@ fn side(name: &str, layout: &KvLayout, segments: Segments) -> minijinja::Value {
     }
 }
 
+/// What `shared/host_rows.wgsl` knows of a host's rows.
+fn host_rows(rows: &HostRows) -> minijinja::Value {
+    let HostRows { halves, start, token_stride, head_stride, .. } = *rows;
+    context! { halves, start, token_stride, head_stride, strided => rows.strided() }
+}
+
 /// The WGSL text of a variant.
 ///
 /// # Errors
@@ -70,6 +76,10 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 v_format => v.v_format.shader_name(),
                 k_side => side("k", &v.k_layout(), v.k_segments),
                 v_side => side("v", &v.v_layout(), v.v_segments),
+                q_rows => host_rows(&v.q_rows),
+                out_rows => host_rows(&v.out_rows),
+                k_rows => host_rows(&v.k_rows),
+                v_rows => host_rows(&v.v_rows),
                 causal => v.flags.causal,
                 window => v.flags.window,
                 softcap => v.flags.softcap,

@@ -59,6 +59,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "shared/cpu_kv.wgsl",
     "shared/gpu_interface.wgsl",
     "shared/gpu_kv.wgsl",
+    "shared/host_rows.wgsl",
     "shared/kv_codes.wgsl",
     "shared/kv_rows.wgsl",
     "shared/kv_side.wgsl",

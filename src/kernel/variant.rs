@@ -5,7 +5,7 @@ use super::rope::{RopeConfig, RopeLayout};
 use super::target::{Profile, ShaderFeatures, Source, Target};
 use crate::error::Result;
 use crate::format::KvFormat;
-use crate::layout::{KvCacheConfig, KvLayout, MAX_HEAD_DIM, Region, Segments};
+use crate::layout::{HostRows, KvCacheConfig, KvLayout, MAX_HEAD_DIM, Region, RowLayout, Segments};
 use crate::plan::AttentionConfig;
 
 /// The kernels. Each is an entry point of the same name.
@@ -149,6 +149,14 @@ pub struct Variant {
     pub v_segments: Segments,
     /// Options of the attention call.
     pub flags: AttendFlags,
+    /// Where queries lie (decode and prefill), or what is rotated (`rope`).
+    pub q_rows: HostRows,
+    /// Where results lie (decode, prefill and merge).
+    pub out_rows: HostRows,
+    /// Where new keys lie (`append`).
+    pub k_rows: HostRows,
+    /// Where new values lie (`append`).
+    pub v_rows: HostRows,
     /// Rotary embedding: what `rope` and `append_qkv` do always, and `append` to K if it is there.
     pub rope: Option<RopeShape>,
     /// Whether `append_qkv` normalises queries and keys before.
@@ -187,13 +195,20 @@ impl Variant {
     /// The configuration must be [valid](KvCacheConfig::validate): a head_dim that no kernel has is taken for the next one below it.
     #[must_use]
     pub fn new(kernel: Kernel, target: Target, config: &KvCacheConfig, group_size: u32, flags: AttendFlags) -> Self {
+        let [head_dim, value_dim] = [config.head_dim, config.value_dim()].map(|dim| dim.clamp(8, MAX_HEAD_DIM) / 8 * 8);
+        let (num_kv_heads, group_size) = (config.num_kv_heads.max(1), group_size.max(1));
+        let num_q_heads = num_kv_heads.saturating_mul(group_size);
         let mut variant = Self {
             kernel,
             target,
-            head_dim: config.head_dim.clamp(8, MAX_HEAD_DIM) / 8 * 8,
-            value_dim: config.value_dim().clamp(8, MAX_HEAD_DIM) / 8 * 8,
-            num_kv_heads: config.num_kv_heads.max(1),
-            group_size: group_size.max(1),
+            head_dim,
+            value_dim,
+            num_kv_heads,
+            group_size,
+            q_rows: RowLayout::DENSE.resolve(num_q_heads, head_dim),
+            out_rows: RowLayout::DENSE.resolve(num_q_heads, value_dim),
+            k_rows: RowLayout::DENSE.resolve(num_kv_heads, head_dim),
+            v_rows: RowLayout::DENSE.resolve(num_kv_heads, value_dim),
             block_size: config.block_size.max(1),
             k_format: config.k_format,
             v_format: config.v_format,
@@ -305,6 +320,29 @@ impl Variant {
     #[must_use]
     pub fn with_rope(self, rope: RopeShape) -> Self {
         Self { rope: Some(rope), ..self }
+    }
+
+    /// The same kernel with queries and results that lie so; decode, prefill, merge and `rope` know it.
+    #[must_use]
+    pub fn with_rows(self, q: RowLayout, out: RowLayout) -> Self {
+        let num_q_heads = self.num_kv_heads.saturating_mul(self.group_size);
+        let (q, out) = (q.resolve(num_q_heads, self.head_dim), out.resolve(num_q_heads, self.value_dim));
+        match self.kernel {
+            Kernel::Decode | Kernel::Prefill => Self { q_rows: q, out_rows: out, ..self },
+            Kernel::Rope => Self { q_rows: q, ..self },
+            Kernel::Merge => Self { out_rows: out, ..self },
+            _ => self,
+        }
+    }
+
+    /// The same kernel with new keys and values that lie so; `append` knows it.
+    #[must_use]
+    pub fn with_new_rows(self, k: RowLayout, v: RowLayout) -> Self {
+        if self.kernel != Kernel::Append {
+            return self;
+        }
+        let heads = self.num_kv_heads;
+        Self { k_rows: k.resolve(heads, self.head_dim), v_rows: v.resolve(heads, self.value_dim), ..self }
     }
 
     /// The same kernel with RMSNorm of each head of queries and keys; `append_qkv` knows it.

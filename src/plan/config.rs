@@ -5,7 +5,7 @@ use super::cascade::CascadePolicy;
 use super::items::LOGIT_FLOOR;
 use super::params::AttendParams;
 use crate::error::{Error, Result};
-use crate::layout::KvCacheConfig;
+use crate::layout::{KvCacheConfig, RowLayout};
 
 /// When blocks that sequences share are read once for all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -47,6 +47,10 @@ pub struct AttentionConfig {
     /// tokens of its path and itself, also without `causal`. A window counts by positions: the newest `window` of these. Not with `custom_mask`, nor
     /// with `alibi_slopes`: kernels take a key's distance from its place in the cache, which is not its position in a tree.
     pub trees: bool,
+    /// How queries lie in the buffers that calls are given: `num_q_heads` rows of `head_dim` elements per token.
+    pub q_rows: RowLayout,
+    /// How results are to lie: `num_q_heads` rows of `value_dim` elements per token, which must not overlap.
+    pub out_rows: RowLayout,
     /// Calls write the natural logarithm of the softmax denominator: use `Attention::attend_with_lse`.
     pub lse: bool,
     /// Keys are cut into ranges of a fixed length, so that a sequence's results do not depend on what else is in the batch. Costs some
@@ -78,6 +82,8 @@ impl AttentionConfig {
             sinks: None,
             custom_mask: false,
             trees: false,
+            q_rows: RowLayout::DENSE,
+            out_rows: RowLayout::DENSE,
             lse: false,
             deterministic: false,
             cascade: Cascade::default(),
@@ -119,6 +125,9 @@ impl AttentionConfig {
             }
             values.iter().try_for_each(|&value| finite(argument, value))?;
         }
+        self.q_rows.validate("q_rows")?;
+        self.out_rows.validate("out_rows")?;
+        self.out_rows.resolve(heads, cache.value_dim()).check_apart("out_rows", 1)?;
         if self.trees && (self.custom_mask || self.alibi_slopes.is_some()) {
             let beside = if self.custom_mask { "custom_mask" } else { "alibi_slopes" };
             return Err(Error::argument(

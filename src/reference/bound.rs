@@ -72,7 +72,7 @@ mod row;
 use std::borrow::Cow;
 
 use super::quantise::{Stored, stored};
-use super::{InvalidProblem, Problem};
+use super::{BoundedOutput, InvalidProblem, Problem};
 use crate::KvFormat;
 
 pub(super) use row::{Element, elements, of_row};
@@ -133,6 +133,7 @@ pub struct ErrorModel<'a> {
     over_stored: bool,
     f16_products: bool,
     packed_dots: bool,
+    half_results: bool,
 }
 
 impl ErrorModel<'_> {
@@ -155,6 +156,7 @@ impl<'a> ErrorModel<'a> {
             over_stored: false,
             f16_products: false,
             packed_dots: false,
+            half_results: false,
         }
     }
 
@@ -184,6 +186,13 @@ impl<'a> ErrorModel<'a> {
         Self { over_stored: true, ..self }
     }
 
+    /// The same model for results that are stored as halves: [`AttentionConfig::out_rows`](crate::AttentionConfig::out_rows). The nearest half is at most
+    /// `2^-11` of a result away, or `2^-25` where halves are subnormal; a result beyond 65504 becomes that.
+    #[must_use]
+    pub const fn with_half_results(self) -> Self {
+        Self { half_results: true, ..self }
+    }
+
     /// The same model for kernels that multiply halves: queries and weights rounded to `f16`, products summed up in `f32`. That is what
     /// attention does where matrix units are in use.
     #[must_use]
@@ -207,6 +216,19 @@ impl<'a> ErrorModel<'a> {
     /// Whether the result is that over the rows as they are stored.
     pub(super) const fn is_over_stored(&self) -> bool {
         self.over_stored
+    }
+
+    /// Adds what storing results as halves costs, if they are.
+    pub(super) fn round_results(&self, mut bounded: BoundedOutput) -> BoundedOutput {
+        if self.half_results {
+            let results = bounded.output.out.iter();
+            bounded.out_bound.iter_mut().zip(results).for_each(|(bound, out)| {
+                let largest = out.abs() + *bound;
+                let beyond = (largest - 65504.0).max(0.0);
+                *bound += (largest * 2.0_f64.powi(-11)).max(2.0_f64.powi(-25)) + beyond;
+            });
+        }
+        bounded
     }
 
     pub(super) const fn f16_products(&self) -> bool {

@@ -206,9 +206,9 @@ pub fn attention_with_bound(problem: &Problem<'_>, model: &ErrorModel<'_>) -> Re
     let rules = Checked { stored_k, stored_v, rounding, f16_products, packed_centre, ..Checked::new(&kept)? };
     let bounded = run(&rules, true);
     if model.is_over_stored() || (stored_k.is_none() && stored_v.is_none()) {
-        return Ok(bounded);
+        return Ok(model.round_results(bounded));
     }
-    Ok(bounded.around(run(&checked, false).output))
+    Ok(model.round_results(bounded.around(run(&checked, false).output)))
 }
 
 /// Shapes and options of a checked problem, with the defaults filled in.

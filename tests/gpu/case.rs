@@ -5,7 +5,11 @@ use folio::reference::compare::{self, Comparison};
 use folio::reference::quantise::stored;
 use folio::reference::{BoundedOutput, ErrorModel, Options, Problem, attention_with_bound};
 use folio::wgpu::{self, util::DeviceExt};
-use folio::{Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, Recorder, SequenceId, Step};
+use folio::{
+    Attention, AttentionConfig, Gpu, KvCache, KvCacheConfig, KvFormat, Recorder, RowElement, SequenceId, Step,
+};
+
+use crate::host_rows;
 
 /// One step over a ragged batch, and everything that shapes it.
 #[derive(Clone, Debug)]
@@ -146,6 +150,9 @@ impl Case {
         }
         let channels = self.channels(&rows);
         for rows in &mut rows {
+            if self.config.q_rows.element == RowElement::F16 {
+                rows.q = round(KvFormat::F16, &rows.q);
+            }
             settle(self.k_format, &mut rows.k, self.head_dim, channels.as_deref());
             if self.latent {
                 let of_keys = |key: &[f32]| key[..self.value_dim as usize].to_vec();
@@ -217,6 +224,9 @@ impl Case {
         let mut model = ErrorModel::new(self.k_format, self.v_format).over_stored();
         if self.latent {
             model = model.with_latents();
+        }
+        if self.config.out_rows.element == RowElement::F16 {
+            model = model.with_half_results();
         }
         if self.f16_products {
             model = model.with_f16_products();
@@ -310,11 +320,13 @@ impl Case {
         let v: Vec<f32> = rows.iter().enumerate().flat_map(|(i, r)| new(&r.v, i, v_len)).collect();
         let q: Vec<f32> = rows.iter().flat_map(|r| r.q.clone()).collect();
         let (k, v) = (upload(gpu, &k), upload(gpu, &v));
-        // Results start as NaN, so that a row that nobody writes is noticed.
+        let num_q_heads = self.config.num_q_heads;
         let num_rows = q.len() / self.head_dim as usize;
-        let out = upload(gpu, &vec![f32::NAN; num_rows * self.value_dim as usize]);
+        let q = host_rows::upload(gpu, &self.config.q_rows.resolve(num_q_heads, self.head_dim), &q);
+        // Results start as NaN, so that a row that nobody writes is noticed.
+        let out_rows = self.config.out_rows.resolve(num_q_heads, self.value_dim);
+        let out = host_rows::upload(gpu, &out_rows, &vec![f32::NAN; num_rows * self.value_dim as usize]);
         let lse = upload(gpu, &vec![f32::NAN; num_rows]);
-        let q = upload(gpu, &q);
         let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
@@ -326,7 +338,7 @@ impl Case {
             }
         }
         gpu.queue().submit([encoder.finish()]);
-        (gpu.read_blocking(&out).expect("out"), self.config.lse.then(|| gpu.read_blocking(&lse).expect("lse")))
+        (host_rows::read(gpu, &out_rows, &out), self.config.lse.then(|| gpu.read_blocking(&lse).expect("lse")))
     }
 
     /// A cache whose unused bytes are all NaN and whose free list is shuffled, with the context of every sequence in it.

@@ -20,6 +20,7 @@ mod contiguous;
 mod encoded;
 mod formats;
 mod hidden;
+mod host_rows;
 mod invariance;
 mod isolation;
 mod lost;

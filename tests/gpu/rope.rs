@@ -526,6 +526,7 @@ fn misuse_is_refused_and_changes_nothing() {
     let narrow_rope = self::rope(&narrow, &good);
     let parts = ["rope: got one made for", "head_dim: 128", "head_dim: 64"];
     refused(cache.append(&mut encoder, &step, 0, &k, &v, Some(&narrow_rope)), Caller, &parts);
+    let parts = ["step: got a step of", "head_dim: 64", "head_dim: 128"];
     refused(rotate(&mut encoder, &narrow_rope, &step, 2), Caller, &parts);
     let twin = KvCache::new_blocking(&other, SHAPE).expect("cache");
     let far_rope = self::rope(&twin, &good);

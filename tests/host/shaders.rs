@@ -310,9 +310,11 @@ const FEATURES: [Feature; 3] = [
 ];
 
 /// What a variant may use without a feature. WebGPU always has `unpack2x16float`; a few old adapters of wgpu's lack it
-/// (`DownlevelFlags::SHADER_F16_IN_F32`), on which caches without F16 must still work.
+/// (`DownlevelFlags::SHADER_F16_IN_F32`), on which caches and rows without F16 must still work.
 fn base_capabilities(variant: &Variant) -> Capabilities {
-    let f16 = [variant.k_format, variant.v_format].contains(&KvFormat::F16);
+    let Variant { k_format, v_format, q_rows, k_rows, v_rows, .. } = variant;
+    let f16 =
+        [*k_format, *v_format].contains(&KvFormat::F16) || [q_rows, k_rows, v_rows].iter().any(|rows| rows.halves);
     if f16 { Capabilities::SHADER_FLOAT16_IN_FLOAT32 } else { Capabilities::empty() }
 }
 

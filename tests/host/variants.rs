@@ -4,7 +4,7 @@ use folio::Segments;
 use folio::kernel::{
     AttendFlags, Kernel, MAX_DECODE_GROUP, MatrixSize, RopeShape, Target, Variant, Vendor, max_decode_group,
 };
-use folio::{KvCacheConfig, KvFormat, MAX_BLOCK_SIZE, Profile, RopeLayout};
+use folio::{KvCacheConfig, KvFormat, MAX_BLOCK_SIZE, Profile, RopeLayout, RowElement, RowLayout};
 
 const HEAD_DIMS: [u32; 13] = [8, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256, 328, 576];
 /// Elements of a value, where those are not as many as of a key; the last one is a latent's, of which a key may have fewer.
@@ -29,6 +29,14 @@ const SUBGROUP_SIZES: [u32; 6] = [0, 4, 8, 16, 32, 64];
 /// Matrices and subgroup sizes: lavapipe, Apple, NVIDIA, AMD.
 const MATRICES: [(MatrixSize, u32); 4] =
     [(MatrixSize::Eight, 8), (MatrixSize::Eight, 32), (MatrixSize::Sixteen, 32), (MatrixSize::Sixteen, 0)];
+
+/// How a host's rows lie: as the decoder has them, with gaps, halves, both.
+const LAYOUTS: [RowLayout; 4] = [
+    RowLayout::DENSE,
+    RowLayout::DENSE.with_start(64).with_token_stride(1 << 20).with_head_stride(1 << 10),
+    RowLayout::DENSE.with_element(RowElement::F16),
+    RowLayout::DENSE.with_element(RowElement::F16).with_token_stride(1 << 20),
+];
 
 /// Every combination that a device can have.
 pub(crate) fn targets() -> Vec<Target> {
@@ -120,6 +128,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         if kernel == Kernel::AppendQkv { 2 } else { 1 },
         // Its keys are as long as its values.
         if kernel == Kernel::AppendQkv { 1 } else { VALUE_DIMS.len() },
+        if attends || matches!(kernel, Kernel::Append | Kernel::Rope) { LAYOUTS.len() } else { 1 },
     ];
     let variant = |choice: Vec<usize>| {
         let mut config = KvCacheConfig::new(1, KV_HEADS[choice[5]], HEAD_DIMS[choice[3]])
@@ -140,7 +149,18 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         let variant =
             Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
         let variant = if choice[10] == 1 { variant.with_head_norm() } else { variant };
-        match ropes(kernel, config.head_dim)[choice[8]] {
+        let rope = ropes(kernel, config.head_dim)[choice[8]];
+        // The layout of queries or keys, and another one of results or values.
+        let [first, second] = [choice[12], (choice[12] + choice[8]) % LAYOUTS.len()].map(|layout| LAYOUTS[layout]);
+        // Elements one by one are f32.
+        let by_element = rope.is_some_and(|rope| rope.layout == RopeLayout::HalfSplit && rope.rotary_dim % 8 != 0);
+        let first = if by_element { first.with_element(RowElement::F32) } else { first };
+        let variant = if attends || kernel == Kernel::Rope {
+            variant.with_rows(first, second)
+        } else {
+            variant.with_new_rows(first, second)
+        };
+        match rope {
             Some(rope) => variant.with_rope(rope),
             None => variant,
         }
