@@ -2,12 +2,14 @@
 //!
 //! A new architecture is a new row of the table, as long as its layers are made of the same parts.
 
+mod experts;
 mod table;
 mod weights;
 
 use super::ModelResult;
 use super::config::{ModelConfig, QkNorm};
 use super::ops::NormKind;
+pub(crate) use experts::{ExpertNames, ExpertTensors, Experts};
 use table::ARCHITECTURES;
 use weights::Build;
 pub use weights::{LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
@@ -34,6 +36,8 @@ pub struct Architecture {
     pub(crate) logit_softcap: Option<Optional<f64>>,
     /// Embeddings are multiplied by the root of the hidden size.
     pub(crate) scaled_embedding: bool,
+    /// What some layers have in place of an MLP.
+    pub(crate) experts: Option<Experts>,
     pub(crate) tensors: TensorNames,
 }
 
@@ -43,8 +47,10 @@ pub(crate) struct ConfigKeys {
     pub(crate) num_layers: &'static str,
     pub(crate) hidden_size: &'static str,
     pub(crate) num_q_heads: &'static str,
-    /// `None`: as many as query heads. So too if the key is missing.
+    /// `None`: as many as query heads. So too if it is null.
     pub(crate) num_kv_heads: Option<&'static str>,
+    /// What a missing key stands for. `None`: as many as query heads.
+    pub(crate) default_num_kv_heads: Option<u32>,
     pub(crate) head_dim: Option<&'static str>,
     /// `None`: the hidden size over the query heads.
     pub(crate) default_head_dim: Option<u32>,
@@ -221,9 +227,12 @@ impl Architecture {
         has: impl Fn(&str) -> bool,
         mut check: impl FnMut(&TensorSource) -> ModelResult<()>,
     ) -> ModelResult<ModelWeights> {
-        let prefix = self.prefix(has);
+        let prefix = self.prefix(&has);
         let names = &self.tensors;
-        let build = Build { config, names, prefix };
+        let mut build = Build { config, names, prefix, experts: None };
+        if let (Some(experts), Some(settings)) = (&self.experts, &config.experts) {
+            build.experts = experts.form(&build, settings, &has).map(|form| (form, settings));
+        }
         let embedding = build.table(names.embedding, config.vocab_size);
         check(&embedding)?;
         let position_embedding = names.position_embedding.map(|name| build.table(name, config.max_positions));
@@ -243,7 +252,8 @@ impl Architecture {
 
     /// The head, whether or not the model has its own.
     pub(crate) fn head(&self, config: &ModelConfig) -> LinearWeights {
-        let build = Build { config, names: &TensorNames { transposed: false, ..self.tensors }, prefix: "" };
+        let build =
+            Build { config, names: &TensorNames { transposed: false, ..self.tensors }, prefix: "", experts: None };
         build.linear(self.tensors.head, config.vocab_size as usize, config.hidden_size as usize, false, 0)
     }
 

@@ -1,7 +1,8 @@
 //! Where the parameters of a model lie in its checkpoint.
 
+use super::experts::{ExpertNames, ExpertWeights};
 use super::{Qkv, TensorNames, Up};
-use crate::model::config::{ModelConfig, QkNorm};
+use crate::model::config::{ExpertsConfig, ModelConfig, QkNorm};
 use crate::model::ops::NormKind;
 use crate::model::{ModelError, ModelResult};
 
@@ -45,9 +46,12 @@ pub struct LayerWeights {
     pub mlp_norm: Option<NormWeights>,
     /// The norm of what the MLP adds to the residual stream.
     pub post_mlp_norm: Option<NormWeights>,
+    /// The router of a layer with experts: `[experts, hidden_size]`.
+    pub router: Option<LinearWeights>,
     /// Gated: `[2 * intermediate_size, hidden_size]`, all rows of the gate, then all of up. Otherwise `[intermediate_size, hidden_size]`.
+    /// With experts those of the first, those of the second, and so on, each of their own intermediate size.
     pub gate_up: LinearWeights,
-    /// `[hidden_size, intermediate_size]`
+    /// `[hidden_size, intermediate_size]`; with experts `[experts * hidden_size, intermediate_size]`.
     pub down: LinearWeights,
 }
 
@@ -91,7 +95,8 @@ impl LayerWeights {
         ]
         .map(|norms| norms.into_iter().flatten().flat_map(NormWeights::sources));
         let attention = before.chain(projections).chain(qk).chain(self.o.sources()).chain(between);
-        attention.chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
+        let router = self.router.iter().flat_map(LinearWeights::sources);
+        attention.chain(router).chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
     }
 
     /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
@@ -217,10 +222,12 @@ pub(super) struct Build<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) names: &'a TensorNames,
     pub(super) prefix: &'static str,
+    /// The names of experts, and their settings, if there are some.
+    pub(super) experts: Option<(&'static ExpertNames, &'a ExpertsConfig)>,
 }
 
 impl Build<'_> {
-    fn name(&self, template: &str, layer: u32) -> String {
+    pub(super) fn name(&self, template: &str, layer: u32) -> String {
         format!("{}{}", self.prefix, template.replace("{i}", &layer.to_string()))
     }
 
@@ -288,6 +295,24 @@ impl Build<'_> {
         }
     }
 
+    /// The first projection of an MLP.
+    fn gate_up(&self, layer: u32) -> LinearWeights {
+        let (config, names) = (self.config, self.names);
+        let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
+        match names.up {
+            Up::Alone(up) => self.linear(up, inner, hidden, config.mlp_bias, layer),
+            Up::Packed(both) => self.linear(both, 2 * inner, hidden, config.mlp_bias, layer),
+            Up::Gated(both) => {
+                let [mut gate, up] = both.map(|name| self.linear(name, inner, hidden, config.mlp_bias, layer));
+                gate.weight.pieces.extend(up.weight.pieces);
+                if let (Some(gate), Some(up)) = (&mut gate.bias, up.bias) {
+                    gate.pieces.extend(up.pieces);
+                }
+                gate
+            }
+        }
+    }
+
     pub(super) fn layer(&self, layer: u32) -> LayerWeights {
         let (config, names) = (self.config, self.names);
         let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
@@ -302,17 +327,13 @@ impl Build<'_> {
                 [Some(self.norm(q, q_width, layer)), Some(self.norm(k, k_width, layer))]
             }
         };
-        let gate_up = match names.up {
-            Up::Alone(up) => self.linear(up, inner, hidden, config.mlp_bias, layer),
-            Up::Packed(both) => self.linear(both, 2 * inner, hidden, config.mlp_bias, layer),
-            Up::Gated(both) => {
-                let [mut gate, up] = both.map(|name| self.linear(name, inner, hidden, config.mlp_bias, layer));
-                gate.weight.pieces.extend(up.weight.pieces);
-                if let (Some(gate), Some(up)) = (&mut gate.bias, up.bias) {
-                    gate.pieces.extend(up.pieces);
-                }
-                gate
+        let experts = self.experts.filter(|(_, experts)| experts.layers.contains(layer));
+        let (router, gate_up, down) = match experts {
+            Some((names, config)) => {
+                let ExpertWeights { router, gate_up, down } = self.experts(names, config, layer);
+                (Some(router), gate_up, down)
             }
+            None => (None, self.gate_up(layer), self.linear(names.down, hidden, inner, config.mlp_bias, layer)),
         };
         let norm = |name: Option<_>| name.map(|name| self.norm(name, hidden, layer));
         LayerWeights {
@@ -326,8 +347,9 @@ impl Build<'_> {
             k_norm,
             mlp_norm: norm(names.mlp_norm),
             post_mlp_norm: norm(names.post_mlp_norm),
+            router,
             gate_up,
-            down: self.linear(names.down, hidden, inner, config.mlp_bias, layer),
+            down,
         }
     }
 }

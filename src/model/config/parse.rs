@@ -1,12 +1,13 @@
 //! `config.json` by an architecture's table.
 
+use super::experts::parse_experts;
 use super::json::Section;
 use super::layers::{parse_windows, rotated_layers};
 use super::rope::parse_rope;
 use super::{LongContext, ModelConfig, NormSettings, QkNorm};
 use crate::layout::MAX_HEAD_DIM;
 use crate::model::ModelResult;
-use crate::model::architecture::{Architecture, ConfigKeys, Flag, Positions, SizeDefault};
+use crate::model::architecture::{Architecture, ConfigKeys, Flag, Optional, Positions, SizeDefault};
 use crate::model::linear::{MAX_IN_FEATURES, MAX_OUT_FEATURES};
 use crate::model::ops::activation::MAX_WIDTH as MAX_GATED_WIDTH;
 use crate::model::ops::{ActivationKind, NormConfig};
@@ -59,7 +60,11 @@ pub(crate) fn parse_as(
 
     let hidden_size = file.needed_size(keys.hidden_size)?;
     let num_q_heads = file.needed_size(keys.num_q_heads)?;
-    let num_kv_heads = keys.num_kv_heads.map_or(Ok(None), |key| file.size(key))?.unwrap_or(num_q_heads);
+    let num_kv_heads = match keys.num_kv_heads {
+        None => None,
+        Some(key) => file.optional_size(Optional { key, default: keys.default_num_kv_heads })?,
+    };
+    let num_kv_heads = num_kv_heads.unwrap_or(num_q_heads);
     if !num_q_heads.is_multiple_of(num_kv_heads) {
         let key = keys.num_kv_heads.unwrap_or(keys.num_q_heads);
         return Err(file.error(key, num_kv_heads, format!("a divisor of the {num_q_heads} query heads")));
@@ -93,6 +98,8 @@ pub(crate) fn parse_as(
     let gated_mlp = architecture.tensors.up.is_gated();
     let sizes = Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp };
     check_sizes(file, keys, &sizes)?;
+
+    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size)).transpose()?;
 
     let (eps_key, default_eps) = keys.norm_eps;
     let eps = file.number(eps_key, "a number of at least 0", |n| n >= 0.0)?.unwrap_or(default_eps);
@@ -176,6 +183,7 @@ pub(crate) fn parse_as(
         num_kv_heads,
         head_dim,
         intermediate_size,
+        experts,
         vocab_size,
         max_positions,
         norm,

@@ -121,6 +121,7 @@ fn keys(of: &Architecture) -> ConfigKeys {
         hidden_size: "embedding_length",
         num_q_heads: "attention.head_count",
         num_kv_heads: Some("attention.head_count_kv"),
+        default_num_kv_heads: None,
         head_dim: Some("attention.key_length"),
         default_head_dim: None,
         intermediate_size: "feed_forward_length",
