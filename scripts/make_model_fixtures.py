@@ -43,6 +43,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 LENGTHS = [1, 7, 37, 90]
 STEPS = 24
@@ -73,6 +74,7 @@ assert max(LENGTHS) + STEPS <= POSITIONS
 #   inv_freq  name of rotary frequencies, one tensor per layer, which older versions saved too
 #   noise     of randomize, where it differs: a tied head and large embeddings would repeat the last token
 #   packed    True: the experts' tensors as transformers holds them, not as it saves them by default
+#   mxfp4     True: the experts' weights in MXFP4, as OpenAI's checkpoints have them
 #   without   changes of the configuration, by name, each of which has to change logits
 MODELS = {
     "gpt2": dict(
@@ -329,7 +331,7 @@ MODELS = {
     ),
     # Two of four experts, in tensors of their own.
     "mixtral": dict(
-        seed=0,
+        seed=25,
         config=dict(
             model_type="mixtral", vocab_size=101, hidden_size=48, num_attention_heads=6, num_key_value_heads=2,
             num_hidden_layers=2, intermediate_size=36, num_local_experts=4, num_experts_per_tok=2,
@@ -340,7 +342,7 @@ MODELS = {
     ),
     # The experts of a layer in one tensor, the window of Mixtral's first release; bfloat16.
     "mixtral_packed": dict(
-        seed=0,
+        seed=8,
         dtype=torch.bfloat16,
         packed=True,
         config=dict(
@@ -353,7 +355,7 @@ MODELS = {
     ),
     # Three of eight experts, weights that sum to 1; the second layer has none. Norms of queries and keys.
     "qwen3_moe": dict(
-        seed=0,
+        seed=137,
         config=dict(
             model_type="qwen3_moe", vocab_size=107, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
             head_dim=24, num_hidden_layers=3, intermediate_size=32, moe_intermediate_size=8, num_experts=8,
@@ -364,7 +366,7 @@ MODELS = {
     ),
     # Every other layer has experts, and weights sum to less than 1.
     "qwen3_moe_sparse": dict(
-        seed=0,
+        seed=1,
         dtype=torch.bfloat16,
         config=dict(
             model_type="qwen3_moe", vocab_size=101, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
@@ -376,7 +378,7 @@ MODELS = {
     ),
     # Sinks of attention, a window in every other layer, biases, the clamped SwiGLU, gate and up in alternation.
     "gpt_oss": dict(
-        seed=0,
+        seed=46,
         noise=dict(sinks=2.0),
         config=dict(
             model_type="gpt_oss", vocab_size=103, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
@@ -394,6 +396,29 @@ MODELS = {
             "limit": dict(swiglu_limit=7.0),
             "alpha": dict(swiglu_alpha=1.0),
         },
+    ),
+    # As published: the experts' weights in MXFP4, and config.json by older names.
+    "gpt_oss_mxfp4": dict(
+        seed=0,
+        mxfp4=True,
+        noise=dict(sinks=2.0),
+        config=dict(
+            model_type="gpt_oss", vocab_size=97, hidden_size=64, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=16, num_hidden_layers=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=3,
+            sliding_window=12, tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        drop=["rope_parameters", "dtype", "layer_types", "swiglu_alpha"],
+        put=dict(
+            rope_theta=150000.0,
+            rope_scaling=dict(
+                rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        ),
     ),
 }
 
@@ -431,6 +456,35 @@ def randomize(model, seed, embedding=0.23, post_norm=1.0, sinks=0.23):
         else:
             of_part = embedding if "embed_tokens" in name else sinks if "sinks" in name else 0.23
             parameter.data = of_part * noise
+
+
+def random_mxfp4(model, seed):
+    """Gives experts random weights that MXFP4 holds, and returns these: blocks and scales by their names."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        count, columns, rows = parameter.shape
+        groups = (count, rows, columns // 32)
+        random = lambda low, high, shape, part: torch.randint(
+            low, high, shape, dtype=torch.uint8, generator=generator(seed, name, part)
+        )
+        blocks, scales = random(0, 256, (*groups, 16), "blocks"), random(121, 125, groups, "scales")
+        parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        assert parameter.shape == (count, columns, rows)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return tensors
+
+
+def save_mxfp4(directory, packed):
+    """Puts blocks and scales in place of the tensors that they stand for, and says so in config.json."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if f"{name}_blocks" not in packed}
+    save_file(tensors | packed, path, metadata={"format": "pt"})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def frequencies(model, exact):
@@ -583,6 +637,7 @@ def make(name, options, seed, directory):
     config = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model, f"{name}/{seed}", **options.get("noise", {}))
+    packed = random_mxfp4(model, f"{name}/{seed}") if options.get("mxfp4") else {}
     model.to(options.get("dtype", torch.float32))
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -636,6 +691,8 @@ def make(name, options, seed, directory):
     rounding = max((logits_of(single, s).logits[0] - l).abs().max().item() for s, l in zip(tokens, logits))
     assert rounding < 1e-3 * std, f"float32 is {rounding} away: is the float64 model another one?"
 
+    if packed:
+        save_mxfp4(directory, packed)
     save_file(
         {
             "lengths": torch.tensor(LENGTHS, dtype=torch.int32),

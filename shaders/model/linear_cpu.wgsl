@@ -284,11 +284,11 @@ fn linear(
             if (col <= params.last_row) {
 {% set c = 2 * o if gated else o %}
                 var value = acc{{ c }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[{{ tiles.bias_at() }}col]{% endif %};
-{% if activation != "none" %}
-                value = activate(value);
-{% endif %}
 {% if gated %}
-                value *= acc{{ c + 1 }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[{{ tiles.bias_at() }}params.out_features + col]{% endif %};
+                let up = acc{{ c + 1 }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[{{ tiles.bias_at() }}params.out_features + col]{% endif %};
+                value = {{ "gate(value, up)" if activation != "none" else "value * up" }};
+{% elif activation != "none" %}
+                value = activate(value);
 {% endif %}
                 let at = y_at(y_row(first_row + r, num_rows), col, num_rows);
                 if (params.accumulate != 0u) {

@@ -208,11 +208,10 @@ fn linear(
         up += bias[{{ tiles.bias_at() }}params.out_features + params.first_row + col];
 {% endif %}
 {% endif %}
-{% if activation != "none" %}
-        value = activate(value);
-{% endif %}
 {% if gated %}
-        value *= up;
+        value = {{ "gate(value, up)" if activation != "none" else "value * up" }};
+{% elif activation != "none" %}
+        value = activate(value);
 {% endif %}
         let at = y_at(y_row(row, num_rows), params.first_row + col, num_rows);
         if (params.accumulate != 0u) {

@@ -60,7 +60,7 @@ fn y_at(row: u32, col: u32, num_rows: u32) -> u32 {
 {% endif %}
 {% if gated %}
 {% if activation != "none" %}
-        var value = vec2<f32>(activate(sums.x), activate(sums.z)) * sums.yw;
+        var value = vec2<f32>(gate(sums.x, sums.y), gate(sums.z, sums.w));
 {% else %}
         var value = sums.xz * sums.yw;
 {% endif %}

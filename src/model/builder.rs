@@ -179,7 +179,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
             return Err(ModelError::argument("router", "weights", "none, for a configuration without experts"));
         };
         let (sent, inner, hidden) = (experts.router.experts, experts.intermediate_size, self.config.hidden_size);
-        let (activation, gated) = (self.config.activation, self.config.gated_mlp);
+        let (activation, gated) = (experts.activation, self.config.gated_mlp);
         let norm = weights.mlp_norm.as_ref();
         let of_experts = |out_features, per_row| {
             move |linear: &mut LinearConfig| {
@@ -224,6 +224,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
             attention_norm: self.norm(weights.attn_norm.as_ref(), layer)?,
             qkv: self.linear(&[&weights.q, &weights.k, &weights.v], weights.attn_norm.as_ref(), split).await?,
             qk_norm: self.qk_norm(weights, norms)?,
+            sinks: weights.sinks.as_ref().map(|tensor| self.values(tensor)).transpose()?,
             o: self.linear(&[&weights.o], None, add(&weights.post_attn_norm)).await?,
             post_attention_norm: self.norm(weights.post_attn_norm.as_ref(), added)?,
             mlp_norm: self.norm(weights.mlp_norm.as_ref(), layer)?,

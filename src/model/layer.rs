@@ -15,6 +15,7 @@ pub(super) struct Layer {
     pub(super) attention_norm: Option<NormParameters>,
     pub(super) qkv: Linear,
     pub(super) qk_norm: QkNormWeights,
+    pub(super) sinks: Option<Vec<f32>>,
     pub(super) o: Linear,
     pub(super) post_attention_norm: Option<NormParameters>,
     pub(super) mlp_norm: Option<NormParameters>,

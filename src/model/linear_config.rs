@@ -29,7 +29,7 @@ impl Factor {
     }
 
     /// As WGSL writes it.
-    pub(super) fn literal(self) -> String {
+    pub(crate) fn literal(self) -> String {
         format!("{:e}", self.get())
     }
 }

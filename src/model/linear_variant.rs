@@ -320,6 +320,7 @@ impl LinearVariant {
             format => self.format.shader_name(),
             group_size => self.format.group_size(),
             activation => if self.softcap.is_some() { "softcap" } else { self.activation.map_or("none", ActivationKind::shader_name) },
+            settings => self.activation.map(ActivationKind::context),
             softcap => self.softcap.map(Factor::literal),
             gather_scale => self.gather_scale.map(Factor::literal),
             bias => self.bias,

@@ -17,7 +17,7 @@ use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::layout::Region;
-use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Step};
+use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Sinks, Step};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -166,6 +166,8 @@ pub(crate) struct StepContext<'a> {
     pub(crate) cache: &'a KvCache,
     /// For each of the model's kinds of layers.
     pub(crate) kinds: Vec<KindContext<'a>>,
+    /// Of each layer, if the model has them.
+    pub(crate) sinks: &'a [Sinks],
     pub(crate) step: &'a Step,
     /// Token id of each row.
     pub(crate) ids: BufferRef<'a>,
@@ -240,6 +242,11 @@ impl Model {
         if config.qk_norm == Some(QkNorm::PerHead) && (config.norm.kind != NormKind::Rms || !rotates) {
             let got = format!("PerHead with {:?} norms, {:?}", config.norm.kind, config.layers);
             return Err(ModelError::argument("qk_norm", got, "RMSNorm and rotary embeddings in all layers"));
+        }
+        let with_sinks = weights.layers.iter().filter(|layer| layer.sinks.is_some()).count();
+        if with_sinks != if config.attention_sinks { weights.layers.len() } else { 0 } {
+            let got = format!("{with_sinks} of {} layers, for {}", weights.layers.len(), config.attention_sinks);
+            return Err(ModelError::argument("sinks", got, "all layers, or none, as attention_sinks says"));
         }
         let factor = |value: Option<f32>| value.map(Factor::new).transpose();
         let (scale, cap) = (factor(config.embedding_scale)?, factor(config.logit_softcap)?);
@@ -330,6 +337,11 @@ impl Model {
         configs
     }
 
+    /// The sinks of the layers that have them.
+    pub(crate) fn sinks(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().filter_map(|layer| layer.sinks.as_deref())
+    }
+
     /// Bytes of all matrices on the GPU.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
@@ -392,7 +404,11 @@ impl Model {
             Some(append) => context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?,
             None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
         }
-        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
+        let (q, out) = (heads.q(), attended.range());
+        match context.sinks.get(index as usize) {
+            Some(sinks) => kind.attention.attend_with_sinks(&mut *pass, kind.plan, index, q, out, sinks)?,
+            None => kind.attention.attend(&mut *pass, kind.plan, index, q, out)?,
+        }
 
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.

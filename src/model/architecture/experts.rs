@@ -3,6 +3,7 @@
 use super::Flag;
 use super::weights::{Build, LinearWeights, Piece, TensorSource};
 use crate::model::config::ExpertsConfig;
+use crate::model::elements::Mxfp4;
 use crate::model::ops::Scoring;
 
 /// An architecture's mixture of experts.
@@ -14,6 +15,8 @@ pub(crate) struct Experts {
     pub(crate) selected: (&'static str, u32),
     /// Width of an expert between its two projections. `None`: what the model calls its intermediate size.
     pub(crate) intermediate_size: Option<(&'static str, u32)>,
+    /// The settings of the activation, alpha and limit, and their defaults, if it is that of gpt-oss.
+    pub(crate) clamped_swiglu: Option<[(&'static str, f64); 2]>,
     pub(crate) scoring: Scoring,
     /// Whether the scores of the selected experts are divided by their sum.
     pub(crate) renormalise: Flag,
@@ -40,6 +43,11 @@ pub(crate) enum ExpertTensors {
     /// Tensors of all experts: `[experts, 2 * intermediate_size, hidden_size]`, all rows of the gate and then all of up, and
     /// `[experts, hidden_size, intermediate_size]`. Nothing is appended to the names.
     Packed([&'static str; 2]),
+    /// Tensors of all experts, of transposed matrices: `[experts, hidden_size, 2 * intermediate_size]` with gate and up in alternation, and
+    /// `[experts, intermediate_size, hidden_size]`, and with `_bias` appended their biases.
+    Interleaved([&'static str; 2]),
+    /// The same in the format of [`Mxfp4`], not transposed, with `_blocks` and `_scales` appended.
+    Mxfp4([&'static str; 2]),
 }
 
 impl ExpertNames {
@@ -47,12 +55,20 @@ impl ExpertNames {
     fn first(&self, build: &Build<'_>, layer: u32) -> String {
         match self.tensors {
             ExpertTensors::Each([gate, ..]) => format!("{}.weight", build.name(&of_expert(gate, 0), layer)),
-            ExpertTensors::Packed([gate_up, _]) => build.name(gate_up, layer),
+            ExpertTensors::Packed([gate_up, _]) | ExpertTensors::Interleaved([gate_up, _]) => {
+                build.name(gate_up, layer)
+            }
+            ExpertTensors::Mxfp4([gate_up, _]) => format!("{}_blocks", build.name(gate_up, layer)),
         }
     }
 }
 
 impl Experts {
+    /// Whether checkpoints may have them in MXFP4.
+    pub(crate) fn has_mxfp4(&self) -> bool {
+        self.forms.iter().any(|form| matches!(form.tensors, ExpertTensors::Mxfp4(_)))
+    }
+
     /// The form of a checkpoint: that of its first layer with experts.
     pub(super) fn form(
         &self,
@@ -61,12 +77,21 @@ impl Experts {
         has: impl Fn(&str) -> bool,
     ) -> Option<&'static ExpertNames> {
         let layer = (0..build.config.num_layers).find(|&layer| config.layers.contains(layer)).unwrap_or(0);
-        self.forms.iter().find(|form| has(&form.first(build, layer))).or(self.forms.first())
+        let sizes = [build.config.hidden_size, config.intermediate_size];
+        let in_groups = sizes.iter().all(|size| size.is_multiple_of(Mxfp4::GROUP as u32));
+        let mut forms = self.forms.iter().filter(|form| in_groups || !matches!(form.tensors, ExpertTensors::Mxfp4(_)));
+        forms.clone().find(|form| has(&form.first(build, layer))).or_else(|| forms.next_back())
     }
 }
 
 fn of_expert(template: &str, expert: u32) -> String {
     template.replace("{e}", &expert.to_string())
+}
+
+/// The rows of one of `parts` matrices that alternate in a tensor, `out` of each.
+fn interleaved(tensor: String, shape: Vec<usize>, part: usize, parts: usize, out: usize) -> Piece {
+    let (run, stride) = if parts == 1 { (out, out) } else { (1, parts) };
+    Piece { rows: out, first: part, run, stride, ..Piece::row(tensor, shape) }
 }
 
 /// The parameters of a layer's experts.
@@ -95,12 +120,60 @@ impl Build<'_> {
                     let rows = count as usize * out;
                     let tensor = self.name(name, layer);
                     let shape = vec![count as usize, out, columns];
-                    let piece = Piece { tensor, shape, transposed: false, rows, first: 0, run: rows, stride: rows };
+                    let piece = Piece { rows, run: rows, stride: rows, ..Piece::row(tensor, shape) };
                     LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias: None }
                 };
                 [all(gate_up, 2 * inner, hidden), all(down, hidden, inner)]
             }
+            ExpertTensors::Interleaved([gate_up, down]) => {
+                let of = |name: &str, parts: usize, out: usize, columns: usize| {
+                    let name = self.name(name, layer);
+                    let all = |e, part, tensor| Piece {
+                        transposed: true,
+                        matrix: e,
+                        ..interleaved(tensor, vec![count as usize, columns, parts * out], part, parts, out)
+                    };
+                    self.of_experts(count, parts, out, columns, &name, |e, part| all(e, part, name.clone()))
+                };
+                [of(gate_up, 2, inner, hidden), of(down, 1, hidden, inner)]
+            }
+            ExpertTensors::Mxfp4([gate_up, down]) => {
+                let of = |name: &str, parts: usize, out: usize, columns: usize| {
+                    let name = self.name(name, layer);
+                    let shape = vec![count as usize, parts * out, columns / Mxfp4::GROUP, Mxfp4::GROUP / 2];
+                    let rows = |e: usize, part| {
+                        let tensor = format!("{name}_blocks");
+                        let first = e * parts * out + part;
+                        let scales = Some(format!("{name}_scales"));
+                        Piece { first, scales, ..interleaved(tensor, shape.clone(), part, parts, out) }
+                    };
+                    self.of_experts(count, parts, out, columns, &name, rows)
+                };
+                [of(gate_up, 2, inner, hidden), of(down, 1, hidden, inner)]
+            }
         };
         ExpertWeights { router, gate_up, down }
+    }
+
+    /// The matrices of all experts, `parts` of each, whose biases alternate in a tensor.
+    fn of_experts(
+        &self,
+        count: u32,
+        parts: usize,
+        out: usize,
+        columns: usize,
+        name: &str,
+        weights: impl Fn(usize, usize) -> Piece,
+    ) -> LinearWeights {
+        let count = count as usize;
+        let bias = |e: usize, part: usize| {
+            let piece = interleaved(format!("{name}_bias"), vec![count, parts * out], part, parts, out);
+            Piece { first: e * parts * out + part, ..piece }
+        };
+        let all = |piece: &dyn Fn(usize, usize) -> Piece, columns| {
+            let pieces = (0..count).flat_map(|e| (0..parts).map(move |part| piece(e, part)));
+            TensorSource { pieces: pieces.collect(), columns }
+        };
+        LinearWeights { weight: all(&weights, columns), bias: Some(all(&bias, 1)) }
     }
 }

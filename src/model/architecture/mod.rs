@@ -102,6 +102,8 @@ pub(crate) struct RopeKeys {
     /// The same for the rotated part of a head.
     pub(crate) partial: &'static [&'static str],
     pub(crate) default_partial: f64,
+    /// Whether a model without scaling is refused, because transformers scales it by settings that no file shows.
+    pub(crate) needs_scaling: bool,
     /// Older names of `longrope`.
     pub(crate) long_names: &'static [&'static str],
     /// Layers with a window have a base of their own, to which no scaling at the top level applies: its key and default.
@@ -144,6 +146,8 @@ pub(crate) struct TensorNames {
     pub(crate) post_attn_norm: Option<&'static str>,
     pub(crate) qkv: Qkv,
     pub(crate) output: &'static str,
+    /// Sinks of attention, a vector.
+    pub(crate) sinks: Option<&'static str>,
     /// Norms of queries and of keys.
     pub(crate) qk_norm: Option<(QkNorm, [&'static str; 2])>,
     /// Norms before the MLP, and of what it adds.

@@ -34,6 +34,7 @@ const LLAMA_TENSORS: TensorNames = TensorNames {
     post_attn_norm: None,
     qkv: Qkv::Split(["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"]),
     output: "layers.{i}.self_attn.o_proj",
+    sinks: None,
     qk_norm: None,
     mlp_norm: Some("layers.{i}.post_attention_layernorm"),
     post_mlp_norm: None,
@@ -51,6 +52,7 @@ const LLAMA_ROPE: RopeKeys = RopeKeys {
     default_theta: 10_000.0,
     partial: &["partial_rotary_factor"],
     default_partial: 1.0,
+    needs_scaling: false,
     long_names: &[],
     windowed_theta: None,
     skipped: None,
@@ -107,6 +109,14 @@ const PACKED_EXPERTS: ExpertNames = ExpertNames {
     router: "layers.{i}.mlp.gate",
     router_bias: false,
     tensors: ExpertTensors::Packed(["layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"]),
+};
+
+const GPT_OSS_EXPERTS: [&str; 2] = ["layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"];
+
+const GPT_OSS_NAMES: ExpertNames = ExpertNames {
+    router: "layers.{i}.mlp.router",
+    router_bias: true,
+    tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS),
 };
 
 const GEMMA_WINDOW: Window = Window {
@@ -182,6 +192,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             post_attn_norm: None,
             qkv: Qkv::Stacked("h.{i}.attn.c_attn"),
             output: "h.{i}.attn.c_proj",
+            sinks: None,
             qk_norm: None,
             mlp_norm: Some("h.{i}.ln_2"),
             post_mlp_norm: None,
@@ -223,6 +234,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             post_attn_norm: None,
             qkv: Qkv::PerHead("layers.{i}.attention.query_key_value"),
             output: "layers.{i}.attention.dense",
+            sinks: None,
             qk_norm: None,
             mlp_norm: Some("layers.{i}.post_attention_layernorm"),
             post_mlp_norm: None,
@@ -274,6 +286,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             count: (&["num_local_experts"], 8),
             selected: ("num_experts_per_tok", 2),
             intermediate_size: None,
+            clamped_swiglu: None,
             scoring: Scoring::Softmax,
             renormalise: Flag::Always,
             every: None,
@@ -298,6 +311,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             count: (&["num_experts", "num_local_experts"], 128),
             selected: ("num_experts_per_tok", 8),
             intermediate_size: Some(("moe_intermediate_size", 768)),
+            clamped_swiglu: None,
             scoring: Scoring::Softmax,
             renormalise: Flag::Key("norm_topk_prob", false),
             every: Some(("decoder_sparse_step", 1)),
@@ -305,6 +319,40 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..PACKED_EXPERTS }, PACKED_EXPERTS],
         }),
         tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "gpt_oss",
+        config: ConfigKeys {
+            default_num_kv_heads: Some(8),
+            default_head_dim: Some(64),
+            norm_eps: ("rms_norm_eps", 1e-5),
+            ..LLAMA_KEYS
+        },
+        positions: Positions::Rope(RopeKeys { default_theta: 150_000.0, needs_scaling: true, ..LLAMA_ROPE }),
+        qkv_bias: Flag::Key("attention_bias", true),
+        output_bias: Flag::Key("attention_bias", true),
+        mlp_bias: Flag::Never,
+        window: Some(Window {
+            switch: None,
+            size: Optional { key: "sliding_window", default: Some(128) },
+            layers: WindowedLayers::AllBut(None, 2),
+        }),
+        experts: Some(Experts {
+            count: (&["num_local_experts"], 128),
+            selected: ("num_experts_per_tok", 4),
+            intermediate_size: None,
+            clamped_swiglu: Some([("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)]),
+            scoring: Scoring::Softmax,
+            renormalise: Flag::Always,
+            every: None,
+            dense: None,
+            forms: &[
+                ExpertNames { tensors: ExpertTensors::Mxfp4(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
+                ExpertNames { tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
+            ],
+        }),
+        tensors: TensorNames { sinks: Some("layers.{i}.self_attn.sinks"), ..LLAMA_TENSORS },
         ..LLAMA
     },
     Architecture {

@@ -30,6 +30,8 @@ pub struct LayerWeights {
     pub attn_norm: Option<NormWeights>,
     /// The norm of what attention adds to the residual stream.
     pub post_attn_norm: Option<NormWeights>,
+    /// `[num_q_heads, 1]`: a logit of each head that takes part in the softmax and stands for no key (gpt-oss).
+    pub sinks: Option<TensorSource>,
     /// `[num_q_heads * head_dim, hidden_size]`
     pub q: LinearWeights,
     /// `[num_kv_heads * head_dim, hidden_size]`
@@ -94,7 +96,7 @@ impl LayerWeights {
             [&self.post_mlp_norm, &None],
         ]
         .map(|norms| norms.into_iter().flatten().flat_map(NormWeights::sources));
-        let attention = before.chain(projections).chain(qk).chain(self.o.sources()).chain(between);
+        let attention = before.chain(projections).chain(qk).chain(&self.sinks).chain(self.o.sources()).chain(between);
         let router = self.router.iter().flat_map(LinearWeights::sources);
         attention.chain(router).chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
     }
@@ -182,6 +184,10 @@ pub struct Piece {
     pub(crate) shape: Vec<usize>,
     /// "Row" above means a column of what lies in the file.
     pub(crate) transposed: bool,
+    /// Of a transposed tensor of three dimensions, the number of its matrix.
+    pub(crate) matrix: usize,
+    /// The tensor has codes of four bits, and this one their scales: see `elements::Mxfp4`.
+    pub(crate) scales: Option<String>,
     pub(crate) rows: usize,
     pub(crate) first: usize,
     /// Rows that lie side by side.
@@ -190,6 +196,11 @@ pub struct Piece {
 }
 
 impl Piece {
+    /// The first row of a tensor.
+    pub(crate) fn row(tensor: String, shape: Vec<usize>) -> Self {
+        Self { tensor, shape, transposed: false, matrix: 0, scales: None, rows: 1, first: 0, run: 1, stride: 1 }
+    }
+
     /// Name of the tensor.
     #[must_use]
     pub fn tensor(&self) -> &str {
@@ -235,13 +246,24 @@ impl Build<'_> {
         let (rows, columns) = (rows as usize, self.config.hidden_size as usize);
         let tensor = format!("{}.weight", self.name(template, 0));
         let Selection { first, run, stride, .. } = Selection::range(0, rows);
-        let piece = Piece { tensor, shape: vec![rows, columns], transposed: false, rows, first, run, stride };
+        let piece = Piece {
+            tensor,
+            shape: vec![rows, columns],
+            transposed: false,
+            matrix: 0,
+            scales: None,
+            rows,
+            first,
+            run,
+            stride,
+        };
         TensorSource { pieces: vec![piece], columns }
     }
 
     fn vector(tensor: String, len: usize, select: Selection) -> TensorSource {
         let Selection { rows, first, run, stride } = select;
-        let piece = Piece { tensor, shape: vec![len], transposed: false, rows, first, run, stride };
+        let piece =
+            Piece { tensor, shape: vec![len], transposed: false, matrix: 0, scales: None, rows, first, run, stride };
         TensorSource { pieces: vec![piece], columns: 1 }
     }
 
@@ -270,7 +292,17 @@ impl Build<'_> {
         let transposed = self.names.transposed;
         let shape = if transposed { vec![columns, out] } else { vec![out, columns] };
         let Selection { rows, first, run, stride } = select;
-        let piece = Piece { tensor: format!("{name}.weight"), shape, transposed, rows, first, run, stride };
+        let piece = Piece {
+            tensor: format!("{name}.weight"),
+            shape,
+            transposed,
+            matrix: 0,
+            scales: None,
+            rows,
+            first,
+            run,
+            stride,
+        };
         let bias = bias.then(|| Self::vector(format!("{name}.bias"), out, select));
         LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias }
     }
@@ -339,6 +371,10 @@ impl Build<'_> {
         LayerWeights {
             attn_norm: norm(names.attn_norm),
             post_attn_norm: norm(names.post_attn_norm),
+            sinks: names.sinks.map(|name| {
+                let heads = config.num_q_heads as usize;
+                Self::vector(self.name(name, layer), heads, Selection::range(0, heads))
+            }),
             q,
             k,
             v,

@@ -6,8 +6,8 @@ use super::json::Section;
 use crate::model::ModelResult;
 use crate::model::architecture::Experts;
 use crate::model::linear::MAX_IN_FEATURES;
-use crate::model::linear_config::LinearExperts;
-use crate::model::ops::{RouterConfig, activation::MAX_WIDTH};
+use crate::model::linear_config::{Factor, LinearExperts};
+use crate::model::ops::{ActivationKind, RouterConfig, activation::MAX_WIDTH};
 
 /// The layers of a model whose MLP is a mixture of experts, and what is in it.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +17,8 @@ pub struct ExpertsConfig {
     pub router: RouterConfig,
     /// Width of an expert between its two projections.
     pub intermediate_size: u32,
+    /// What lies between them.
+    pub activation: ActivationKind,
     /// Which layers have experts; the others have an MLP of [`ModelConfig::intermediate_size`](super::ModelConfig::intermediate_size).
     pub layers: ExpertLayers,
 }
@@ -38,7 +40,13 @@ impl ExpertLayers {
     }
 }
 
-pub(super) fn parse_experts(file: &Section<'_>, keys: &Experts, intermediate_size: u32) -> ModelResult<ExpertsConfig> {
+/// `intermediate_size` and `activation` are those of the model.
+pub(super) fn parse_experts(
+    file: &Section<'_>,
+    keys: &Experts,
+    intermediate_size: u32,
+    activation: ActivationKind,
+) -> ModelResult<ExpertsConfig> {
     let (names, default) = keys.count;
     let count_key = names.iter().find(|key| file.get(key).is_some()).or(names.first()).copied().unwrap_or_default();
     let count = file.size(count_key)?.unwrap_or(default);
@@ -63,13 +71,20 @@ pub(super) fn parse_experts(file: &Section<'_>, keys: &Experts, intermediate_siz
             size
         }
     };
+    let activation = match keys.clamped_swiglu {
+        None => activation,
+        Some([alpha, limit]) => {
+            let factor = |(key, default)| file.single(key, file.positive(key)?.unwrap_or(default)).map(Factor::new);
+            ActivationKind::ClampedSwiglu { alpha: factor(alpha)??, limit: factor(limit)?? }
+        }
+    };
     let every = match keys.every {
         Some((key, default)) => file.size(key)?.unwrap_or(default),
         None => 1,
     };
     let mut dense = keys.dense.map_or(Ok(None), |key| layers(file, key))?.unwrap_or_default();
     dense.sort_unstable();
-    Ok(ExpertsConfig { router, intermediate_size, layers: ExpertLayers { every, dense } })
+    Ok(ExpertsConfig { router, intermediate_size, activation, layers: ExpertLayers { every, dense } })
 }
 
 /// A list of layers.

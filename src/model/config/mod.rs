@@ -62,6 +62,8 @@ pub struct ModelConfig {
     pub embedding_scale: Option<f32>,
     /// Factor of attention's logits. `None`: `1 / sqrt(head_dim)`.
     pub softmax_scale: Option<f32>,
+    /// Each head of each layer has a sink: see [`AttentionConfig::sinks`](crate::AttentionConfig::sinks).
+    pub attention_sinks: bool,
     /// Soft cap of attention's logits: see [`AttentionConfig::softcap`](crate::AttentionConfig::softcap).
     pub attention_softcap: Option<f32>,
     /// `c * tanh(x / c)` on the logits of the head.

@@ -43,10 +43,13 @@ pub(crate) fn parse_as(
 ) -> ModelResult<ModelConfig> {
     let keys = &architecture.config;
 
-    if file.get("quantization_config").is_some() {
-        return Err(
-            file.wrong("quantization_config", "a checkpoint in f32, f16 or bf16; quantised ones are not supported")
-        );
+    if let Some(quantised) = file.object("quantization_config")? {
+        let method = quantised.text("quant_method")?;
+        if !architecture.experts.is_some_and(|experts| experts.has_mxfp4() && method == Some("mxfp4")) {
+            let need =
+                "a checkpoint in f32, f16 or bf16; quantised ones are not supported, but for the mxfp4 of gpt_oss";
+            return Err(file.wrong("quantization_config", need));
+        }
     }
     for &(key, supported) in keys.fixed {
         if file.flag(Flag::Key(key, supported))? != supported {
@@ -99,8 +102,6 @@ pub(crate) fn parse_as(
     let sizes = Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp };
     check_sizes(file, keys, &sizes)?;
 
-    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size)).transpose()?;
-
     let (eps_key, default_eps) = keys.norm_eps;
     let eps = file.number(eps_key, "a number of at least 0", |n| n >= 0.0)?.unwrap_or(default_eps);
     let (activation_key, default_activation) = keys.activation;
@@ -109,6 +110,9 @@ pub(crate) fn parse_as(
         let known: Vec<_> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
         file.error(activation_key, activation, format!("one of {}", known.join(", ")))
     })?;
+
+    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size, activation));
+    let experts = experts.transpose()?;
 
     #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
     let norm = NormSettings { kind: architecture.norm, eps: eps as f32, weight_offset: architecture.norm_offset };
@@ -148,20 +152,13 @@ pub(crate) fn parse_as(
         }
     };
 
-    // What is f32 for the kernels must still be a number above 0.
-    let single = |key, number: f64| {
-        #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
-        let single = number as f32;
-        let fits = single.is_finite() && single > 0.0;
-        fits.then_some(single).ok_or_else(|| file.error(key, number, "a number above 0 that fits f32"))
-    };
     let softcap = |setting: Option<_>| {
         let Some(setting) = setting else { return Ok(None) };
-        file.optional_positive(setting)?.map(|cap| single(setting.key, cap)).transpose()
+        file.optional_positive(setting)?.map(|cap| file.single(setting.key, cap)).transpose()
     };
     let softmax_scale = match architecture.query_scalar {
         None => None,
-        Some((key, default)) => Some(single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
+        Some((key, default)) => Some(file.single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
     };
     let embedding_scale = architecture.scaled_embedding.then(|| f64::from(hidden_size).sqrt());
 
@@ -184,6 +181,7 @@ pub(crate) fn parse_as(
         head_dim,
         intermediate_size,
         experts,
+        attention_sinks: architecture.tensors.sinks.is_some(),
         vocab_size,
         max_positions,
         norm,
@@ -192,7 +190,7 @@ pub(crate) fn parse_as(
         learned_positions: matches!(architecture.positions, Positions::Learned),
         layers,
         long_context,
-        embedding_scale: embedding_scale.map(|scale| single(keys.hidden_size, scale)).transpose()?,
+        embedding_scale: embedding_scale.map(|scale| file.single(keys.hidden_size, scale)).transpose()?,
         softmax_scale,
         attention_softcap: softcap(architecture.attention_softcap)?,
         logit_softcap: softcap(architecture.logit_softcap)?,
