@@ -63,7 +63,8 @@ fn per_layer(how: Open, model_type: &str, weights: WeightFormat) -> Option<([u64
 #[test]
 fn a_layer_takes_few_dispatches() {
     // RMSNorm is a part of the linear layer behind it. LayerNorm is two dispatches, beside qkv, append, attend, o, up and down.
-    // A norm of what is added is one more, twice in Gemma and OLMo 2; so are OLMo 2's norms of queries and of keys.
+    // A norm of what is added is one more, twice in Gemma and OLMo 2; so are OLMo 2's norms of queries and of keys. A mixture has
+    // six in place of up and down: the router's logits, the choice, its sorting, up, down and their sum.
     let models = [
         ("llama", 6),
         ("mistral", 6),
@@ -76,6 +77,8 @@ fn a_layer_takes_few_dispatches() {
         ("gemma2", 8),
         ("gemma3_text", 8),
         ("olmo2", 10),
+        ("mixtral", 10),
+        ("qwen3_moe", 10),
     ];
     for (how, weights) in
         [(adapter::CPU, WeightFormat::F16), (adapter::GPU, WeightFormat::INT4), (adapter::CPU_PLAIN, WeightFormat::F16)]
@@ -83,8 +86,14 @@ fn a_layer_takes_few_dispatches() {
         for (model_type, most) in models {
             let Some(([prompt, decode], other)) = per_layer(how, model_type, weights) else { return };
             println!("{how:?} {model_type}: {prompt} for a prompt, {decode} to decode, {other} beside the layers");
-            // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each of the 4 linear layers.
-            let staging = if how == adapter::GPU { [0, 0] } else { [4, if how == adapter::CPU_PLAIN { 4 } else { 0 }] };
+            // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each of the 4 linear layers,
+            // and for the router.
+            let linears = 4 + u64::from(["mixtral", "qwen3_moe"].contains(&model_type));
+            let staging = if how == adapter::GPU {
+                [0, 0]
+            } else {
+                [linears, if how == adapter::CPU_PLAIN { linears } else { 0 }]
+            };
             assert!(prompt <= most + staging[0], "{how:?} {model_type}: {prompt} for a prompt");
             assert!(decode <= most + staging[1], "{how:?} {model_type}: {decode} to decode");
             // Embedding, head and sampling; in GPT-2 learned positions, and LayerNorm with the models that have it.
