@@ -268,7 +268,7 @@ impl Model {
         };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, &norms).await?);
+            layers.push(builder.layer(layer, &norms, router.as_ref()).await?);
         }
         let final_norm = builder.norm(Some(&weights.final_norm), norms.layer.as_ref())?;
         let head = match &weights.head {
@@ -441,7 +441,8 @@ impl Model {
     ) -> Result<()> {
         let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
         match &layer.mlp {
-            Mlp::Dense([up, _]) => {
+            Mlp::Dense(own) => {
+                let [up, _] = own.as_ref();
                 up.record(pass, x, Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size))
             }
             Mlp::Experts(experts) => {
@@ -462,7 +463,8 @@ impl Model {
     ) -> Result<()> {
         let weights = layer.post_mlp_norm.as_ref();
         match &layer.mlp {
-            Mlp::Dense([_, down]) => {
+            Mlp::Dense(own) => {
+                let [_, down] = own.as_ref();
                 let inner = Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size);
                 self.add(pass, scratch, down, weights, inner, hidden)
             }

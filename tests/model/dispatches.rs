@@ -24,7 +24,8 @@ impl WeightSource for RandomWeights {
 fn config(model_type: &str, num_layers: u32) -> ModelConfig {
     ModelConfig::from_json(&format!(
         r#"{{"model_type": "{model_type}", "hidden_size": 32, "num_hidden_layers": {num_layers}, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "rope_scaling": {{ "rope_type": "default" }}, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_shared_experts": 1, "vocab_size": 64, "max_position_embeddings": 64,
             "n_embd": 32, "n_layer": {num_layers}, "n_head": 4, "n_positions": 64}}"#
     ))
     .unwrap()
@@ -79,6 +80,8 @@ fn a_layer_takes_few_dispatches() {
         ("olmo2", 10),
         ("mixtral", 10),
         ("qwen3_moe", 10),
+        ("gpt_oss", 10),
+        ("dots1", 12),
     ];
     for (how, weights) in
         [(adapter::CPU, WeightFormat::F16), (adapter::GPU, WeightFormat::INT4), (adapter::CPU_PLAIN, WeightFormat::F16)]
@@ -87,8 +90,12 @@ fn a_layer_takes_few_dispatches() {
             let Some(([prompt, decode], other)) = per_layer(how, model_type, weights) else { return };
             println!("{how:?} {model_type}: {prompt} for a prompt, {decode} to decode, {other} beside the layers");
             // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each of the 4 linear layers,
-            // and for the router.
-            let linears = 4 + u64::from(["mixtral", "qwen3_moe"].contains(&model_type));
+            // for the router, and for both of a shared expert.
+            let linears = match model_type {
+                "mixtral" | "qwen3_moe" | "gpt_oss" => 5,
+                "dots1" => 7,
+                _ => 4,
+            };
             let staging = if how == adapter::GPU {
                 [0, 0]
             } else {

@@ -26,6 +26,7 @@ mod decoder;
 mod dispatches;
 mod experts;
 mod experts_config;
+mod experts_files;
 mod forward;
 mod gguf;
 mod kinds_of_layers;

@@ -3,11 +3,12 @@
 use serde_json::Value;
 
 use super::json::Section;
+use crate::Error;
 use crate::model::ModelResult;
 use crate::model::architecture::Experts;
 use crate::model::linear::MAX_IN_FEATURES;
 use crate::model::linear_config::{Factor, LinearExperts};
-use crate::model::ops::{ActivationKind, RouterConfig, activation::MAX_WIDTH};
+use crate::model::ops::{ActivationKind, ExpertGroups, RouterConfig, activation::MAX_WIDTH};
 
 /// The layers of a model whose MLP is a mixture of experts, and what is in it.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub struct ExpertsConfig {
     pub router: RouterConfig,
     /// Width of an expert between its two projections.
     pub intermediate_size: u32,
+    /// The same of the expert that every token goes to, if there is one.
+    pub shared_size: Option<u32>,
     /// What lies between them.
     pub activation: ActivationKind,
     /// Which layers have experts; the others have an MLP of [`ModelConfig::intermediate_size`](super::ModelConfig::intermediate_size).
@@ -26,6 +29,8 @@ pub struct ExpertsConfig {
 /// Which layers have experts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertLayers {
+    /// None before this one.
+    first: u32,
     /// Those whose number, counted from 1, is a multiple of it.
     every: u32,
     /// None of these, counted from 0 and sorted.
@@ -36,7 +41,9 @@ impl ExpertLayers {
     /// Whether this layer has experts.
     #[must_use]
     pub fn contains(&self, layer: u32) -> bool {
-        (u64::from(layer) + 1).is_multiple_of(self.every.into()) && self.dense.binary_search(&layer).is_err()
+        layer >= self.first
+            && (u64::from(layer) + 1).is_multiple_of(self.every.into())
+            && self.dense.binary_search(&layer).is_err()
     }
 }
 
@@ -49,14 +56,32 @@ pub(super) fn parse_experts(
 ) -> ModelResult<ExpertsConfig> {
     let (names, default) = keys.count;
     let count_key = names.iter().find(|key| file.get(key).is_some()).or(names.first()).copied().unwrap_or_default();
-    let count = file.size(count_key)?.unwrap_or(default);
+    let size = |key, default: Option<u32>| {
+        default.map_or_else(|| file.needed_size(key), |_| Ok(file.size(key)?.or(default).unwrap_or(1)))
+    };
+    let count = size(count_key, default)?;
     let (selected_key, default) = keys.selected;
-    let per_row = file.size(selected_key)?.unwrap_or(default);
+    let per_row = size(selected_key, default)?;
+    let group_keys = keys.groups.map_or([count_key; 2], |(keys, _)| keys);
     let mut router = RouterConfig::new(LinearExperts { count, per_row });
     router.scoring = keys.scoring;
     router.renormalise = file.flag(keys.renormalise)?;
+    router.correction = keys.forms.iter().any(|form| form.correction.is_some());
+    if let Some((key, default)) = keys.scale {
+        router.scale = Factor::new(file.single(key, file.positive(key)?.unwrap_or(default))?)?;
+    }
+    router.groups = match keys.groups {
+        Some(([groups, selected], score)) => {
+            let (count, selected) = (file.size(groups)?.unwrap_or(1), file.size(selected)?.unwrap_or(1));
+            // One group is no choice.
+            Some(ExpertGroups { count, selected, score }).filter(|groups| groups.count > 1 || groups.selected > 1)
+        }
+        None => None,
+    };
     router.validate().map_err(|error| match &error {
-        crate::Error::Argument { argument: "experts.count", .. } => file.rule(count_key, error),
+        Error::Argument { argument: "experts.count", .. } => file.rule(count_key, error),
+        Error::Argument { argument: "groups.count", .. } => file.rule(group_keys[0], error),
+        Error::Argument { argument: "groups.selected", .. } => file.rule(group_keys[1], error),
         _ => file.rule(selected_key, error),
     })?;
     let intermediate_size = match keys.intermediate_size {
@@ -71,6 +96,20 @@ pub(super) fn parse_experts(
             size
         }
     };
+    let number = |key: Option<&'static str>| {
+        let read = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
+        key.map_or(Ok(None), |key| file.optional(key, "an integer of at least 0", read))
+    };
+    let shared_size = match number(keys.shared)?.filter(|shared| *shared > 0) {
+        Some(shared) => {
+            let max = MAX_IN_FEATURES.min(MAX_WIDTH);
+            let size = intermediate_size.checked_mul(shared).filter(|size| *size <= max);
+            let need = || format!("at most {max} together, each {intermediate_size} wide");
+            Some(size.ok_or_else(|| file.error(keys.shared.unwrap_or_default(), shared, need()))?)
+        }
+        None => None,
+    };
+    let first = number(keys.first)?.unwrap_or(0);
     let activation = match keys.clamped_swiglu {
         None => activation,
         Some([alpha, limit]) => {
@@ -84,7 +123,13 @@ pub(super) fn parse_experts(
     };
     let mut dense = keys.dense.map_or(Ok(None), |key| layers(file, key))?.unwrap_or_default();
     dense.sort_unstable();
-    Ok(ExpertsConfig { router, intermediate_size, activation, layers: ExpertLayers { every, dense } })
+    Ok(ExpertsConfig {
+        router,
+        intermediate_size,
+        shared_size,
+        activation,
+        layers: ExpertLayers { first, every, dense },
+    })
 }
 
 /// A list of layers.
