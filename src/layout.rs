@@ -1,5 +1,7 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 
@@ -43,6 +45,11 @@ pub struct KvCacheConfig {
     pub contiguous: bool,
     /// There is no V side: values are the first `value_dim` elements of the keys.
     pub latent: bool,
+    /// A promise that no attention sees further back than this many newest tokens, besides the first [`sink_tokens`](Self::sink_tokens): blocks that no
+    /// later token can see return to the pool. At least 1; not in a contiguous cache. `None`: every token is kept.
+    pub window: Option<u32>,
+    /// First tokens of every sequence that are kept beside the window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+    pub sink_tokens: u32,
 }
 
 impl KvCacheConfig {
@@ -60,6 +67,8 @@ impl KvCacheConfig {
             v_format: KvFormat::F16,
             contiguous: false,
             latent: false,
+            window: None,
+            sink_tokens: 0,
         }
     }
 
@@ -110,6 +119,19 @@ impl KvCacheConfig {
         Self { value_dim: Some(value_dim), ..self }
     }
 
+    /// The same cache for attention that sees no more than the newest `window` tokens, the query's own included: blocks that no later token can see
+    /// return to the pool when their sequence goes on. A sequence of any length then takes at most [`most_blocks`](Self::most_blocks).
+    #[must_use]
+    pub const fn with_window(self, window: u32) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    /// The same cache that keeps the first tokens of every sequence beside its window ([`sink_tokens`](Self::sink_tokens)).
+    #[must_use]
+    pub const fn with_sink_tokens(self, sink_tokens: u32) -> Self {
+        Self { sink_tokens, ..self }
+    }
+
     /// Elements of a value.
     #[must_use]
     pub const fn value_dim(&self) -> u32 {
@@ -152,6 +174,12 @@ impl KvCacheConfig {
         }
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));
+        }
+        if let Some(window) = self.window
+            && (window == 0 || self.contiguous)
+        {
+            let got = if self.contiguous { "some in a contiguous cache".to_owned() } else { window.to_string() };
+            return Err(Error::argument("window", got, "at least 1 in a paged cache, or None"));
         }
         // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels, over all segments of a
         // side. What lies within a segment (elements, words) is bounded by the segment's bytes; see `storage`.
@@ -231,10 +259,44 @@ impl KvCacheConfig {
         self.block_bytes().saturating_mul(self.num_blocks.into()).saturating_add(tables)
     }
 
-    /// Blocks that a sequence of `seq_len` tokens takes. A block size of 0, which is not valid, counts as 1.
+    /// Blocks that the rows of `seq_len` tokens take. A block size of 0, which is not valid, counts as 1. Of these a cache with a
+    /// [window](Self::window) doesn't need the [hidden](Self::hidden_blocks) ones.
     #[must_use]
     pub fn blocks_for(&self, seq_len: u32) -> u32 {
         seq_len.div_ceil(self.block_size.max(1))
+    }
+
+    /// Which blocks of a sequence of `seq_len` tokens no later token sees: those that lie wholly between the sink tokens and the window of the next
+    /// token, which is `seq_len + 1 - window ..= seq_len`. Empty without a window.
+    #[must_use]
+    pub fn hidden_blocks(&self, seq_len: u32) -> Range<u32> {
+        let sinks = self.blocks_for(self.sink_tokens);
+        let first_seen = self.window.map_or(0, |window| {
+            // A window near 2^32 is longer than any sequence.
+            let key = (u64::from(seq_len) + 1).saturating_sub(window.into());
+            (key / u64::from(self.block_size.max(1))) as u32
+        });
+        sinks..first_seen.max(sinks)
+    }
+
+    /// Blocks that a sequence of `seq_len` tokens holds at least: all but the [hidden](Self::hidden_blocks) ones.
+    #[must_use]
+    pub fn held_blocks(&self, seq_len: u32) -> u32 {
+        let hidden = self.hidden_blocks(seq_len);
+        let all = self.blocks_for(seq_len);
+        all - (hidden.end.min(all) - hidden.start.min(all))
+    }
+
+    /// Blocks that a sequence holds at most while it grows to `seq_len` tokens by up to `chunk` at a time: with a window about
+    /// `sink_tokens + window + chunk` tokens of them, whatever its length.
+    #[must_use]
+    pub fn most_blocks(&self, seq_len: u32, chunk: u32) -> u32 {
+        let all = self.blocks_for(seq_len);
+        let Some(window) = self.window else { return all };
+        // `window - 1` cached tokens and a chunk, which may begin and end in the middle of a block.
+        let seen = (u64::from(window) + u64::from(chunk)).div_ceil(self.block_size.max(1).into()) + 1;
+        let most = seen + u64::from(self.blocks_for(self.sink_tokens));
+        all.min(u32::try_from(most).unwrap_or(u32::MAX))
     }
 }
 

@@ -212,7 +212,11 @@ impl Memory for CacheView<'_> {
         let Some(request) = self.requests.get(&request) else { return 0 };
         let shared = (request.usage.prompt_tokens / self.decoder.options().block_size) as usize;
         let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_table(sequence).ok());
-        tables.flat_map(|table| table.into_iter().skip(shared)).collect::<HashSet<_>>().len() as u32
+        tables
+            .flat_map(|table| table.into_iter().skip(shared))
+            .filter(|block| !block.is_null())
+            .collect::<HashSet<_>>()
+            .len() as u32
     }
 
     fn prefix(&self, request: RequestId) -> PrefixHit {

@@ -111,6 +111,12 @@ impl AttentionConfig {
         if self.window == Some(0) {
             return Err(Error::argument("window", 0, "at least 1, or None"));
         }
+        if let Some(kept) = cache.window
+            && self.window.is_none_or(|window| window > kept)
+        {
+            let got = self.window.map_or_else(|| "None".to_owned(), |window| window.to_string());
+            return Err(Error::argument("window", got, format!("at most what the cache keeps, {kept}")));
+        }
         for (argument, values) in [("alibi_slopes", &self.alibi_slopes), ("sinks", &self.sinks)] {
             let Some(values) = values else { continue };
             if values.len() != heads as usize {
@@ -139,7 +145,11 @@ impl AttentionConfig {
         let cap = self.softcap.unwrap_or(0.0);
         small("softcap", cap, log2_units(cap))?;
         self.sinks.iter().flatten().try_for_each(|&sink| small("sinks", sink, log2_units(sink)))?;
-        let longest = f64::from(cache.num_blocks) * f64::from(cache.block_size);
+        // A text whose blocks return to the pool may be longer than that, up to the longest there is.
+        let longest = match cache.window {
+            Some(_) => f64::from(i32::MAX),
+            None => f64::from(cache.num_blocks) * f64::from(cache.block_size),
+        };
         let slopes = self.alibi_slopes.iter().flatten();
         slopes
             .copied()

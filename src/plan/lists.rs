@@ -8,6 +8,7 @@ use super::cascade::{self, Cluster, SharedRun};
 use super::items::{MergeItem, NO_MASK, NO_PARTIAL, TREE_MASK, WorkItem};
 use super::split::SplitPolicy;
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use crate::sequence::{Batch, BatchEntry, QueryKernel};
 
 /// Shapes and options that a plan depends on.
@@ -223,6 +224,7 @@ impl WorkLists {
             planner.add_entry(i)?;
         }
         planner.close();
+        check_blocks(shape, &batch, table_offset, &planner.plan)?;
         Ok(planner.plan)
     }
 
@@ -232,6 +234,26 @@ impl WorkLists {
         let keys = self.decode.iter().chain(&self.prefill).map(|item| item.kv_end.saturating_sub(item.kv_begin));
         keys.map(u64::from).sum::<u64>() * u64::from(num_kv_heads)
     }
+}
+
+/// Fails if an item reads keys whose blocks have returned to the pool.
+fn check_blocks(shape: &PlanShape, batch: &Batch, table_offset: u32, plan: &WorkLists) -> Result<()> {
+    let null = BlockId::NULL.index();
+    if !batch.tables.contains(&null) {
+        return Ok(());
+    }
+    let block_size = shape.block_size.max(1);
+    for item in plan.decode.iter().chain(&plan.prefill).filter(|item| item.kv_begin < item.kv_end) {
+        let table = item.table_offset.wrapping_sub(table_offset) as usize;
+        let (first, last) = ((item.kv_begin / block_size) as usize, ((item.kv_end - 1) / block_size) as usize);
+        let blocks = batch.tables.get(table + first..=table + last);
+        if blocks.is_none_or(|blocks| blocks.contains(&null)) {
+            let got =
+                format!("a sequence of which the keys {} to {} are not all cached", item.kv_begin, item.kv_end - 1);
+            return Err(Error::argument("batch", got, "attention whose window the cache keeps"));
+        }
+    }
+    Ok(())
 }
 
 /// Where the partial states of some tokens lie: one for each row and each cell of the grid of splits that has one of their keys.
