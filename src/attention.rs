@@ -121,6 +121,7 @@ impl Attention {
             value_dim: geometry.value_dim(),
             causal: config.causal,
             window: config.window,
+            sink_tokens: config.sink_tokens,
             has_decode: decode.is_some(),
             tile_q: prefill.variant.tile_q,
             block_size: geometry.block_size,
@@ -400,7 +401,7 @@ impl Attention {
             let params = params_binding::<AttendParams>(&lists, planned.params_offset);
             let (program, first) = match (planned.stage, &self.decode) {
                 (Stage::Merge, _) => (&self.merge, partials.clone()),
-                (Stage::Decode, Some(decode)) => (decode, q.binding()),
+                (Stage::Decode | Stage::SinkDecode, Some(decode)) => (decode, q.binding()),
                 _ => (&self.prefill, q.binding()),
             };
             let mut resources = program.resources();

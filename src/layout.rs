@@ -1,6 +1,10 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
+mod retention;
+
 use std::ops::Range;
+
+pub use retention::Retention;
 
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
@@ -263,40 +267,31 @@ impl KvCacheConfig {
     /// [window](Self::window) doesn't need the [hidden](Self::hidden_blocks) ones.
     #[must_use]
     pub fn blocks_for(&self, seq_len: u32) -> u32 {
-        seq_len.div_ceil(self.block_size.max(1))
+        self.retention().blocks_for(seq_len)
     }
 
-    /// Which blocks of a sequence of `seq_len` tokens no later token sees: those that lie wholly between the sink tokens and the window of the next
-    /// token, which is `seq_len + 1 - window ..= seq_len`. Empty without a window.
+    /// What of a sequence is kept, in blocks.
+    #[must_use]
+    pub const fn retention(&self) -> Retention {
+        Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
+    }
+
+    /// [`Retention::hidden_blocks`] of this cache.
     #[must_use]
     pub fn hidden_blocks(&self, seq_len: u32) -> Range<u32> {
-        let sinks = self.blocks_for(self.sink_tokens);
-        let first_seen = self.window.map_or(0, |window| {
-            // A window near 2^32 is longer than any sequence.
-            let key = (u64::from(seq_len) + 1).saturating_sub(window.into());
-            (key / u64::from(self.block_size.max(1))) as u32
-        });
-        sinks..first_seen.max(sinks)
+        self.retention().hidden_blocks(seq_len)
     }
 
-    /// Blocks that a sequence of `seq_len` tokens holds at least: all but the [hidden](Self::hidden_blocks) ones.
+    /// [`Retention::held_blocks`] of this cache.
     #[must_use]
     pub fn held_blocks(&self, seq_len: u32) -> u32 {
-        let hidden = self.hidden_blocks(seq_len);
-        let all = self.blocks_for(seq_len);
-        all - (hidden.end.min(all) - hidden.start.min(all))
+        self.retention().held_blocks(seq_len)
     }
 
-    /// Blocks that a sequence holds at most while it grows to `seq_len` tokens by up to `chunk` at a time: with a window about
-    /// `sink_tokens + window + chunk` tokens of them, whatever its length.
+    /// [`Retention::most_blocks`] of this cache.
     #[must_use]
     pub fn most_blocks(&self, seq_len: u32, chunk: u32) -> u32 {
-        let all = self.blocks_for(seq_len);
-        let Some(window) = self.window else { return all };
-        // `window - 1` cached tokens and a chunk, which may begin and end in the middle of a block.
-        let seen = (u64::from(window) + u64::from(chunk)).div_ceil(self.block_size.max(1).into()) + 1;
-        let most = seen + u64::from(self.blocks_for(self.sink_tokens));
-        all.min(u32::try_from(most).unwrap_or(u32::MAX))
+        self.retention().most_blocks(seq_len, chunk)
     }
 }
 

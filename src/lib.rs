@@ -45,7 +45,9 @@ pub use gpu::GpuOptions;
 pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_limits, useful_features};
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
-pub use layout::{KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Segments};
+pub use layout::{
+    KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Retention, Segments,
+};
 pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{
     BlockUse, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, QueryKernel, SequenceMemory, TokenTree,

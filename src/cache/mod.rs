@@ -31,6 +31,8 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
+#[cfg(feature = "model")]
+use crate::sequence::WayBack;
 use crate::sequence::{
     BatchEntry, BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, TokenTree,
 };
@@ -265,6 +267,12 @@ impl KvCache {
     /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn release_hidden(&self, sequence: SequenceId) -> Result<u32> {
         self.state().release_hidden(sequence)
+    }
+
+    /// Keeps what these lengths need until it is taken back by `None`: the sequence can be cut back to them whatever it grows to.
+    #[cfg(feature = "model")]
+    pub(crate) fn set_way_back(&self, sequence: SequenceId, way_back: Option<WayBack>) {
+        self.state().set_way_back(sequence, way_back);
     }
 
     /// Ends a sequence. Its blocks return to the pool, except those that a fork or the prefix index still holds.

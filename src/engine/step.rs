@@ -250,6 +250,10 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
+        for fed in &feeds {
+            // What the scheduler counts with. Without a window nothing happens.
+            self.decoder.release_hidden(fed.sequence)?;
+        }
         let now = self.start.elapsed();
         let tokens: u32 = chunks.iter().map(|chunk| chunk.tokens + chunk.drafts).sum();
         if tokens >= MIN_MEASURED_TOKENS {
@@ -355,7 +359,7 @@ impl Engine {
         request.usage.preemptions += 1;
         if how == Preemption::Swap {
             // All of its blocks move, also those that others hold.
-            let blocks = (self.decoder.tokens(sequence)?.len() as u32).div_ceil(self.decoder.options().block_size);
+            let blocks = self.decoder.cache().config().held_blocks(self.decoder.tokens(sequence)?.len() as u32);
             let start = Instant::now();
             match self.decoder.swap_out(sequence).await {
                 Ok(_) => {

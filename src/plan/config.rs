@@ -3,7 +3,7 @@
 use super::MAX_GRID;
 use super::cascade::CascadePolicy;
 use super::items::LOGIT_FLOOR;
-use super::params::AttendParams;
+use super::params::{AttendParams, NO_WINDOW};
 use crate::error::{Error, Result};
 use crate::layout::KvCacheConfig;
 
@@ -37,6 +37,9 @@ pub struct AttentionConfig {
     pub softcap: Option<f32>,
     /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. At least 1. `None`: all.
     pub window: Option<u32>,
+    /// First tokens of a sequence that a query sees besides its window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453); see
+    /// also [`KvCacheConfig::sink_tokens`]. 0: none. Needs a window; not with `custom_mask`, nor with `trees`.
+    pub sink_tokens: u32,
     /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
     pub alibi_slopes: Option<Vec<f32>>,
     /// A logit per query head that joins the softmax denominator and has no V row.
@@ -74,6 +77,7 @@ impl AttentionConfig {
             softmax_scale: None,
             softcap: None,
             window: None,
+            sink_tokens: 0,
             alibi_slopes: None,
             sinks: None,
             custom_mask: false,
@@ -116,6 +120,19 @@ impl AttentionConfig {
         {
             let got = self.window.map_or_else(|| "None".to_owned(), |window| window.to_string());
             return Err(Error::argument("window", got, format!("at most what the cache keeps, {kept}")));
+        }
+        if cache.window.is_some() && self.sink_tokens > cache.sink_tokens {
+            let rule = format!("at most what the cache keeps, {}", cache.sink_tokens);
+            return Err(Error::argument("sink_tokens", self.sink_tokens, rule));
+        }
+        if self.sink_tokens > 0 && (self.window.is_none() || self.custom_mask || self.trees) {
+            let beside = match self.window {
+                None => "no window",
+                Some(_) if self.custom_mask => "custom_mask",
+                Some(_) => "trees",
+            };
+            let got = format!("{} beside {beside}", self.sink_tokens);
+            return Err(Error::argument("sink_tokens", got, "a window, and neither custom_mask nor trees"));
         }
         for (argument, values) in [("alibi_slopes", &self.alibi_slopes), ("sinks", &self.sinks)] {
             let Some(values) = values else { continue };
@@ -183,8 +200,7 @@ impl AttentionConfig {
         AttendParams {
             qk_scale: qk_scale as f32,
             softcap_log2e: softcap_log2e as f32,
-            // Longer than any sequence, and with room for a key's position beside it.
-            window: self.window.unwrap_or(0).min(1 << 31),
+            window: self.window.unwrap_or(0).min(NO_WINDOW),
             num_blocks: cache.num_blocks,
             ..AttendParams::default()
         }

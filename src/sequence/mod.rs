@@ -20,4 +20,5 @@ pub use prefix::{PrefixMatch, PrefixProbe, PrefixStats};
 pub use report::{MemoryReport, SequenceMemory};
 pub use table::{BlockTable, Growth};
 pub use tree::TokenTree;
+#[cfg(feature = "model")]
 pub(crate) use window::WayBack;

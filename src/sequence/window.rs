@@ -71,6 +71,7 @@ impl Manager {
     }
 
     /// Keeps what these lengths need, beside what the sequence's own does, until it is taken back by `None`.
+    #[cfg(any(feature = "model", test))]
     pub(crate) fn set_way_back(&mut self, id: SequenceId, way_back: Option<WayBack>) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.way_back = way_back;

@@ -38,6 +38,7 @@ mod tokens;
 mod trees;
 #[cfg(feature = "tune")]
 mod tune;
+mod windows;
 
 /// Says what all other results are worth.
 #[test]

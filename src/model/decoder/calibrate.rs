@@ -38,6 +38,8 @@ impl Decoder {
             k_format: KvFormat::F32,
             v_format: KvFormat::F16,
             prefix_cache: false,
+            // All keys are read back.
+            keep_all_blocks: true,
             ..self.options
         };
         let mut decoder = Self::new(Arc::clone(&self.model), options).await?;

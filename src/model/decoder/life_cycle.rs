@@ -89,7 +89,8 @@ impl Decoder {
     /// comes along only if `len` is one more than there are [`tokens`](Self::tokens).
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has; [`Error::UnknownSequence`], also for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
+    /// for one that is swapped out.
     pub fn fork_at(&mut self, sequence: SequenceId, len: u32) -> ModelResult<SequenceId> {
         let text = self.cached_text(sequence)?;
         let cached = cached_len(text, len)?;
@@ -104,7 +105,8 @@ impl Decoder {
     /// than there are [`tokens`](Self::tokens), and nothing changes then.
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has; [`Error::UnknownSequence`], also for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
+    /// for one that is swapped out.
     pub fn truncate(&mut self, sequence: SequenceId, len: u32) -> ModelResult<()> {
         let cached = cached_len(self.text(sequence)?, len)?;
         self.cache.truncate(sequence, cached)?;
@@ -113,6 +115,39 @@ impl Decoder {
             text.truncate(len, block_size);
         }
         Ok(())
+    }
+
+    /// Whether [`truncate`](Self::truncate) and [`fork_at`](Self::fork_at) can reach back to `len` tokens: the text has as many, and what the token
+    /// behind them sees has not left the window; see [`keep_all_blocks`](super::DecoderOptions::keep_all_blocks).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], also for one that is swapped out.
+    pub fn reaches_back(&self, sequence: SequenceId, len: u32) -> ModelResult<bool> {
+        let text = self.text(sequence)?;
+        let cached = len.min(text.cached.len() as u32);
+        Ok(len as usize <= text.len() && self.cache.reaches_back(sequence, cached)?)
+    }
+
+    /// [`truncate`](Self::truncate) to `len` tokens if that [is possible](Self::reaches_back), otherwise to none. Returns how many the text has then:
+    /// the others are to be fed again.
+    ///
+    /// # Errors
+    /// Those of [`truncate`](Self::truncate).
+    pub fn rewind(&mut self, sequence: SequenceId, len: u32) -> ModelResult<u32> {
+        cached_len(self.text(sequence)?, len)?;
+        let len = if self.reaches_back(sequence, len)? { len } else { 0 };
+        self.truncate(sequence, len)?;
+        Ok(len)
+    }
+
+    /// Gives the blocks back that have left the window of a sequence that rests; one that goes on does it by itself. See
+    /// [`KvCache::release_hidden`](crate::KvCache::release_hidden).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], also for one that is swapped out.
+    pub fn release_hidden(&mut self, sequence: SequenceId) -> ModelResult<u32> {
+        self.text(sequence)?;
+        Ok(self.cache.release_hidden(sequence)?)
     }
 
     /// Ends a sequence, also one that is swapped out.

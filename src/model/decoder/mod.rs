@@ -40,6 +40,10 @@ pub struct DecoderOptions {
     /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
     /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
     pub prefix_cache: bool,
+    /// Keeps every token's keys and values, also where each layer has a window and no later token can see them. [`Decoder::truncate`] and
+    /// [`Decoder::fork_at`] then reach back to any length, and memory grows with the text. Otherwise blocks that have left the largest window return
+    /// to the pool, so that a text of any length takes about a window.
+    pub keep_all_blocks: bool,
 }
 
 impl Default for DecoderOptions {
@@ -51,6 +55,7 @@ impl Default for DecoderOptions {
             v_format: KvFormat::F16,
             max_step_tokens: 512,
             prefix_cache: false,
+            keep_all_blocks: false,
         }
     }
 }
@@ -59,9 +64,16 @@ impl DecoderOptions {
     /// The cache that a decoder with these options makes for a model.
     #[must_use]
     pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
-        KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
+        let cache = KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
             .with_blocks(self.num_blocks, self.block_size)
-            .with_formats(self.k_format, self.v_format)
+            .with_formats(self.k_format, self.v_format);
+        // One pool has the blocks of all layers: what the widest window shows must stay. A layer without one sees everything.
+        let widest = model.layers.kinds().iter().try_fold(0, |widest, kind| Some(kind.window?.max(widest)));
+        match widest {
+            // No text is longer.
+            Some(window) if window < model.max_positions && !self.keep_all_blocks => cache.with_window(window),
+            _ => cache,
+        }
     }
 }
 

@@ -12,28 +12,45 @@ use crate::model::error::{ModelError, ModelResult};
 use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
+use crate::sequence::WayBack;
 use crate::{BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
 
-/// Cuts sequences back to where a call began, unless it succeeds: also if its future is dropped half-way.
+/// Cuts sequences back to where a call began, unless it succeeds: also if its future is dropped half-way. Until then, what they see there stays in
+/// the cache.
 struct Rollback {
     cache: Arc<KvCache>,
     lengths: Vec<(SequenceId, u32)>,
+    is_armed: bool,
 }
 
 impl Rollback {
+    fn new(cache: &Arc<KvCache>, feeds: &[Feed<'_>]) -> Self {
+        let cache = Arc::clone(cache);
+        for feed in feeds {
+            // Of drafts any number may be right.
+            let drafts = feed.draw.map_or(0, |input| input.drafts as usize);
+            let from = if drafts > 0 { feed.len + (feed.tokens.len() - drafts) as u32 } else { u32::MAX };
+            cache.set_way_back(feed.sequence, Some(WayBack { to: feed.len, from }));
+        }
+        Self { cache, lengths: feeds.iter().map(|feed| (feed.sequence, feed.len)).collect(), is_armed: true }
+    }
+
     fn disarm(mut self) {
-        self.lengths.clear();
+        self.is_armed = false;
     }
 }
 
 impl Drop for Rollback {
     fn drop(&mut self) {
         for &(sequence, len) in &self.lengths {
-            // It can only fail for a sequence that is gone, and then there is nothing to cut.
-            let _ = self.cache.truncate(sequence, len);
+            if self.is_armed {
+                // It can only fail for a sequence that is gone, and then there is nothing to cut.
+                let _ = self.cache.truncate(sequence, len);
+            }
+            self.cache.set_way_back(sequence, None);
         }
     }
 }
@@ -78,8 +95,7 @@ impl Decoder {
             }
         }
         let mut feeds = self.feeds(batch.iter().map(|input| (*input, input.draws())))?;
-        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
-        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
+        let rollback = Rollback::new(&self.cache, &feeds);
         let mut drawn = vec![Vec::new(); batch.len()];
         // Of inputs with a tree: the tokens of the tree that were right, the first of which was no draft.
         let mut paths: Vec<Option<Vec<u32>>> = vec![None; batch.len()];
@@ -154,8 +170,7 @@ impl Decoder {
         };
         let inputs = batch.iter().map(|&(sequence, tokens)| (Input::new(sequence, tokens), rows_of(tokens)));
         let mut feeds = self.feeds(inputs)?;
-        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
-        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
+        let rollback = Rollback::new(&self.cache, &feeds);
         let mut logits = vec![Vec::new(); batch.len()];
         self.run(&mut feeds, |vocab, chunks, words| {
             let mut rest = words;
@@ -276,6 +291,26 @@ impl Decoder {
             let done: Vec<_> = chunks.iter().map(|chunk| (chunk.input, chunk.tokens.len())).collect();
             for (input, count) in done {
                 feeds[input].done += count;
+                self.publish_ahead(&feeds[input]);
+            }
+        }
+    }
+
+    /// Makes the blocks that a feed has filled so far findable, if the next step may give some of them back.
+    fn publish_ahead(&self, feed: &Feed<'_>) {
+        let has_window = self.cache.config().window.is_some();
+        if !(self.options.prefix_cache && has_window && feed.done < feed.tokens.len()) {
+            return;
+        }
+        if let Some(text) = self.texts.get(&feed.sequence) {
+            let exact = self.model.is_exact();
+            let is_given = text.given == text.cached.len() as u32 && feed.given.start == 0;
+            let done = if exact { feed.done.min(feed.given.end) } else { feed.done };
+            // What follows a sampled token of an exact model is not published at all.
+            if !exact || is_given {
+                let tokens = [&text.cached[..], &feed.tokens[..done]].concat();
+                // It can only fail for tokens that are not in the cache.
+                let _ = self.cache.publish_prefix(feed.sequence, &tokens, PREFIX_SALT);
             }
         }
     }
