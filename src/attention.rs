@@ -43,6 +43,20 @@ pub struct Attention {
     identity: Arc<()>,
 }
 
+/// The queries of a call.
+struct Queries<'a> {
+    /// For the window.
+    near: BufferRef<'a>,
+    /// For the sink tokens, if they have some of their own.
+    sinks: Option<BufferRef<'a>>,
+}
+
+impl<'a> Queries<'a> {
+    const fn new(q: BufferRef<'a>) -> Self {
+        Self { near: q, sinks: None }
+    }
+}
+
 /// The work of one attention call of a step. Use it for every layer of that step.
 #[derive(Debug)]
 pub struct AttentionPlan {
@@ -311,7 +325,7 @@ impl Attention {
             return Err(Error::argument("lse", "attend", "attend_with_lse, because the config asks for lse"));
         }
         let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None)
+        self.attend_any(recorder.into(), plan, layer, parts, Queries::new(q.into()), out.into(), None)
     }
 
     /// [`Attention::attend`] that also writes `lse`: f32 `[num_tokens, num_q_heads]`, the natural logarithm of the softmax denominator,
@@ -332,7 +346,36 @@ impl Attention {
             return Err(Error::argument("lse", false, "AttentionConfig::lse set, to write lse"));
         }
         let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), Some(lse.into()))
+        self.attend_any(recorder.into(), plan, layer, parts, Queries::new(q.into()), out.into(), Some(lse.into()))
+    }
+
+    /// [`Attention::attend`] with queries of their own for the sink tokens: `sink_q` has the shape of `q`. `lse` is needed if
+    /// [`AttentionConfig::lse`] is set, and only then.
+    ///
+    /// # Errors
+    /// Those of [`Attention::attend`], and [`Error::Argument`] if [`AttentionConfig::sink_queries`] is not set.
+    #[expect(clippy::too_many_arguments, reason = "a call of attend, and more queries")]
+    pub fn attend_with_sink_queries<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        plan: &AttentionPlan,
+        layer: u32,
+        q: impl Into<BufferRef<'a>>,
+        sink_q: impl Into<BufferRef<'a>>,
+        out: impl Into<BufferRef<'a>>,
+        lse: Option<BufferRef<'a>>,
+    ) -> Result<()> {
+        self.check_lse_given(lse.is_some())?;
+        let queries = Queries { near: q.into(), sinks: Some(sink_q.into()) };
+        self.attend_any(recorder.into(), plan, layer, 0..plan.num_parts(), queries, out.into(), lse)
+    }
+
+    fn check_lse_given(&self, is_given: bool) -> Result<()> {
+        if is_given == self.config.lse {
+            return Ok(());
+        }
+        let (got, need) = if self.config.lse { ("none", "a range") } else { ("a range", "none") };
+        Err(Error::argument("lse", got, format!("{need}, as AttentionConfig::lse says")))
     }
 
     /// One dispatch of [`Attention::attend`] or [`Attention::attend_with_lse`], of at most [`AttentionConfig::max_dispatch_work`]: a host that draws
@@ -361,11 +404,8 @@ impl Attention {
         if part >= plan.num_parts() {
             return Err(Error::argument("part", part, format!("below num_parts, {}", plan.num_parts())));
         }
-        if lse.is_some() != self.config.lse {
-            let (got, need) = if self.config.lse { ("none", "a range") } else { ("a range", "none") };
-            return Err(Error::argument("lse", got, format!("{need}, as AttentionConfig::lse says")));
-        }
-        self.attend_any(recorder.into(), plan, layer, part..part + 1, q.into(), out.into(), lse)
+        self.check_lse_given(lse.is_some())?;
+        self.attend_any(recorder.into(), plan, layer, part..part + 1, Queries::new(q.into()), out.into(), lse)
     }
 
     #[expect(clippy::too_many_arguments, reason = "a call of attend, and which parts of it")]
@@ -375,22 +415,37 @@ impl Attention {
         plan: &AttentionPlan,
         layer: u32,
         parts: Range<usize>,
-        q: BufferRef<'_>,
+        queries: Queries<'_>,
         out: BufferRef<'_>,
         lse: Option<BufferRef<'_>>,
     ) -> Result<()> {
         plan.ticket.check()?;
         self.check_own(plan)?;
+        if queries.sinks.is_some() != self.config.sink_queries {
+            let (got, need) = if self.config.sink_queries {
+                ("none", "rows by attend_with_sink_queries, as AttentionConfig::sink_queries is set")
+            } else {
+                ("rows", "none, as AttentionConfig::sink_queries is not set")
+            };
+            return Err(Error::argument("sink_q", got, need));
+        }
         let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
-        let q = q.check(&self.gpu, "q", rows * u64::from(self.cache.head_dim), true)?;
+        let q_len = rows * u64::from(self.cache.head_dim);
+        let q = queries.near.check(&self.gpu, "q", q_len, true)?;
+        let sink_q = queries.sinks.map(|sinks| sinks.check(&self.gpu, "sink_q", q_len, true)).transpose()?;
         let out = out.check(&self.gpu, "out", rows * u64::from(self.cache.value_dim()), true)?;
         let lse = lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
         // WebGPU allows no buffer to be read and written in one dispatch, not even in disjoint ranges.
-        check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())])?;
+        check_distinct("out", &out, &[("q", Some(&q)), ("sink_q", sink_q.as_ref()), ("lse", lse.as_ref())])?;
         plan.layers.check_foreign("out", &out)?;
         check_distinct("q", &q, &[("lse", lse.as_ref())])?;
         plan.layers.check_foreign("q", &q)?;
+        if let Some(sink_q) = &sink_q {
+            check_distinct("sink_q", sink_q, &[("lse", lse.as_ref())])?;
+            plan.layers.check_foreign("sink_q", sink_q)?;
+        }
+        let sink_q = sink_q.as_ref().unwrap_or(&q);
         if let Some(lse) = &lse {
             plan.layers.check_foreign("lse", lse)?;
         }
@@ -401,7 +456,9 @@ impl Attention {
             let params = params_binding::<AttendParams>(&lists, planned.params_offset);
             let (program, first) = match (planned.stage, &self.decode) {
                 (Stage::Merge, _) => (&self.merge, partials.clone()),
-                (Stage::Decode | Stage::SinkDecode, Some(decode)) => (decode, q.binding()),
+                (Stage::Decode, Some(decode)) => (decode, q.binding()),
+                (Stage::SinkDecode, Some(decode)) => (decode, sink_q.binding()),
+                (Stage::SinkPrefill, _) => (&self.prefill, sink_q.binding()),
                 _ => (&self.prefill, q.binding()),
             };
             let mut resources = program.resources();

@@ -276,6 +276,13 @@ impl KvCacheConfig {
         Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
     }
 
+    /// Where a query at `position` stands if positions are counted within what is kept: sink tokens, then the window. Its distance from sink tokens
+    /// is that from there; see [`AttentionConfig::sink_queries`](crate::AttentionConfig::sink_queries).
+    #[must_use]
+    pub fn sink_position(&self, position: u32) -> u32 {
+        self.window.map_or(position, |window| position.min(self.sink_tokens.saturating_add(window - window.min(1))))
+    }
+
     /// [`Retention::hidden_blocks`] of this cache.
     #[must_use]
     pub fn hidden_blocks(&self, seq_len: u32) -> Range<u32> {

@@ -193,7 +193,7 @@ impl DraftModel {
     }
 
     async fn draft(&mut self, requests: &[Draftable<'_>]) -> ModelResult<Vec<DraftTree>> {
-        let max_positions = self.decoder.model().config().max_positions as usize;
+        let max_positions = self.decoder.max_len() as usize;
         let vocab = self.decoder.model().config().vocab_size;
         let mut drafts = vec![Vec::new(); requests.len()];
         // Beside each draft.

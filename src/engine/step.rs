@@ -133,7 +133,7 @@ impl Engine {
         for ((id, most), drafts) in wanted.into_iter().zip(proposals) {
             let Some(request) = requests.get_mut(&id) else { continue };
             // A line is bit for bit what single steps are in an exact model, and a tree is not.
-            let drafts = if decoder.model().is_exact() { drafts.first_line() } else { drafts };
+            let drafts = if decoder.takes_trees() { drafts } else { drafts.first_line() };
             let constraint = &mut request.constraint;
             request.drafts = drafts.pruned(most_nodes, most, |path| {
                 let follows =

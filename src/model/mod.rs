@@ -30,7 +30,7 @@ mod tune;
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
 pub use config::{LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm};
-pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, TokenLogprob};
+pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, Streaming, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use gguf::GgufMetadata;

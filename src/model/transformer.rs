@@ -233,6 +233,8 @@ pub(crate) struct KindContext<'a> {
     pub(crate) plan: &'a AttentionPlan,
     /// For layers with rotary embeddings.
     pub(crate) append: Option<&'a AppendQkv>,
+    /// Where its queries for sink tokens go, if it has any.
+    pub(crate) sink_q: Option<BufferRef<'a>>,
 }
 
 impl Model {
@@ -436,11 +438,21 @@ impl Model {
             }
             _ => {}
         }
-        match kind.append {
-            Some(append) => context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?,
-            None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
+        let (cache, step) = (context.cache, context.step);
+        match (kind.append, kind.sink_q) {
+            (Some(append), Some(sink_q)) => {
+                cache.append_qkv_with_sinks(&mut *pass, step, index, append, heads, head_norm, sink_q)?;
+            }
+            (Some(append), None) => cache.append_qkv(&mut *pass, step, index, append, heads, head_norm)?,
+            (None, _) => cache.append(&mut *pass, step, index, heads.k(), heads.v(), None)?,
         }
-        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
+        let (attention, plan, out) = (kind.attention, kind.plan, attended.range());
+        match kind.sink_q {
+            Some(sink_q) => {
+                attention.attend_with_sink_queries(&mut *pass, plan, index, heads.q(), sink_q, out, None)?
+            }
+            None => attention.attend(&mut *pass, plan, index, heads.q(), out)?,
+        }
 
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.

@@ -40,6 +40,13 @@ pub struct AttentionConfig {
     /// First tokens of a sequence that a query sees besides its window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453); see
     /// also [`KvCacheConfig::sink_tokens`]. 0: none. Needs a window; not with `custom_mask`, nor with `trees`.
     pub sink_tokens: u32,
+    /// Queries for the sink tokens are rows of their own, rotated by other positions: calls give them by `Attention::attend_with_sink_queries`. Needs
+    /// `sink_tokens`; not with `alibi_slopes`, whose distances are those in the text.
+    ///
+    /// StreamingLLM numbers positions within what is kept, so that no model sees a distance that it was not trained on. Keys needn't be rotated again for
+    /// that, because a rotary embedding depends on distances only: the newest tokens have theirs anyway, and a query at position `p` is as far from the
+    /// sink tokens as it should be if it is rotated by `min(p, sink_tokens + window - 1)` ([`KvCacheConfig::sink_position`]).
+    pub sink_queries: bool,
     /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
     pub alibi_slopes: Option<Vec<f32>>,
     /// A logit per query head that joins the softmax denominator and has no V row.
@@ -78,6 +85,7 @@ impl AttentionConfig {
             softcap: None,
             window: None,
             sink_tokens: 0,
+            sink_queries: false,
             alibi_slopes: None,
             sinks: None,
             custom_mask: false,
@@ -133,6 +141,11 @@ impl AttentionConfig {
             };
             let got = format!("{} beside {beside}", self.sink_tokens);
             return Err(Error::argument("sink_tokens", got, "a window, and neither custom_mask nor trees"));
+        }
+        if self.sink_queries && (self.sink_tokens == 0 || self.alibi_slopes.is_some()) {
+            let beside = if self.sink_tokens == 0 { "no sink_tokens" } else { "alibi_slopes" };
+            let got = format!("true beside {beside}");
+            return Err(Error::argument("sink_queries", got, "sink_tokens, and no alibi_slopes"));
         }
         for (argument, values) in [("alibi_slopes", &self.alibi_slopes), ("sinks", &self.sinks)] {
             let Some(values) = values else { continue };

@@ -34,6 +34,7 @@ mod shapes;
 mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;
+mod streaming;
 mod tokens;
 mod trees;
 #[cfg(feature = "tune")]

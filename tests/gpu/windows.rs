@@ -144,7 +144,7 @@ fn sequences_with_gaps_move() {
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
             let fits = other.swap_in(&mut encoder, &snapshot);
             // 51 tokens begin in the same block.
-            assert_eq!(fits.is_ok(), window == Some(51) && sinks == 0, "{fits:?}");
+            assert_eq!(fits.is_ok(), window == Some(51), "{sinks} sinks");
         }
         // The beginning is known, with the blocks that are needed behind it.
         let hit = cache.match_prefix(&ids[..202], 0);

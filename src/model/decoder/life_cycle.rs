@@ -289,8 +289,8 @@ impl Decoder {
             let reason = format!("got token id {id}, need ids below vocab_size, {}", config.vocab_size);
             return Err(ModelError::file(path, reason));
         }
-        if len > config.max_positions as usize {
-            let reason = format!("got {len} tokens, need at most the model's {} positions", config.max_positions);
+        if len > self.max_len() as usize {
+            let reason = format!("got {len} tokens, need at most the model's {} positions", self.max_len());
             return Err(ModelError::file(path, reason));
         }
         self.adopt_key_scales(&snapshot)?;

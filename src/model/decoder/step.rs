@@ -220,9 +220,9 @@ impl Decoder {
             }
             // The drafts of a tree stand side by side.
             let beside = tree.as_ref().map_or(0, |tree| tree.len() - 1 - tree.depths().iter().max().unwrap_or(&0));
-            if len as usize + tokens.len() - beside as usize > config.max_positions as usize {
+            if len as usize + tokens.len() - beside as usize > self.max_len() as usize {
                 let got = format!("{len} + {} for {sequence}", tokens.len());
-                let rule = format!("at most the model's {} positions", config.max_positions);
+                let rule = format!("at most the model's {} positions", self.max_len());
                 return Err(ModelError::argument("tokens", got, rule));
             }
             let sampled_once = input.drafts as usize + input.replayed as usize;
@@ -244,8 +244,9 @@ impl Decoder {
 
     /// Fails unless the last token before drafts that branch and these fit into a step, and the model adds up in any order.
     fn check_tree(&self, tree: &TokenTree) -> ModelResult<()> {
-        if self.model.is_exact() {
-            return Err(ModelError::argument("parents", "a tree", "a line, as the model is exact"));
+        if !self.takes_trees() {
+            let why = if self.model.is_exact() { "the model is exact" } else { "the decoder is streaming" };
+            return Err(ModelError::argument("parents", "a tree", format!("a line, as {why}")));
         }
         let most = self.max_tree_len();
         if tree.len() > most {
@@ -253,6 +254,11 @@ impl Decoder {
             return Err(ModelError::argument("parents", got, format!("at most a step's, {most}")));
         }
         Ok(())
+    }
+
+    /// Whether drafts may branch: a tree's sums have another order than those of single steps, and sink tokens go with no tree.
+    pub(crate) fn takes_trees(&self) -> bool {
+        !self.model.is_exact() && self.options.streaming.is_none()
     }
 
     /// Most tokens of a tree, the one before the drafts included.
@@ -369,7 +375,7 @@ impl Decoder {
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let has_trees = chunks.iter().any(|chunk| chunk.tree.is_some());
         if has_trees && self.tree_kernels.is_none() {
-            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, true).await?);
+            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, &self.options, true).await?);
         }
         let mut step = if has_trees {
             let trees: Vec<_> = chunks.iter().map(|chunk| chunk.tree.cloned()).collect();
@@ -451,7 +457,7 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                kinds: self.layer_kernels(has_trees).contexts(&plans),
+                kinds: self.layer_kernels(has_trees).contexts(&plans, rows),
                 step: &step,
                 ids,
                 positions,
