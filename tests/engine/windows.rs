@@ -27,7 +27,7 @@ fn texts_longer_than_the_cache_are_the_same_as_alone() {
     let mut rng = Rng::with_seed(4);
     let requests: Vec<_> = (0..14)
         .map(|i| {
-            let prompt = (0..rng.u32(1..70)).map(|at| (at * 31 + at * at + i % 3) % 90).collect();
+            let prompt: Vec<u32> = (0..rng.u32(1..70)).map(|at| (at * 31 + at * at + i % 3) % 90).collect();
             Request::new(prompt, rng.u32(1..40)).with_sampling(drawn(i.into()))
         })
         .collect();

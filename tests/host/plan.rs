@@ -525,3 +525,29 @@ fn deep_trees_of_forks_are_planned_to_some_depth() {
     let states = shallow.expect("a thread").join().expect("no overflow");
     assert!(states > 600, "{states} states");
 }
+
+/// Blocks that have left the window are not in the pool any more: what would read them is refused, and what sees less than that is planned.
+#[test]
+fn a_plan_names_no_block_that_is_gone() {
+    let mut batch = batch(&[(3, 20), (1, 99)]);
+    let gone = batch.entries[1].table.start + 1..batch.entries[1].table.start + 4;
+    batch.tables[gone].fill(folio::BlockId::NULL.index());
+    // The second sequence has the keys 0 to 15 and 64 to 99.
+    for (window, sink_tokens, fits) in [
+        (None, 0, false),
+        (Some(36), 0, true),
+        (Some(37), 0, false),
+        (Some(36), 16, true),
+        (Some(36), 17, false),
+        (Some(1), 0, true),
+    ] {
+        for policy in POLICIES {
+            let shape = PlanShape { window, sink_tokens, ..SHAPE };
+            let plan = WorkLists::new(&shape, &policy, &batch, TABLE_OFFSET, &[], TOKENS_OFFSET);
+            let refused =
+                |error: &folio::Error| error.to_string().starts_with("batch: got a sequence of which the keys");
+            assert_eq!(plan.is_ok(), fits, "{shape:?}");
+            assert!(plan.as_ref().err().is_none_or(refused), "{plan:?}");
+        }
+    }
+}
