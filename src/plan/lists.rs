@@ -74,8 +74,9 @@ impl WorkLists {
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape with zeros, a sequence of no new tokens, of 2^31 tokens or more or without a table in the batch, or more
-    /// rows (tokens times query heads) than fit 32 bits; for masks beside [`QueryKernel::Decode`] for several tokens; for trees without masks, or of
-    /// another number of tokens.
+    /// rows (tokens times query heads) than fit 32 bits; for masks beside
+    /// [`QueryKernel::Decode`](crate::sequence::QueryKernel::Decode) for several tokens; for trees without masks, or of another number of tokens; for
+    /// keys whose blocks have returned to the pool.
     pub fn new(
         shape: &PlanShape,
         policy: &SplitPolicy,
