@@ -166,6 +166,7 @@ impl Host {
             value_dim: self.cache.value_dim(),
             causal: self.attention.causal,
             window: self.attention.window,
+            sink_tokens: self.attention.sink_tokens,
             has_decode: self.has_decode(),
             tile_q: self.variant(Kernel::Prefill).tile_q,
             block_size: self.cache.block_size,
@@ -195,8 +196,8 @@ impl Host {
         dispatch(Kernel::Append, "append", 0, [grids.append.0, grids.append.1, 1]);
         for planned in &plan.dispatches {
             let kernel = match planned.stage {
-                Stage::Decode => Kernel::Decode,
-                Stage::Prefill => Kernel::Prefill,
+                Stage::Decode | Stage::SinkDecode => Kernel::Decode,
+                Stage::Prefill | Stage::SinkPrefill => Kernel::Prefill,
                 Stage::Merge => Kernel::Merge,
             };
             dispatch(kernel, "attention", planned.params_offset, planned.grid);

@@ -3,7 +3,11 @@
 {% import "shared/host_rows.wgsl" as host %}
 // append_qkv: rows of queries, keys and values, one matrix after another. Keys and values go into their slots as `append` does it, queries stay where
 // they are; queries and keys are rotated by their tokens' positions{{ ", after RMSNorm of each head" if head_norm }}.
-{% if head_norm %}
+{% if sink_queries %}
+// Queries are written a second time, for sink tokens: rotated by their positions up to SINK_POSITION.
+{% endif %}
+{% set whole_rows = head_norm or sink_queries %}
+{% if whole_rows %}
 // One invocation writes 8 elements of a row of queries, or 8 of keys and the same of values. Those of a row are neighbours in a workgroup: all read
 // before one writes.
 {% else %}
@@ -27,6 +31,9 @@
 {% if head_norm %}
 @group(0) @binding({{ after + 3 }}) var<storage, read> norm_weights: array<f32>;  // [HEAD_DIM] of queries, [HEAD_DIM] of keys, [1] epsilon
 {% endif %}
+{% if sink_queries %}
+@group(0) @binding({{ after + (4 if head_norm else 3) }}) var<storage, read_write> sink_q: array<{{ "vec4<f32>" if wide else "f32" }}>;  // [num_tokens, NUM_Q_HEADS, HEAD_DIM]
+{% endif %}
 
 const MAX_GRID: u32 = 65535u;  // the grid continues along y once x is this wide
 const NUM_Q_HEADS: u32 = {{ num_q_heads }}u;
@@ -35,6 +42,9 @@ const ROWS: u32 = {{ geometry.rows }}u;
 // Elements before the matrices, per token.
 const K_OFFSET: u32 = {{ k_region.offset }}u;
 const V_OFFSET: u32 = {{ v_region.offset }}u;
+{% if sink_queries %}
+const SINK_POSITION: u32 = {{ sink_position }}u;
+{% endif %}
 
 {% if row_scales %}
 var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: smallest and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
@@ -52,7 +62,7 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {% set rows_layout = k_rows %}
 {% include "shared/rope.wgsl" %}
 {% include "shared/rotated_rows.wgsl" %}
-{% if not head_norm %}
+{% if not whole_rows %}
 
 {% include "shared/rotate_in_place.wgsl" %}
 {% endif %}
@@ -81,13 +91,22 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     let live = lane < ROWS * HEAD_VEC8S && token < params.num_tokens;
     var x = Vec8();
     var v = Vec8();
+{% if sink_queries %}
+    var sink_x = Vec8();
+{% endif %}
 {% if head_norm %}
     var sum = 0.0;
 {% endif %}
     if (live) {
         let position = step_lists[params.positions_offset + token];
-{% if head_norm %}
-        x = rotated_vec8(start, vec8_idx, position, select(HEAD_DIM, 0u, is_query));
+{% if whole_rows %}
+{% set weights = ", select(HEAD_DIM, 0u, is_query)" if head_norm else "" %}
+        x = rotated_vec8(start, vec8_idx, position{{ weights }});
+{% if sink_queries %}
+        if (is_query) {
+            sink_x = rotated_vec8(start, vec8_idx, min(position, SINK_POSITION){{ weights }});
+        }
+{% endif %}
 {% else %}
         if (!is_query) {
             x = rotated_vec8(start, vec8_idx, position);
@@ -103,8 +122,10 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
         sum = dot(own.lo, own.lo) + dot(own.hi, own.hi);
 {% endif %}
     }
-{% if head_norm %}
+{% if whole_rows %}
     storageBarrier();
+{% endif %}
+{% if head_norm %}
     // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
     squares[lane] = sum;
     workgroupBarrier();
@@ -119,6 +140,10 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     let scale = squares[lane - vec8_idx];
     x.lo *= scale;
     x.hi *= scale;
+{% if sink_queries %}
+    sink_x.lo *= scale;
+    sink_x.hi *= scale;
+{% endif %}
 {% endif %}
 {% if row_scales %}
     ranges[lane] = vec4<u32>({{ "vec8_range(x.lo, x.hi)" if k_side.row_scales else "0u, 0u" }}, {{ "vec8_range(v.lo, v.hi)" if v_side.row_scales else "0u, 0u" }});
@@ -133,21 +158,23 @@ fn append_qkv(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
     }
     workgroupBarrier();
 {% endif %}
-    if (!live{{ " || is_query" if not head_norm }}) {
+    if (!live{{ " || is_query" if not whole_rows }}) {
         return;
     }
-{% if head_norm %}
+{% if whole_rows %}
     if (is_query) {
         let at = start + 8u * vec8_idx;
+{% for target, values in [("qkv", "x"), ("sink_q", "sink_x")] if target == "qkv" or sink_queries %}
 {% if wide %}
-        qkv[at / 4u] = x.lo;
-        qkv[at / 4u + 1u] = x.hi;
+        {{ target }}[at / 4u] = {{ values }}.lo;
+        {{ target }}[at / 4u + 1u] = {{ values }}.hi;
 {% else %}
 {% for i in range(4) %}
-        qkv[at + {{ i }}u] = x.lo[{{ i }}];
-        qkv[at + {{ i + 4 }}u] = x.hi[{{ i }}];
+        {{ target }}[at + {{ i }}u] = {{ values }}.lo[{{ i }}];
+        {{ target }}[at + {{ i + 4 }}u] = {{ values }}.hi[{{ i }}];
 {% endfor %}
 {% endif %}
+{% endfor %}
         return;
     }
 {% endif %}

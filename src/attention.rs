@@ -43,12 +43,36 @@ pub struct Attention {
     identity: Arc<()>,
 }
 
-/// Sinks of a layer on the GPU: made by [`Attention::sinks`], read by [`Attention::attend_with_sinks`].
+/// Sinks of a layer on the GPU: made by [`Attention::sinks`], read by [`Attention::attend_call`].
 #[derive(Debug)]
 pub struct Sinks {
     /// With the slopes, as the kernels read both.
     heads: wgpu::Buffer,
     num_q_heads: u32,
+}
+
+/// What a call of attention reads and writes, besides the cache.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct AttentionCall<'a> {
+    /// Queries, as [`AttentionConfig::q_rows`] says.
+    pub q: BufferRef<'a>,
+    /// Queries for the sink tokens, of the same layout, if [`AttentionConfig::sink_queries`] is set.
+    pub sink_q: Option<BufferRef<'a>>,
+    /// Results, as [`AttentionConfig::out_rows`] says.
+    pub out: BufferRef<'a>,
+    /// f32 `[num_tokens, num_q_heads]`, the natural logarithm of the softmax denominator, if [`AttentionConfig::lse`] is set.
+    pub lse: Option<BufferRef<'a>>,
+    /// Sinks in place of those of the configuration.
+    pub sinks: Option<&'a Sinks>,
+}
+
+impl<'a> AttentionCall<'a> {
+    /// Queries and results alone.
+    #[must_use]
+    pub fn new(q: impl Into<BufferRef<'a>>, out: impl Into<BufferRef<'a>>) -> Self {
+        Self { q: q.into(), sink_q: None, out: out.into(), lse: None, sinks: None }
+    }
 }
 
 /// The work of one attention call of a step. Use it for every layer of that step.
@@ -130,6 +154,7 @@ impl Attention {
             value_dim: geometry.value_dim(),
             causal: config.causal,
             window: config.window,
+            sink_tokens: config.sink_tokens,
             has_decode: decode.is_some(),
             tile_q: prefill.variant.tile_q,
             block_size: geometry.block_size,
@@ -282,7 +307,7 @@ impl Attention {
         heads.filter(|_| variant.reads_heads()).map(wgpu::Buffer::as_entire_binding)
     }
 
-    /// Uploads sinks, one per query head, for [`Attention::attend_with_sinks`].
+    /// Uploads sinks, one per query head, for [`AttentionCall::sinks`]: layers with sinks of their own share the kernels.
     ///
     /// # Errors
     /// [`Error::Argument`] if [`AttentionConfig::sinks`] is not set, or for values that break its rule; [`Error::Wgpu`].
@@ -294,28 +319,6 @@ impl Attention {
         config.validate(&self.cache)?;
         let heads = config.head_params().unwrap_or_default();
         Ok(Sinks { heads: upload_heads(&self.gpu, &heads)?, num_q_heads: config.num_q_heads })
-    }
-
-    /// [`Attention::attend`] of a layer with sinks of its own, in place of those of the configuration: layers share the kernels.
-    ///
-    /// # Errors
-    /// Those of [`Attention::attend`], and [`Error::Argument`] for sinks of another number of heads, or if [`AttentionConfig::sinks`] is not set.
-    pub fn attend_with_sinks<'a>(
-        &self,
-        recorder: impl Into<Recorder<'a>>,
-        plan: &AttentionPlan,
-        layer: u32,
-        q: impl Into<BufferRef<'a>>,
-        out: impl Into<BufferRef<'a>>,
-        sinks: &Sinks,
-    ) -> Result<()> {
-        if self.config.lse || self.config.sinks.is_none() || sinks.num_q_heads != self.config.num_q_heads {
-            let got = format!("those of {} heads", sinks.num_q_heads);
-            let need = format!("a config with sinks, without lse, and {} heads", self.config.num_q_heads);
-            return Err(Error::argument("sinks", got, need));
-        }
-        let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None, Some(sinks))
     }
 
     /// The workspace, made larger if it has to be.
@@ -356,8 +359,7 @@ impl Attention {
         if self.config.lse {
             return Err(Error::argument("lse", "attend", "attend_with_lse, because the config asks for lse"));
         }
-        let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None, None)
+        self.attend_call(recorder, plan, layer, AttentionCall::new(q, out))
     }
 
     /// [`Attention::attend`] that also writes `lse`: f32 `[num_tokens, num_q_heads]`, the natural logarithm of the softmax denominator,
@@ -377,8 +379,23 @@ impl Attention {
         if !self.config.lse {
             return Err(Error::argument("lse", false, "AttentionConfig::lse set, to write lse"));
         }
-        let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), Some(lse.into()), None)
+        let call = AttentionCall { lse: Some(lse.into()), ..AttentionCall::new(q, out) };
+        self.attend_call(recorder, plan, layer, call)
+    }
+
+    /// [`Attention::attend`] with all that a call may read and write: queries of their own for sink tokens, sinks of a layer, `lse`.
+    ///
+    /// # Errors
+    /// Those of [`Attention::attend`], and [`Error::Argument`] for a range that is missing or too much, as the configuration says, or sinks of another
+    /// number of heads.
+    pub fn attend_call<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        plan: &AttentionPlan,
+        layer: u32,
+        call: AttentionCall<'a>,
+    ) -> Result<()> {
+        self.attend_any(recorder.into(), plan, layer, 0..plan.num_parts(), call)
     }
 
     /// One dispatch of [`Attention::attend`] or [`Attention::attend_with_lse`], of at most [`AttentionConfig::max_dispatch_work`]: a host that draws
@@ -407,39 +424,60 @@ impl Attention {
         if part >= plan.num_parts() {
             return Err(Error::argument("part", part, format!("below num_parts, {}", plan.num_parts())));
         }
-        if lse.is_some() != self.config.lse {
-            let (got, need) = if self.config.lse { ("none", "a range") } else { ("a range", "none") };
-            return Err(Error::argument("lse", got, format!("{need}, as AttentionConfig::lse says")));
-        }
-        self.attend_any(recorder.into(), plan, layer, part..part + 1, q.into(), out.into(), lse, None)
+        let call = AttentionCall { lse, ..AttentionCall::new(q, out) };
+        self.attend_any(recorder.into(), plan, layer, part..part + 1, call)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a call of attend, and which parts of it")]
+    /// Whether a call has what the configuration asks for, and nothing else.
+    fn check_call(&self, call: &AttentionCall<'_>) -> Result<()> {
+        for (argument, is_given, is_needed, field) in [
+            ("sink_q", call.sink_q.is_some(), self.config.sink_queries, "sink_queries"),
+            ("lse", call.lse.is_some(), self.config.lse, "lse"),
+        ] {
+            if is_given != is_needed {
+                let (got, need) = if is_needed { ("none", "a range") } else { ("a range", "none") };
+                return Err(Error::argument(argument, got, format!("{need}, as AttentionConfig::{field} says")));
+            }
+        }
+        if let Some(sinks) = call.sinks
+            && (self.config.sinks.is_none() || sinks.num_q_heads != self.config.num_q_heads)
+        {
+            let need = format!("{} heads, and a config with sinks", self.config.num_q_heads);
+            return Err(Error::argument("sinks", format!("those of {} heads", sinks.num_q_heads), need));
+        }
+        Ok(())
+    }
+
     fn attend_any(
         &self,
         recorder: Recorder<'_>,
         plan: &AttentionPlan,
         layer: u32,
         parts: Range<usize>,
-        q: BufferRef<'_>,
-        out: BufferRef<'_>,
-        lse: Option<BufferRef<'_>>,
-        sinks: Option<&Sinks>,
+        call: AttentionCall<'_>,
     ) -> Result<()> {
         plan.ticket.check()?;
         self.check_own(plan)?;
+        self.check_call(&call)?;
         let storage = plan.layers.get(layer)?;
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
         let Variant { q_rows, out_rows, .. } = &self.prefill.variant;
-        let q = q.check_rows(&self.gpu, "q", q_rows, plan.num_tokens)?;
-        let out = out.check_rows(&self.gpu, "out", out_rows, plan.num_tokens)?;
+        let q = call.q.check_rows(&self.gpu, "q", q_rows, plan.num_tokens)?;
+        let sink_q =
+            call.sink_q.map(|sink_q| sink_q.check_rows(&self.gpu, "sink_q", q_rows, plan.num_tokens)).transpose()?;
+        let out = call.out.check_rows(&self.gpu, "out", out_rows, plan.num_tokens)?;
         out_rows.check_apart("out", plan.num_tokens)?;
-        let lse = lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
+        let lse = call.lse.map(|lse| lse.check(&self.gpu, "lse", rows, true)).transpose()?;
         // WebGPU allows no buffer to be read and written in one dispatch, not even in disjoint ranges.
-        check_distinct("out", &out, &[("q", Some(&q)), ("lse", lse.as_ref())])?;
+        check_distinct("out", &out, &[("q", Some(&q)), ("sink_q", sink_q.as_ref()), ("lse", lse.as_ref())])?;
         plan.layers.check_foreign("out", &out)?;
         check_distinct("q", &q, &[("lse", lse.as_ref())])?;
         plan.layers.check_foreign("q", &q)?;
+        if let Some(sink_q) = &sink_q {
+            check_distinct("sink_q", sink_q, &[("lse", lse.as_ref())])?;
+            plan.layers.check_foreign("sink_q", sink_q)?;
+        }
+        let sink_q = sink_q.as_ref().unwrap_or(&q);
         if let Some(lse) = &lse {
             plan.layers.check_foreign("lse", lse)?;
         }
@@ -451,6 +489,8 @@ impl Attention {
             let (program, first) = match (planned.stage, &self.decode) {
                 (Stage::Merge, _) => (&self.merge, partials.clone()),
                 (Stage::Decode, Some(decode)) => (decode, q.binding()),
+                (Stage::SinkDecode, Some(decode)) => (decode, sink_q.binding()),
+                (Stage::SinkPrefill, _) => (&self.prefill, sink_q.binding()),
                 _ => (&self.prefill, q.binding()),
             };
             let mut resources = program.resources();
@@ -462,7 +502,7 @@ impl Attention {
                 resources.extend([lists.as_entire_binding(), out.binding(), partials.clone(), params]);
             }
             resources.extend(lse.clone());
-            resources.extend(self.heads_binding(&program.variant, sinks));
+            resources.extend(self.heads_binding(&program.variant, call.sinks));
             program.dispatch(resources, planned.grid)
         };
         let dispatches: Vec<_> = plan.plan.dispatches[parts].iter().map(dispatch).collect();

@@ -40,9 +40,19 @@ impl fmt::Display for SequenceId {
 pub struct BlockId(pub(crate) u32);
 
 impl BlockId {
-    /// The index, below `num_blocks`.
+    /// Stands in a block table where a block has returned to the pool, because its tokens have left the window
+    /// ([`KvCacheConfig::window`](crate::KvCacheConfig::window)). No pool is so large that it has a block of this index.
+    pub const NULL: Self = Self(u32::MAX);
+
+    /// The index, below `num_blocks`; that of [`BlockId::NULL`] is 2^32 - 1.
     #[must_use]
     pub const fn index(self) -> u32 {
         self.0
+    }
+
+    /// Whether this is [`BlockId::NULL`].
+    #[must_use]
+    pub const fn is_null(self) -> bool {
+        self.0 == Self::NULL.0
     }
 }

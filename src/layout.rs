@@ -1,7 +1,11 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
+mod retention;
 mod rows;
 
+use std::ops::Range;
+
+pub use retention::Retention;
 pub use rows::{HostRows, RowElement, RowLayout};
 
 use crate::error::{Error, Result};
@@ -47,6 +51,11 @@ pub struct KvCacheConfig {
     pub contiguous: bool,
     /// There is no V side: values are the first `value_dim` elements of the keys.
     pub latent: bool,
+    /// A promise that no attention sees further back than this many newest tokens, besides the first [`sink_tokens`](Self::sink_tokens): blocks that no
+    /// later token can see return to the pool. At least 1; not in a contiguous cache. `None`: every token is kept.
+    pub window: Option<u32>,
+    /// First tokens of every sequence that are kept beside the window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+    pub sink_tokens: u32,
 }
 
 impl KvCacheConfig {
@@ -64,6 +73,8 @@ impl KvCacheConfig {
             v_format: KvFormat::F16,
             contiguous: false,
             latent: false,
+            window: None,
+            sink_tokens: 0,
         }
     }
 
@@ -114,6 +125,19 @@ impl KvCacheConfig {
         Self { value_dim: Some(value_dim), ..self }
     }
 
+    /// The same cache for attention that sees no more than the newest `window` tokens, the query's own included: blocks that no later token can see
+    /// return to the pool when their sequence goes on. A sequence of any length then takes at most [`most_blocks`](Self::most_blocks).
+    #[must_use]
+    pub const fn with_window(self, window: u32) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    /// The same cache that keeps the first tokens of every sequence beside its window ([`sink_tokens`](Self::sink_tokens)).
+    #[must_use]
+    pub const fn with_sink_tokens(self, sink_tokens: u32) -> Self {
+        Self { sink_tokens, ..self }
+    }
+
     /// Elements of a value.
     #[must_use]
     pub const fn value_dim(&self) -> u32 {
@@ -156,6 +180,12 @@ impl KvCacheConfig {
         }
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));
+        }
+        if let Some(window) = self.window
+            && (window == 0 || self.contiguous)
+        {
+            let got = if self.contiguous { "some in a contiguous cache".to_owned() } else { window.to_string() };
+            return Err(Error::argument("window", got, "at least 1 in a paged cache, or None"));
         }
         // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels, over all segments of a
         // side. What lies within a segment (elements, words) is bounded by the segment's bytes; see `storage`.
@@ -235,10 +265,42 @@ impl KvCacheConfig {
         self.block_bytes().saturating_mul(self.num_blocks.into()).saturating_add(tables)
     }
 
-    /// Blocks that a sequence of `seq_len` tokens takes. A block size of 0, which is not valid, counts as 1.
+    /// Blocks that the rows of `seq_len` tokens take. A block size of 0, which is not valid, counts as 1. Of these a cache with a
+    /// [window](Self::window) doesn't need the [hidden](Self::hidden_blocks) ones.
     #[must_use]
     pub fn blocks_for(&self, seq_len: u32) -> u32 {
-        seq_len.div_ceil(self.block_size.max(1))
+        self.retention().blocks_for(seq_len)
+    }
+
+    /// What of a sequence is kept, in blocks.
+    #[must_use]
+    pub const fn retention(&self) -> Retention {
+        Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
+    }
+
+    /// Where a query at `position` stands if positions are counted within what is kept: sink tokens, then the window. Its distance from sink tokens
+    /// is that from there; see [`AttentionConfig::sink_queries`](crate::AttentionConfig::sink_queries).
+    #[must_use]
+    pub fn sink_position(&self, position: u32) -> u32 {
+        self.window.map_or(position, |window| position.min(self.sink_tokens.saturating_add(window - window.min(1))))
+    }
+
+    /// [`Retention::hidden_blocks`] of this cache.
+    #[must_use]
+    pub fn hidden_blocks(&self, seq_len: u32) -> Range<u32> {
+        self.retention().hidden_blocks(seq_len)
+    }
+
+    /// [`Retention::held_blocks`] of this cache.
+    #[must_use]
+    pub fn held_blocks(&self, seq_len: u32) -> u32 {
+        self.retention().held_blocks(seq_len)
+    }
+
+    /// [`Retention::most_blocks`] of this cache.
+    #[must_use]
+    pub fn most_blocks(&self, seq_len: u32, chunk: u32) -> u32 {
+        self.retention().most_blocks(seq_len, chunk)
     }
 }
 

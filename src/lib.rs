@@ -31,7 +31,7 @@ pub mod sequence;
 pub mod tune;
 
 #[cfg(feature = "wgpu")]
-pub use attention::{Attention, AttentionPlan, MergeStates, Sinks};
+pub use attention::{Attention, AttentionCall, AttentionPlan, MergeStates, Sinks};
 #[cfg(feature = "wgpu")]
 pub use cache::{
     AppendQkv, AppendRows, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot,
@@ -46,8 +46,8 @@ pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{
-    HostRows, KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, RowElement,
-    RowLayout, Segments,
+    HostRows, KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Retention,
+    RowElement, RowLayout, Segments,
 };
 pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{

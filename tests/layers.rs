@@ -16,7 +16,7 @@ const TOP: [&str; 2] = ["model", "engine"];
 /// Modules that stand beside the order, and what they may use. Only `tune`, which judges kernels, may use `reference`: it shares no code with
 /// what it checks.
 const BESIDE: [(&str, &[&str]); 3] =
-    [("files", &[]), ("reference", &["error", "format", "layout"]), ("schedule", &["error"])];
+    [("files", &[]), ("reference", &["error", "format", "layout"]), ("schedule", &["error", "layout"])];
 /// Who may use `files`.
 const READ_FILES: [&str; 2] = ["cache", "model"];
 /// Modules that exist without the feature `wgpu`.

@@ -111,6 +111,42 @@ impl AppendQkv {
     /// [`Error::Argument`] for a cache whose values are not as long as its keys, `num_q_heads` that is no multiple of the cache's `num_kv_heads` or above 65 535, or a field of `rope` that breaks its
     /// rule; [`Error::Unsupported`] if the kernel needs more than the device offers; [`Error::Wgpu`] if it doesn't compile.
     pub async fn new(cache: &KvCache, rope: RopeConfig, num_q_heads: u32, head_norm: bool) -> Result<Self> {
+        Self::build(cache, rope, num_q_heads, head_norm, None).await
+    }
+
+    /// [`AppendQkv::new`] for [`KvCache::append_qkv_with_sinks`]: queries are written a second time, rotated by
+    /// [`KvCacheConfig::sink_position`] of their tokens' positions.
+    ///
+    /// # Errors
+    /// Those of [`AppendQkv::new`]; [`Error::Argument`] for a cache without a window; [`Error::Unsupported`] if a device has too few storage bindings
+    /// for a cache of so many segments beside the second queries.
+    pub async fn with_sink_queries(
+        cache: &KvCache,
+        rope: RopeConfig,
+        num_q_heads: u32,
+        head_norm: bool,
+    ) -> Result<Self> {
+        let config = cache.config();
+        if config.window.is_none() {
+            return Err(Error::argument("cache", "one without a window", "one with a window and sink tokens"));
+        }
+        let [k, v] = cache.segments();
+        // Queries twice, the lists, the frequencies and perhaps weights.
+        let need = k.count + v.count + 4 + u32::from(head_norm);
+        let have = cache.gpu().limits().max_storage_buffers_per_shader_stage;
+        if need > have {
+            return Err(Error::unsupported("sink queries", format!("{need} storage bindings"), have));
+        }
+        Self::build(cache, rope, num_q_heads, head_norm, Some(config.sink_position(u32::MAX))).await
+    }
+
+    async fn build(
+        cache: &KvCache,
+        rope: RopeConfig,
+        num_q_heads: u32,
+        head_norm: bool,
+        sink_position: Option<u32>,
+    ) -> Result<Self> {
         let (gpu, geometry) = (cache.gpu().clone(), *cache.config());
         if geometry.latent || geometry.value_dim() != geometry.head_dim {
             let rule = format!("head_dim, {}; other rows go through append", geometry.head_dim);
@@ -127,6 +163,7 @@ impl AppendQkv {
         let variant = Variant::new(Kernel::AppendQkv, gpu.target(), &geometry, group_size, AttendFlags::default());
         let variant = variant.with_segments(cache.segments()).with_rope(shape);
         let variant = if head_norm { variant.with_head_norm() } else { variant };
+        let variant = sink_position.map_or(variant, |position| variant.with_sink_queries(position));
         let program = VariantProgram::new(&gpu, variant).await?;
         let table = rope.table();
         let contents = bytemuck::cast_slice(&table);
@@ -154,8 +191,8 @@ impl AppendQkv {
         let mut words = Vec::new();
         push_params(&mut words, &CacheParams::default());
         let (lists, lease) = Upload::new(gpu, "warm_up", words)?.buffer()?;
-        let Variant { k_segments, v_segments, head_norm, .. } = self.program.variant;
-        let (rows, norm) = (gpu.warm_up_buffer()?, gpu.warm_up_buffer()?);
+        let Variant { k_segments, v_segments, head_norm, sink_position, .. } = self.program.variant;
+        let (rows, norm, sink_q) = (gpu.warm_up_buffer()?, gpu.warm_up_buffer()?, gpu.warm_up_buffer()?);
         // What is written needs a buffer for each binding.
         let sides =
             (0..k_segments.count + v_segments.count).map(|_| gpu.warm_up_buffer()).collect::<Result<Vec<_>>>()?;
@@ -164,6 +201,7 @@ impl AppendQkv {
         resources.extend([lists.as_entire_binding(), params_binding::<CacheParams>(&lists, 0)]);
         resources.push(self.table.as_entire_binding());
         resources.extend(head_norm.then(|| norm.as_entire_binding()));
+        resources.extend(sink_position.map(|_| sink_q.as_entire_binding()));
         gpu.warm_up([self.program.dispatch(resources, [1, 1, 1])], lease)
     }
 }
@@ -184,6 +222,39 @@ impl KvCache {
         kernel: &AppendQkv,
         rows: QkvRows<'_>,
         norm: Option<&HeadNorm>,
+    ) -> Result<()> {
+        self.append_qkv_any(recorder.into(), step, layer, kernel, rows, norm, None)
+    }
+
+    /// [`KvCache::append_qkv`] that also writes queries for sink tokens ([`AttentionConfig::sink_queries`](crate::AttentionConfig::sink_queries)) to
+    /// `sink_q`, f32 `[num_tokens, num_q_heads, head_dim]`, by a kernel that was made so ([`AppendQkv::with_sink_queries`]).
+    ///
+    /// # Errors
+    /// Those of [`KvCache::append_qkv`], and [`Error::Argument`] for a range of another size.
+    #[expect(clippy::too_many_arguments, reason = "a call of append_qkv, and where more goes")]
+    pub fn append_qkv_with_sinks<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        step: &Step,
+        layer: u32,
+        kernel: &AppendQkv,
+        rows: QkvRows<'_>,
+        norm: Option<&HeadNorm>,
+        sink_q: impl Into<BufferRef<'a>>,
+    ) -> Result<()> {
+        self.append_qkv_any(recorder.into(), step, layer, kernel, rows, norm, Some(sink_q.into()))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a call of append_qkv, with or without sinks")]
+    fn append_qkv_any(
+        &self,
+        recorder: Recorder<'_>,
+        step: &Step,
+        layer: u32,
+        kernel: &AppendQkv,
+        rows: QkvRows<'_>,
+        norm: Option<&HeadNorm>,
+        sink_q: Option<BufferRef<'_>>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
@@ -206,8 +277,20 @@ impl KvCache {
             let need = format!("for head_dim, {}", config.head_dim);
             return Err(Error::argument("norm", format!("weights for {}", norm.head_dim), need));
         }
+        if sink_q.is_some() != kernel.program.variant.sink_position.is_some() {
+            let (got, need) = if sink_q.is_some() { ("a range", "none") } else { ("none", "a range") };
+            return Err(Error::argument("sink_q", got, format!("{need}, as the kernel was made")));
+        }
         let range = rows.range().check(gpu, "rows", rows.elements(), true)?;
         self.layers.check_foreign("rows", &range)?;
+        let q_len = u64::from(step.num_tokens()) * u64::from(kernel.num_q_heads) * u64::from(config.head_dim);
+        let sink_q = sink_q.map(|sink_q| sink_q.check(gpu, "sink_q", q_len, true)).transpose()?;
+        if let Some(sink_q) = &sink_q {
+            self.layers.check_foreign("sink_q", sink_q)?;
+            if sink_q.buffer() == range.buffer() {
+                return Err(Error::argument("sink_q", "the buffer of rows", "a buffer of its own"));
+            }
+        }
         let (upload, lease) = step.upload().buffer()?;
         let mut dispatches = Vec::with_capacity(2);
         if step.num_copies > 0 {
@@ -219,7 +302,8 @@ impl KvCache {
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
         resources.push(kernel.table.as_entire_binding());
         resources.extend(norm.map(|norm| norm.weights.as_entire_binding()));
+        resources.extend(sink_q.as_ref().map(BufferRef::binding));
         dispatches.push(kernel.program.dispatch(resources, [x, y, 1]));
-        recorder.into().record(gpu, "folio append", &dispatches, &[lease])
+        recorder.record(gpu, "folio append", &dispatches, &[lease])
     }
 }

@@ -33,6 +33,8 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
+#[cfg(feature = "model")]
+use crate::sequence::WayBack;
 use crate::sequence::{
     BatchEntry, BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, TokenTree,
 };
@@ -151,7 +153,8 @@ impl KvCache {
     /// of the two first appends into it gets a copy.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have left the
+    /// [window](KvCacheConfig::window) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork_at(&self, sequence: SequenceId, len: u32) -> Result<SequenceId> {
         self.state().fork_at(sequence, len)
     }
@@ -244,9 +247,34 @@ impl KvCache {
     /// Forgets the tokens from `len` on, for example rejected speculative ones, and gives blocks that are no longer needed back.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have left the
+    /// [window](KvCacheConfig::window) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn truncate(&self, sequence: SequenceId, len: u32) -> Result<()> {
         self.state().truncate(sequence, len)
+    }
+
+    /// Whether a sequence can be cut back to, or forked at, `len` tokens: it has as many, and all that the token behind them sees is still in the
+    /// cache. Without a [window](KvCacheConfig::window) the second is always so.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn reaches_back(&self, sequence: SequenceId, len: u32) -> Result<bool> {
+        self.state().reaches_back(sequence, len)
+    }
+
+    /// Gives the blocks back that no token from the sequence's length on can see. [`KvCache::begin_step`] does it by itself for the sequences of the
+    /// step; this is for one that rests. It can't be cut back behind its window then. Returns how many blocks the sequence has given back.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    pub fn release_hidden(&self, sequence: SequenceId) -> Result<u32> {
+        self.state().release_hidden(sequence)
+    }
+
+    /// Keeps what these lengths need until it is taken back by `None`: the sequence can be cut back to them whatever it grows to.
+    #[cfg(feature = "model")]
+    pub(crate) fn set_way_back(&self, sequence: SequenceId, way_back: Option<WayBack>) {
+        self.state().set_way_back(sequence, way_back);
     }
 
     /// Ends a sequence. Its blocks return to the pool, except those that a fork or the prefix index still holds.
@@ -270,7 +298,7 @@ impl KvCache {
         Ok(self.state().table(sequence)?.len())
     }
 
-    /// Blocks of a sequence in the order of its tokens.
+    /// Blocks of a sequence in the order of its tokens: [`BlockId::NULL`] for those that have left the [window](KvCacheConfig::window).
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
@@ -294,7 +322,8 @@ impl KvCache {
     ///
     /// The tokens of the batch stand one after another, in this order, in the k, v, q and out buffers of the step.
     ///
-    /// If the pool has too few free blocks, the prefix index gives some up; they don't come back if the step is dropped.
+    /// If the pool has too few free blocks, the prefix index gives some up; they don't come back if the step is dropped. Nor do blocks that the
+    /// sequences' [windows](KvCacheConfig::window) have left, which return to the pool first.
     ///
     /// # Errors
     /// [`Error::OutOfBlocks`] if the pool has too few free blocks even so (retry after freeing some);

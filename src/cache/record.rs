@@ -181,7 +181,8 @@ impl KvCache {
     /// The ranges need usage `STORAGE` and an aligned offset, may be larger than the rows, and may be of one buffer if they don't overlap.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there or a range that doesn't fit; [`Error::Wgpu`].
+    /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there, a range that doesn't fit or a sequence some of whose tokens
+    /// have left the [window](crate::KvCacheConfig::window); [`Error::Wgpu`].
     pub fn record_gather<'a>(
         &self,
         recorder: impl Into<Recorder<'a>>,
@@ -195,6 +196,11 @@ impl KvCache {
         let (num_tokens, table) = {
             let state = self.state();
             let table = state.table(sequence)?;
+            if table.blocks().len() > table.num_held() as usize {
+                let lost = (table.blocks().len() - table.num_held() as usize) * config.block_size as usize;
+                let got = format!("{sequence}, of which {lost} tokens have left the window");
+                return Err(Error::argument("sequence", got, "one whose tokens are all in the cache"));
+            }
             (table.len(), table.blocks().iter().map(|b| b.index()).collect::<Vec<_>>())
         };
         let elements = row_elements(config, num_tokens);

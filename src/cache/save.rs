@@ -77,6 +77,9 @@ impl Contents {
         if self.config.latent {
             text.push_str(r#""latent":"true","#);
         }
+        if let Some(window) = self.config.window {
+            let _ = write!(text, r#""window":"{window}","sink_tokens":"{}","#, self.config.sink_tokens);
+        }
         let _ = write!(
             text,
             r#""block_size":"{block_size}","k_format":"{k_format}","v_format":"{v_format}","len":"{}","crc32":"{crc:08x}"}}"#,
@@ -135,9 +138,14 @@ impl Contents {
         if fields.contains_key("value_dim") {
             config.value_dim = Some(number(fields, "value_dim")?);
         }
+        // Nor do files of caches that keep all tokens.
+        if fields.contains_key("window") {
+            (config.window, config.sink_tokens) = (Some(number(fields, "window")?), number(fields, "sink_tokens")?);
+        }
         config.latent = fields.get("latent").is_some_and(|latent| latent == "true");
         // Blocks of any size that a cache can have, paged or contiguous. A snapshot says nothing about which it was.
-        config.contiguous = true;
+        // A window goes with paged blocks only.
+        config.contiguous = config.window.is_none();
         config.validate().map_err(|e| format!("damaged: {e}"))?;
         config.contiguous = false;
         let len = number(fields, "len")?;
@@ -156,7 +164,7 @@ impl Contents {
         let contents = Self {
             config: {
                 let mut config = config;
-                config.num_blocks = config.blocks_for(len);
+                config.num_blocks = config.held_blocks(len);
                 config
             },
             len,

@@ -1,6 +1,7 @@
 //! [`SequenceSnapshot`]: the bytes of a sequence on the host.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::KvCache;
 use super::pack::{stream_bytes, strip_marker};
@@ -78,7 +79,7 @@ impl SequenceSnapshot {
     }
 
     /// Geometry and formats. `num_blocks` is the number of blocks of the sequence, 0 for an empty one, and not the size of the pool it
-    /// comes from; `contiguous` is never set.
+    /// comes from; `contiguous` is never set. With a window it has no blocks that [no later token sees](KvCacheConfig::hidden_blocks).
     #[must_use]
     pub fn config(&self) -> &KvCacheConfig {
         &self.config
@@ -120,6 +121,15 @@ impl SequenceSnapshot {
             return Err(Error::argument("snapshot", format!("{} tokens", self.len), need));
         }
         let own = &self.config;
+        let (lacks, hidden) = (self.hidden_blocks(), cache.hidden_blocks(self.len));
+        if !lacks.is_empty() && (lacks.start < hidden.start || lacks.end > hidden.end) {
+            let of = |config: &KvCacheConfig| match config.window {
+                Some(window) => format!("a window of {window} and {} sink tokens", config.sink_tokens),
+                None => "all tokens".to_owned(),
+            };
+            let got = format!("{} tokens of a cache that keeps {}", self.len, of(own));
+            return Err(Error::argument("snapshot", got, format!("what the cache keeps, {}", of(cache))));
+        }
         for (what, own, cache) in [
             ("num_layers", own.num_layers.to_string(), cache.num_layers.to_string()),
             ("num_kv_heads", own.num_kv_heads.to_string(), cache.num_kv_heads.to_string()),
@@ -142,6 +152,11 @@ impl SequenceSnapshot {
             return Err(Error::argument("snapshot", "K with other scales per channel", need));
         }
         Ok(())
+    }
+
+    /// Which places of its block table have no block, because no token behind the last one sees them.
+    pub(super) fn hidden_blocks(&self) -> Range<u32> {
+        self.config.hidden_blocks(self.len)
     }
 
     /// Zeroes the slots of the last block that hold no token: they may be anything, also what another sequence left.
@@ -237,7 +252,11 @@ impl KvCache {
         let (len, blocks) = {
             let state = self.state();
             let table = state.table(sequence)?;
-            (table.len(), table.blocks().to_vec())
+            // Also blocks that are still there would go when the sequence goes on.
+            let hidden = self.config.hidden_blocks(table.len());
+            let places = (0..).zip(table.blocks());
+            let blocks: Vec<_> = places.filter(|(i, _)| !hidden.contains(i)).map(|(_, &block)| block).collect();
+            (table.len(), blocks)
         };
         let config = KvCacheConfig { num_blocks: blocks.len() as u32, contiguous: false, ..self.config };
         let staging = self.record_pack(encoder, &blocks)?;

@@ -1,5 +1,6 @@
 //! Sequences leave the pool for host memory, and come back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::KvCache;
@@ -67,6 +68,8 @@ pub struct SwapIn {
     epoch: u64,
     blocks: Vec<BlockId>,
     len: u32,
+    /// Places of the block table without a block.
+    hidden: Range<u32>,
     /// Which sequence it was, if it was swapped out.
     origin: Option<SequenceId>,
     is_open: bool,
@@ -78,7 +81,7 @@ impl SwapIn {
     /// # Errors
     /// [`Error::Stale`] after [`KvCache::clear`].
     pub fn commit(mut self) -> Result<SequenceId> {
-        let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len)?;
+        let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len, self.hidden.clone())?;
         self.is_open = false;
         Ok(id)
     }
@@ -89,7 +92,8 @@ impl SwapIn {
     /// [`Error::Argument`] if the snapshot was taken or loaded and not swapped out, if another cache swapped it out, or if the sequence has come
     /// back already (a snapshot can be swapped in several times); [`Error::Stale`] after [`KvCache::clear`]. The blocks return to the pool.
     pub fn restore(mut self) -> Result<SequenceId> {
-        let id = lock(&self.state).restore_swap_in(self.epoch, &self.blocks, self.len, self.origin)?;
+        let hidden = self.hidden.clone();
+        let id = lock(&self.state).restore_swap_in(self.epoch, &self.blocks, self.len, hidden, self.origin)?;
         self.is_open = false;
         Ok(id)
     }
@@ -132,7 +136,7 @@ impl KvCache {
     /// block, if that is larger).
     ///
     /// # Errors
-    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's; [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
+    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's, or the snapshot lacks blocks that the cache's window shows; [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
     /// list of blocks doesn't fit into a binding; [`Error::Wgpu`], for example if memory is short. Nothing has changed then.
     pub fn swap_in(&self, encoder: &mut wgpu::CommandEncoder, snapshot: &SequenceSnapshot) -> Result<SwapIn> {
         self.check_snapshot(snapshot)?;
@@ -141,8 +145,8 @@ impl KvCache {
             (state.begin_swap_in(snapshot.config.num_blocks)?, state.epoch())
         };
         // From here on, dropping it gives the blocks back.
-        let (len, origin) = (snapshot.len, snapshot.origin);
-        let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len, origin, is_open: true };
+        let (len, hidden, origin) = (snapshot.len, snapshot.hidden_blocks(), snapshot.origin);
+        let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len, hidden, origin, is_open: true };
         self.record_unpack(encoder, &swap.blocks, &snapshot.data)?;
         Ok(swap)
     }

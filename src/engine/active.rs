@@ -180,8 +180,10 @@ impl CacheView<'_> {
     /// that one is computed for each answer, as its logits are drawn from.
     fn sibling(&self, request: &Active) -> Option<(SequenceId, u32)> {
         let sibling = self.requests.get(&request.sibling?)?;
-        let cached = self.cached(sibling)?;
-        Some((sibling.sequence?, cached.min(request.usage.prompt_tokens - 1)))
+        let cached = self.cached(sibling)?.min(request.usage.prompt_tokens - 1);
+        let sequence = sibling.sequence?;
+        // It may have gone on until its window has left the prompt.
+        self.decoder.reaches_back(sequence, cached).is_ok_and(|reaches| reaches).then_some((sequence, cached))
     }
 
     /// Where a fork gives a waiting request all of its prompt but the last token.
@@ -212,7 +214,11 @@ impl Memory for CacheView<'_> {
         let Some(request) = self.requests.get(&request) else { return 0 };
         let shared = (request.usage.prompt_tokens / self.decoder.options().block_size) as usize;
         let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_table(sequence).ok());
-        tables.flat_map(|table| table.into_iter().skip(shared)).collect::<HashSet<_>>().len() as u32
+        tables
+            .flat_map(|table| table.into_iter().skip(shared))
+            .filter(|block| !block.is_null())
+            .collect::<HashSet<_>>()
+            .len() as u32
     }
 
     fn prefix(&self, request: RequestId) -> PrefixHit {

@@ -77,6 +77,8 @@ impl EngineOptions {
     fn scheduler(&self, decoder: &Decoder) -> SchedulerConfig {
         let options = decoder.options();
         let mut config = SchedulerConfig::new(options.num_blocks, options.block_size);
+        let cache = decoder.cache().config();
+        (config.window, config.sink_tokens) = (cache.window, cache.sink_tokens);
         config.max_step_tokens = self.max_step_tokens.unwrap_or(options.max_step_tokens).min(options.max_step_tokens);
         config.max_running = self.max_running;
         config.max_queued = self.max_queued;
@@ -191,7 +193,7 @@ impl Engine {
         let start = |grammar| self.grammars.start(grammar, self.tokenizer.as_ref(), &request.stop_tokens, vocab);
         let constraint = request.grammar.as_ref().map(start).transpose()?;
         let now = self.start.elapsed();
-        let max_positions = self.decoder.model().config().max_positions;
+        let max_positions = self.decoder.max_len();
         let prompt_tokens = request.prompt.len() as u32;
         // The last token of an answer is never fed, so it needs no position.
         let max_tokens = request.max_tokens.min(max_positions - prompt_tokens + 1);
@@ -245,9 +247,9 @@ impl Engine {
             let rule = format!("ids below vocab_size, {}", config.vocab_size);
             return Err(ModelError::argument("prompt", format!("id {id}"), rule));
         }
-        if request.prompt.len() > config.max_positions as usize {
+        if request.prompt.len() > self.decoder.max_len() as usize {
             let got = format!("{} tokens", request.prompt.len());
-            let rule = format!("at most the model's {} positions", config.max_positions);
+            let rule = format!("at most the model's {} positions", self.decoder.max_len());
             return Err(ModelError::argument("prompt", got, rule));
         }
         if let Some(id) = request.stop_tokens.iter().find(|&&id| id >= config.vocab_size) {

@@ -188,12 +188,12 @@ impl DraftModel {
         let cached = self.decoder.tokens(sequence)?;
         let but_last = &request.text[..request.text.len().saturating_sub(1)];
         let common = cached.iter().zip(but_last).take_while(|(a, b)| a == b).count();
-        self.decoder.truncate(sequence, common as u32)?;
-        Ok((sequence, common))
+        let common = self.decoder.rewind(sequence, common as u32)?;
+        Ok((sequence, common as usize))
     }
 
     async fn draft(&mut self, requests: &[Draftable<'_>]) -> ModelResult<Vec<DraftTree>> {
-        let max_positions = self.decoder.model().config().max_positions as usize;
+        let max_positions = self.decoder.max_len() as usize;
         let vocab = self.decoder.model().config().vocab_size;
         let mut drafts = vec![Vec::new(); requests.len()];
         // Beside each draft.

@@ -133,7 +133,7 @@ impl Engine {
         for ((id, most), drafts) in wanted.into_iter().zip(proposals) {
             let Some(request) = requests.get_mut(&id) else { continue };
             // A line is bit for bit what single steps are in an exact model, and a tree is not.
-            let drafts = if decoder.model().is_exact() { drafts.first_line() } else { drafts };
+            let drafts = if decoder.takes_trees() { drafts } else { drafts.first_line() };
             let constraint = &mut request.constraint;
             request.drafts = drafts.pruned(most_nodes, most, |path| {
                 let follows =
@@ -250,6 +250,10 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
+        for fed in &feeds {
+            // What the scheduler counts with. Without a window nothing happens.
+            self.decoder.release_hidden(fed.sequence)?;
+        }
         let now = self.start.elapsed();
         let tokens: u32 = chunks.iter().map(|chunk| chunk.tokens + chunk.drafts).sum();
         if tokens >= MIN_MEASURED_TOKENS {
@@ -355,7 +359,7 @@ impl Engine {
         request.usage.preemptions += 1;
         if how == Preemption::Swap {
             // All of its blocks move, also those that others hold.
-            let blocks = (self.decoder.tokens(sequence)?.len() as u32).div_ceil(self.decoder.options().block_size);
+            let blocks = self.decoder.cache().config().held_blocks(self.decoder.tokens(sequence)?.len() as u32);
             let start = Instant::now();
             match self.decoder.swap_out(sequence).await {
                 Ok(_) => {

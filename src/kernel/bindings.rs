@@ -100,5 +100,8 @@ pub fn bindings(variant: &Variant) -> Vec<Binding> {
     if variant.head_norm {
         bindings.push(read("norm_weights"));
     }
+    if variant.sink_position.is_some() {
+        bindings.push(write("sink_q"));
+    }
     bindings
 }

@@ -93,6 +93,8 @@ pub fn compose(variant: &Variant) -> Result<String> {
                 rotary_dim => v.rope.map(|rope| rope.rotary_dim),
                 rotary_start => v.rope.map(|rope| rope.rotary_start),
                 head_norm => v.head_norm,
+                sink_queries => v.sink_position.is_some(),
+                sink_position => v.sink_position.unwrap_or(0),
                 packed_dots => v.packed_dots,
                 regions => v.qkv_regions().map(template::region_context),
                 subgroups => v.target.subgroups,

@@ -161,6 +161,8 @@ pub struct Variant {
     pub rope: Option<RopeShape>,
     /// Whether `append_qkv` normalises queries and keys before.
     pub head_norm: bool,
+    /// `append_qkv` writes the queries a second time, rotated by their positions up to this one, for sink tokens.
+    pub sink_position: Option<u32>,
     /// Whether scores are integer dot products of quantised queries with the codes of K (`decode`).
     pub packed_dots: bool,
     /// Invocations of a workgroup.
@@ -218,6 +220,7 @@ impl Variant {
             flags,
             rope: None,
             head_norm: false,
+            sink_position: None,
             packed_dots: false,
             workgroup_size: 0,
             tile_q: 0,
@@ -349,6 +352,12 @@ impl Variant {
     #[must_use]
     pub fn with_head_norm(self) -> Self {
         Self { head_norm: true, ..self }
+    }
+
+    /// The same kernel that writes queries for sink tokens beside the others, rotated by their positions up to `position`; `append_qkv` knows it.
+    #[must_use]
+    pub fn with_sink_queries(self, position: u32) -> Self {
+        Self { sink_position: Some(position), ..self }
     }
 
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.

@@ -63,7 +63,7 @@ impl Decoder {
         if max_new_tokens == 0 {
             return Err(ModelError::argument("max_new_tokens", 0, "at least 1"));
         }
-        let max_positions = self.model().config().max_positions as usize;
+        let max_positions = self.max_len() as usize;
         let blank = Generated { tokens: Vec::new(), cached_tokens: 0, finish: Finish::Length };
         let mut generated = vec![blank; prompts.len()];
         let found = |decoder: &Self| -> ModelResult<Vec<u32>> {

@@ -35,7 +35,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{
     ExpertLayers, ExpertsConfig, LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm,
 };
-pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, TokenLogprob};
+pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, Streaming, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use gguf::GgufMetadata;

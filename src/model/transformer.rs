@@ -17,7 +17,9 @@ use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::layout::Region;
-use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Sinks, Step};
+use crate::{
+    AppendQkv, Attention, AttentionCall, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Sinks, Step,
+};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -182,6 +184,8 @@ pub(crate) struct KindContext<'a> {
     pub(crate) plan: &'a AttentionPlan,
     /// For layers with rotary embeddings.
     pub(crate) append: Option<&'a AppendQkv>,
+    /// Where its queries for sink tokens go, if it has any.
+    pub(crate) sink_q: Option<BufferRef<'a>>,
 }
 
 impl Model {
@@ -400,15 +404,17 @@ impl Model {
             }
             _ => {}
         }
-        match kind.append {
-            Some(append) => context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?,
-            None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
+        let (cache, step) = (context.cache, context.step);
+        match (kind.append, kind.sink_q) {
+            (Some(append), Some(sink_q)) => {
+                cache.append_qkv_with_sinks(&mut *pass, step, index, append, heads, head_norm, sink_q)?;
+            }
+            (Some(append), None) => cache.append_qkv(&mut *pass, step, index, append, heads, head_norm)?,
+            (None, _) => cache.append(&mut *pass, step, index, heads.k(), heads.v(), None)?,
         }
-        let (q, out) = (heads.q(), attended.range());
-        match context.sinks.get(index as usize) {
-            Some(sinks) => kind.attention.attend_with_sinks(&mut *pass, kind.plan, index, q, out, sinks)?,
-            None => kind.attention.attend(&mut *pass, kind.plan, index, q, out)?,
-        }
+        let mut call = AttentionCall::new(heads.q(), attended.range());
+        (call.sink_q, call.sinks) = (kind.sink_q, context.sinks.get(index as usize));
+        kind.attention.attend_call(&mut *pass, kind.plan, index, call)?;
 
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.

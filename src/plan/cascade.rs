@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::lists::PlanShape;
+use super::shape::PlanShape;
 use crate::sequence::Batch;
 
 /// When it pays to read shared blocks once: what decides is arithmetic and dispatches, which differ between adapters.

@@ -3,7 +3,7 @@
 use super::MAX_GRID;
 use super::cascade::CascadePolicy;
 use super::items::LOGIT_FLOOR;
-use super::params::AttendParams;
+use super::params::{AttendParams, NO_WINDOW};
 use crate::error::{Error, Result};
 use crate::layout::{KvCacheConfig, RowLayout};
 
@@ -37,6 +37,16 @@ pub struct AttentionConfig {
     pub softcap: Option<f32>,
     /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. At least 1. `None`: all.
     pub window: Option<u32>,
+    /// First tokens of a sequence that a query sees besides its window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453); see
+    /// also [`KvCacheConfig::sink_tokens`]. 0: none. Needs a window; not with `custom_mask`, nor with `trees`.
+    pub sink_tokens: u32,
+    /// Queries for the sink tokens are rows of their own, rotated by other positions: calls give them by `AttentionCall::sink_q`. Needs
+    /// `sink_tokens`; not with `alibi_slopes`, whose distances are those in the text.
+    ///
+    /// StreamingLLM numbers positions within what is kept, so that no model sees a distance that it was not trained on. Keys needn't be rotated again for
+    /// that, because a rotary embedding depends on distances only: the newest tokens have theirs anyway, and a query at position `p` is as far from the
+    /// sink tokens as it should be if it is rotated by `min(p, sink_tokens + window - 1)` ([`KvCacheConfig::sink_position`]).
+    pub sink_queries: bool,
     /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
     pub alibi_slopes: Option<Vec<f32>>,
     /// A logit per query head that joins the softmax denominator and has no V row.
@@ -78,6 +88,8 @@ impl AttentionConfig {
             softmax_scale: None,
             softcap: None,
             window: None,
+            sink_tokens: 0,
+            sink_queries: false,
             alibi_slopes: None,
             sinks: None,
             custom_mask: false,
@@ -117,6 +129,30 @@ impl AttentionConfig {
         if self.window == Some(0) {
             return Err(Error::argument("window", 0, "at least 1, or None"));
         }
+        if let Some(kept) = cache.window
+            && self.window.is_none_or(|window| window > kept)
+        {
+            let got = self.window.map_or_else(|| "None".to_owned(), |window| window.to_string());
+            return Err(Error::argument("window", got, format!("at most what the cache keeps, {kept}")));
+        }
+        if cache.window.is_some() && self.sink_tokens > cache.sink_tokens {
+            let rule = format!("at most what the cache keeps, {}", cache.sink_tokens);
+            return Err(Error::argument("sink_tokens", self.sink_tokens, rule));
+        }
+        if self.sink_tokens > 0 && (self.window.is_none() || self.custom_mask || self.trees) {
+            let beside = match self.window {
+                None => "no window",
+                Some(_) if self.custom_mask => "custom_mask",
+                Some(_) => "trees",
+            };
+            let got = format!("{} beside {beside}", self.sink_tokens);
+            return Err(Error::argument("sink_tokens", got, "a window, and neither custom_mask nor trees"));
+        }
+        if self.sink_queries && (self.sink_tokens == 0 || self.alibi_slopes.is_some()) {
+            let beside = if self.sink_tokens == 0 { "no sink_tokens" } else { "alibi_slopes" };
+            let got = format!("true beside {beside}");
+            return Err(Error::argument("sink_queries", got, "sink_tokens, and no alibi_slopes"));
+        }
         for (argument, values) in [("alibi_slopes", &self.alibi_slopes), ("sinks", &self.sinks)] {
             let Some(values) = values else { continue };
             if values.len() != heads as usize {
@@ -148,7 +184,11 @@ impl AttentionConfig {
         let cap = self.softcap.unwrap_or(0.0);
         small("softcap", cap, log2_units(cap))?;
         self.sinks.iter().flatten().try_for_each(|&sink| small("sinks", sink, log2_units(sink)))?;
-        let longest = f64::from(cache.num_blocks) * f64::from(cache.block_size);
+        // A text whose blocks return to the pool may be longer than that, up to the longest there is.
+        let longest = match cache.window {
+            Some(_) => f64::from(i32::MAX),
+            None => f64::from(cache.num_blocks) * f64::from(cache.block_size),
+        };
         let slopes = self.alibi_slopes.iter().flatten();
         slopes
             .copied()
@@ -182,8 +222,7 @@ impl AttentionConfig {
         AttendParams {
             qk_scale: qk_scale as f32,
             softcap_log2e: softcap_log2e as f32,
-            // Longer than any sequence, and with room for a key's position beside it.
-            window: self.window.unwrap_or(0).min(1 << 31),
+            window: self.window.unwrap_or(0).min(NO_WINDOW),
             num_blocks: cache.num_blocks,
             ..AttendParams::default()
         }

@@ -6,32 +6,11 @@ use std::ops::Range;
 
 use super::cascade::{self, Cluster, SharedRun};
 use super::items::{MergeItem, NO_MASK, NO_PARTIAL, TREE_MASK, WorkItem};
+use super::shape::{PlanShape, Tile, key_range, part_of};
 use super::split::SplitPolicy;
 use crate::error::{Error, Result};
-use crate::sequence::{Batch, BatchEntry, QueryKernel};
-
-/// Shapes and options that a plan depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PlanShape {
-    /// Heads of K and V.
-    pub num_kv_heads: u32,
-    /// Query heads per KV head.
-    pub group_size: u32,
-    /// Elements of a query and of a key.
-    pub head_dim: u32,
-    /// Elements of a value and of a result.
-    pub value_dim: u32,
-    /// Whether a query sees only keys up to its own position.
-    pub causal: bool,
-    /// Newest keys that a query sees, its own position included.
-    pub window: Option<u32>,
-    /// Whether single-token sequences go to the decode kernel.
-    pub has_decode: bool,
-    /// Query rows of a prefill tile.
-    pub tile_q: u32,
-    /// Keys of a block.
-    pub block_size: u32,
-}
+use crate::ids::BlockId;
+use crate::sequence::Batch;
 
 /// Items that use the workspace at the same time. Rounds run one after another.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +19,10 @@ pub struct Round {
     pub decode: Range<usize>,
     /// Range of [`WorkLists::prefill`].
     pub prefill: Range<usize>,
+    /// Range of [`WorkLists::sink_decode`].
+    pub sink_decode: Range<usize>,
+    /// Range of [`WorkLists::sink_prefill`].
+    pub sink_prefill: Range<usize>,
     /// Range of [`WorkLists::merge`]: a workgroup per head for each.
     pub merge: Range<usize>,
     /// Range of [`WorkLists::merge`] that follows: what [`MergeItem::next`] leads to.
@@ -53,6 +36,10 @@ pub struct WorkLists {
     pub decode: Vec<WorkItem>,
     /// Items of the prefill kernel.
     pub prefill: Vec<WorkItem>,
+    /// Items of the decode kernel whose keys are sink tokens: they run with a window that hides nothing.
+    pub sink_decode: Vec<WorkItem>,
+    /// The same for the prefill kernel.
+    pub sink_prefill: Vec<WorkItem>,
     /// Items of the merge kernel.
     pub merge: Vec<MergeItem>,
     /// Tokens of the rows of items that don't stand one after another.
@@ -76,103 +63,6 @@ fn checked(offset: u64) -> Result<u32> {
     u32::try_from(offset).map_err(|_| Error::argument("step", format!("offset {offset}"), "offsets below 2^32 words"))
 }
 
-/// A tile of query rows of one sequence and the keys that it sees.
-#[derive(Clone, Copy)]
-struct Tile {
-    row_start: u32,
-    keys: (u32, u32),
-}
-
-/// The range that covers all the given ones.
-fn key_range(keys: impl Iterator<Item = (u32, u32)>) -> (u32, u32) {
-    keys.fold((u32::MAX, 0), |(begin, end), k| (begin.min(k.0), end.max(k.1)))
-}
-
-impl PlanShape {
-    /// Checks what the arithmetic of plans and kernels relies on.
-    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
-        if self.window == Some(0) {
-            return Err(Error::argument("window", 0, "at least 1, or None"));
-        }
-        if self.num_kv_heads == 0 || self.group_size == 0 || self.tile_q == 0 {
-            return Err(Error::argument("shape", format!("{self:?}"), "at least 1 head, and 1 row of a tile"));
-        }
-        let mut num_tokens = 0_u64;
-        for (i, entry) in batch.entries.iter().enumerate() {
-            let len = entry.context_len.checked_add(entry.query_len);
-            let fits = entry.query_len > 0 && len.is_some_and(|len| len <= i32::MAX as u32);
-            let is_whole = entry.tree.as_ref().is_none_or(|tree| tree.len() == entry.query_len);
-            if !is_whole || !fits || entry.table.end > batch.tables.len() || entry.table.start >= entry.table.end {
-                let rule =
-                    "new tokens, fewer than 2^31 in all, a table in the batch, and a tree of all new tokens or none";
-                return Err(Error::argument("batch", format!("{entry:?} as sequence {i}"), rule));
-            }
-            num_tokens += u64::from(entry.query_len);
-        }
-        let heads = u64::from(self.num_kv_heads) * u64::from(self.group_size);
-        // Rows (token, query head) are numbered with u32.
-        if num_tokens.checked_mul(heads).is_none_or(|rows| rows > u64::from(u32::MAX)) {
-            let got = format!("{num_tokens} tokens of {heads} query heads");
-            return Err(Error::argument("step", got, "fewer than 2^32 rows (tokens times query heads)"));
-        }
-        Ok(())
-    }
-
-    /// Multiply-adds of a key with the rows of an item, over all KV heads.
-    pub(super) fn key_work(&self, rows: u32) -> u64 {
-        let row = (u64::from(self.head_dim) + u64::from(self.value_dim)) * u64::from(self.num_kv_heads);
-        row.saturating_mul(rows.into())
-    }
-
-    pub(super) fn uses_decode(&self, entry: &BatchEntry) -> bool {
-        self.has_decode && entry.query_len == 1 && entry.kernel != QueryKernel::Prefill
-    }
-
-    /// Rows of a tile of a sequence: all that there are, or as many as a prefill workgroup has.
-    fn tile_rows(&self, entry: &BatchEntry) -> u32 {
-        if self.uses_decode(entry) { self.group_size } else { self.tile_q }
-    }
-
-    /// Tiles of a sequence and their keys from `own_begin` on, the one with the most keys first: long workgroups that start last would run alone
-    /// at the end.
-    fn tiles(&self, entry: &BatchEntry, tile_rows: u32, own_begin: u32) -> impl Iterator<Item = Tile> + Clone {
-        let (shape, entry) = (*self, entry.clone());
-        let rows = entry.query_len * self.group_size;
-        (0..rows.div_ceil(tile_rows)).rev().map(move |tile| {
-            let row_start = tile * tile_rows;
-            let row_end = row_start.saturating_add(tile_rows).min(rows);
-            let (begin, end) = shape.visible(&entry, row_start, row_end);
-            Tile { row_start, keys: (begin.max(own_begin), end) }
-        })
-    }
-
-    /// Rows of all tokens of the entries of a run.
-    fn run_rows(&self, run: &SharedRun, batch: &Batch) -> u32 {
-        run.entries.iter().map(|&i| batch.entries[i].query_len).sum::<u32>() * self.group_size
-    }
-
-    /// Range of the keys that any of the rows can see.
-    fn visible(&self, entry: &BatchEntry, row_start: u32, row_end: u32) -> (u32, u32) {
-        let first = entry.context_len + row_start / self.group_size;
-        let last = entry.context_len + (row_end - 1) / self.group_size;
-        let end = if self.causal { last + 1 } else { entry.seq_len() };
-        let begin = match self.window {
-            // The rows of a tree say nothing of positions: see `own_begin`.
-            Some(window) if entry.tree.is_none() => (first + 1).saturating_sub(window),
-            _ => 0,
-        };
-        (begin, end)
-    }
-
-    /// The first key that any token of a tree can see: all of them are at least as far as the first one, a root. For others 0.
-    fn own_begin(&self, entry: &BatchEntry) -> u32 {
-        match (&entry.tree, self.window) {
-            (Some(_), Some(window)) => (entry.context_len + 1).saturating_sub(window),
-            _ => 0,
-        }
-    }
-}
-
 impl WorkLists {
     /// Plans a batch.
     ///
@@ -184,8 +74,9 @@ impl WorkLists {
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape with zeros, a sequence of no new tokens, of 2^31 tokens or more or without a table in the batch, or more
-    /// rows (tokens times query heads) than fit 32 bits; for masks beside [`QueryKernel::Decode`] for several tokens; for trees without masks, or of
-    /// another number of tokens.
+    /// rows (tokens times query heads) than fit 32 bits; for masks beside
+    /// [`QueryKernel::Decode`](crate::sequence::QueryKernel::Decode) for several tokens; for trees without masks, or of another number of tokens; for
+    /// keys whose blocks have returned to the pool.
     pub fn new(
         shape: &PlanShape,
         policy: &SplitPolicy,
@@ -223,15 +114,45 @@ impl WorkLists {
             planner.add_entry(i)?;
         }
         planner.close();
+        check_blocks(shape, &batch, table_offset, &planner.plan)?;
         Ok(planner.plan)
+    }
+
+    /// Items of decode, of prefill, and both of sink tokens, in the order of an upload.
+    pub(super) fn of_items(&self) -> [&[WorkItem]; 4] {
+        [&self.decode, &self.prefill, &self.sink_decode, &self.sink_prefill]
+    }
+
+    fn items(&self) -> impl Iterator<Item = &WorkItem> {
+        self.of_items().into_iter().flatten()
     }
 
     /// Rows of K (and as many of V) that the kernels read in a layer, each as often as it is read.
     #[must_use]
     pub fn kv_rows_read(&self, num_kv_heads: u32) -> u64 {
-        let keys = self.decode.iter().chain(&self.prefill).map(|item| item.kv_end.saturating_sub(item.kv_begin));
+        let keys = self.items().map(|item| item.kv_end.saturating_sub(item.kv_begin));
         keys.map(u64::from).sum::<u64>() * u64::from(num_kv_heads)
     }
+}
+
+/// Fails if an item reads keys whose blocks have returned to the pool.
+fn check_blocks(shape: &PlanShape, batch: &Batch, table_offset: u32, plan: &WorkLists) -> Result<()> {
+    let null = BlockId::NULL.index();
+    if !batch.tables.contains(&null) {
+        return Ok(());
+    }
+    let block_size = shape.block_size.max(1);
+    for item in plan.items().filter(|item| item.kv_begin < item.kv_end) {
+        let table = item.table_offset.wrapping_sub(table_offset) as usize;
+        let (first, last) = ((item.kv_begin / block_size) as usize, ((item.kv_end - 1) / block_size) as usize);
+        let blocks = batch.tables.get(table + first..=table + last);
+        if blocks.is_none_or(|blocks| blocks.contains(&null)) {
+            let got =
+                format!("a sequence of which the keys {} to {} are not all cached", item.kv_begin, item.kv_end - 1);
+            return Err(Error::argument("batch", got, "attention whose window the cache keeps"));
+        }
+    }
+    Ok(())
 }
 
 /// Where the partial states of some tokens lie: one for each row and each cell of the grid of splits that has one of their keys.
@@ -300,7 +221,11 @@ impl<'a> Planner<'a> {
         let mut own_begins: Vec<_> = batch.entries.iter().map(|entry| shape.own_begin(entry)).collect();
         clusters.iter().flat_map(|cluster| &cluster.entries).for_each(|(&i, &begin)| own_begins[i] = begin);
         let own = batch.entries.iter().zip(&own_begins);
-        let own = own.flat_map(|(entry, &begin)| shape.tiles(entry, shape.tile_rows(entry), begin));
+        let is_fixed = policy.fixed_split_len.is_some();
+        let own = own.flat_map(|(entry, &begin)| {
+            let begin = begin.max(shape.separate_sinks(entry, is_fixed));
+            shape.tiles(entry, shape.tile_rows(entry), begin)
+        });
         let shared = clusters.iter().flat_map(|cluster| &cluster.runs).flat_map(|run| {
             let tiles = shape.run_rows(run, batch).div_ceil(shape.tile_q);
             (0..tiles).map(|_| Tile { row_start: 0, keys: run.keys(shape.block_size) })
@@ -313,7 +238,7 @@ impl<'a> Planner<'a> {
             table_offset: 0,
             mask_offsets: &[],
             tokens_offset: 0,
-            is_fixed: policy.fixed_split_len.is_some(),
+            is_fixed,
             max_rows: (policy.max_workspace_bytes / partial_row_bytes(shape.value_dim)).clamp(1, u32::MAX.into()),
             rows_used: 0,
             round: Round::default(),
@@ -329,7 +254,8 @@ impl<'a> Planner<'a> {
 
     /// The first and the last cell of the grid of splits that has one of the keys.
     fn cells(&self, (begin, end): (u32, u32)) -> (u32, u32) {
-        (begin / self.plan.split_len, (end - 1) / self.plan.split_len)
+        // An empty range has a cell, too.
+        (begin / self.plan.split_len, (end.max(begin + 1) - 1) / self.plan.split_len)
     }
 
     fn num_splits(&self, keys: (u32, u32)) -> u32 {
@@ -349,10 +275,9 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Takes room for the partial states of tokens with these keys, in this round or the next one.
+    /// Takes room for the partial states of tokens with these keys, in this round.
     fn reserve(&mut self, num_tokens: u32, keys: (u32, u32)) -> Result<States> {
         let need = self.num_states(num_tokens, keys);
-        self.make_room(need);
         if self.rows_used + need > u64::from(u32::MAX) {
             let need = format!("{} rows of partial states", self.rows_used + need);
             return Err(Error::unsupported("attention workspace", need, "fewer than 2^32"));
@@ -393,9 +318,25 @@ impl<'a> Planner<'a> {
         })
     }
 
+    /// [`Self::base`] of some of its tokens.
+    fn base_of(&self, i: usize, tokens: &Range<u32>) -> Result<WorkItem> {
+        let base = self.base(i)?;
+        Ok(WorkItem {
+            query_start: base.query_start + tokens.start,
+            query_len: tokens.end - tokens.start,
+            context_len: base.context_len + tokens.start,
+            mask_offset: checked(u64::from(base.mask_offset) + u64::from(tokens.start) * u64::from(base.mask_stride))?,
+            ..base
+        })
+    }
+
     /// Plans an entry with all its keys.
     fn add_entry(&mut self, i: usize) -> Result<()> {
         let entry = &self.batch.entries[i];
+        let sinks = self.shape.separate_sinks(entry, self.is_fixed);
+        if sinks > 0 {
+            return self.add_with_sinks(i, sinks);
+        }
         let own_begin = self.shape.own_begin(entry);
         let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), own_begin);
         let (begin, end) = key_range(tiles.clone().map(|t| t.keys));
@@ -416,33 +357,67 @@ impl<'a> Planner<'a> {
         let most_rows = self.token_rows() * u64::from(self.num_splits((begin, end)));
         let chunk_len = (self.max_rows / most_rows).clamp(1, entry.query_len.into()) as u32;
         for start in (0..entry.query_len).step_by(chunk_len as usize) {
-            self.add_chunk(i, start..entry.query_len.min(start + chunk_len), own_begin)?;
+            let tokens = start..entry.query_len.min(start + chunk_len);
+            let chunk = part_of(entry, &tokens);
+            let tiles = self.shape.tiles(&chunk, self.shape.tile_rows(entry), own_begin);
+            let keys = key_range(tiles.map(|tile| tile.keys));
+            let keys = if self.shape.causal { keys } else { (keys.0, entry.seq_len()) };
+            self.make_room(self.num_states(chunk.query_len, keys));
+            self.add_chunk(i, tokens, own_begin)?;
         }
         Ok(())
     }
 
-    /// Plans some tokens of an entry with their keys from `own_begin` on, as partial states. Its merge items are the last ones then.
+    /// Plans an entry whose first `sinks` keys are seen by tokens from whose windows they are hidden: for each token the states of these keys are merged
+    /// with those of the others.
+    fn add_with_sinks(&mut self, i: usize, sinks: u32) -> Result<()> {
+        let entry = &self.batch.entries[i];
+        let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), sinks);
+        let keys = key_range(tiles.map(|tile| tile.keys));
+        let rows = self.num_states(1, keys) + self.num_states(1, (0, sinks));
+        let chunk_len = (self.max_rows / rows).clamp(1, entry.query_len.into()) as u32;
+        for start in (0..entry.query_len).step_by(chunk_len as usize) {
+            let tokens = start..entry.query_len.min(start + chunk_len);
+            self.make_room(rows * u64::from(tokens.end - tokens.start));
+            let states = self.add_sinks(i, tokens.clone(), sinks)?;
+            self.add_chunk(i, tokens, sinks)?;
+            let first = self.plan.merge.len() - states.len();
+            self.links.extend((first..).zip(states).map(|(item, state)| (item, vec![state])));
+        }
+        Ok(())
+    }
+
+    /// Plans some tokens of an entry with its first `sinks` keys: a state for each token.
+    fn add_sinks(&mut self, i: usize, tokens: Range<u32>, sinks: u32) -> Result<Vec<MergeItem>> {
+        let entry = &self.batch.entries[i];
+        let chunk = part_of(entry, &tokens);
+        let states = self.reserve(chunk.query_len, (0, sinks))?;
+        let base = self.base_of(i, &tokens)?;
+        // Without its window a tile sees them all, or those up to its last token.
+        let shape = PlanShape { window: None, ..*self.shape };
+        let tiles = shape.tiles(&chunk, shape.tile_rows(entry), 0);
+        let items = tiles.flat_map(|tile| {
+            let end = if shape.causal { tile.keys.1.min(sinks) } else { sinks };
+            let keys = (0, end);
+            states.items(WorkItem { row_start: tile.row_start, ..base }, keys)
+        });
+        let list = if shape.uses_decode(entry) { &mut self.plan.sink_decode } else { &mut self.plan.sink_prefill };
+        list.extend(items);
+        Ok(states.of(base.query_start..base.query_start + chunk.query_len).collect())
+    }
+
+    /// Plans some tokens of an entry with their keys from `own_begin` on, as partial states, for which there is room. Its merge items are the last
+    /// ones then.
     fn add_chunk(&mut self, i: usize, tokens: Range<u32>, own_begin: u32) -> Result<()> {
         let entry = &self.batch.entries[i];
-        let chunk = BatchEntry {
-            query_len: tokens.end - tokens.start,
-            context_len: entry.context_len + tokens.start,
-            ..entry.clone()
-        };
-        let base = self.base(i)?;
+        let chunk = part_of(entry, &tokens);
+        let base = self.base_of(i, &tokens)?;
         // Without a causal mask every query sees the keys behind its chunk as well.
         let end = if self.shape.causal { chunk.seq_len() } else { entry.seq_len() };
         let keys = |tile: Tile| if self.shape.causal { tile.keys } else { (tile.keys.0, end) };
         // A chunk of one token stays with the kernel of its sequence, and so do the tiles.
         let tiles = self.shape.tiles(&chunk, self.shape.tile_rows(entry), own_begin);
         let states = self.reserve(chunk.query_len, key_range(tiles.clone().map(keys)))?;
-        let base = WorkItem {
-            query_start: base.query_start + tokens.start,
-            query_len: chunk.query_len,
-            context_len: chunk.context_len,
-            mask_offset: checked(u64::from(base.mask_offset) + u64::from(tokens.start) * u64::from(base.mask_stride))?,
-            ..base
-        };
         let items = tiles.flat_map(|tile| states.items(WorkItem { row_start: tile.row_start, ..base }, keys(tile)));
         let list = if self.shape.uses_decode(entry) { &mut self.plan.decode } else { &mut self.plan.prefill };
         list.extend(items);
@@ -535,11 +510,14 @@ impl<'a> Planner<'a> {
         plan.rounds.push(Round {
             decode: begin.decode.start..plan.decode.len(),
             prefill: begin.prefill.start..plan.prefill.len(),
+            sink_decode: begin.sink_decode.start..plan.sink_decode.len(),
+            sink_prefill: begin.sink_prefill.start..plan.sink_prefill.len(),
             merge: begin.merge.start..items_end,
             links: items_end..end,
         });
-        let [decode, prefill] = [plan.decode.len(), plan.prefill.len()];
-        self.round = Round { decode: decode..decode, prefill: prefill..prefill, merge: end..end, links: end..end };
+        let lists = [&plan.decode, &plan.prefill, &plan.sink_decode, &plan.sink_prefill];
+        let [decode, prefill, sink_decode, sink_prefill] = lists.map(|list| list.len()..list.len());
+        self.round = Round { decode, prefill, sink_decode, sink_prefill, merge: end..end, links: end..end };
         self.rows_used = 0;
     }
 }

@@ -54,6 +54,9 @@ pub struct PackParams {
     pub reserved: [u32; 2],
 }
 
+/// A window that hides nothing: longer than any sequence, and with room for a key's position beside it in 32 bits.
+pub const NO_WINDOW: u32 = 1 << 31;
+
 /// Parameters of decode, prefill and merge.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -70,7 +73,7 @@ pub struct AttendParams {
     pub qk_scale: f32,
     /// softcap * log2 e.
     pub softcap_log2e: f32,
-    /// Newest keys that are visible; at most 2^31, which is longer than any sequence.
+    /// Newest keys that are visible; at most [`NO_WINDOW`].
     pub window: u32,
     /// Keeps the block a multiple of 16 bytes.
     pub reserved: u32,

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::items::{MERGE_ITEM_WORDS, WORK_ITEM_WORDS, WorkItem};
-use super::lists::{PlanShape, Round, WorkLists, partial_row_bytes};
-use super::params::{AttendParams, PARAM_BLOCK_WORDS, push_params};
+use super::lists::{Round, WorkLists, partial_row_bytes};
+use super::params::{AttendParams, NO_WINDOW, PARAM_BLOCK_WORDS, push_params};
+use super::shape::PlanShape;
 use super::split::SplitPolicy;
 use super::{MAX_GRID, linear_grid};
 use crate::error::{Error, Result};
@@ -17,6 +18,10 @@ pub enum Stage {
     Prefill,
     /// Single tokens.
     Decode,
+    /// Tiles of query rows and the sink tokens, by the kernel of [`Stage::Prefill`].
+    SinkPrefill,
+    /// Single tokens and the sink tokens, by the kernel of [`Stage::Decode`].
+    SinkDecode,
     /// Partial states become results.
     Merge,
 }
@@ -34,7 +39,7 @@ pub struct PlannedDispatch {
 
 /// The work of one attention call of a step: who computes what, and the words to upload. The same for every layer.
 ///
-/// The upload is block tables, masks, lists of tokens, items of decode, prefill and merge, and,
+/// The upload is block tables, masks, lists of tokens, items of decode, prefill, both of sink tokens and merge, and,
 /// from the next multiple of 256 bytes on, a parameter block per dispatch. It is final: offsets in items and parameters count from its start.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
@@ -79,13 +84,15 @@ impl StepPlan {
             .collect();
         let tokens_offset = mask_offset;
         let lists = WorkLists::new(shape, policy, batch, 0, &mask_offsets, tokens_offset)?;
-        let [decode_len, prefill_len, merge_len] =
-            [lists.decode.len(), lists.prefill.len(), lists.merge.len()].map(|len| len as u64);
-        let decode_start = u64::from(tokens_offset) + lists.tokens.len() as u64;
-        let prefill_start = decode_start + decode_len * u64::from(WORK_ITEM_WORDS);
-        let merge_start = prefill_start + prefill_len * u64::from(WORK_ITEM_WORDS);
-        let params_start =
-            (merge_start + merge_len * u64::from(MERGE_ITEM_WORDS)).next_multiple_of(PARAM_BLOCK_WORDS.into());
+        let mut end = u64::from(tokens_offset) + lists.tokens.len() as u64;
+        let [decode_start, prefill_start, sink_decode_start, sink_prefill_start] = lists.of_items().map(|items| {
+            let start = end;
+            end += items.len() as u64 * u64::from(WORK_ITEM_WORDS);
+            start
+        });
+        let merge_start = end;
+        let merge_words = lists.merge.len() as u64 * u64::from(MERGE_ITEM_WORDS);
+        let params_start = (merge_start + merge_words).next_multiple_of(PARAM_BLOCK_WORDS.into());
         let parts: Vec<_> = lists.rounds.iter().flat_map(|round| stages(shape, policy, &lists, round)).collect();
         let params_len = parts.len() as u64 * u64::from(PARAM_BLOCK_WORDS);
         check_offset(params_start + params_len)?;
@@ -94,8 +101,7 @@ impl StepPlan {
         words.extend_from_slice(&batch.tables);
         masks.iter().for_each(|mask| words.extend_from_slice(mask));
         words.extend_from_slice(&lists.tokens);
-        words.extend_from_slice(bytemuck::cast_slice(&lists.decode));
-        words.extend_from_slice(bytemuck::cast_slice(&lists.prefill));
+        lists.of_items().iter().for_each(|items| words.extend_from_slice(bytemuck::cast_slice(items)));
         words.extend_from_slice(bytemuck::cast_slice(&lists.merge));
         words.resize(params_start as usize, 0);
         let mut dispatches = Vec::with_capacity(parts.len());
@@ -103,6 +109,8 @@ impl StepPlan {
             let (start, item_words) = match stage {
                 Stage::Prefill => (prefill_start, WORK_ITEM_WORDS),
                 Stage::Decode => (decode_start, WORK_ITEM_WORDS),
+                Stage::SinkPrefill => (sink_prefill_start, WORK_ITEM_WORDS),
+                Stage::SinkDecode => (sink_decode_start, WORK_ITEM_WORDS),
                 Stage::Merge => (merge_start, MERGE_ITEM_WORDS),
             };
             let heads = shape.num_kv_heads * if stage == Stage::Merge { shape.group_size } else { 1 };
@@ -114,7 +122,9 @@ impl StepPlan {
             dispatches.push(PlannedDispatch { stage, grid: [x, heads, z], params_offset });
             let items_offset = start as u32 + range.start as u32 * item_words;
             let num_items = range.len() as u32;
-            push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, ..*params });
+            let is_sink = matches!(stage, Stage::SinkPrefill | Stage::SinkDecode);
+            let window = if is_sink { NO_WINDOW } else { params.window };
+            push_params(&mut words, &AttendParams { items_offset, num_items, grid_x: x, window, ..*params });
         }
         let workspace_bytes = lists.num_partial_rows * partial_row_bytes(shape.value_dim);
         Ok(Self { lists, words, dispatches, workspace_bytes })
@@ -129,12 +139,18 @@ fn stages(
     round: &Round,
 ) -> impl Iterator<Item = (Stage, Range<usize>)> + use<> {
     // The kernels compute whole tiles, whatever is used of them.
-    let prefill = budgeted(&lists.prefill, &round.prefill, shape.key_work(shape.tile_q), policy.max_dispatch_work);
-    let decode = budgeted(&lists.decode, &round.decode, shape.key_work(shape.group_size), policy.max_dispatch_work);
-    let merge = (!round.merge.is_empty()).then(|| round.merge.clone());
-    let of = |stage| move |range| (stage, range);
-    let items = prefill.into_iter().map(of(Stage::Prefill)).chain(decode.into_iter().map(of(Stage::Decode)));
-    items.chain(merge.map(of(Stage::Merge)))
+    let parts = [
+        (Stage::Prefill, &lists.prefill, &round.prefill, shape.tile_q),
+        (Stage::Decode, &lists.decode, &round.decode, shape.group_size),
+        (Stage::SinkPrefill, &lists.sink_prefill, &round.sink_prefill, shape.tile_q),
+        (Stage::SinkDecode, &lists.sink_decode, &round.sink_decode, shape.group_size),
+    ];
+    let parts = parts.map(|(stage, items, range, rows)| {
+        let ranges = budgeted(items, range, shape.key_work(rows), policy.max_dispatch_work);
+        ranges.into_iter().map(move |range| (stage, range))
+    });
+    let merge = (!round.merge.is_empty()).then(|| (Stage::Merge, round.merge.clone()));
+    parts.into_iter().flatten().chain(merge)
 }
 
 /// Cuts a range of items, each of which has some work per key, into ranges of at most `max_work`, or of one item.
@@ -211,6 +227,7 @@ mod tests {
         value_dim: 16,
         causal: true,
         window: None,
+        sink_tokens: 0,
         has_decode: true,
         tile_q: 8,
         block_size: 16,
@@ -258,7 +275,7 @@ mod tests {
 
     /// Items are where the parameters of a dispatch say, in the order of the lists, and none has more work than it may.
     fn check_words(plan: &StepPlan, batch: &Batch, max_dispatch_work: u64) {
-        let mut found: [Vec<Vec<u32>>; 3] = Default::default();
+        let mut found: [Vec<Vec<u32>>; 5] = Default::default();
         for dispatch in &plan.dispatches {
             assert_eq!(dispatch.params_offset % 256, 0);
             let start = dispatch.params_offset as usize / 4;
@@ -276,6 +293,8 @@ mod tests {
             let (items, rows) = match dispatch.stage {
                 Stage::Prefill => (&plan.lists.prefill[..], SHAPE.tile_q),
                 Stage::Decode => (&plan.lists.decode[..], SHAPE.group_size),
+                Stage::SinkPrefill => (&plan.lists.sink_prefill[..], SHAPE.tile_q),
+                Stage::SinkDecode => (&plan.lists.sink_decode[..], SHAPE.group_size),
                 Stage::Merge => (&[][..], 0),
             };
             let keys = items.iter().skip(first).take(read.num_items as usize).map(|item| item.kv_end - item.kv_begin);
@@ -291,7 +310,8 @@ mod tests {
             items.iter().map(|item| bytemuck::cast_slice(std::slice::from_ref(item)).to_vec()).collect()
         }
         let lists = &plan.lists;
-        assert_eq!(found, [words::<WorkItem>(&lists.prefill), words(&lists.decode), words::<MergeItem>(&lists.merge)]);
+        let [decode, prefill, sink_decode, sink_prefill] = lists.of_items().map(words::<WorkItem>);
+        assert_eq!(found, [prefill, decode, sink_prefill, sink_decode, words::<MergeItem>(&lists.merge)]);
         for item in lists.decode.iter().chain(&lists.prefill) {
             let i = batch.query_start().iter().rposition(|&start| start <= item.query_start).expect("a sequence");
             let entry = &batch.entries[i];

@@ -33,7 +33,7 @@
 //! 2. with a soft cap `c`: `logit = c * tanh(logit / c)`;
 //! 3. with ALiBi: `logit += slope * (key_pos - query_pos)`;
 //! 4. the key is visible if all that are set agree: causal (`key_pos <= query_pos`), window
-//!    (`key_pos + window > query_pos`), mask (its bit is 1);
+//!    (`key_pos + window > query_pos`, or `key_pos` is one of the first `sink_tokens`), mask (its bit is 1);
 //! 5. `out = sum(exp(logit) * v) / denominator`, where the denominator is the sum of `exp(logit)` over visible keys,
 //!    plus `exp(sink)` of the head if there are sinks; `lse = ln(denominator)`.
 //!
@@ -95,6 +95,8 @@ pub struct Options {
     pub softcap: Option<f64>,
     /// Number of newest keys a query sees, its own position included; 0 hides all of them.
     pub window: Option<u32>,
+    /// Number of first keys that a query sees besides its window.
+    pub sink_tokens: u32,
     /// ALiBi slopes, `[num_q_heads]`; finite.
     pub alibi_slopes: Option<Vec<f32>>,
     /// Logits that join the softmax denominator only, `[num_q_heads]`; finite.
@@ -110,6 +112,7 @@ impl Default for Options {
             softmax_scale: None,
             softcap: None,
             window: None,
+            sink_tokens: 0,
             alibi_slopes: None,
             sinks: None,
             mask: None,
@@ -361,7 +364,8 @@ impl<'a> Checked<'a> {
         let options = &self.problem.options;
         let query_pos = self.query_pos(token);
         let causal = !options.causal || key_pos as i64 <= query_pos;
-        let in_window = options.window.is_none_or(|window| key_pos as i64 + i64::from(window) > query_pos);
+        let is_near = |window: u32| key_pos as i64 + i64::from(window) > query_pos;
+        let in_window = options.window.is_none_or(is_near) || (key_pos as u64) < u64::from(options.sink_tokens);
         let unmasked = options
             .mask
             .as_ref()

@@ -27,6 +27,7 @@ pub use memory::{Memory, PrefixHit};
 pub use scheduler::Scheduler;
 
 use crate::error::{Error, Result};
+use crate::layout::Retention;
 
 /// A request of one [`Scheduler`]. Numbers rise in the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,6 +55,11 @@ pub struct SchedulerConfig {
     pub num_blocks: u32,
     /// Tokens of a block.
     pub block_size: u32,
+    /// Newest tokens of a request whose blocks stay in the cache, if the cache gives others back; see [`Retention`]. The caller gives them back after
+    /// each step.
+    pub window: Option<u32>,
+    /// First tokens that stay besides.
+    pub sink_tokens: u32,
     /// Tokens of a step, at most. More give a higher throughput, fewer a shorter time between the tokens of an answer.
     pub max_step_tokens: u32,
     /// Requests that have tokens in the cache at the same time, at most.
@@ -88,6 +94,8 @@ impl SchedulerConfig {
         Self {
             num_blocks,
             block_size,
+            window: None,
+            sink_tokens: 0,
             max_step_tokens: 512,
             max_running: 256,
             max_queued: 1024,
@@ -117,9 +125,23 @@ impl SchedulerConfig {
         Ok(())
     }
 
-    /// Blocks of this many tokens.
-    pub(crate) const fn blocks(&self, tokens: u32) -> u32 {
-        tokens.div_ceil(self.block_size)
+    const fn retention(&self) -> Retention {
+        Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
+    }
+
+    /// Blocks that the rows of so many tokens take, those among them that have been given back included.
+    pub(crate) fn blocks(&self, tokens: u32) -> u32 {
+        self.retention().blocks_for(tokens)
+    }
+
+    /// Blocks that a request of so many tokens has between two steps.
+    pub(crate) fn held_blocks(&self, tokens: u32) -> u32 {
+        self.retention().held_blocks(tokens)
+    }
+
+    /// Blocks that a request has at most on its way to so many tokens.
+    pub(crate) fn most_blocks(&self, tokens: u32) -> u32 {
+        self.retention().most_blocks(tokens, self.max_step_tokens)
     }
 }
 
@@ -151,12 +173,16 @@ impl Demand {
         self.prompt_tokens.saturating_add(self.max_new_tokens).saturating_sub(1)
     }
 
-    /// Blocks at its longest: full blocks of the prompt are shared by all beams, and a block that several have copied is there until the step
+    /// Blocks at most: full blocks of the prompt are shared by all beams, and a block that several have copied is there until the step
     /// ends.
     pub(crate) fn max_blocks(&self, config: &SchedulerConfig) -> u64 {
+        let most = u64::from(config.most_blocks(self.max_cached()));
+        if self.beams <= 1 {
+            return most;
+        }
         let shared = u64::from(self.prompt_tokens / config.block_size);
-        let one = u64::from(config.blocks(self.max_cached()));
-        shared + u64::from(self.beams) * one.saturating_sub(shared) + u64::from(self.beams > 1)
+        let own = u64::from(config.blocks(self.max_cached())).saturating_sub(shared).min(most);
+        shared.min(most) + u64::from(self.beams) * own + 1
     }
 }
 

@@ -201,7 +201,7 @@ impl Scheduler {
     #[must_use]
     pub fn num_swapped_blocks(&self) -> u32 {
         let swapped = self.requests.values().filter(|request| request.phase == Phase::Swapped);
-        swapped.map(|request| self.config.blocks(request.cached)).sum()
+        swapped.map(|request| self.config.held_blocks(request.cached)).sum()
     }
 
     /// Whether there is no request.
@@ -236,7 +236,7 @@ impl Scheduler {
         let config = self.config;
         let swapped = self.num_swapped_blocks();
         let request = self.requests.get_mut(&id)?;
-        let blocks = config.blocks(request.cached);
+        let blocks = config.held_blocks(request.cached);
         let swap = config.costs.swap_block.saturating_mul(blocks).saturating_mul(2);
         let recompute = config.costs.compute_token.saturating_mul(request.cached);
         request.preemptions += 1;

@@ -47,6 +47,14 @@ impl Scheduler {
         ranks.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// Blocks that a request is sure to take until all that it is sure to have is in the cache, if it has so many tokens there now.
+    fn blocks_soon(&self, request: &Request, cached: u32) -> u32 {
+        let grown = self.config.blocks(request.soon()) - self.config.blocks(cached);
+        // With a window it gives blocks back on the way.
+        let most = self.config.most_blocks(request.soon());
+        grown.min(most.saturating_sub(self.config.held_blocks(cached)))
+    }
+
     /// Blocks that a request needs beside its own to have `to` tokens in the cache.
     fn growth(&self, request: &Request, to: u32, memory: &impl Memory) -> u32 {
         let cached = request.cached;
@@ -145,7 +153,9 @@ impl<M: Memory> Planner<'_, M> {
             let soon = |kept: &Running| {
                 let request = this.request(kept.id);
                 let now = this.scheduler.growth(request, request.cached + kept.reserved, this.memory);
-                this.scheduler.growth(request, request.soon(), this.memory).saturating_sub(now) + 1
+                let soon = this.scheduler.growth(request, request.soon(), this.memory);
+                let most = u32::try_from(request.demand.max_blocks(&this.scheduler.config)).unwrap_or(u32::MAX);
+                soon.saturating_sub(now).min(most) + 1
             };
             running.iter().map(soon).fold(0, u32::saturating_add)
         };
@@ -169,9 +179,12 @@ impl<M: Memory> Planner<'_, M> {
                 return;
             }
             let hit_tokens = hit.tokens.min(request.known - 1);
-            let config = &self.scheduler.config;
-            let own = config.blocks(request.soon()) - config.blocks(hit_tokens);
-            let need = own.saturating_add(hit.free_blocks);
+            // What is in the host's memory comes back, and what the index has is held again.
+            let (there, back) = match request.phase {
+                Phase::Swapped => (request.cached, self.scheduler.config.held_blocks(request.cached)),
+                _ => (hit_tokens, hit.free_blocks),
+            };
+            let need = self.scheduler.blocks_soon(request, there).saturating_add(back);
             // With nothing else running there is nothing to be careful of.
             let careful_need = if running.is_empty() { need } else { need.saturating_add(promised_blocks) };
             if self.free < careful_need {
@@ -183,8 +196,7 @@ impl<M: Memory> Planner<'_, M> {
             }
             let reserved = self.start(id, hit_tokens, hit.free_blocks);
             let request = self.request(id);
-            let rest =
-                self.scheduler.config.blocks(request.soon()) - self.scheduler.config.blocks(request.cached + reserved);
+            let rest = self.scheduler.blocks_soon(request, request.cached + reserved);
             promised_blocks = promised_blocks.saturating_add(rest + 1);
             running.push(Running { id, reserved });
             num_running += 1;
@@ -197,7 +209,7 @@ impl<M: Memory> Planner<'_, M> {
         let Some(request) = self.scheduler.requests.get_mut(&id) else { return 0 };
         let was = std::mem::replace(&mut request.phase, Phase::Running);
         if was == Phase::Swapped {
-            self.free -= config.blocks(request.cached);
+            self.free -= config.held_blocks(request.cached);
             self.schedule.resumed.push(id);
         } else {
             self.free -= hit_blocks;

@@ -7,6 +7,7 @@ use super::pool::BlockPool;
 use super::prefix::{PrefixIndex, PrefixMatch, PrefixProbe, PrefixStats};
 use super::report::MemoryReport;
 use super::table::{BlockTable, Growth};
+use super::window::WayBack;
 use crate::error::{Error, Holder, Result};
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::KvCacheConfig;
@@ -45,6 +46,8 @@ pub(super) struct Sequence {
     pub(super) table: BlockTable,
     /// Nobody else may change it.
     pub(super) held_by: Option<Holder>,
+    /// Where it may be cut back to, beside where its window lets it.
+    pub(super) way_back: Option<WayBack>,
 }
 
 /// What committing a reservation does. It fits only the manager that made it, and is void once that has been cleared.
@@ -200,7 +203,7 @@ impl Manager {
 
     /// Under an id that was given out before and that no sequence has.
     pub(super) fn insert_as(&mut self, id: SequenceId, table: BlockTable) {
-        self.sequences.insert(id, Sequence { table, held_by: None });
+        self.sequences.insert(id, Sequence { table, held_by: None, way_back: None });
     }
 
     /// The blocks of a sequence, and its length; open steps not counted.
@@ -254,25 +257,18 @@ impl Manager {
     /// A new sequence of the first `len` tokens, sharing their blocks, also a partly filled last one.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have
+    /// [left the window](KvCacheConfig::window); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork_at(&mut self, id: SequenceId, len: u32) -> Result<SequenceId> {
         let block_size = self.config.block_size;
-        self.check_prefix_len(id, len)?;
+        self.check_way_back(id, len)?;
         let table = self.sequences[&id].table.fork_at(len, block_size, &mut self.pool);
         self.settle();
         Ok(self.insert(table))
     }
 
-    /// Fails unless `len` tokens of the sequence can be kept or forked.
-    fn check_prefix_len(&self, id: SequenceId, len: u32) -> Result<()> {
-        let have = self.check_idle(id)?.table.len();
-        if len > have {
-            return Err(Error::argument("len", len, format!("at most the sequence's length, {have}")));
-        }
-        Ok(())
-    }
-
-    /// Makes the full blocks of a sequence's first tokens findable. Returns the number of blocks that were not in the index yet.
+    /// Makes the full blocks of a sequence's first tokens findable. Returns the number of blocks that were not in the index yet. Of a sequence
+    /// with a window those count that lie before the first one which is neither held nor in the index.
     ///
     /// # Errors
     /// [`Error::Argument`] for more tokens than the sequence has; [`Error::UnknownSequence`].
@@ -290,13 +286,27 @@ impl Manager {
 
     /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty.
     pub fn match_prefix(&mut self, tokens: &[u32], salt: u64) -> PrefixMatch {
-        let block_size = self.config.block_size;
-        let blocks = self.prefixes.find(tokens, salt, block_size);
+        let table = self.find_prefix(tokens, salt);
+        let len = table.len();
+        PrefixMatch { sequence: self.insert(table), len }
+    }
+
+    /// A table of the longest indexed run, of the blocks that the next token sees.
+    fn find_prefix(&mut self, tokens: &[u32], salt: u64) -> BlockTable {
+        let mut blocks = self.prefixes.find(tokens, salt, self.config.block_size);
         // At most the length of a sequence that was published.
-        let len = blocks.len() as u32 * block_size;
+        let len = blocks.len() as u32 * self.config.block_size;
+        self.blank_hidden(&mut blocks, len);
         let table = BlockTable::share(&blocks, len, &mut self.pool);
         self.settle();
-        PrefixMatch { sequence: self.insert(table), len }
+        table
+    }
+
+    /// Puts null in the places of blocks that a sequence of these tokens needs no more.
+    fn blank_hidden(&self, blocks: &mut [BlockId], len: u32) {
+        let hidden = self.config.hidden_blocks(len);
+        let len = blocks.len();
+        blocks[(hidden.start as usize).min(len)..(hidden.end as usize).min(len)].fill(BlockId::NULL);
     }
 
     /// [`Manager::match_prefix`] for a sequence that is there and empty. Returns how many tokens it has then.
@@ -308,22 +318,22 @@ impl Manager {
         if have > 0 {
             return Err(Error::argument("sequence", format!("{id} of {have} tokens"), "an empty one"));
         }
-        let blocks = self.prefixes.find(tokens, salt, self.config.block_size);
-        let len = blocks.len() as u32 * self.config.block_size;
-        let table = BlockTable::share(&blocks, len, &mut self.pool);
+        let table = self.find_prefix(tokens, salt);
+        let len = table.len();
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.table = table;
         }
-        self.settle();
         Ok(len)
     }
 
     /// What a match of `tokens` would find, without a match.
     #[must_use]
     pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
-        let blocks = self.prefixes.look(tokens, salt, self.config.block_size);
-        let reclaimable = blocks.iter().filter(|&&block| self.pool.num_holders(block) == 0).count();
-        PrefixProbe { len: blocks.len() as u32 * self.config.block_size, reclaimable_blocks: reclaimable as u32 }
+        let mut blocks = self.prefixes.look(tokens, salt, self.config.block_size);
+        let len = blocks.len() as u32 * self.config.block_size;
+        self.blank_hidden(&mut blocks, len);
+        let is_reclaimable = |block: &&BlockId| !block.is_null() && self.pool.num_holders(**block) == 0;
+        PrefixProbe { len, reclaimable_blocks: blocks.iter().filter(is_reclaimable).count() as u32 }
     }
 
     /// Blocks that are free or reclaimable when this sequence is gone: those that no other sequence or open step holds.
@@ -362,9 +372,10 @@ impl Manager {
     /// Forgets the tokens from `len` on, and gives blocks that are no longer needed back.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `len` is more than the sequence has; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have
+    /// [left the window](KvCacheConfig::window); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
-        self.check_prefix_len(id, len)?;
+        self.check_way_back(id, len)?;
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.table.truncate(len, self.config.block_size, &mut self.pool);
         }
@@ -392,6 +403,9 @@ impl Manager {
     }
 
     /// Reserves a step of new tokens, `(sequence, query_len)` each: checks the batch, then takes all blocks that it needs, or none.
+    ///
+    /// With a [window](KvCacheConfig::window), blocks that the sequences' new tokens don't see return to the pool first. They don't come back if the
+    /// step is dropped: the sequences keep what lets them go on from the length that they have now.
     ///
     /// # Errors
     /// [`Error::OutOfBlocks`]; [`Error::SequenceFull`]; [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
@@ -451,6 +465,7 @@ impl Manager {
             need += u64::from(growth.blocks());
             growths.push(growth);
         }
+        self.release_for(requests.iter().map(|&(id, _)| id), need)?;
         let taken = self.take_blocks(need)?;
         Ok(self.reserve_blocks(requests, &growths, taken, num_tokens))
     }

@@ -10,6 +10,7 @@ mod prefix;
 mod report;
 mod table;
 mod tree;
+mod window;
 
 pub use batch::{Batch, BatchEntry, QueryKernel};
 pub use manager::{BlockUse, Manager, Pending, PoolUsage, Reservation};
@@ -19,3 +20,5 @@ pub use prefix::{PrefixMatch, PrefixProbe, PrefixStats};
 pub use report::{MemoryReport, SequenceMemory};
 pub use table::{BlockTable, Growth};
 pub use tree::TokenTree;
+#[cfg(feature = "model")]
+pub(crate) use window::WayBack;

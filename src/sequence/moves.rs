@@ -1,6 +1,7 @@
 //! What swaps and defragmentations do to sequences and blocks.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use super::manager::Manager;
 use super::table::BlockTable;
@@ -41,10 +42,17 @@ impl Manager {
         Ok(blocks)
     }
 
-    pub(crate) fn commit_swap_in(&mut self, epoch: u64, blocks: &[BlockId], len: u32) -> Result<SequenceId> {
+    /// `blocks` are those of the sequence's places in order, but for `hidden` ones, which it had given back.
+    pub(crate) fn commit_swap_in(
+        &mut self,
+        epoch: u64,
+        blocks: &[BlockId],
+        len: u32,
+        hidden: Range<u32>,
+    ) -> Result<SequenceId> {
         self.check_epoch(epoch, "swap-in")?;
         self.open_moves -= 1;
-        Ok(self.insert(table_of(blocks, len)))
+        Ok(self.insert(table_of(blocks, len, hidden)))
     }
 
     /// [`Manager::commit_swap_in`] under the id that the sequence had before it was swapped out.
@@ -53,6 +61,7 @@ impl Manager {
         epoch: u64,
         blocks: &[BlockId],
         len: u32,
+        hidden: Range<u32>,
         origin: Option<SequenceId>,
     ) -> Result<SequenceId> {
         self.check_epoch(epoch, "swap-in")?;
@@ -66,7 +75,7 @@ impl Manager {
             return Err(refused(format!("{id}, which has come back already")));
         }
         self.open_moves -= 1;
-        self.insert_as(id, table_of(blocks, len));
+        self.insert_as(id, table_of(blocks, len, hidden));
         Ok(id)
     }
 
@@ -82,10 +91,11 @@ impl Manager {
     }
 }
 
-fn table_of(blocks: &[BlockId], len: u32) -> BlockTable {
-    let mut table = BlockTable::default();
-    table.grow(None, blocks, len);
-    table
+fn table_of(blocks: &[BlockId], len: u32, hidden: Range<u32>) -> BlockTable {
+    let (front, back) = blocks.split_at((hidden.start as usize).min(blocks.len()));
+    let nulls = std::iter::repeat_n(BlockId::NULL, hidden.len());
+    // Sink tokens may be more than there are tokens: then nothing is hidden.
+    BlockTable::of(front.iter().copied().chain(nulls).chain(back.iter().copied()).collect(), len)
 }
 
 /// What an open defragmentation has reserved.
@@ -268,7 +278,7 @@ mod tests {
                 self.manager.roll_back_swap_in(epoch, &blocks);
                 self.swapped.push(tokens);
             } else {
-                let id = self.manager.commit_swap_in(epoch, &blocks, len).expect("same epoch");
+                let id = self.manager.commit_swap_in(epoch, &blocks, len, 0..0).expect("same epoch");
                 self.model.push((id, tokens));
             }
         }
@@ -332,7 +342,7 @@ mod tests {
         m.commit(pending);
         let refused = |m: &mut Manager, origin: Option<SequenceId>, got: &str| {
             let (before, blocks) = (m.usage(), m.begin_swap_in(3).expect("room"));
-            let error = m.restore_swap_in(m.epoch(), &blocks, 7, origin).expect_err(got).to_string();
+            let error = m.restore_swap_in(m.epoch(), &blocks, 7, 0..0, origin).expect_err(got).to_string();
             assert!(error.contains(got), "{error}");
             m.roll_back_swap_in(m.epoch(), &blocks);
             assert_eq!(m.usage(), before);
@@ -345,7 +355,7 @@ mod tests {
         let unborn = m.next_id;
         refused(&mut m, Some(unborn), "of another cache");
         let blocks = m.begin_swap_in(3).expect("room");
-        assert_eq!(m.restore_swap_in(0, &blocks, 7, Some(id)).expect("gone"), id);
+        assert_eq!(m.restore_swap_in(0, &blocks, 7, 0..0, Some(id)).expect("gone"), id);
         assert_eq!((m.table(id).expect("back").len(), m.usage().used), (7, 3));
         refused(&mut m, Some(id), "which has come back already");
         // Ids go on behind it, and nothing is open.
@@ -354,7 +364,7 @@ mod tests {
         m.roll_back_defragment(0, &moves);
         let blocks = m.begin_swap_in(3).expect("room");
         m.clear();
-        assert!(matches!(m.restore_swap_in(0, &blocks, 7, Some(id)), Err(Error::Stale { .. })));
+        assert!(matches!(m.restore_swap_in(0, &blocks, 7, 0..0, Some(id)), Err(Error::Stale { .. })));
     }
 
     #[test]
@@ -395,7 +405,7 @@ mod tests {
         manager.freeze(id, Holder::SwapOut).expect("idle");
         manager.clear();
         let blocks = manager.begin_swap_in(2).expect("room");
-        manager.restore_swap_in(manager.epoch(), &blocks, 5, Some(id)).expect("it left");
+        manager.restore_swap_in(manager.epoch(), &blocks, 5, 0..0, Some(id)).expect("it left");
         let step = manager.reserve(&[(id, 1)]).expect("room");
         manager.thaw(old_epoch, id, Holder::SwapOut);
         assert!(matches!(manager.reserve(&[(id, 1)]), Err(Error::SequenceBusy { holder: Holder::Step, .. })));

@@ -209,7 +209,7 @@ impl PrefixIndex {
     }
 
     /// Makes entries of the full blocks of `tokens` that have none yet, and takes a reference on each; `blocks` are those that
-    /// hold the tokens. Entries that are there already count as used now. Returns the number of new ones.
+    /// hold the tokens. It ends at a null block without an entry. Entries that are there already count as used now. Returns the number of new ones.
     pub(super) fn publish(
         &mut self,
         tokens: &[u32],
@@ -230,6 +230,10 @@ impl PrefixIndex {
                     self.set_unused_since(id, Some(self.clock));
                 }
                 continue;
+            }
+            if block.is_null() {
+                // It has left the window, and was not in the index, or has been evicted: what follows would have no parent.
+                break;
             }
             let held = pool.retain_indexed(block);
             debug_assert!(held, "a sequence holds its blocks");

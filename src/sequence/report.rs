@@ -31,8 +31,10 @@ pub struct MemoryReport {
     pub reserved_blocks: u32,
     /// Tokens of the sequences, each slot counted once however many share it.
     pub cached_tokens: u64,
-    /// Tokens of all sequences: what would be cached if nothing were shared.
+    /// Tokens of all sequences: what would be cached if nothing were shared and nothing had left a window.
     pub sequence_tokens: u64,
+    /// Those of them whose blocks have returned to the pool, because they have left the window.
+    pub released_tokens: u64,
     /// The sequences, the oldest first.
     pub sequences: Vec<SequenceMemory>,
 }
@@ -47,6 +49,8 @@ pub struct SequenceMemory {
     pub len: u32,
     /// Blocks it holds, alone or with others.
     pub blocks: u32,
+    /// Blocks that it has given back, because their tokens have left the window. It would hold `blocks + released_blocks` without one.
+    pub released_blocks: u32,
     /// Those that other sequences hold, too.
     pub shared_blocks: u32,
     /// Bytes of its blocks.
@@ -77,16 +81,20 @@ impl MemoryReport {
                 for &block in blocks {
                     let own = left.min(block_size);
                     left -= own;
+                    if block.is_null() {
+                        continue;
+                    }
                     let furthest = filled.entry(block).or_default();
                     *furthest = (*furthest).max(own);
                 }
-                let num_blocks = blocks.len() as u32;
+                let (num_blocks, released_blocks) = (table.num_held(), blocks.len() as u32 - table.num_held());
                 let in_place = table.partial_block(block_size).is_some_and(|block| pool.ref_count(block) == 1);
-                let unused = u64::from(num_blocks) * u64::from(block_size) - u64::from(len);
+                let unused = blocks.len() as u64 * u64::from(block_size) - u64::from(len);
                 SequenceMemory {
                     sequence,
                     len,
                     blocks: num_blocks,
+                    released_blocks,
                     shared_blocks: blocks.iter().filter(|&&block| pool.num_holders(block) > 1).count() as u32,
                     bytes: u64::from(num_blocks).saturating_mul(block_bytes),
                     wasted_bytes: unused.saturating_mul(token_bytes),
@@ -104,6 +112,8 @@ impl MemoryReport {
             reserved_blocks: usage.used - usage.reclaimable - filled.len() as u32,
             cached_tokens: filled.values().map(|&tokens| u64::from(tokens)).sum(),
             sequence_tokens: sequences.iter().map(|s| u64::from(s.len)).sum(),
+            // Such blocks were full.
+            released_tokens: sequences.iter().map(|s| u64::from(s.released_blocks) * u64::from(block_size)).sum(),
             sequences,
         }
     }
@@ -152,10 +162,17 @@ impl MemoryReport {
         slots.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
     }
 
-    /// Bytes that sharing saves: those of the tokens that are counted more than once in the sequences' lengths.
+    /// Bytes that sharing saves: those of the tokens that are counted more than once in the sequences' lengths, unless they have been released.
     #[must_use]
     pub fn saved_bytes(&self) -> u64 {
-        self.sequence_tokens.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
+        let held = self.sequence_tokens.saturating_sub(self.released_tokens);
+        held.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
+    }
+
+    /// Bytes of the tokens whose blocks have returned to the pool, because they have left the window.
+    #[must_use]
+    pub fn released_bytes(&self) -> u64 {
+        self.released_tokens.saturating_mul(self.token_bytes)
     }
 
     /// The part of the used slots that hold a token, of a sequence or in a reclaimable block (which is full); 1 if nothing is
@@ -207,6 +224,9 @@ impl MemoryReport {
         if self.reserved_blocks > 0 {
             let bytes = u64::from(self.reserved_blocks).saturating_mul(self.block_bytes);
             lines.push(("reserved", Some(self.reserved_blocks), bytes, "by open steps".to_owned()));
+        }
+        if self.released_tokens > 0 {
+            lines.push(("released", None, self.released_bytes(), "of tokens that have left the window".to_owned()));
         }
         lines.push(("wasted", None, self.wasted_bytes(), "in last blocks".to_owned()));
         let block = format!("{} per block of {} tokens", Bytes(self.block_bytes), self.block_size);

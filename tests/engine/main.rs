@@ -16,6 +16,7 @@ mod equal;
 mod exact;
 mod life;
 mod trees;
+mod windows;
 mod wishes;
 
 use std::path::{Path, PathBuf};

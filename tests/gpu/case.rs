@@ -199,6 +199,7 @@ impl Case {
         options.softmax_scale = config.softmax_scale.map(f64::from);
         options.softcap = config.softcap.map(f64::from);
         options.window = config.window;
+        options.sink_tokens = config.sink_tokens;
         options.alibi_slopes.clone_from(&config.alibi_slopes);
         options.sinks.clone_from(&config.sinks);
         options.mask = config.custom_mask.then(|| rows.mask.clone());

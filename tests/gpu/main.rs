@@ -35,10 +35,12 @@ mod shapes;
 mod soundness;
 #[cfg(feature = "counters")]
 mod steady_state;
+mod streaming;
 mod tokens;
 mod trees;
 #[cfg(feature = "tune")]
 mod tune;
+mod windows;
 
 /// Says what all other results are worth.
 #[test]

@@ -62,14 +62,17 @@ fn shapes() -> impl Strategy<Value = PlanShape> {
     let window = prop_oneof![Just(None), prop::sample::select(vec![1, 3, 13, 37, 128, u32::MAX]).prop_map(Some)];
     let group_size = prop::sample::select(vec![1_u32, 2, 4, 7, 8, 32]);
     let tile_q = prop::sample::select(vec![1_u32, 4, 8, 16, 32, 64]);
+    let sinks = prop_oneof![Just(0), prop::sample::select(vec![1_u32, 4, 64, 100, 700, u32::MAX])];
+    let window = (window, sinks);
     (1..4_u32, group_size, prop::sample::select(vec![8, 64, 256]), any::<bool>(), window, any::<bool>(), tile_q)
-        .prop_map(|(num_kv_heads, group_size, head_dim, causal, window, has_decode, tile_q)| PlanShape {
+        .prop_map(|(num_kv_heads, group_size, head_dim, causal, (window, sink_tokens), has_decode, tile_q)| PlanShape {
             num_kv_heads,
             group_size,
             head_dim,
             value_dim: head_dim,
             causal,
             window,
+            sink_tokens,
             has_decode: has_decode && group_size <= folio::kernel::MAX_DECODE_GROUP,
             tile_q,
             block_size: BLOCK_SIZE,
@@ -149,13 +152,13 @@ proptest! {
 }
 
 /// A sequence's items and (token, num_splits) of its merges, with all positions counted from its own start.
-fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> (Vec<WorkItem>, Vec<WorkItem>, Vec<(u32, u32)>) {
+fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> ([Vec<WorkItem>; 4], Vec<(u32, u32)>) {
     let starts = batch.query_start();
     let tokens = starts[sequence]..starts[sequence + 1];
     let masks = mask_offsets(batch);
     // Partial rows are counted from the first one of their chunk.
     let mut first_rows: BTreeMap<u32, u32> = BTreeMap::new();
-    for item in plan.decode.iter().chain(&plan.prefill) {
+    for item in plan.decode.iter().chain(&plan.prefill).chain(&plan.sink_decode).chain(&plan.sink_prefill) {
         let first = first_rows.entry(item.query_start).or_insert(item.part_row);
         *first = item.part_row.min(*first);
     }
@@ -176,7 +179,7 @@ fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> (Vec<WorkItem>,
     };
     let merges = plan.merge.iter().filter(|merge| tokens.contains(&merge.token));
     let merges = merges.map(|merge| (merge.token - tokens.start, merge.num_splits)).collect();
-    (relative(&plan.decode), relative(&plan.prefill), merges)
+    ([&plan.decode, &plan.prefill, &plan.sink_decode, &plan.sink_prefill].map(|items| relative(items)), merges)
 }
 
 /// (query_len, seq_len) that other attention libraries test.
@@ -223,6 +226,7 @@ const SHAPE: PlanShape = PlanShape {
     value_dim: 64,
     causal: true,
     window: None,
+    sink_tokens: 0,
     has_decode: true,
     tile_q: 32,
     block_size: BLOCK_SIZE,
@@ -520,4 +524,30 @@ fn deep_trees_of_forks_are_planned_to_some_depth() {
     });
     let states = shallow.expect("a thread").join().expect("no overflow");
     assert!(states > 600, "{states} states");
+}
+
+/// Blocks that have left the window are not in the pool any more: what would read them is refused, and what sees less than that is planned.
+#[test]
+fn a_plan_names_no_block_that_is_gone() {
+    let mut batch = batch(&[(3, 20), (1, 99)]);
+    let gone = batch.entries[1].table.start + 1..batch.entries[1].table.start + 4;
+    batch.tables[gone].fill(folio::BlockId::NULL.index());
+    // The second sequence has the keys 0 to 15 and 64 to 99.
+    for (window, sink_tokens, fits) in [
+        (None, 0, false),
+        (Some(36), 0, true),
+        (Some(37), 0, false),
+        (Some(36), 16, true),
+        (Some(36), 17, false),
+        (Some(1), 0, true),
+    ] {
+        for policy in POLICIES {
+            let shape = PlanShape { window, sink_tokens, ..SHAPE };
+            let plan = WorkLists::new(&shape, &policy, &batch, TABLE_OFFSET, &[], TOKENS_OFFSET);
+            let refused =
+                |error: &folio::Error| error.to_string().starts_with("batch: got a sequence of which the keys");
+            assert_eq!(plan.is_ok(), fits, "{shape:?}");
+            assert!(plan.as_ref().err().is_none_or(refused), "{plan:?}");
+        }
+    }
 }

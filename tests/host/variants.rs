@@ -125,7 +125,8 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         V_FORMATS.len(),
         ropes(kernel, 8).len(),
         segments.len(),
-        if kernel == Kernel::AppendQkv { 2 } else { 1 },
+        // With norms or without, and with queries for sink tokens or without.
+        if kernel == Kernel::AppendQkv { 4 } else { 1 },
         // Its keys are as long as its values.
         if kernel == Kernel::AppendQkv { 1 } else { VALUE_DIMS.len() },
         if attends || matches!(kernel, Kernel::Append | Kernel::Rope) { LAYOUTS.len() } else { 1 },
@@ -148,7 +149,8 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         config.validate().expect("a shape that caches have");
         let variant =
             Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
-        let variant = if choice[10] == 1 { variant.with_head_norm() } else { variant };
+        let variant = if choice[10] % 2 == 1 { variant.with_head_norm() } else { variant };
+        let variant = if choice[10] >= 2 { variant.with_sink_queries(1027) } else { variant };
         let rope = ropes(kernel, config.head_dim)[choice[8]];
         // The layout of queries or keys, and another one of results or values.
         let [first, second] = [choice[12], (choice[12] + choice[8]) % LAYOUTS.len()].map(|layout| LAYOUTS[layout]);

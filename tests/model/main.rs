@@ -45,3 +45,4 @@ mod pipelines;
 mod sampler;
 mod shaders_ops;
 mod trees;
+mod windows;

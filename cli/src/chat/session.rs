@@ -168,7 +168,7 @@ impl Session {
         let branches = self.options.branches as usize;
         // A template may write earlier turns in another way than they were fed. The last token is fed in any case: its logits are what counts.
         let known = common_len(&self.text()?, &asked.text).min(asked.text.len() - 1);
-        self.decoder.truncate(self.sequence, known as u32)?;
+        let known = self.decoder.rewind(self.sequence, known as u32)? as usize;
         let prompt = &asked.text[known..];
         let num_fed = prompt.len() + usize::from(self.decoder.pending(self.sequence)?.is_some());
         let (shared, last) = prompt.split_at(prompt.len() - 1);

@@ -38,6 +38,9 @@ impl Decoder {
             k_format: KvFormat::F32,
             v_format: KvFormat::F16,
             prefix_cache: false,
+            // All keys are read back.
+            keep_all_blocks: true,
+            streaming: None,
             ..self.options
         };
         let mut decoder = Self::new(Arc::clone(&self.model), options).await?;
@@ -104,7 +107,7 @@ impl Decoder {
     /// Those of [`step`](Self::step).
     pub async fn warm_up_with(&mut self, mut progress: impl FnMut(WarmUp)) -> ModelResult<()> {
         self.kernels.warm_up()?;
-        let room = self.usage().free.saturating_mul(self.options.block_size).min(self.model.config().max_positions);
+        let room = self.usage().free.saturating_mul(self.options.block_size).min(self.max_len());
         let most = self.options.max_step_tokens.min(room);
         let (greedy, draw) = (Sampling::greedy(), Sampling::default());
         let penalty = |sampling| Sampling { repetition_penalty: 1.5, ..sampling };

@@ -1,10 +1,12 @@
 //! What the kinds of layers of a model need beside its weights.
 
+use super::{DecoderOptions, Streaming, storage};
 use crate::model::ModelResult;
 use crate::model::config::QkNorm;
 use crate::model::transformer::{KindContext, Model};
 use crate::{
-    AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Sinks, Step,
+    AppendQkv, Attention, AttentionConfig, AttentionPlan, BufferRef, KvCache, QueryKernel, Result, RopeConfig, Sinks,
+    Step,
 };
 
 /// Attention and rotation of each kind of layer. Kinds share what they have in common.
@@ -16,21 +18,40 @@ pub(super) struct LayerKernels {
     kinds: Vec<(usize, Option<usize>)>,
     /// Of each layer, if the model has them.
     sinks: Vec<Sinks>,
+    /// Queries for sink tokens of a step, if there are any, and the bytes of a token's.
+    sink_q: Option<(wgpu::Buffer, u64)>,
+}
+
+/// What a kind of layer sees: its window, and whether it sees sink tokens besides.
+fn seen(window: Option<u32>, streaming: Option<Streaming>) -> (Option<u32>, u32) {
+    match (window, streaming) {
+        (Some(own), Some(streaming)) if own <= streaming.window => (Some(own), 0),
+        (_, Some(streaming)) => (Some(streaming.window), streaming.sink_tokens),
+        (window, None) => (window, 0),
+    }
 }
 
 impl LayerKernels {
     /// With `trees` they are for steps that have some.
-    pub(super) async fn new(model: &Model, cache: &KvCache, trees: bool) -> ModelResult<Self> {
+    pub(super) async fn new(
+        model: &Model,
+        cache: &KvCache,
+        options: &DecoderOptions,
+        trees: bool,
+    ) -> ModelResult<Self> {
         let config = model.config();
-        let (mut windows, mut ropes): (Vec<Option<u32>>, Vec<&RopeConfig>) = (Vec::new(), Vec::new());
+        let (mut windows, mut ropes): (Vec<_>, Vec<(&RopeConfig, bool)>) = (Vec::new(), Vec::new());
         let kinds = config.layers.kinds().iter().map(|kind| {
-            let rope = kind.rope.as_ref().map(|rope| index_of(&mut ropes, rope));
-            (index_of(&mut windows, kind.window), rope)
+            let (window, sinks) = seen(kind.window, options.streaming);
+            // Without rotation there are no distances that would be other ones.
+            let rope = kind.rope.as_ref().map(|rope| index_of(&mut ropes, (rope, sinks > 0)));
+            (index_of(&mut windows, (window, sinks, sinks > 0 && rope.is_some())), rope)
         });
-        let kinds = kinds.collect();
+        let kinds: Vec<_> = kinds.collect();
         let mut attentions = Vec::with_capacity(windows.len());
-        for window in windows {
+        for (window, sink_tokens, sink_queries) in windows {
             let mut attention = AttentionConfig::new(config.num_q_heads);
+            (attention.sink_tokens, attention.sink_queries) = (sink_tokens, sink_queries);
             (attention.window, attention.deterministic, attention.trees) = (window, model.is_exact(), trees);
             (attention.softmax_scale, attention.softcap) = (config.softmax_scale, config.attention_softcap);
             // Each layer brings its own.
@@ -42,10 +63,21 @@ impl LayerKernels {
         let sinks = attention.map_or(Ok(Vec::new()), upload)?;
         let per_head = config.qk_norm == Some(QkNorm::PerHead);
         let mut appends = Vec::with_capacity(ropes.len());
-        for rope in ropes {
-            appends.push(AppendQkv::new(cache, rope.clone(), config.num_q_heads, per_head).await?);
+        let mut has_sinks = false;
+        for (rope, sinks) in ropes {
+            has_sinks |= sinks;
+            let (rope, heads) = (rope.clone(), config.num_q_heads);
+            appends.push(if sinks {
+                AppendQkv::with_sink_queries(cache, rope, heads, per_head).await?
+            } else {
+                AppendQkv::new(cache, rope, heads, per_head).await?
+            });
         }
-        Ok(Self { attentions, appends, kinds, sinks })
+        let row_bytes = u64::from(config.num_q_heads) * u64::from(config.head_dim) * 4;
+        let bytes = row_bytes * u64::from(options.max_step_tokens);
+        let sink_q =
+            if has_sinks { Some((storage(model.gpu(), "folio sink queries", bytes)?, row_bytes)) } else { None };
+        Ok(Self { attentions, appends, kinds, sinks, sink_q })
     }
 
     /// Plans a step: one plan for each attention.
@@ -58,11 +90,16 @@ impl LayerKernels {
     }
 
     /// What layers of each kind take in a step with these plans.
-    pub(super) fn contexts<'a>(&'a self, plans: &'a [AttentionPlan]) -> Vec<KindContext<'a>> {
+    pub(super) fn contexts<'a>(&'a self, plans: &'a [AttentionPlan], rows: u32) -> Vec<KindContext<'a>> {
+        let sink_q = |attention: &Attention| {
+            let (buffer, row_bytes) = self.sink_q.as_ref().filter(|_| attention.config().sink_queries)?;
+            Some(BufferRef::new(buffer, 0, u64::from(rows) * row_bytes))
+        };
         let context = |&(attention, append): &(usize, Option<usize>)| KindContext {
             attention: &self.attentions[attention],
             plan: &plans[attention],
             append: append.map(|append| &self.appends[append]),
+            sink_q: sink_q(&self.attentions[attention]),
         };
         self.kinds.iter().map(context).collect()
     }

@@ -89,7 +89,8 @@ impl Decoder {
     /// comes along only if `len` is one more than there are [`tokens`](Self::tokens).
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has; [`Error::UnknownSequence`], also for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
+    /// for one that is swapped out.
     pub fn fork_at(&mut self, sequence: SequenceId, len: u32) -> ModelResult<SequenceId> {
         let text = self.cached_text(sequence)?;
         let cached = cached_len(text, len)?;
@@ -104,7 +105,8 @@ impl Decoder {
     /// than there are [`tokens`](Self::tokens), and nothing changes then.
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has; [`Error::UnknownSequence`], also for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
+    /// for one that is swapped out.
     pub fn truncate(&mut self, sequence: SequenceId, len: u32) -> ModelResult<()> {
         let cached = cached_len(self.text(sequence)?, len)?;
         self.cache.truncate(sequence, cached)?;
@@ -113,6 +115,39 @@ impl Decoder {
             text.truncate(len, block_size);
         }
         Ok(())
+    }
+
+    /// Whether [`truncate`](Self::truncate) and [`fork_at`](Self::fork_at) can reach back to `len` tokens: the text has as many, and what the token
+    /// behind them sees has not left the window; see [`keep_all_blocks`](super::DecoderOptions::keep_all_blocks).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], also for one that is swapped out.
+    pub fn reaches_back(&self, sequence: SequenceId, len: u32) -> ModelResult<bool> {
+        let text = self.text(sequence)?;
+        let cached = len.min(text.cached.len() as u32);
+        Ok(len as usize <= text.len() && self.cache.reaches_back(sequence, cached)?)
+    }
+
+    /// [`truncate`](Self::truncate) to `len` tokens if that [is possible](Self::reaches_back), otherwise to none. Returns how many the text has then:
+    /// the others are to be fed again.
+    ///
+    /// # Errors
+    /// Those of [`truncate`](Self::truncate).
+    pub fn rewind(&mut self, sequence: SequenceId, len: u32) -> ModelResult<u32> {
+        cached_len(self.text(sequence)?, len)?;
+        let len = if self.reaches_back(sequence, len)? { len } else { 0 };
+        self.truncate(sequence, len)?;
+        Ok(len)
+    }
+
+    /// Gives the blocks back that have left the window of a sequence that rests; one that goes on does it by itself. See
+    /// [`KvCache::release_hidden`](crate::KvCache::release_hidden).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], also for one that is swapped out.
+    pub fn release_hidden(&mut self, sequence: SequenceId) -> ModelResult<u32> {
+        self.text(sequence)?;
+        Ok(self.cache.release_hidden(sequence)?)
     }
 
     /// Ends a sequence, also one that is swapped out.
@@ -254,8 +289,8 @@ impl Decoder {
             let reason = format!("got token id {id}, need ids below vocab_size, {}", config.vocab_size);
             return Err(ModelError::file(path, reason));
         }
-        if len > config.max_positions as usize {
-            let reason = format!("got {len} tokens, need at most the model's {} positions", config.max_positions);
+        if len > self.max_len() as usize {
+            let reason = format!("got {len} tokens, need at most the model's {} positions", self.max_len());
             return Err(ModelError::file(path, reason));
         }
         self.adopt_key_scales(&snapshot)?;
@@ -274,7 +309,8 @@ impl Decoder {
     fn adopt_key_scales(&self, snapshot: &SequenceSnapshot) -> ModelResult<()> {
         let own = *self.cache.config();
         let usage = self.usage();
-        let fits = KvCacheConfig { num_blocks: own.num_blocks, ..*snapshot.config() } == own
+        let KvCacheConfig { num_blocks, window, sink_tokens, .. } = own;
+        let fits = KvCacheConfig { num_blocks, window, sink_tokens, ..*snapshot.config() } == own
             && snapshot.config().num_blocks <= usage.free + usage.reclaimable;
         if fits && (0..own.num_layers).all(|layer| self.cache.key_scales(layer).is_none()) {
             for layer in 0..own.num_layers {

@@ -40,6 +40,44 @@ pub struct DecoderOptions {
     /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
     /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
     pub prefix_cache: bool,
+    /// Keeps every token's keys and values, also where each layer has a window and no later token can see them. [`Decoder::truncate`] and
+    /// [`Decoder::fork_at`] then reach back to any length, and memory grows with the text. Otherwise blocks that have left the largest window return
+    /// to the pool, so that a text of any length takes about a window.
+    pub keep_all_blocks: bool,
+    /// Text of any length in the memory of a window, by attention sinks; see [`Streaming`]. `None`: attention is what the model was trained with.
+    pub streaming: Option<Streaming>,
+}
+
+/// Attention to the newest tokens and the very first ones, with positions that are counted within these (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+/// A model trained on full attention stays fluent that way far beyond its positions, though it knows nothing of what lies between; with the newest
+/// tokens alone it doesn't. For models with rotary embeddings.
+///
+/// Layers whose own window is no wider keep it, and see no sink tokens, as they were trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streaming {
+    /// Newest tokens that each token sees, itself included; at least 1.
+    pub window: u32,
+    /// First tokens that it sees besides. Four are enough for most models, as the paper finds; at least 1.
+    pub sink_tokens: u32,
+}
+
+impl Streaming {
+    /// Fails unless a model can read so.
+    fn check(&self, model: &ModelConfig) -> ModelResult<()> {
+        if self.window == 0 || self.sink_tokens == 0 {
+            let got = format!("a window of {} and {} sink tokens", self.window, self.sink_tokens);
+            return Err(ModelError::argument("streaming", got, "at least 1 of each"));
+        }
+        let positions = u64::from(self.window) + u64::from(self.sink_tokens);
+        if positions > u64::from(model.max_positions) {
+            let need = format!("at most the model's {} positions", model.max_positions);
+            return Err(ModelError::argument("streaming", format!("{positions} tokens in all"), need));
+        }
+        if model.learned_positions {
+            return Err(ModelError::argument("streaming", "learned positions", "a model with rotary embeddings"));
+        }
+        Ok(())
+    }
 }
 
 impl Default for DecoderOptions {
@@ -51,6 +89,8 @@ impl Default for DecoderOptions {
             v_format: KvFormat::F16,
             max_step_tokens: 512,
             prefix_cache: false,
+            keep_all_blocks: false,
+            streaming: None,
         }
     }
 }
@@ -59,9 +99,19 @@ impl DecoderOptions {
     /// The cache that a decoder with these options makes for a model.
     #[must_use]
     pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
-        KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
+        let cache = KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
             .with_blocks(self.num_blocks, self.block_size)
-            .with_formats(self.k_format, self.v_format)
+            .with_formats(self.k_format, self.v_format);
+        // One pool has the blocks of all layers: what the widest window shows must stay. A layer without one sees everything.
+        if let Some(Streaming { window, sink_tokens }) = self.streaming {
+            return cache.with_window(window).with_sink_tokens(sink_tokens);
+        }
+        let widest = model.layers.kinds().iter().try_fold(0, |widest, kind| Some(kind.window?.max(widest)));
+        match widest {
+            // No text is longer.
+            Some(window) if window < model.max_positions && !self.keep_all_blocks => cache.with_window(window),
+            _ => cache,
+        }
     }
 }
 
@@ -154,13 +204,17 @@ impl Decoder {
     /// Allocates the cache and the activations, and compiles what depends on them.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for; those of
+    /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for, or `streaming` asks for
+    /// nothing, or for more positions than the model has, or the model has no rotary embeddings; those of
     /// [`KvCache::new`] and [`Attention::new`](crate::Attention::new).
     pub async fn new(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
         check_step_tokens(&gpu, &config, options.max_step_tokens)?;
+        if let Some(streaming) = &options.streaming {
+            streaming.check(&config)?;
+        }
         let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
-        let kernels = LayerKernels::new(&model, &cache, false).await?;
+        let kernels = LayerKernels::new(&model, &cache, &options, false).await?;
         let sampler = Sampler::new(&gpu, config.vocab_size).await?;
         let scratch = Scratch::new(&gpu, &config, options.max_step_tokens)?;
         Ok(Self {
@@ -204,6 +258,12 @@ impl Decoder {
     #[must_use]
     pub fn options(&self) -> &DecoderOptions {
         &self.options
+    }
+
+    /// Tokens that a sequence may have: the model's positions, or as many as there are numbers for with [`DecoderOptions::streaming`].
+    #[must_use]
+    pub fn max_len(&self) -> u32 {
+        if self.options.streaming.is_some() { i32::MAX as u32 } else { self.model.config().max_positions }
     }
 
     /// The cache, to look into: block tables, shapes, rows. Sequences grow, shrink and end by the decoder's own methods; it refuses to go on

@@ -12,28 +12,45 @@ use crate::model::error::{ModelError, ModelResult};
 use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
+use crate::sequence::WayBack;
 use crate::{BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
 
-/// Cuts sequences back to where a call began, unless it succeeds: also if its future is dropped half-way.
+/// Cuts sequences back to where a call began, unless it succeeds: also if its future is dropped half-way. Until then, what they see there stays in
+/// the cache.
 struct Rollback {
     cache: Arc<KvCache>,
     lengths: Vec<(SequenceId, u32)>,
+    is_armed: bool,
 }
 
 impl Rollback {
+    fn new(cache: &Arc<KvCache>, feeds: &[Feed<'_>]) -> Self {
+        let cache = Arc::clone(cache);
+        for feed in feeds {
+            // Of drafts any number may be right.
+            let drafts = feed.draw.map_or(0, |input| input.drafts as usize);
+            let from = if drafts > 0 { feed.len + (feed.tokens.len() - drafts) as u32 } else { u32::MAX };
+            cache.set_way_back(feed.sequence, Some(WayBack { to: feed.len, from }));
+        }
+        Self { cache, lengths: feeds.iter().map(|feed| (feed.sequence, feed.len)).collect(), is_armed: true }
+    }
+
     fn disarm(mut self) {
-        self.lengths.clear();
+        self.is_armed = false;
     }
 }
 
 impl Drop for Rollback {
     fn drop(&mut self) {
         for &(sequence, len) in &self.lengths {
-            // It can only fail for a sequence that is gone, and then there is nothing to cut.
-            let _ = self.cache.truncate(sequence, len);
+            if self.is_armed {
+                // It can only fail for a sequence that is gone, and then there is nothing to cut.
+                let _ = self.cache.truncate(sequence, len);
+            }
+            self.cache.set_way_back(sequence, None);
         }
     }
 }
@@ -78,8 +95,7 @@ impl Decoder {
             }
         }
         let mut feeds = self.feeds(batch.iter().map(|input| (*input, input.draws())))?;
-        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
-        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
+        let rollback = Rollback::new(&self.cache, &feeds);
         let mut drawn = vec![Vec::new(); batch.len()];
         // Of inputs with a tree: the tokens of the tree that were right, the first of which was no draft.
         let mut paths: Vec<Option<Vec<u32>>> = vec![None; batch.len()];
@@ -154,8 +170,7 @@ impl Decoder {
         };
         let inputs = batch.iter().map(|&(sequence, tokens)| (Input::new(sequence, tokens), rows_of(tokens)));
         let mut feeds = self.feeds(inputs)?;
-        let lengths = feeds.iter().map(|feed| (feed.sequence, feed.len)).collect();
-        let rollback = Rollback { cache: Arc::clone(&self.cache), lengths };
+        let rollback = Rollback::new(&self.cache, &feeds);
         let mut logits = vec![Vec::new(); batch.len()];
         self.run(&mut feeds, |vocab, chunks, words| {
             let mut rest = words;
@@ -205,9 +220,9 @@ impl Decoder {
             }
             // The drafts of a tree stand side by side.
             let beside = tree.as_ref().map_or(0, |tree| tree.len() - 1 - tree.depths().iter().max().unwrap_or(&0));
-            if len as usize + tokens.len() - beside as usize > config.max_positions as usize {
+            if len as usize + tokens.len() - beside as usize > self.max_len() as usize {
                 let got = format!("{len} + {} for {sequence}", tokens.len());
-                let rule = format!("at most the model's {} positions", config.max_positions);
+                let rule = format!("at most the model's {} positions", self.max_len());
                 return Err(ModelError::argument("tokens", got, rule));
             }
             let sampled_once = input.drafts as usize + input.replayed as usize;
@@ -229,8 +244,9 @@ impl Decoder {
 
     /// Fails unless the last token before drafts that branch and these fit into a step, and the model adds up in any order.
     fn check_tree(&self, tree: &TokenTree) -> ModelResult<()> {
-        if self.model.is_exact() {
-            return Err(ModelError::argument("parents", "a tree", "a line, as the model is exact"));
+        if !self.takes_trees() {
+            let why = if self.model.is_exact() { "the model is exact" } else { "the decoder is streaming" };
+            return Err(ModelError::argument("parents", "a tree", format!("a line, as {why}")));
         }
         let most = self.max_tree_len();
         if tree.len() > most {
@@ -238,6 +254,11 @@ impl Decoder {
             return Err(ModelError::argument("parents", got, format!("at most a step's, {most}")));
         }
         Ok(())
+    }
+
+    /// Whether drafts may branch: a tree's sums have another order than those of single steps, and sink tokens go with no tree.
+    pub(crate) fn takes_trees(&self) -> bool {
+        !self.model.is_exact() && self.options.streaming.is_none()
     }
 
     /// Most tokens of a tree, the one before the drafts included.
@@ -276,6 +297,26 @@ impl Decoder {
             let done: Vec<_> = chunks.iter().map(|chunk| (chunk.input, chunk.tokens.len())).collect();
             for (input, count) in done {
                 feeds[input].done += count;
+                self.publish_ahead(&feeds[input]);
+            }
+        }
+    }
+
+    /// Makes the blocks that a feed has filled so far findable, if the next step may give some of them back.
+    fn publish_ahead(&self, feed: &Feed<'_>) {
+        let has_window = self.cache.config().window.is_some();
+        if !(self.options.prefix_cache && has_window && feed.done < feed.tokens.len()) {
+            return;
+        }
+        if let Some(text) = self.texts.get(&feed.sequence) {
+            let exact = self.model.is_exact();
+            let is_given = text.given == text.cached.len() as u32 && feed.given.start == 0;
+            let done = if exact { feed.done.min(feed.given.end) } else { feed.done };
+            // What follows a sampled token of an exact model is not published at all.
+            if !exact || is_given {
+                let tokens = [&text.cached[..], &feed.tokens[..done]].concat();
+                // It can only fail for tokens that are not in the cache.
+                let _ = self.cache.publish_prefix(feed.sequence, &tokens, PREFIX_SALT);
             }
         }
     }
@@ -334,7 +375,7 @@ impl Decoder {
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let has_trees = chunks.iter().any(|chunk| chunk.tree.is_some());
         if has_trees && self.tree_kernels.is_none() {
-            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, true).await?);
+            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, &self.options, true).await?);
         }
         let mut step = if has_trees {
             let trees: Vec<_> = chunks.iter().map(|chunk| chunk.tree.cloned()).collect();
@@ -416,7 +457,7 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                kinds: self.layer_kernels(has_trees).contexts(&plans),
+                kinds: self.layer_kernels(has_trees).contexts(&plans, rows),
                 sinks: self.layer_kernels(has_trees).sinks(),
                 step: &step,
                 ids,

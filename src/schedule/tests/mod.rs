@@ -22,12 +22,16 @@ fn random_config(rng: &mut Rng) -> SchedulerConfig {
 }
 
 fn random_demand(rng: &mut Rng, config: &SchedulerConfig) -> Demand {
-    let most = config.num_blocks * config.block_size;
+    // With a window a text may be longer than the cache.
+    let most = config.num_blocks * config.block_size * if config.window.is_some() { 3 } else { 1 };
     let prompt = if rng.bool() { rng.u32(1..=most.min(20)) } else { rng.u32(1..=most) };
     let new = rng.u32(1..=(most + 1 - prompt).min(60));
     let demand = Demand { priority: rng.i32(-2..3), ..Demand::new(prompt, new) };
     let wide = Demand { beams: rng.u32(2..5), ..demand };
-    let fits = wide.max_blocks(config) <= u64::from(config.num_blocks) && wide.beams <= config.max_step_tokens;
+    // The model of the cache knows no beams with windows.
+    let fits = config.window.is_none()
+        && wide.max_blocks(config) <= u64::from(config.num_blocks)
+        && wide.beams <= config.max_step_tokens;
     if fits && rng.u32(..6) == 0 { wide } else { demand }
 }
 
@@ -36,9 +40,14 @@ fn random_workloads_finish_within_memory_and_budget() {
     let mut total = 0;
     let mut preempted = 0;
     let mut num_right = 0;
+    let mut longest = 0;
     for seed in 0..2000 {
         let mut rng = Rng::with_seed(seed);
-        let config = random_config(&mut rng);
+        let mut config = random_config(&mut rng);
+        if seed >= 1500 {
+            config.window = Some(rng.u32(1..=config.num_blocks * config.block_size));
+            config.sink_tokens = rng.u32(..5) * rng.u32(..10);
+        }
         let mut world = World::new(config);
         world.drafts = rng.bool().then(|| rng.fork());
         let mut accepted = 0;
@@ -47,6 +56,7 @@ fn random_workloads_finish_within_memory_and_budget() {
             let demand = random_demand(&mut rng, &config);
             match world.submit(demand, rng.u32(1..60)) {
                 Ok(_) => accepted += 1,
+                Err(Refusal::TooLong { need, .. }) => assert!(config.window.is_some() && need > config.num_blocks),
                 Err(refusal) => assert!(matches!(refusal, Refusal::QueueFull(waiting) if waiting >= config.max_queued)),
             }
             for _ in 0..rng.u32(0..4) {
@@ -63,12 +73,14 @@ fn random_workloads_finish_within_memory_and_budget() {
         assert_eq!(world.finished.len() + cancelled, accepted, "seed {seed}");
         assert!(world.max_preemptions_seen <= config.max_preemptions, "seed {seed}");
         total += accepted;
+        longest = longest.max(if config.window.is_some() { world.longest } else { 0 });
         preempted += usize::from(world.max_preemptions_seen > 0);
         num_right += world.num_accepted;
     }
     // The workloads are as hard as they are meant to be.
     assert!(total > 20_000 && preempted > 500, "{total} requests, {preempted} workloads with preemptions");
     assert!(num_right > 20_000, "{num_right} drafts were right");
+    assert!(longest > 2 * 80 * 16, "{longest} tokens of a request, in caches of 80 blocks of 16 at most");
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
+use crate::layout::Retention;
+
 use super::super::{
     Demand, Memory, Preemption, Refusal, RequestId, ScheduledChunk, Scheduler, SchedulerConfig, StepSchedule,
 };
@@ -16,6 +18,8 @@ pub(super) const TICK: Duration = Duration::from_millis(10);
 pub(super) struct Pool {
     pub(super) num_blocks: u32,
     pub(super) block_size: u32,
+    /// What between two steps and within one is left of a request: by its tokens, and those that it had when the step began.
+    pub(super) retention: Option<Retention>,
     pub(super) cached: BTreeMap<RequestId, u32>,
     pub(super) swapped: BTreeMap<RequestId, u32>,
     /// Requests with more than one beam: tokens of the prompt, and beams.
@@ -26,9 +30,16 @@ pub(super) struct Pool {
 impl Pool {
     /// Blocks of a request: beams share full blocks of the prompt only.
     pub(super) fn blocks(&self, request: RequestId, tokens: u32) -> u32 {
+        self.blocks_since(request, tokens, tokens)
+    }
+
+    /// The same within a step that began with so many tokens, whose window lies further back.
+    fn blocks_since(&self, request: RequestId, tokens: u32, began_with: u32) -> u32 {
         let blocks = tokens.div_ceil(self.block_size);
+        let gone = self.retention.map_or(0, |retention| retention.hidden_blocks(began_with).len() as u32);
+        let blocks = blocks - gone;
         match self.beams.get(&request) {
-            Some(&(prompt, beams)) if tokens > prompt => {
+            Some(&(prompt, beams)) if tokens > prompt && self.retention.is_none() => {
                 let shared = prompt / self.block_size;
                 shared + beams * (blocks - shared)
             }
@@ -75,11 +86,15 @@ pub(super) struct World {
     /// Where requests have drafts: how many, and how many are right.
     pub(super) drafts: Option<Rng>,
     pub(super) num_accepted: u32,
+    /// Tokens of the longest request.
+    pub(super) longest: u32,
 }
 
 impl World {
     pub(super) fn new(config: SchedulerConfig) -> Self {
-        let pool = Pool { num_blocks: config.num_blocks, block_size: config.block_size, ..Pool::default() };
+        let SchedulerConfig { num_blocks, block_size, window, sink_tokens, .. } = config;
+        let retention = window.map(|_| Retention { block_size, window, sink_tokens });
+        let pool = Pool { num_blocks, block_size, retention, ..Pool::default() };
         Self {
             scheduler: Scheduler::new(config).expect("a valid configuration"),
             pool,
@@ -90,6 +105,7 @@ impl World {
             max_preemptions_seen: 0,
             drafts: None,
             num_accepted: 0,
+            longest: 0,
         }
     }
 
@@ -158,6 +174,7 @@ impl World {
             assert_eq!(self.pool.cached.insert(id, 0), None, "{id} was running already");
         }
         let mut tokens = 0;
+        let began_with = self.pool.cached.clone();
         for &ScheduledChunk { request, tokens: count, samples, drafts } in &schedule.chunks {
             assert!(count > 0);
             assert!(drafts <= offered.get(&request).copied().unwrap_or(0) && (drafts == 0 || samples));
@@ -170,11 +187,14 @@ impl World {
             assert_eq!(samples, cached + count == known);
             assert_eq!(self.pool.cached[&request], cached);
             *self.pool.cached.get_mut(&request).expect("it has blocks") += count + drafts;
+            self.longest = self.longest.max(cached + count);
         }
         assert!(tokens <= config.max_step_tokens, "{tokens} tokens");
-        assert!(self.pool.used() <= config.num_blocks, "{} of {} blocks", self.pool.used(), config.num_blocks);
+        let blocks = self.pool.cached.iter().map(|(&id, &tokens)| self.pool.blocks_since(id, tokens, began_with[&id]));
+        let used = blocks.sum::<u32>() + self.pool.held_by_others;
+        assert!(used <= config.num_blocks, "{used} of {} blocks", config.num_blocks);
         assert!(self.pool.cached.len() as u32 <= config.max_running);
-        let swapped: u32 = self.pool.swapped.values().map(|tokens| tokens.div_ceil(config.block_size)).sum();
+        let swapped: u32 = self.pool.swapped.iter().map(|(&id, &tokens)| self.pool.blocks(id, tokens)).sum();
         assert!(swapped <= config.max_swapped_blocks && swapped == self.scheduler.num_swapped_blocks());
         self.finish(&schedule);
         schedule

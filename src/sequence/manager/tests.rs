@@ -3,6 +3,7 @@
 
 mod model;
 mod ops;
+mod window;
 
 use super::super::prefix;
 use super::*;

@@ -77,15 +77,24 @@ impl<'a> Checker<'a> {
         let rounds = &self.plan.rounds;
         check(self.plan.decode.len(), rounds.iter().map(|round| &round.decode))?;
         check(self.plan.prefill.len(), rounds.iter().map(|round| &round.prefill))?;
+        check(self.plan.sink_decode.len(), rounds.iter().map(|round| &round.sink_decode))?;
+        check(self.plan.sink_prefill.len(), rounds.iter().map(|round| &round.sink_prefill))?;
         check(self.plan.merge.len(), rounds.iter().flat_map(|round| [&round.merge, &round.links]))
     }
 
     fn check_round(&mut self, round: &Round) -> Result<(), String> {
         let mut written: BTreeMap<u32, (Row, bool)> = BTreeMap::new();
-        let items = self.plan.decode[round.decode.clone()].iter().map(|item| (true, item));
-        let items = items.chain(self.plan.prefill[round.prefill.clone()].iter().map(|item| (false, item)));
-        for (decode, item) in items {
-            self.check_item(decode, item, &mut written).map_err(|error| format!("{error}; in {item:?}"))?;
+        let plan = self.plan;
+        for (decode, sink, items) in [
+            (true, false, &plan.decode[round.decode.clone()]),
+            (false, false, &plan.prefill[round.prefill.clone()]),
+            (true, true, &plan.sink_decode[round.sink_decode.clone()]),
+            (false, true, &plan.sink_prefill[round.sink_prefill.clone()]),
+        ] {
+            for item in items {
+                let checked = self.check_item(decode, sink, item, &mut written);
+                checked.map_err(|error| format!("{error}; in {item:?}, of sinks: {sink}"))?;
+            }
         }
         // The merge kernel reads every partial state of the round exactly once, for the row that it belongs to.
         for at in round.merge.clone() {
@@ -146,6 +155,7 @@ impl<'a> Checker<'a> {
     fn check_item(
         &mut self,
         decode: bool,
+        sink: bool,
         item: &WorkItem,
         written: &mut BTreeMap<u32, (Row, bool)>,
     ) -> Result<(), String> {
@@ -200,7 +210,8 @@ impl<'a> Checker<'a> {
         for row in item.row_start..rows.min(item.row_start + tile) {
             let (token, head_in_group) = (tokens[(row / group_size) as usize], row % group_size);
             let sequence = self.sequence_of(token);
-            let visible = self.visible(sequence, token);
+            let [sinks, near] = self.visible(sequence, token);
+            let visible = if sink { sinks } else { near };
             seen = seen.start.min(visible.start)..seen.end.max(visible.end);
             let range = keys.start.max(visible.start)..keys.end.min(visible.end);
             let ranges = self.ranges.entry((token, head_in_group)).or_default();
@@ -247,27 +258,29 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// Keys that a token sees: a range, because the plan knows no custom masks.
-    fn visible(&self, sequence: usize, token: u32) -> Range<u32> {
+    /// Keys that a token sees: sink tokens and its window, which may overlap. Ranges, because the plan knows no custom masks.
+    fn visible(&self, sequence: usize, token: u32) -> [Range<u32>; 2] {
         let entry = &self.batch.entries[sequence];
         let position = entry.context_len + token - self.starts[sequence];
         let begin = self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        begin..if self.shape.causal { position + 1 } else { entry.seq_len() }
+        let end = if self.shape.causal { position + 1 } else { entry.seq_len() };
+        [0..self.shape.sink_tokens.min(end), begin..end]
     }
 
     /// Every key that a row sees is walked over by exactly one of its items, and the row has one result.
     fn check_coverage(&mut self) -> Result<(), String> {
         for sequence in 0..self.batch.entries.len() {
             for token in self.starts[sequence]..self.starts[sequence + 1] {
-                let visible = self.visible(sequence, token);
+                let [sinks, near] = self.visible(sequence, token);
+                let visible: Vec<u32> = (0..near.end).filter(|key| sinks.contains(key) || near.contains(key)).collect();
                 for head in 0..self.shape.group_size {
                     let row = (token, head);
                     let mut ranges = self.ranges.remove(&row).unwrap_or_default();
                     ranges.sort_by_key(|range| range.start);
-                    let end =
-                        ranges.iter().try_fold(visible.start, |end, range| (range.start == end).then_some(range.end));
-                    if end != Some(visible.end) {
-                        return Err(format!("token {token}, head {head} sees {visible:?}; its items cover {ranges:?}"));
+                    if !ranges.iter().cloned().flatten().eq(visible.iter().copied()) {
+                        return Err(format!(
+                            "token {token}, head {head} sees {near:?} and {sinks:?}; its items cover {ranges:?}"
+                        ));
                     }
                     if self.direct.contains(&row) == self.merged.contains(&token) {
                         return Err(format!("token {token}, head {head} has not exactly one result"));

@@ -9,6 +9,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::super::super::prefix::tests::Key;
 use super::ops::{Bad, Fate, Op, SALTS, op};
+use super::window::Window;
 use super::*;
 
 /// All that a failed call must leave alone.
@@ -70,6 +71,9 @@ struct World {
     block_size: u32,
     memory: HashMap<(BlockId, u32), Value>,
     sequences: Vec<(SequenceId, Tokens)>,
+    /// What the caches' attention sees, and which blocks of each sequence have left that.
+    window: Window,
+    lost: BTreeMap<SequenceId, BTreeSet<u32>>,
     open: Vec<Open>,
     loose: Vec<BlockId>,
     /// What the host has of sequences that were swapped out.
@@ -78,14 +82,16 @@ struct World {
     /// lookups, queried, hit, evicted
     stats: [u64; 4],
     /// What has happened: hits, evictions, evictions of entries in use, reservations without room, forks in the
-    /// middle of a block, sequences swapped in, blocks that moved and were only the index's.
-    seen: [u64; 7],
+    /// middle of a block, sequences swapped in, blocks that moved and were only the index's, blocks that left a window, ways back that were
+    /// not there any more, hits of which not all blocks are needed.
+    seen: [u64; 10],
     time: u32,
 }
 
 impl World {
-    fn new(block_size: u32, num_blocks: u32, collide: bool) -> Self {
-        let mut m = manager(block_size, num_blocks);
+    fn new(block_size: u32, num_blocks: u32, window: Option<(u32, u32)>, collide: bool) -> Self {
+        let window = Window { block_size, seen: window };
+        let mut m = Manager::new(window.config(num_blocks)).unwrap();
         if collide {
             m.prefixes = prefix::tests::colliding();
         }
@@ -94,12 +100,14 @@ impl World {
             block_size,
             memory: HashMap::new(),
             sequences: Vec::new(),
+            window,
+            lost: BTreeMap::new(),
             open: Vec::new(),
             loose: Vec::new(),
             swapped: Vec::new(),
             index: BTreeMap::new(),
             stats: [0; 4],
-            seen: [0; 7],
+            seen: [0; 10],
             time: 0,
         }
     }
@@ -123,6 +131,59 @@ impl World {
             }
             (Ok(_), Some(_)) => panic!("{sequence} is in an open step"),
             (Err(error), _) => panic!("{error}"),
+        }
+    }
+
+    /// The blocks that a sequence has lost.
+    fn lost(&self, id: SequenceId) -> BTreeSet<u32> {
+        self.lost.get(&id).cloned().unwrap_or_default()
+    }
+
+    /// Whether the sequence can be cut back to, or forked at, `len` tokens. If it can't the calls say so.
+    fn reaches_back(&mut self, id: SequenceId, len: u32) -> bool {
+        let lost = self.lost(id);
+        let reaches = self.window.needed(len).all(|block| !lost.contains(&block));
+        assert_eq!(self.m.reaches_back(id, len).unwrap(), reaches);
+        if !reaches && !self.is_open(id) {
+            self.m.refused(|m| m.truncate(id, len), ErrorKind::Caller, "has left the window");
+            self.m.refused(|m| m.fork_at(id, len), ErrorKind::Caller, "has left the window");
+            self.seen[8] += 1;
+        }
+        reaches
+    }
+
+    /// Notes what `id` of so many tokens has lost.
+    fn set_lost(&mut self, id: SequenceId, len: usize, mut lost: BTreeSet<u32>) {
+        lost.retain(|&block| block < (len as u32).div_ceil(self.block_size));
+        self.lost.insert(id, lost);
+    }
+
+    /// Sequences lose what no token from their lengths on sees. Returns the blocks that are free then, and those that are reclaimable.
+    fn leaving(&self, ids: &[SequenceId]) -> (BTreeSet<BlockId>, BTreeSet<BlockId>) {
+        let mut leaving: BTreeMap<BlockId, u32> = BTreeMap::new();
+        for &id in ids {
+            let (table, lost) = (self.m.table(id).unwrap(), self.lost(id));
+            for block in self.window.hidden(table.len()).filter(|block| !lost.contains(block)) {
+                *leaving.entry(table.blocks()[block as usize]).or_default() += 1;
+            }
+        }
+        let is_gone = |(block, count): (BlockId, u32)| (self.m.pool.num_holders(block) == count).then_some(block);
+        let gone = leaving.into_iter().filter_map(is_gone);
+        gone.partition(|&block| self.m.pool.ref_count(block) == self.m.pool.num_holders(block))
+    }
+
+    /// What [`Self::leaving`] tells has happened.
+    fn leave(&mut self, ids: &[SequenceId], reclaimable: &BTreeSet<BlockId>) {
+        for &id in ids {
+            let len = self.sequences.iter().find(|(s, _)| *s == id).unwrap().1.len();
+            let mut lost = self.lost(id);
+            let before = lost.len();
+            lost.extend(self.window.hidden(len as u32));
+            self.seen[7] += (lost.len() - before) as u64;
+            self.set_lost(id, len, lost);
+        }
+        for entry in self.index.values_mut().filter(|entry| reclaimable.contains(&entry.block)) {
+            entry.unused_since.get_or_insert(self.time);
         }
     }
 
@@ -153,6 +214,7 @@ impl World {
                 let Some(i) = self.pick(s) else { return };
                 let (id, tokens) = self.sequences[i].clone();
                 if let Some(fork) = self.idle(id, |m| m.fork(id)) {
+                    self.set_lost(fork, tokens.len(), self.lost(id));
                     self.sequences.push((fork, tokens));
                 }
             }
@@ -160,16 +222,21 @@ impl World {
                 let Some(i) = self.pick(s) else { return };
                 let (id, mut tokens) = self.sequences[i].clone();
                 tokens.truncate(len.index(tokens.len() + 1));
+                if !self.reaches_back(id, tokens.len() as u32) {
+                    return;
+                }
                 if let Some(fork) = self.idle(id, |m| m.fork_at(id, tokens.len() as u32)) {
                     self.seen[4] += u64::from(!tokens.len().is_multiple_of(self.block_size as usize));
+                    self.set_lost(fork, tokens.len(), self.lost(id));
                     self.sequences.push((fork, tokens));
                 }
             }
             Op::Truncate(s, len) => {
                 let Some(i) = self.pick(s) else { return };
                 let (id, len) = (self.sequences[i].0, len.index(self.sequences[i].1.len() + 1));
-                if self.idle(id, |m| m.truncate(id, len as u32)).is_some() {
+                if self.reaches_back(id, len as u32) && self.idle(id, |m| m.truncate(id, len as u32)).is_some() {
                     self.sequences[i].1.truncate(len);
+                    self.set_lost(id, len, self.lost(id));
                 }
             }
             Op::Free(s) => {
@@ -177,6 +244,18 @@ impl World {
                 let id = self.sequences[i].0;
                 if self.idle(id, |m| m.free(id)).is_some() {
                     self.sequences.swap_remove(i);
+                }
+            }
+            Op::Release(s) => {
+                let Some(i) = self.pick(s) else { return };
+                let id = self.sequences[i].0;
+                let (free, reclaimable) = self.leaving(&[id]);
+                let before = self.m.usage();
+                if self.idle(id, |m| m.release_hidden(id)).is_some() {
+                    self.leave(&[id], &reclaimable);
+                    let after = self.m.usage();
+                    let gained = [after.free - before.free, after.reclaimable - before.reclaimable];
+                    assert_eq!(gained, [free.len() as u32, reclaimable.len() as u32]);
                 }
             }
             Op::Publish { sequence, len, salt, lie } => {
@@ -194,7 +273,7 @@ impl World {
                 }
             }
             Op::Take(count) => {
-                if let Some(taken) = self.take(*count, |m| m.take_blocks((*count).into())) {
+                if let Some(taken) = self.take(*count, Default::default(), |m| m.take_blocks((*count).into())) {
                     assert_eq!(taken.len() as u32, *count);
                     self.loose.extend(taken);
                 }
@@ -226,6 +305,7 @@ impl World {
             Op::Clear => {
                 self.m.clear();
                 self.sequences.clear();
+                self.lost.clear();
                 self.index.clear();
                 self.loose.clear();
                 self.memory.clear();
@@ -243,16 +323,23 @@ impl World {
     fn swap_in(&mut self, commit: bool) {
         let Some(tokens) = self.swapped.pop() else { return };
         let (len, epoch) = (tokens.len() as u32, self.m.epoch());
-        let count = len.div_ceil(self.block_size);
-        let Some(blocks) = self.take(count, |m| m.begin_swap_in(count)) else { return self.swapped.push(tokens) };
+        let hidden = self.m.config.hidden_blocks(len);
+        let places: Vec<_> = (0..len.div_ceil(self.block_size)).filter(|place| !hidden.contains(place)).collect();
+        let count = places.len() as u32;
+        assert_eq!(count, self.m.config.held_blocks(len));
+        let taken = self.take(count, Default::default(), |m| m.begin_swap_in(count));
+        let Some(blocks) = taken else { return self.swapped.push(tokens) };
         for (i, &(_, value)) in (0..).zip(&tokens) {
-            self.memory.insert((blocks[(i / self.block_size) as usize], i % self.block_size), value);
+            if let Some(at) = places.iter().position(|&place| place == i / self.block_size) {
+                self.memory.insert((blocks[at], i % self.block_size), value);
+            }
         }
         if self.open.is_empty() {
             self.m.refused(Manager::begin_defragment, ErrorKind::Caller, "open swap-ins");
         }
         if commit {
-            let id = self.m.commit_swap_in(epoch, &blocks, len).unwrap();
+            let id = self.m.commit_swap_in(epoch, &blocks, len, hidden).unwrap();
+            self.set_lost(id, tokens.len(), self.window.hidden(len).collect());
             self.sequences.push((id, tokens));
             self.seen[5] += 1;
         } else {
@@ -292,14 +379,24 @@ impl World {
         assert!((0..self.m.pool.num_blocks()).all(|b| (self.m.pool.ref_count(BlockId(b)) > 0) == (b < used)));
     }
 
-    /// A call that takes between `min_blocks` and some more blocks from the pool, or none and fails. Checks what was evicted.
-    fn take<T: std::fmt::Debug>(&mut self, min_blocks: u32, call: impl FnOnce(&mut Manager) -> Result<T>) -> Option<T> {
+    /// A call that takes between `min_blocks` and some more blocks from the pool, or none and fails. Checks what was evicted. Before it does, it
+    /// gives up what `leaving` sequences don't see any more.
+    fn take<T: std::fmt::Debug>(
+        &mut self,
+        min_blocks: u32,
+        leaving: &[SequenceId],
+        call: impl FnOnce(&mut Manager) -> Result<T>,
+    ) -> Option<T> {
         let before = State::of(&self.m);
-        let usage = self.m.usage();
+        let (free, reclaimable) = self.leaving(leaving);
+        let mut usage = self.m.usage();
+        usage.free += free.len() as u32;
+        usage.reclaimable += reclaimable.len() as u32;
         let room = usage.free + usage.reclaimable;
         match call(&mut self.m) {
             Ok(taken) => {
                 assert!(room >= min_blocks);
+                self.leave(leaving, &reclaimable);
                 let count = usage.free + self.count_evicted() - self.m.usage().free;
                 self.evict(count, &usage);
                 Some(taken)
@@ -371,7 +468,8 @@ impl World {
         if lens.is_empty() {
             return;
         }
-        let Some(reservation) = self.take(min_blocks, |m| m.reserve(&lens)) else { return };
+        let ids: Vec<_> = lens.iter().map(|&(s, _)| s).collect();
+        let Some(reservation) = self.take(min_blocks, &ids, |m| m.reserve(&lens)) else { return };
         let Reservation { batch, pending, slots, copies } = reservation;
         assert!(copies.len() <= new.len());
         let blocks: Vec<_> =
@@ -395,7 +493,11 @@ impl World {
                 let before = self.sequences.iter().find(|(s, _)| s == id).unwrap();
                 assert_eq!((entry.context_len as usize, entry.query_len as usize), (before.1.len(), tokens.len()));
                 let table: Vec<_> = batch.tables[entry.table.clone()].iter().map(|&b| BlockId(b)).collect();
-                self.assert_holds(&table, before.1.iter().chain(tokens));
+                self.assert_holds(&table, before.1.iter().chain(tokens), &self.lost(*id));
+                let seen = |len: u32| self.window.needed(len);
+                assert!(
+                    (entry.context_len..entry.seq_len()).flat_map(seen).all(|block| !table[block as usize].is_null())
+                );
             }
         }
         let open = Open { pending, new, blocks };
@@ -431,6 +533,9 @@ impl World {
                 entry.unused_since = entry.unused_since.map(|_| self.time);
                 continue;
             }
+            if table[i].is_null() {
+                break;
+            }
             let values = values.iter().map(|t| t.1).collect();
             self.index.insert(key, Entry { block: table[i], values, unused_since: None });
             added += 1;
@@ -452,7 +557,15 @@ impl World {
             blocks.push(entry.block);
             found.extend(tokens.iter().copied().zip(entry.values.iter().copied()));
         }
+        let hidden: BTreeSet<_> = self.window.hidden(found.len() as u32).collect();
+        hidden.iter().for_each(|&block| blocks[block as usize] = BlockId::NULL);
+        let unused = |block: &&BlockId| !block.is_null() && self.m.pool.num_holders(**block) == 0;
+        let reclaimable_blocks = blocks.iter().filter(unused).count() as u32;
+        let probe = PrefixProbe { len: found.len() as u32, reclaimable_blocks };
+        assert_eq!(self.m.probe_prefix(&query, salt), probe);
         let hit = self.m.match_prefix(&query, salt);
+        self.seen[9] += u64::from(!hidden.is_empty());
+        self.set_lost(hit.sequence, found.len(), hidden);
         assert_eq!((hit.len as usize, self.m.blocks(hit.sequence)), (found.len(), blocks));
         self.seen[0] += u64::from(hit.len > 0);
         for (stat, count) in self.stats.iter_mut().zip([1, query.len(), found.len()]) {
@@ -494,10 +607,18 @@ impl World {
         }
     }
 
-    fn assert_holds<'t>(&self, table: &[BlockId], tokens: impl Iterator<Item = &'t (u32, Value)>) {
+    /// The table has the tokens, but for those in blocks that are lost, for which it has null.
+    fn assert_holds<'t>(
+        &self,
+        table: &[BlockId],
+        tokens: impl Iterator<Item = &'t (u32, Value)>,
+        lost: &BTreeSet<u32>,
+    ) {
         let read = |i: u32| self.memory.get(&(table[(i / self.block_size) as usize], i % self.block_size)).copied();
         for (i, &(_, value)) in (0..).zip(tokens) {
-            assert_eq!(read(i), Some(value), "token {i} of {table:?}");
+            let is_lost = lost.contains(&(i / self.block_size));
+            assert_eq!(table[(i / self.block_size) as usize].is_null(), is_lost, "token {i} of {table:?}");
+            assert!(is_lost || read(i) == Some(value), "token {i} of {table:?}");
         }
     }
 
@@ -509,9 +630,10 @@ impl World {
             let table = self.m.table(*id).unwrap();
             assert_eq!(table.len() as usize, tokens.len());
             assert_eq!(table.blocks().len(), tokens.len().div_ceil(block_size as usize));
-            self.assert_holds(table.blocks(), tokens.iter());
+            self.assert_holds(table.blocks(), tokens.iter(), &self.lost(*id));
+            assert_eq!(table.num_held() as usize, table.held().count());
             assert_eq!(self.m.sequences[id].held_by.is_some(), self.is_open(*id));
-            table.blocks().iter().for_each(|b| holders[b.0 as usize] += 1);
+            table.held().for_each(|b| holders[b.0 as usize] += 1);
         }
         let others = self.open.iter().flat_map(|open| &open.blocks).chain(&self.loose);
         others.for_each(|b| holders[b.0 as usize] += 1);
@@ -569,11 +691,13 @@ impl World {
         let mut slots = BTreeSet::new();
         let mut blocks = BTreeSet::<BlockId>::new();
         for (id, tokens) in &self.sequences {
-            let table = self.m.table(*id).unwrap().blocks();
-            blocks.extend(table);
-            slots
-                .extend((0..tokens.len()).map(|i| (table[i / self.block_size as usize], i % self.block_size as usize)));
+            let table = self.m.table(*id).unwrap();
+            blocks.extend(table.held());
+            let slot = |i: usize| (table.blocks()[i / self.block_size as usize], i % self.block_size as usize);
+            slots.extend((0..tokens.len()).map(slot).filter(|(block, _)| !block.is_null()));
         }
+        let lost: usize = self.sequences.iter().map(|(id, _)| self.lost(*id).len()).sum();
+        assert_eq!(report.released_tokens, lost as u64 * u64::from(self.block_size));
         assert_eq!(report.cached_tokens, slots.len() as u64);
         assert_eq!(report.sequence_tokens, self.sequences.iter().map(|s| s.1.len() as u64).sum::<u64>());
         assert_eq!(report.sequence_blocks() as usize, blocks.len());
@@ -584,10 +708,11 @@ impl World {
 #[test]
 fn random_operations_agree_with_plain_vectors() {
     let mut runner = TestRunner::new(Config { cases: 6000, failure_persistence: None, ..Config::default() });
-    let runs = (1..5_u32, 4..40_u32, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
-    let seen = std::cell::Cell::new([0; 7]);
-    let result = runner.run(&runs, |(block_size, num_blocks, collide, ops)| {
-        let mut world = World::new(block_size, num_blocks, collide);
+    let window = prop::option::of((1..9_u32, 0..4_u32));
+    let runs = (1..5_u32, 4..40_u32, window, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
+    let seen = std::cell::Cell::new([0; 10]);
+    let result = runner.run(&runs, |(block_size, num_blocks, window, collide, ops)| {
+        let mut world = World::new(block_size, num_blocks, window, collide);
         for op in &ops {
             world.apply(op);
             world.check();

@@ -29,6 +29,8 @@ pub(super) enum Op {
     ForkAt(Index, Index),
     Truncate(Index, Index),
     Free(Index),
+    /// What has left its window returns to the pool at once.
+    Release(Index),
     /// The first tokens of a sequence under a salt; with other tokens than it has if `lie`.
     Publish {
         sequence: Index,
@@ -107,6 +109,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         6 => (any(), any()).prop_map(|(s, len)| Op::ForkAt(s, len)),
         6 => (any(), any()).prop_map(|(s, len)| Op::Truncate(s, len)),
         9 => any().prop_map(Op::Free),
+        3 => any().prop_map(Op::Release),
         10 => (any(), any(), 0..SALTS, prop::bool::weighted(0.1))
             .prop_map(|(sequence, len, salt, lie)| Op::Publish { sequence, len, salt, lie }),
         8 => (any(), any(), prop::collection::vec(0..2_u32, 0..6), salt())

@@ -1,0 +1,66 @@
+//! Requests of a model with a window: longer than the cache, and the same tokens as alone.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use fastrand::Rng;
+use folio::KvFormat;
+use folio::engine::{EndReason, Engine, EngineOptions, Request, SubmitError};
+use folio::model::{Decoder, DecoderOptions, Model, ModelOptions, WeightFormat};
+
+use super::{adapter, collect, drawn, options};
+
+fn engine(model: &Arc<Model>, num_blocks: u32, prefix_cache: bool, options: EngineOptions) -> Engine {
+    let mut decoder = DecoderOptions::default();
+    (decoder.num_blocks, decoder.block_size, decoder.max_step_tokens) = (num_blocks, 4, 16);
+    (decoder.k_format, decoder.v_format, decoder.prefix_cache) = (KvFormat::F32, KvFormat::F32, prefix_cache);
+    Engine::new(Decoder::new_blocking(Arc::clone(model), decoder).unwrap(), None, options).unwrap()
+}
+
+/// Texts of up to 110 tokens, in a cache of 80, where a window of 16 and a chunk of 16 fit twice.
+#[test]
+fn texts_longer_than_the_cache_are_the_same_as_alone() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/mistral");
+    let model = Model::load_blocking(&gpu, fixture, ModelOptions::new(WeightFormat::F32), |_| {}).unwrap();
+    let model = Arc::new(model);
+    let mut rng = Rng::with_seed(4);
+    let requests: Vec<_> = (0..14)
+        .map(|i| {
+            let prompt: Vec<u32> = (0..rng.u32(1..70)).map(|at| (at * 31 + at * at + i % 3) % 90).collect();
+            Request::new(prompt, rng.u32(1..40)).with_sampling(drawn(i.into()))
+        })
+        .collect();
+    let mut alone = engine(&model, 64, false, EngineOptions::default());
+    let expected: Vec<_> = requests
+        .iter()
+        .map(|request| {
+            let answer = alone.submit(request.clone()).unwrap();
+            alone.run_blocking().unwrap();
+            let collected = collect(answer);
+            assert_eq!(collected.reason, EndReason::Length);
+            collected.tokens
+        })
+        .collect();
+    let (mut preempted, mut cached, mut longest) = (0, 0, 0);
+    for (prefix_cache, swapped_bytes) in [(false, 0), (false, 1 << 30), (true, 1 << 30)] {
+        let mut engine = engine(&model, 20, prefix_cache, options(|o| o.max_swapped_bytes = swapped_bytes));
+        let answers: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+        engine.run_blocking().unwrap();
+        for ((answer, request), tokens) in answers.into_iter().zip(&requests).zip(&expected) {
+            let collected = collect(answer);
+            assert_eq!(&collected.tokens, tokens, "prefix cache {prefix_cache}: {request:?}");
+            preempted += collected.usage.preemptions;
+            cached += collected.usage.cached_tokens;
+            longest = longest.max(request.prompt.len() + tokens.len());
+        }
+        let usage = engine.decoder().usage();
+        assert_eq!((usage.sequences, usage.free + usage.reclaimable), (0, 20));
+    }
+    assert!(longest > 80 && preempted > 0 && cached > 0, "{longest} {preempted} {cached}");
+    // A request that has no room for its window and a chunk is refused.
+    let mut tiny = engine(&model, 8, false, EngineOptions::default());
+    let refused = tiny.submit(Request::new(vec![1; 60], 20));
+    assert!(matches!(refused, Err(SubmitError::Refused(_))), "{refused:?}");
+    assert!(tiny.submit(Request::new(vec![1; 20], 5)).is_ok());
+}
