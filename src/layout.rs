@@ -51,8 +51,8 @@ pub struct KvCacheConfig {
     pub contiguous: bool,
     /// There is no V side: values are the first `value_dim` elements of the keys.
     pub latent: bool,
-    /// A promise that no attention sees further back than this many newest tokens, besides the first [`sink_tokens`](Self::sink_tokens): blocks that no
-    /// later token can see return to the pool. At least 1; not in a contiguous cache. `None`: every token is kept.
+    /// A promise that no attention sees further back than this many newest tokens, besides the first [`sink_tokens`](Self::sink_tokens): blocks that
+    /// no later token can see return to the pool. At least 1; not in a contiguous cache. `None`: every token is kept.
     pub window: Option<u32>,
     /// First tokens of every sequence that are kept beside the window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
     pub sink_tokens: u32,

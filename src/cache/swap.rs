@@ -136,7 +136,8 @@ impl KvCache {
     /// block, if that is larger).
     ///
     /// # Errors
-    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's, or the snapshot lacks blocks that the cache's window shows; [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
+    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's, or the snapshot lacks blocks that the cache's window shows;
+    /// [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
     /// list of blocks doesn't fit into a binding; [`Error::Wgpu`], for example if memory is short. Nothing has changed then.
     pub fn swap_in(&self, encoder: &mut wgpu::CommandEncoder, snapshot: &SequenceSnapshot) -> Result<SwapIn> {
         self.check_snapshot(snapshot)?;

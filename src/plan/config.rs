@@ -43,9 +43,9 @@ pub struct AttentionConfig {
     /// Queries for the sink tokens are rows of their own, rotated by other positions: calls give them by `AttentionCall::sink_q`. Needs
     /// `sink_tokens`; not with `alibi_slopes`, whose distances are those in the text.
     ///
-    /// StreamingLLM numbers positions within what is kept, so that no model sees a distance that it was not trained on. Keys needn't be rotated again for
-    /// that, because a rotary embedding depends on distances only: the newest tokens have theirs anyway, and a query at position `p` is as far from the
-    /// sink tokens as it should be if it is rotated by `min(p, sink_tokens + window - 1)` ([`KvCacheConfig::sink_position`]).
+    /// StreamingLLM numbers positions within what is kept, so that no model sees a distance that it was not trained on. Keys needn't be rotated
+    /// again for that, because a rotary embedding depends on distances only: the newest tokens have theirs anyway, and a query at position `p` is as
+    /// far from the sink tokens as it should be if it is rotated by `min(p, sink_tokens + window - 1)` ([`KvCacheConfig::sink_position`]).
     pub sink_queries: bool,
     /// ALiBi: `slope * (key position - query position)` is added to a head's logits. One slope per query head.
     pub alibi_slopes: Option<Vec<f32>>,

@@ -368,8 +368,8 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// Plans an entry whose first `sinks` keys are seen by tokens from whose windows they are hidden: for each token the states of these keys are merged
-    /// with those of the others.
+    /// Plans an entry whose first `sinks` keys are seen by tokens from whose windows they are hidden: for each token the states of these keys are
+    /// merged with those of the others.
     fn add_with_sinks(&mut self, i: usize, sinks: u32) -> Result<()> {
         let entry = &self.batch.entries[i];
         let tiles = self.shape.tiles(entry, self.shape.tile_rows(entry), sinks);

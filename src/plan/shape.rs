@@ -132,8 +132,8 @@ impl PlanShape {
         (begin, end)
     }
 
-    /// How many of an entry's first keys are planned apart, because tokens see them besides their windows: 0 if all that they see is in their windows.
-    /// With a fixed grid of splits it must not depend on other tokens whether a token's sum is cut there.
+    /// How many of an entry's first keys are planned apart, because tokens see them besides their windows: 0 if all that they see is in their
+    /// windows. With a fixed grid of splits it must not depend on other tokens whether a token's sum is cut there.
     pub(super) fn separate_sinks(&self, entry: &BatchEntry, is_fixed: bool) -> u32 {
         let is_seen = self.window.is_none_or(|window| entry.seq_len() <= window && !is_fixed);
         if is_seen { 0 } else { self.sink_tokens.min(entry.seq_len()) }

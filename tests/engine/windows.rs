@@ -28,7 +28,8 @@ fn texts_longer_than_the_cache_are_the_same_as_alone() {
     let requests: Vec<_> = (0..14)
         .map(|i| {
             let prompt: Vec<u32> = (0..rng.u32(1..70)).map(|at| (at * 31 + at * at + i % 3) % 90).collect();
-            Request::new(prompt, rng.u32(1..40)).with_sampling(drawn(i.into()))
+            let priority = if i < 7 { 0 } else { 5 };
+            Request::new(prompt, rng.u32(1..40)).with_sampling(drawn(i.into())).with_priority(priority)
         })
         .collect();
     let mut alone = engine(&model, 64, false, EngineOptions::default());
@@ -45,7 +46,14 @@ fn texts_longer_than_the_cache_are_the_same_as_alone() {
     let (mut preempted, mut cached, mut longest) = (0, 0, 0);
     for (prefix_cache, swapped_bytes) in [(false, 0), (false, 1 << 30), (true, 1 << 30)] {
         let mut engine = engine(&model, 20, prefix_cache, options(|o| o.max_swapped_bytes = swapped_bytes));
-        let answers: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+        // Those that come later are ahead of those that run.
+        let mut answers = Vec::new();
+        for half in requests.chunks(7) {
+            answers.extend(half.iter().map(|request| engine.submit(request.clone()).unwrap()));
+            for _ in 0..6 {
+                gpu.block_on(engine.step()).unwrap();
+            }
+        }
         engine.run_blocking().unwrap();
         for ((answer, request), tokens) in answers.into_iter().zip(&requests).zip(&expected) {
             let collected = collect(answer);

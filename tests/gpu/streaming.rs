@@ -126,8 +126,9 @@ fn check(
         options: Options::default(),
     };
     let expected = attention_with_bound(&problem, &ErrorModel::F32).expect("a valid problem");
-    // The kernel's keys are within 2^-21 * (|a| + |b|), which is at most 4 * 2^-21. So 16 products with queries below 2 * sqrt(2), times 1/4, miss a logit
-    // by 46 * 2^-21; what is rotated here is rounded to 24 bits. A change of the logits by that much changes a mean of values below 2 by four times as much.
+    // The kernel's keys are within 2^-21 * (|a| + |b|), which is at most 4 * 2^-21. So 16 products with queries below 2 * sqrt(2), times 1/4, miss a
+    // logit by 46 * 2^-21; what is rotated here is rounded to 24 bits. A change of the logits by that much changes a mean of values below 2 by four
+    // times as much.
     let logit = 64.0 * 2_f64.powi(-21);
     let slack = 4.0 * logit;
     for (i, got) in got.iter().enumerate() {

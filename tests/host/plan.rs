@@ -178,7 +178,9 @@ fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> ([Vec<WorkItem>
         relative.collect()
     };
     let merges = plan.merge.iter().filter(|merge| tokens.contains(&merge.token));
-    let merges = merges.map(|merge| (merge.token - tokens.start, merge.num_splits)).collect();
+    let mut merges: Vec<_> = merges.map(|merge| (merge.token - tokens.start, merge.num_splits)).collect();
+    // Links stand behind the items of their round, and where a round ends depends on the batch.
+    merges.sort_unstable();
     ([&plan.decode, &plan.prefill, &plan.sink_decode, &plan.sink_prefill].map(|items| relative(items)), merges)
 }
 

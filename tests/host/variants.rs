@@ -150,7 +150,9 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         let variant =
             Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
         let variant = if choice[10] % 2 == 1 { variant.with_head_norm() } else { variant };
-        let variant = if choice[10] >= 2 { variant.with_sink_queries(1027) } else { variant };
+        // Over more segments there are too few bindings for second queries, and the cache refuses them.
+        let is_whole = segments.iter().all(|segments| segments.count == 1);
+        let variant = if choice[10] >= 2 && is_whole { variant.with_sink_queries(1027) } else { variant };
         let rope = ropes(kernel, config.head_dim)[choice[8]];
         // The layout of queries or keys, and another one of results or values.
         let [first, second] = [choice[12], (choice[12] + choice[8]) % LAYOUTS.len()].map(|layout| LAYOUTS[layout]);

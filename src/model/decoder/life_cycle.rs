@@ -89,8 +89,8 @@ impl Decoder {
     /// comes along only if `len` is one more than there are [`tokens`](Self::tokens).
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
-    /// for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`],
+    /// also for one that is swapped out.
     pub fn fork_at(&mut self, sequence: SequenceId, len: u32) -> ModelResult<SequenceId> {
         let text = self.cached_text(sequence)?;
         let cached = cached_len(text, len)?;
@@ -105,8 +105,8 @@ impl Decoder {
     /// than there are [`tokens`](Self::tokens), and nothing changes then.
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`], also
-    /// for one that is swapped out.
+    /// [`Error::Argument`] for more tokens than the text has, or if it [doesn't reach back](Self::reaches_back) so far; [`Error::UnknownSequence`],
+    /// also for one that is swapped out.
     pub fn truncate(&mut self, sequence: SequenceId, len: u32) -> ModelResult<()> {
         let cached = cached_len(self.text(sequence)?, len)?;
         self.cache.truncate(sequence, cached)?;

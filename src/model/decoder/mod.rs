@@ -48,7 +48,8 @@ pub struct DecoderOptions {
     pub streaming: Option<Streaming>,
 }
 
-/// Attention to the newest tokens and the very first ones, with positions that are counted within these (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
+/// Attention to the newest tokens and the very first ones, with positions that are counted within these (StreamingLLM, Xiao et al. 2023, arXiv
+/// 2309.17453).
 /// A model trained on full attention stays fluent that way far beyond its positions, though it knows nothing of what lies between; with the newest
 /// tokens alone it doesn't. For models with rotary embeddings.
 ///
@@ -204,8 +205,8 @@ impl Decoder {
     /// Allocates the cache and the activations, and compiles what depends on them.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for, or `streaming` asks for
-    /// nothing, or for more positions than the model has, or the model has no rotary embeddings; those of
+    /// [`Error::Argument`](crate::Error::Argument) if `max_step_tokens` is 0, or more than the device's buffers have room for, or `streaming` asks
+    /// for nothing, or for more positions than the model has, or the model has no rotary embeddings; those of
     /// [`KvCache::new`] and [`Attention::new`](crate::Attention::new).
     pub async fn new(model: Arc<Model>, options: DecoderOptions) -> ModelResult<Self> {
         let (gpu, config) = (model.gpu().clone(), model.config().clone());
