@@ -586,6 +586,14 @@ fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
     let plain_plan = plain.plan(&step).expect("plan");
     let result = masked.attend(&mut encoder, &masked_plan, 0, &q, &out);
     refused(result, Caller, &["lse: got attend", "need attend_with_lse"]);
+    refused(plain.sinks(&[0.0; NUM_Q_HEADS as usize]), Caller, &["sinks: got values", "the config has no sinks"]);
+    let config = with(AttentionConfig::new(NUM_Q_HEADS), |c| c.sinks = Some(vec![0.0; NUM_Q_HEADS as usize]));
+    let with_sinks = Attention::new_blocking(cache, config).expect("attention");
+    refused(with_sinks.sinks(&[0.0]), Caller, &["sinks: got 1 values", "need one per query head"]);
+    refused(with_sinks.sinks(&[f32::NAN; NUM_Q_HEADS as usize]), Caller, &["sinks: got NaN", "a finite number"]);
+    let sinks = with_sinks.sinks(&[1.0; NUM_Q_HEADS as usize]).expect("sinks");
+    let result = plain.attend_with_sinks(&mut encoder, &plain_plan, 0, &q, &out, &sinks);
+    refused(result, Caller, &["sinks: got those of", "a config with sinks"]);
     let result = plain.attend_with_lse(&mut encoder, &plain_plan, 0, &q, &out, &lse);
     refused(result, Caller, &["lse: got false", "need AttentionConfig::lse set"]);
     drop(step);

@@ -35,7 +35,7 @@ pub struct DecoderOptions {
     /// How values are stored.
     pub v_format: KvFormat,
     /// Tokens that go through the layers at once. Longer batches are cut into several steps (chunked prefill). The activations take some
-    /// `max_step_tokens * (6 * hidden_size + intermediate_size) * 4` bytes.
+    /// `max_step_tokens * (6 * hidden_size + intermediate_size) * 4` bytes; with experts as much again for each that a token goes to, of their own size.
     pub max_step_tokens: u32,
     /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
     /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
