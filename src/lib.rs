@@ -34,8 +34,8 @@ pub mod tune;
 pub use attention::{Attention, AttentionPlan, MergeStates};
 #[cfg(feature = "wgpu")]
 pub use cache::{
-    AppendQkv, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot, Step, SwapIn,
-    SwapOut,
+    AppendLatent, AppendQkv, Defragment, HeadNorm, KvCache, KvRows, LatentNorm, PendingSnapshot, QkvRows, Rope,
+    SequenceSnapshot, Step, SwapIn, SwapOut,
 };
 pub use error::{BoxError, Error, ErrorKind, Holder, Result};
 pub use format::{KvFormat, KvFormats};

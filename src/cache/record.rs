@@ -46,6 +46,18 @@ pub struct KvRows {
     pub v: Vec<f32>,
 }
 
+/// Rows to be appended; of a latent cache keys only.
+pub(super) struct NewRows<'a> {
+    pub(super) k: BufferRef<'a>,
+    pub(super) v: Option<BufferRef<'a>>,
+}
+
+/// A form of the kernel `append`, and the buffers that it binds behind those that all have.
+pub(super) struct AppendKernel<'a> {
+    pub(super) program: &'a VariantProgram,
+    pub(super) tables: Vec<&'a wgpu::Buffer>,
+}
+
 /// Elements of the rows of `num_tokens` tokens: of K, of V.
 fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> [u64; 2] {
     config.token_elements().map(|elements| u64::from(num_tokens) * elements)
@@ -96,7 +108,8 @@ impl KvCache {
         if self.config.latent {
             return Err(Error::argument("v", "rows of values", "append_latent, as values are keys in this cache"));
         }
-        self.append_any(recorder.into(), step, layer, k.into(), Some(v.into()), rope)
+        let rows = NewRows { k: k.into(), v: Some(v.into()) };
+        self.append_any(recorder.into(), step, layer, rows, self.append_kernel(rope)?)
     }
 
     /// [`KvCache::append`] to a [latent](KvCacheConfig::latent) cache: `rows`, f32 `[num_tokens, num_kv_heads, head_dim]`, are keys and values.
@@ -117,26 +130,29 @@ impl KvCache {
         if !self.config.latent {
             return Err(Error::argument("rows", "rows of latents", "append, as this cache has values of its own"));
         }
-        self.append_any(recorder.into(), step, layer, rows.into(), None, rope)
+        let rows = NewRows { k: rows.into(), v: None };
+        self.append_any(recorder.into(), step, layer, rows, self.append_kernel(rope)?)
     }
 
-    fn append_any(
+    fn append_kernel<'a>(&'a self, rope: Option<&'a Rope>) -> Result<AppendKernel<'a>> {
+        match rope {
+            Some(rope) => rope.append_kernel(&self.gpu, &self.config),
+            None => Ok(AppendKernel { program: &self.kernels.append, tables: Vec::new() }),
+        }
+    }
+
+    pub(super) fn append_any(
         &self,
         recorder: Recorder<'_>,
         step: &Step,
         layer: u32,
-        k: BufferRef<'_>,
-        v: Option<BufferRef<'_>>,
-        rope: Option<&Rope>,
+        NewRows { k, v }: NewRows<'_>,
+        AppendKernel { program, tables }: AppendKernel<'_>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
         self.check_calibrated(layer)?;
         let (gpu, config) = (&self.gpu, &self.config);
-        let (kernel, table) = match rope {
-            Some(rope) => rope.append_kernel(gpu, config)?,
-            None => (&self.kernels.append, None),
-        };
         let num_tokens = step.num_tokens();
         let [k_elements, v_elements] = row_elements(config, num_tokens);
         let k = k.check(gpu, "k", k_elements, true)?;
@@ -148,14 +164,14 @@ impl KvCache {
         if step.num_copies > 0 {
             dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
         }
-        let (x, y) = kernel.variant.append_grid("k", num_tokens)?;
-        let mut resources = kernel.resources();
+        let (x, y) = program.variant.append_grid("k", num_tokens)?;
+        let mut resources = program.resources();
         resources.push(k.binding());
         resources.extend(v.as_ref().map(BufferRef::binding));
         resources.extend(storage.written());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
-        resources.extend(table.map(wgpu::Buffer::as_entire_binding));
-        dispatches.push(kernel.dispatch(resources, [x, y, 1]));
+        resources.extend(tables.into_iter().map(wgpu::Buffer::as_entire_binding));
+        dispatches.push(program.dispatch(resources, [x, y, 1]));
         recorder.record(gpu, "folio append", &dispatches, &[lease])
     }
 

@@ -1,6 +1,7 @@
 //! [`Rope`]: rotary position embedding on the GPU, of K while it is appended and of Q in place. It is a part of the cache's layer because it
 //! is a variant of `append`.
 
+use super::record::AppendKernel;
 use super::{KvCache, Step};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
@@ -106,16 +107,12 @@ impl Rope {
     }
 
     /// The kernel that appends to a cache of this device and shape, and its table.
-    pub(super) fn append_kernel(
-        &self,
-        gpu: &Gpu,
-        cache: &KvCacheConfig,
-    ) -> Result<(&VariantProgram, Option<&wgpu::Buffer>)> {
+    pub(super) fn append_kernel(&self, gpu: &Gpu, cache: &KvCacheConfig) -> Result<AppendKernel<'_>> {
         self.check_shape(cache)?;
         if gpu.device() != self.gpu.device() {
             return Err(Error::argument("rope", "one of another device", "one made for a cache of this device"));
         }
-        Ok((&self.append, Some(&self.table)))
+        Ok(AppendKernel { program: &self.append, tables: vec![&self.table] })
     }
 
     fn check_shape(&self, cache: &KvCacheConfig) -> Result<()> {

@@ -151,7 +151,7 @@ pub struct Variant {
     pub flags: AttendFlags,
     /// Rotary embedding: what `rope` and `append_qkv` do always, and `append` to K if it is there.
     pub rope: Option<RopeShape>,
-    /// Whether `append_qkv` normalises queries and keys before.
+    /// Whether `append_qkv` normalises queries and keys before, and `append` the values of latents.
     pub head_norm: bool,
     /// Whether scores are integer dot products of quantised queries with the codes of K (`decode`).
     pub packed_dots: bool,
@@ -276,7 +276,7 @@ impl Variant {
 
     /// Whether the invocations of a row share what they know, so that a workgroup has whole rows.
     pub(crate) const fn shares_rows(&self) -> bool {
-        matches!(self.kernel, Kernel::AppendQkv) || self.has_row_scales()
+        matches!(self.kernel, Kernel::AppendQkv) || self.has_row_scales() || self.head_norm
     }
 
     /// Elements per token of the regions that `append_qkv` reads: queries, keys, values.
@@ -307,10 +307,13 @@ impl Variant {
         Self { rope: Some(rope), ..self }
     }
 
-    /// The same kernel with RMSNorm of each head of queries and keys; `append_qkv` knows it.
+    /// The same kernel with RMSNorm: `append_qkv` of each head of queries and keys, `append` to a latent cache of the values within its rows.
     #[must_use]
-    pub fn with_head_norm(self) -> Self {
-        Self { head_norm: true, ..self }
+    pub fn with_head_norm(mut self) -> Self {
+        self.head_norm = true;
+        // The invocations of a row share its squares, so that a workgroup has whole rows.
+        super::tuning::choose(&mut self);
+        self
     }
 
     /// Bytes of workgroup memory that the kernel declares. Checked against the device before a pipeline is made, because wgpu does not.

@@ -3,6 +3,7 @@
 use super::architecture::{LayerWeights, LinearWeights, NormWeights, TensorSource};
 use super::config::ModelConfig;
 use super::error::{ModelError, ModelResult};
+use super::head_linear::HeadRope;
 use super::linear::{Linear, RmsNorm, RowSource};
 use super::linear_config::LinearConfig;
 use super::linear_kernels::LinearKernels;
@@ -57,7 +58,7 @@ pub(super) struct Builder<'a, P> {
 }
 
 impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
-    fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
+    pub(super) fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
         self.bytes_done += self.source.bytes(tensor)?;
         let what = tensor.pieces().first().map_or("", |piece| piece.tensor());
         (self.progress)(Progress { bytes_done: self.bytes_done, bytes_total: self.bytes_total, what });
@@ -73,12 +74,13 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         Ok(values)
     }
 
-    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them.
+    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them. RMSNorm before it, with
+    /// what is added to its mean square, becomes a part of it.
     pub(super) async fn matrix(
         &mut self,
         weights: &[&TensorSource],
         biases: &[&TensorSource],
-        norm: Option<&NormWeights>,
+        norm: Option<(&NormWeights, f32)>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         // Sizes of a configuration are below 2^31.
@@ -94,8 +96,8 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
             bias.extend(self.values(tensor)?);
         }
         let bias = (!biases.is_empty()).then_some(bias);
-        let norm = norm.map(|norm| self.norm_weight(norm)).transpose()?;
-        let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
+        let norm = norm.map(|(norm, eps)| Ok::<_, ModelError>((self.norm_weight(norm)?, eps))).transpose()?;
+        let norm = norm.as_ref().map(|(weight, eps)| RmsNorm { weight, eps: *eps });
         let source = self.source;
         let mut rows = |row: u32, out: &mut [f32]| {
             fill_rows(weights, row, in_features as usize, out, |weight, row, out| source.rows(weight, row, out))
@@ -127,7 +129,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     pub(super) async fn linear(
         &mut self,
         layers: &[&LinearWeights],
-        norm: Option<&NormWeights>,
+        norm: Option<(&NormWeights, f32)>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
@@ -140,7 +142,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     }
 
     /// The weight of a norm as it is multiplied.
-    fn norm_weight(&mut self, norm: &NormWeights) -> ModelResult<Vec<f32>> {
+    pub(super) fn norm_weight(&mut self, norm: &NormWeights) -> ModelResult<Vec<f32>> {
         let mut weight = self.values(&norm.weight)?;
         weight.iter_mut().for_each(|weight| *weight += self.config.norm.weight_offset);
         Ok(weight)
@@ -159,7 +161,10 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     }
 
     fn qk_norm(&mut self, weights: &LayerWeights, norms: &Norms) -> ModelResult<QkNormWeights> {
-        let (Some(q), Some(k)) = (&weights.q_norm, &weights.k_norm) else { return Ok(QkNormWeights::None) };
+        let own_heads = self.config.latent.is_none();
+        let (Some(q), Some(k), true) = (&weights.q_norm, &weights.k_norm, own_heads) else {
+            return Ok(QkNormWeights::None);
+        };
         if let Some([q_norm, k_norm]) = &norms.qk {
             let [Some(q), Some(k)] = [self.norm(Some(q), Some(q_norm))?, self.norm(Some(k), Some(k_norm))?] else {
                 return Ok(QkNormWeights::None);
@@ -170,8 +175,21 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         Ok(QkNormWeights::PerHead(HeadNorm::new(self.gpu, &q, &k, self.config.norm.eps)?))
     }
 
-    pub(super) async fn layer(&mut self, weights: &LayerWeights, norms: &Norms) -> ModelResult<Layer> {
+    pub(super) async fn layer(
+        &mut self,
+        weights: &LayerWeights,
+        norms: &Norms,
+        rope: Option<&HeadRope>,
+    ) -> ModelResult<Layer> {
         let config = self.config;
+        let eps = config.norm.eps;
+        let (attn_norm, mlp_norm) = (weights.attn_norm.as_ref(), weights.mlp_norm.as_ref());
+        // Of latents there is what makes them; of keys and values that are projections of them nothing.
+        let qkv = match (&config.latent, &weights.q_latent) {
+            (None, _) => vec![&weights.q, &weights.k, &weights.v],
+            (Some(_), Some(q)) => vec![q, &weights.k],
+            (Some(_), None) => vec![&weights.q, &weights.k],
+        };
         // Unless it is normalised before it is added.
         let add = |norm: &Option<NormWeights>| {
             let accumulate = norm.is_none();
@@ -186,13 +204,14 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         };
         let (layer, added) = (norms.layer.as_ref(), norms.added.as_ref());
         Ok(Layer {
-            attention_norm: self.norm(weights.attn_norm.as_ref(), layer)?,
-            qkv: self.linear(&[&weights.q, &weights.k, &weights.v], weights.attn_norm.as_ref(), split).await?,
+            attention_norm: self.norm(attn_norm, layer)?,
+            qkv: self.linear(&qkv, attn_norm.map(|norm| (norm, eps)), split).await?,
+            latent: self.latent(weights, rope).await?,
             qk_norm: self.qk_norm(weights, norms)?,
             o: self.linear(&[&weights.o], None, add(&weights.post_attn_norm)).await?,
             post_attention_norm: self.norm(weights.post_attn_norm.as_ref(), added)?,
-            mlp_norm: self.norm(weights.mlp_norm.as_ref(), layer)?,
-            up: self.linear(&[&weights.gate_up], weights.mlp_norm.as_ref(), activate).await?,
+            mlp_norm: self.norm(mlp_norm, layer)?,
+            up: self.linear(&[&weights.gate_up], mlp_norm.map(|norm| (norm, eps)), activate).await?,
             down: self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?,
             post_mlp_norm: self.norm(weights.post_mlp_norm.as_ref(), added)?,
         })

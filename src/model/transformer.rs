@@ -7,6 +7,7 @@ use super::builder::Builder;
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, QkNorm};
 use super::error::{ModelError, ModelResult};
+use super::latent::{LatentBuffers, LatentLayer, LatentScratch, head_rope};
 use super::linear::Linear;
 use super::linear_config::{Factor, LinearConfig};
 use super::linear_kernels::LinearKernels;
@@ -15,7 +16,9 @@ use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::layout::Region;
-use crate::{AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, HeadNorm, KvCache, QkvRows, Result, Step};
+use crate::{
+    AppendLatent, AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, HeadNorm, KvCache, QkvRows, Result, Step,
+};
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
 pub trait WeightSource {
@@ -109,6 +112,8 @@ impl Default for ModelOptions {
 pub(super) struct Layer {
     pub(super) attention_norm: Option<NormParameters>,
     pub(super) qkv: Linear,
+    /// `qkv` makes latents then: of queries, if they have one, and of keys and values.
+    pub(super) latent: Option<LatentLayer>,
     pub(super) qk_norm: QkNormWeights,
     pub(super) o: Linear,
     pub(super) post_attention_norm: Option<NormParameters>,
@@ -117,6 +122,14 @@ pub(super) struct Layer {
     pub(super) up: Linear,
     pub(super) down: Linear,
     pub(super) post_mlp_norm: Option<NormParameters>,
+}
+
+impl Layer {
+    /// Its linear layers.
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let latent = self.latent.iter().flat_map(LatentLayer::linears);
+        [&self.qkv, &self.o, &self.up, &self.down].into_iter().chain(latent)
+    }
 }
 
 /// Norms of queries and keys.
@@ -187,6 +200,7 @@ pub(crate) struct Scratch {
     qkv: wgpu::Buffer,
     attended: wgpu::Buffer,
     up: wgpu::Buffer,
+    latent: Option<LatentScratch>,
 }
 
 impl Scratch {
@@ -194,7 +208,8 @@ impl Scratch {
     pub(crate) fn widest_row(config: &ModelConfig) -> u64 {
         let qkv_width =
             Region::of(qkv_widths(config)).iter().map(|region| u64::from(region.padded_width())).sum::<u64>();
-        qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into())
+        let widest = qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into());
+        widest.max(LatentScratch::widest_row(config))
     }
 
     /// Room for `rows` tokens.
@@ -204,12 +219,15 @@ impl Scratch {
             gpu.create_buffer("creating the activations", label, bytes, wgpu::BufferUsages::STORAGE)
         };
         let qkv = Region::of(qkv_widths(config));
+        let latent = config.latent.as_ref();
+        let attended = config.num_q_heads.saturating_mul(latent.map_or(config.head_dim, |latent| latent.kv_rank));
         Ok(Self {
             hidden: buffer("folio hidden", config.hidden_size)?,
             normed: buffer("folio normed", config.hidden_size)?,
             qkv: buffer("folio qkv", qkv.iter().map(Region::padded_width).sum())?,
-            attended: buffer("folio attended", qkv[0].width)?,
+            attended: buffer("folio attended", attended)?,
             up: buffer("folio up", config.intermediate_size)?,
+            latent: latent.map(|latent| LatentScratch::new(gpu, config, latent, rows)).transpose()?,
         })
     }
 }
@@ -232,7 +250,14 @@ pub(crate) struct KindContext<'a> {
     pub(crate) attention: &'a Attention,
     pub(crate) plan: &'a AttentionPlan,
     /// For layers with rotary embeddings.
-    pub(crate) append: Option<&'a AppendQkv>,
+    pub(crate) append: Option<&'a Append>,
+}
+
+/// The kernel that appends to the cache, with rotation.
+#[derive(Debug)]
+pub(crate) enum Append {
+    Heads(AppendQkv),
+    Latent(AppendLatent),
 }
 
 impl Model {
@@ -295,7 +320,8 @@ impl Model {
         let mut builder =
             Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
         // Whichever computes logits normalises before.
-        let tied_norm = Some(&weights.final_norm).filter(|_| weights.head.is_none());
+        let final_norm = (&weights.final_norm, config.norm.eps);
+        let tied_norm = Some(final_norm).filter(|_| weights.head.is_none());
         let embed = |linear: &mut LinearConfig| {
             linear.gather_scale = scale;
             linear.softcap = cap.filter(|_| weights.head.is_none());
@@ -308,15 +334,15 @@ impl Model {
             }
             None => None,
         };
+        let rope = head_rope(gpu, &config)?;
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, &norms).await?);
+            layers.push(builder.layer(layer, &norms, rope.as_ref()).await?);
         }
+        let head_norm = Some(final_norm);
         let final_norm = builder.norm(Some(&weights.final_norm), norms.layer.as_ref())?;
         let head = match &weights.head {
-            Some(head) => {
-                Some(builder.linear(&[head], Some(&weights.final_norm), |linear| linear.softcap = cap).await?)
-            }
+            Some(head) => Some(builder.linear(&[head], head_norm, |linear| linear.softcap = cap).await?),
             None => None,
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
@@ -361,14 +387,15 @@ impl Model {
     /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
-        layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes).sum()
+        let layers = self.layers.iter().flat_map(Layer::linears);
+        let linears = layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes);
+        linears.chain(self.layers.iter().flat_map(|layer| &layer.latent).map(LatentLayer::bytes)).sum()
     }
 
     /// Shape and options of its linear layers, each once: what `Gpu::tune_linear` takes.
     #[must_use]
     pub fn linear_configs(&self) -> Vec<LinearConfig> {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.up, &l.down]);
+        let layers = self.layers.iter().flat_map(Layer::linears);
         let mut configs = Vec::new();
         for config in layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::config) {
             if !configs.contains(&config) {
@@ -413,8 +440,6 @@ impl Model {
         let (config, rows) = (&self.config, context.rows);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
         let qkv = Rows::new(&scratch.qkv, rows, layer.qkv.config().y_width());
-        let heads = QkvRows::new(&scratch.qkv, rows, config.num_q_heads, context.cache.config());
-        let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
         let up = Rows::new(&scratch.up, rows, config.intermediate_size);
 
         let kind = context.kinds.get(config.layers.index(index));
@@ -422,25 +447,13 @@ impl Model {
 
         let x = self.normed(pass, scratch, layer.attention_norm.as_ref(), hidden)?;
         layer.qkv.record(&mut *pass, x, qkv)?;
-        let mut head_norm = None;
-        match (&layer.qk_norm, &self.norms.qk) {
-            (QkNormWeights::PerHead(norm), _) => head_norm = Some(norm),
-            (QkNormWeights::AllHeads(weights), Some(norms)) => {
-                let qk_rows = Region::of(qkv_widths(config)).map(|Region { width, offset, .. }| Rows {
-                    offset: u64::from(rows) * u64::from(offset) * 4,
-                    ..Rows::new(&scratch.qkv, rows, width)
-                });
-                for ((norm, weights), rows) in norms.iter().zip(weights).zip(qk_rows) {
-                    norm.record_in_place(&mut *pass, weights, rows)?;
-                }
+        let attended = match (&layer.latent, &scratch.latent) {
+            (Some(latent), Some(own)) => {
+                let buffers = LatentBuffers { qkv: &scratch.qkv, scratch: own, attended: &scratch.attended };
+                latent.record(pass, config, buffers, context, (index, kind))?
             }
-            _ => {}
-        }
-        match kind.append {
-            Some(append) => context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?,
-            None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
-        }
-        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
+            _ => self.attend(pass, scratch, context, (index, kind), &layer.qk_norm)?,
+        };
 
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
@@ -454,6 +467,40 @@ impl Model {
             layer.up.record(&mut *pass, x, up)?;
         }
         self.add(pass, scratch, &layer.down, layer.post_mlp_norm.as_ref(), up, hidden)
+    }
+
+    /// Appends keys and values, and attends. Returns what `o` reads.
+    fn attend<'a>(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &'a Scratch,
+        context: &StepContext<'_>,
+        (index, kind): (u32, &KindContext<'_>),
+        qk_norm: &QkNormWeights,
+    ) -> Result<Rows<'a>> {
+        let (config, rows) = (&self.config, context.rows);
+        let heads = QkvRows::new(&scratch.qkv, rows, config.num_q_heads, context.cache.config());
+        let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
+        let mut head_norm = None;
+        match (qk_norm, &self.norms.qk) {
+            (QkNormWeights::PerHead(norm), _) => head_norm = Some(norm),
+            (QkNormWeights::AllHeads(weights), Some(norms)) => {
+                let qk_rows = Region::of(qkv_widths(config)).map(|region| Rows::region(&scratch.qkv, rows, region));
+                for ((norm, weights), rows) in norms.iter().zip(weights).zip(qk_rows) {
+                    norm.record_in_place(&mut *pass, weights, rows)?;
+                }
+            }
+            _ => {}
+        }
+        match kind.append {
+            Some(Append::Heads(append)) => {
+                context.cache.append_qkv(&mut *pass, context.step, index, append, heads, head_norm)?;
+            }
+            Some(Append::Latent(_)) => return Err(Error::argument("latent", "none", "the model's latents")),
+            None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
+        }
+        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
+        Ok(attended)
     }
 
     /// Adds a linear layer's result to the residual stream, normalised if there are weights for it.
@@ -514,8 +561,12 @@ impl Model {
     }
 }
 
-/// Widths of queries, keys and values.
+/// Widths of queries, keys and values; of a model with latents those of queries or their latents, of latents of keys and values, and of nothing.
 pub(super) fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
+    let q_width = config.num_q_heads.saturating_mul(config.head_dim);
+    if let Some(latent) = &config.latent {
+        return [latent.q_rank.unwrap_or(q_width), latent.row_dim(), 0];
+    }
     let kv_width = config.num_kv_heads.saturating_mul(config.head_dim);
-    [config.num_q_heads.saturating_mul(config.head_dim), kv_width, kv_width]
+    [q_width, kv_width, kv_width]
 }

@@ -1,8 +1,8 @@
 //! The table of architectures.
 
 use super::{
-    Architecture, ConfigKeys, Flag, Optional, Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window,
-    WindowedLayers,
+    Architecture, ConfigKeys, Flag, LatentKeys, LatentNames, Optional, Positions, Qkv, RopeKeys, SizeDefault,
+    TensorNames, Up, Window, WindowedLayers,
 };
 use crate::model::config::QkNorm;
 use crate::model::ops::NormKind;
@@ -84,6 +84,7 @@ const LLAMA: Architecture = Architecture {
     query_scalar: None,
     attention_softcap: None,
     logit_softcap: None,
+    latent: None,
     scaled_embedding: false,
     tensors: LLAMA_TENSORS,
 };
@@ -118,6 +119,38 @@ const GEMMA2: Architecture = Architecture {
     logit_softcap: Some(Optional { key: "final_logit_softcapping", default: Some(30.0) }),
     scaled_embedding: true,
     tensors: GEMMA_TENSORS,
+    ..LLAMA
+};
+
+/// DeepSeek-V3: what it calls the sizes, and which it has by default.
+const DEEPSEEK_LATENT: LatentKeys = LatentKeys {
+    q_rank: Optional { key: "q_lora_rank", default: Some(1536) },
+    kv_rank: ("kv_lora_rank", 512),
+    rope_dim: ("qk_rope_head_dim", 64),
+    nope_dim: ("qk_nope_head_dim", 128),
+    value_dim: ("v_head_dim", 128),
+    interleaved: Flag::Key("rope_interleave", true),
+    first_experts: ("first_k_dense_replace", 3),
+};
+
+const DEEPSEEK_V3: Architecture = Architecture {
+    model_type: "deepseek_v3",
+    // What is called so is the rotated part of a head.
+    config: ConfigKeys { head_dim: None, ..LLAMA_KEYS },
+    mlp_bias: Flag::Never,
+    latent: Some(DEEPSEEK_LATENT),
+    tensors: TensorNames {
+        qkv: Qkv::Latent(LatentNames {
+            q: "layers.{i}.self_attn.q_proj",
+            q_a: "layers.{i}.self_attn.q_a_proj",
+            q_a_norm: "layers.{i}.self_attn.q_a_layernorm",
+            q_b: "layers.{i}.self_attn.q_b_proj",
+            kv_a: "layers.{i}.self_attn.kv_a_proj_with_mqa",
+            kv_a_norm: "layers.{i}.self_attn.kv_a_layernorm",
+            kv_b: "layers.{i}.self_attn.kv_b_proj",
+        }),
+        ..LLAMA_TENSORS
+    },
     ..LLAMA
 };
 
@@ -293,4 +326,15 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..GEMMA_TENSORS },
         ..GEMMA2
     },
+    Architecture {
+        model_type: "deepseek_v2",
+        mlp_bias: Flag::Key("mlp_bias", false),
+        latent: Some(LatentKeys {
+            interleaved: Flag::Always,
+            first_experts: ("first_k_dense_replace", 0),
+            ..DEEPSEEK_LATENT
+        }),
+        ..DEEPSEEK_V3
+    },
+    DEEPSEEK_V3,
 ];

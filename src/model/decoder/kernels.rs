@@ -2,14 +2,16 @@
 
 use crate::model::ModelResult;
 use crate::model::config::QkNorm;
-use crate::model::transformer::{KindContext, Model};
-use crate::{AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Step};
+use crate::model::transformer::{Append, KindContext, Model};
+use crate::{
+    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Step,
+};
 
 /// Attention and rotation of each kind of layer. Kinds share what they have in common.
 #[derive(Debug)]
 pub(super) struct LayerKernels {
     attentions: Vec<Attention>,
-    appends: Vec<AppendQkv>,
+    appends: Vec<Append>,
     /// Which of both each kind takes.
     kinds: Vec<(usize, Option<usize>)>,
 }
@@ -34,7 +36,11 @@ impl LayerKernels {
         let per_head = config.qk_norm == Some(QkNorm::PerHead);
         let mut appends = Vec::with_capacity(ropes.len());
         for rope in ropes {
-            appends.push(AppendQkv::new(cache, rope.clone(), config.num_q_heads, per_head).await?);
+            let rope = rope.clone();
+            appends.push(match config.latent {
+                Some(_) => Append::Latent(AppendLatent::new(cache, rope).await?),
+                None => Append::Heads(AppendQkv::new(cache, rope, config.num_q_heads, per_head).await?),
+            });
         }
         Ok(Self { attentions, appends, kinds })
     }
