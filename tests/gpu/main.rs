@@ -10,6 +10,7 @@
 mod common;
 
 mod adapter;
+mod append_latent;
 mod append_qkv;
 mod attend;
 mod bad_input;

@@ -117,7 +117,7 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         V_FORMATS.len(),
         ropes(kernel, 8).len(),
         segments.len(),
-        if kernel == Kernel::AppendQkv { 2 } else { 1 },
+        if matches!(kernel, Kernel::AppendQkv | Kernel::Append) { 2 } else { 1 },
         // Its keys are as long as its values.
         if kernel == Kernel::AppendQkv { 1 } else { VALUE_DIMS.len() },
     ];
@@ -139,7 +139,9 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         config.validate().expect("a shape that caches have");
         let variant =
             Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
-        let variant = if choice[10] == 1 { variant.with_head_norm() } else { variant };
+        // What `append` normalises is the value within a latent.
+        let normed = choice[10] == 1 && (kernel == Kernel::AppendQkv || config.latent);
+        let variant = if normed { variant.with_head_norm() } else { variant };
         match ropes(kernel, config.head_dim)[choice[8]] {
             Some(rope) => variant.with_rope(rope),
             None => variant,

@@ -26,6 +26,7 @@ mod decoder;
 mod dispatches;
 mod forward;
 mod gguf;
+mod head_linear;
 mod kinds_of_layers;
 mod life_cycle;
 mod linear;
