@@ -17,6 +17,7 @@ mod bad_input;
 mod cache;
 mod cascade;
 mod case;
+mod combinations;
 mod contiguous;
 mod encoded;
 mod formats;

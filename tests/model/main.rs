@@ -28,6 +28,7 @@ mod forward;
 mod gguf;
 mod head_linear;
 mod kinds_of_layers;
+mod latent;
 mod life_cycle;
 mod linear;
 mod linear_candidates;
@@ -37,6 +38,7 @@ mod linear_shaders;
 #[cfg(feature = "tune")]
 mod linear_tune;
 mod loading;
+mod long_prompt;
 mod ops;
 mod parity;
 mod pipelines;
