@@ -177,8 +177,8 @@ proptest! {
             let plan_alone = plan(&shape, &policy, &alone);
             prop_assert_eq!(plan_alone.split_len, plan_together.split_len);
             prop_assert_eq!(
-                items_of(&plan_alone, &alone, 0),
-                items_of(&plan_together, &together, sequence),
+                items_of(&shape, &plan_alone, &alone, 0),
+                items_of(&shape, &plan_together, &together, sequence),
                 "sequence {} of {:?}", sequence, lens
             );
         }
@@ -186,10 +186,15 @@ proptest! {
 }
 
 /// A sequence's items and (token, num_splits) of its merges, with all positions counted from its own start.
-fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> (Vec<WorkItem>, Vec<WorkItem>, Vec<(u32, u32)>) {
+fn items_of(
+    shape: &PlanShape,
+    plan: &WorkLists,
+    batch: &Batch,
+    sequence: usize,
+) -> (Vec<WorkItem>, Vec<WorkItem>, Vec<(u32, u32)>) {
     let starts = batch.query_start();
     let tokens = starts[sequence]..starts[sequence + 1];
-    let masks = mask_offsets(batch);
+    let masks = mask_offsets(shape, batch);
     // Partial rows are counted from the first one of their chunk.
     let mut first_rows: BTreeMap<u32, u32> = BTreeMap::new();
     for item in plan.decode.iter().chain(&plan.prefill) {
