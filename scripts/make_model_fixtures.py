@@ -26,7 +26,8 @@ A fixture is refused, and `--search` looks for the next seed, unless
 - the logits' standard deviation is within LOGITS_STD, and attention is neither uniform nor fixed on one key,
 - every tensor matters: shifted by one element, it changes some logit by MIN_EFFECT standard deviations,
 - positions matter, and so does the scaling of rotary embeddings if the model has one,
-- every setting that its options name matters.
+- every setting that its options name matters,
+- the last expert that a token is sent to leads the next one by MIN_ROUTER_GAP, which rounding cannot turn.
 """
 
 import argparse
@@ -42,6 +43,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 LENGTHS = [1, 7, 37, 90]
 STEPS = 24
@@ -53,6 +55,11 @@ LOGITS_STD = (1.0, 3.0)
 # Mean over heads, layers and queries of the entropy of attention, as a fraction of the uniform one's.
 ATTENTION_ENTROPY = (0.2, 0.9)
 MIN_EFFECT = 0.05
+# Of the router's logits, whose standard deviation is about 1.5. float32 is off by some 1e-6.
+MIN_ROUTER_GAP = 2e-4
+
+# Implementations that compute in float64.
+EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 
 assert max(LENGTHS) + STEPS <= POSITIONS
 
@@ -66,6 +73,8 @@ assert max(LENGTHS) + STEPS <= POSITIONS
 #   masks     name of causal masks, one per layer, which older versions saved with the weights, and their type
 #   inv_freq  name of rotary frequencies, one tensor per layer, which older versions saved too
 #   noise     of randomize, where it differs: a tied head and large embeddings would repeat the last token
+#   packed    True: the experts' tensors as transformers holds them, not as it saves them by default
+#   mxfp4     True: the experts' weights in MXFP4, as OpenAI's checkpoints have them
 #   without   changes of the configuration, by name, each of which has to change logits
 MODELS = {
     "gpt2": dict(
@@ -369,6 +378,97 @@ MODELS = {
         ),
         without={"halves as pairs": dict(rope_interleave=True)},
     ),
+    # Two of four experts, in tensors of their own.
+    "mixtral": dict(
+        seed=25,
+        config=dict(
+            model_type="mixtral", vocab_size=101, hidden_size=48, num_attention_heads=6, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=36, num_local_experts=4, num_experts_per_tok=2,
+            sliding_window=None, tie_word_embeddings=False, rms_norm_eps=1e-5,
+            rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        ),
+        without={"number of experts": dict(num_experts_per_tok=1)},
+    ),
+    # The experts of a layer in one tensor, the window of Mixtral's first release; bfloat16.
+    "mixtral_packed": dict(
+        seed=8,
+        dtype=torch.bfloat16,
+        packed=True,
+        config=dict(
+            model_type="mixtral", vocab_size=103, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=40, num_local_experts=5, num_experts_per_tok=3,
+            sliding_window=12, tie_word_embeddings=True, rms_norm_eps=1e-5,
+            rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        ),
+        without={"number of experts": dict(num_experts_per_tok=2), "window": dict(sliding_window=None)},
+    ),
+    # Three of eight experts, weights that sum to 1; the second layer has none. Norms of queries and keys.
+    "qwen3_moe": dict(
+        seed=137,
+        config=dict(
+            model_type="qwen3_moe", vocab_size=107, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=24, num_hidden_layers=3, intermediate_size=32, moe_intermediate_size=8, num_experts=8,
+            num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1], tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        ),
+        without={"sum of weights": dict(norm_topk_prob=False), "number of experts": dict(num_experts_per_tok=2)},
+    ),
+    # Every other layer has experts, and weights sum to less than 1.
+    "qwen3_moe_sparse": dict(
+        seed=1,
+        dtype=torch.bfloat16,
+        config=dict(
+            model_type="qwen3_moe", vocab_size=101, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_hidden_layers=3, intermediate_size=48, moe_intermediate_size=20, num_experts=7,
+            num_experts_per_tok=2, decoder_sparse_step=2, norm_topk_prob=False, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={"sum of weights": dict(norm_topk_prob=True)},
+    ),
+    # Sinks of attention, a window in every other layer, biases, the clamped SwiGLU, gate and up in alternation.
+    "gpt_oss": dict(
+        seed=46,
+        noise=dict(sinks=2.0),
+        config=dict(
+            model_type="gpt_oss", vocab_size=103, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_hidden_layers=2, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+            sliding_window=12, swiglu_limit=1.25, tie_word_embeddings=False,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        without={
+            "window": dict(layer_types=["full_attention"] * 2),
+            "full layer": dict(layer_types=["sliding_attention"] * 2),
+            "limit": dict(swiglu_limit=7.0),
+            "alpha": dict(swiglu_alpha=1.0),
+        },
+    ),
+    # As published: the experts' weights in MXFP4, and config.json by older names.
+    "gpt_oss_mxfp4": dict(
+        seed=0,
+        mxfp4=True,
+        noise=dict(sinks=2.0),
+        config=dict(
+            model_type="gpt_oss", vocab_size=97, hidden_size=64, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=16, num_hidden_layers=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=3,
+            sliding_window=12, tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        drop=["rope_parameters", "dtype", "layer_types", "swiglu_alpha"],
+        put=dict(
+            rope_theta=150000.0,
+            rope_scaling=dict(
+                rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=32,
+            ),
+        ),
+    ),
 }
 
 
@@ -392,7 +492,7 @@ def generator(*seed):
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, seed)).encode()))
 
 
-def randomize(model, seed, embedding=0.23, post_norm=1.0):
+def randomize(model, seed, embedding=0.23, post_norm=1.0, sinks=0.23):
     """Fills every parameter, norms and biases included, each from its own generator."""
     # Gemma's norms multiply by one more than their weight.
     offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
@@ -403,7 +503,37 @@ def randomize(model, seed, embedding=0.23, post_norm=1.0):
             center = 1.8 if "q_norm" in name or "k_norm" in name else post_norm if ".post_" in name else 1.0
             parameter.data = center - offset + 0.3 * noise
         else:
-            parameter.data = (embedding if "embed_tokens" in name else 0.23) * noise
+            of_part = embedding if "embed_tokens" in name else sinks if "sinks" in name else 0.23
+            parameter.data = of_part * noise
+
+
+def random_mxfp4(model, seed):
+    """Gives experts random weights that MXFP4 holds, and returns these: blocks and scales by their names."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        count, columns, rows = parameter.shape
+        groups = (count, rows, columns // 32)
+        random = lambda low, high, shape, part: torch.randint(
+            low, high, shape, dtype=torch.uint8, generator=generator(seed, name, part)
+        )
+        blocks, scales = random(0, 256, (*groups, 16), "blocks"), random(121, 125, groups, "scales")
+        parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        assert parameter.shape == (count, columns, rows)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return tensors
+
+
+def save_mxfp4(directory, packed):
+    """Puts blocks and scales in place of the tensors that they stand for, and says so in config.json."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if f"{name}_blocks" not in packed}
+    save_file(tensors | packed, path, metadata={"format": "pt"})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def frequencies(model, exact):
@@ -435,7 +565,7 @@ def set_frequencies(model):
 
 
 def load(directory, dtype):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **EAGER).eval()
     if dtype is torch.float64:
         set_frequencies(model)
     return model
@@ -446,7 +576,7 @@ def changed(model, changes):
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(config, name, value)
-    other = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    other = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER).eval()
     other.load_state_dict(model.state_dict())
     set_frequencies(other)
     return other
@@ -491,14 +621,38 @@ def continuation(model, tokens):
     return tokens[-STEPS:], gap
 
 
+class RouterGap:
+    """The smallest lead, over all calls made under it, of the last expert that is chosen over the first that is not."""
+
+    def __init__(self, model):
+        routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+        self.smallest = math.inf
+        self.hooks = [router.register_forward_hook(self.see) for router in routers]
+
+    def see(self, router, _, output):
+        best = output[0].topk(router.top_k + 1, dim=-1).values
+        self.smallest = min(self.smallest, (best[:, -2] - best[:, -1]).min().item())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
 def effects(model, tokens, logits, std, without):
     """The largest change of a logit, in standard deviations, for each thing that is changed in the model."""
     change = lambda model: ((logits_of(model, tokens).logits[0] - logits).abs().max() / std).item()
     found = {}
     for name, parameter in model.named_parameters():
         original = parameter.data
-        parameter.data = original.roll(1, dims=-1)
-        found[name] = change(model)
+        # Of the experts' parameters, each expert's.
+        parts = range(len(original)) if ".experts." in name else [slice(None)]
+        for part in parts:
+            parameter.data = original.clone()
+            parameter.data[part] = original[part].roll(1, dims=-1)
+            found[f"{name}[{part}]" if len(parts) > 1 else name] = change(model)
         parameter.data = original
     for name, rotary, buffers, plain in frequencies(model, Exact()):
         for label, values in [(name, torch.zeros_like(plain)), (f"scaling of {name}", plain)]:
@@ -532,11 +686,12 @@ def make(name, options, seed, directory):
     config = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model, f"{name}/{seed}", **options.get("noise", {}))
+    packed = random_mxfp4(model, f"{name}/{seed}") if options.get("mxfp4") else {}
     model.to(options.get("dtype", torch.float32))
 
     shutil.rmtree(directory, ignore_errors=True)
     size = {"max_shard_size": options["shard"]} if "shard" in options else {}
-    model.save_pretrained(directory, **size)
+    model.save_pretrained(directory, **size, save_original_format=not options.get("packed", False))
     made = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
     if any(key in options for key in ("drop", "put", "strip", "masks", "inv_freq")):
         older_layout(directory, options, model)
@@ -554,7 +709,7 @@ def make(name, options, seed, directory):
         torch.randint(0, vocab_size, (length,), generator=generator(name, seed, "tokens", length)).tolist()
         for length in LENGTHS
     ]
-    with Exact():
+    with Exact(), RouterGap(model) as router_gap:
         logits = [logits_of(model, sequence).logits[0] for sequence in tokens]
         std = torch.cat(logits).std().item()
         if not LOGITS_STD[0] <= std <= LOGITS_STD[1]:
@@ -568,6 +723,8 @@ def make(name, options, seed, directory):
                 raise Refused(f"the best logit leads by {gap:.4f} standard deviations only")
             if len(set(following)) < MIN_DISTINCT:
                 raise Refused("the continuation repeats itself")
+        if router_gap.smallest < MIN_ROUTER_GAP:
+            raise Refused(f"an expert leads by {router_gap.smallest:.1e} only")
         ends = model.config.eos_token_id
         if any(end in sum(greedy, []) for end in (ends if isinstance(ends, list) else [ends])):
             raise Refused("the continuation ends")
@@ -583,6 +740,8 @@ def make(name, options, seed, directory):
     rounding = max((logits_of(single, s).logits[0] - l).abs().max().item() for s, l in zip(tokens, logits))
     assert rounding < 1e-3 * std, f"float32 is {rounding} away: is the float64 model another one?"
 
+    if packed:
+        save_mxfp4(directory, packed)
     save_file(
         {
             "lengths": torch.tensor(LENGTHS, dtype=torch.int32),

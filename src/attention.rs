@@ -43,6 +43,14 @@ pub struct Attention {
     identity: Arc<()>,
 }
 
+/// Sinks of a layer on the GPU: made by [`Attention::sinks`], read by [`Attention::attend_with_sinks`].
+#[derive(Debug)]
+pub struct Sinks {
+    /// With the slopes, as the kernels read both.
+    heads: wgpu::Buffer,
+    num_q_heads: u32,
+}
+
 /// The work of one attention call of a step. Use it for every layer of that step.
 #[derive(Debug)]
 pub struct AttentionPlan {
@@ -268,8 +276,45 @@ impl Attention {
         Err(Error::argument("plan", "a plan of another attention", "a plan that this attention made"))
     }
 
-    fn heads_binding(&self, variant: &Variant) -> Option<wgpu::BindingResource<'_>> {
-        self.heads.as_ref().filter(|_| variant.reads_heads()).map(wgpu::Buffer::as_entire_binding)
+    fn heads_binding<'a>(&'a self, variant: &Variant, sinks: Option<&'a Sinks>) -> Option<wgpu::BindingResource<'a>> {
+        let heads = sinks.map(|sinks| &sinks.heads).or(self.heads.as_ref());
+        heads.filter(|_| variant.reads_heads()).map(wgpu::Buffer::as_entire_binding)
+    }
+
+    /// Uploads sinks, one per query head, for [`Attention::attend_with_sinks`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if [`AttentionConfig::sinks`] is not set, or for values that break its rule; [`Error::Wgpu`].
+    pub fn sinks(&self, values: &[f32]) -> Result<Sinks> {
+        if self.config.sinks.is_none() {
+            return Err(Error::argument("sinks", "values", "none, because the config has no sinks"));
+        }
+        let config = AttentionConfig { sinks: Some(values.to_vec()), ..self.config.clone() };
+        config.validate(&self.cache)?;
+        let heads = config.head_params().unwrap_or_default();
+        Ok(Sinks { heads: upload_heads(&self.gpu, &heads)?, num_q_heads: config.num_q_heads })
+    }
+
+    /// [`Attention::attend`] of a layer with sinks of its own, in place of those of the configuration: layers share the kernels.
+    ///
+    /// # Errors
+    /// Those of [`Attention::attend`], and [`Error::Argument`] for sinks of another number of heads, or if [`AttentionConfig::sinks`] is not set.
+    pub fn attend_with_sinks<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        plan: &AttentionPlan,
+        layer: u32,
+        q: impl Into<BufferRef<'a>>,
+        out: impl Into<BufferRef<'a>>,
+        sinks: &Sinks,
+    ) -> Result<()> {
+        if self.config.lse || self.config.sinks.is_none() || sinks.num_q_heads != self.config.num_q_heads {
+            let got = format!("those of {} heads", sinks.num_q_heads);
+            let need = format!("a config with sinks, without lse, and {} heads", self.config.num_q_heads);
+            return Err(Error::argument("sinks", got, need));
+        }
+        let parts = 0..plan.num_parts();
+        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None, Some(sinks))
     }
 
     /// The workspace, made larger if it has to be.
@@ -310,7 +355,7 @@ impl Attention {
             return Err(Error::argument("lse", "attend", "attend_with_lse, because the config asks for lse"));
         }
         let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None)
+        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), None, None)
     }
 
     /// [`Attention::attend`] that also writes `lse`: f32 `[num_tokens, num_q_heads]`, the natural logarithm of the softmax denominator,
@@ -331,7 +376,7 @@ impl Attention {
             return Err(Error::argument("lse", false, "AttentionConfig::lse set, to write lse"));
         }
         let parts = 0..plan.num_parts();
-        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), Some(lse.into()))
+        self.attend_any(recorder.into(), plan, layer, parts, q.into(), out.into(), Some(lse.into()), None)
     }
 
     /// One dispatch of [`Attention::attend`] or [`Attention::attend_with_lse`], of at most [`AttentionConfig::max_dispatch_work`]: a host that draws
@@ -364,7 +409,7 @@ impl Attention {
             let (got, need) = if self.config.lse { ("none", "a range") } else { ("a range", "none") };
             return Err(Error::argument("lse", got, format!("{need}, as AttentionConfig::lse says")));
         }
-        self.attend_any(recorder.into(), plan, layer, part..part + 1, q.into(), out.into(), lse)
+        self.attend_any(recorder.into(), plan, layer, part..part + 1, q.into(), out.into(), lse, None)
     }
 
     #[expect(clippy::too_many_arguments, reason = "a call of attend, and which parts of it")]
@@ -377,6 +422,7 @@ impl Attention {
         q: BufferRef<'_>,
         out: BufferRef<'_>,
         lse: Option<BufferRef<'_>>,
+        sinks: Option<&Sinks>,
     ) -> Result<()> {
         plan.ticket.check()?;
         self.check_own(plan)?;
@@ -412,7 +458,7 @@ impl Attention {
                 resources.extend([lists.as_entire_binding(), out.binding(), partials.clone(), params]);
             }
             resources.extend(lse.clone());
-            resources.extend(self.heads_binding(&program.variant));
+            resources.extend(self.heads_binding(&program.variant, sinks));
             program.dispatch(resources, planned.grid)
         };
         let dispatches: Vec<_> = plan.plan.dispatches[parts].iter().map(dispatch).collect();
@@ -445,7 +491,7 @@ impl Attention {
                 }
             };
             resources.extend(self.config.lse.then(|| lse.clone()));
-            resources.extend(self.heads_binding(&program.variant));
+            resources.extend(self.heads_binding(&program.variant, None));
             program.dispatch(resources, [1, 1, 1])
         });
         gpu.warm_up(dispatches, lease)

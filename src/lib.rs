@@ -31,7 +31,7 @@ pub mod sequence;
 pub mod tune;
 
 #[cfg(feature = "wgpu")]
-pub use attention::{Attention, AttentionPlan, MergeStates};
+pub use attention::{Attention, AttentionPlan, MergeStates, Sinks};
 #[cfg(feature = "wgpu")]
 pub use cache::{
     AppendLatent, AppendQkv, Defragment, HeadNorm, KvCache, KvRows, LatentNorm, PendingSnapshot, QkvRows, Rope,

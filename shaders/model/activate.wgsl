@@ -29,6 +29,20 @@ fn activate(x: {{ float }}) -> {{ float }} {
     let inside = abs(x) <= 10.0 * cap;
     return select(select(x, sign(x) * cap, abs(x) > 10.0 * cap), cap * tanh(x / cap), inside);
 }
+{% elif activation == "clamped_swiglu" %}
+// x * sigmoid({{ settings.alpha }} x), of x up to {{ settings.limit }}. NaN fails all comparisons and stays. exp(88) is finite, exp(89) is not.
+fn activate(x: {{ float }}) -> {{ float }} {
+    let limit = {{ float }}({{ settings.limit }});
+    let g = select(x, limit, x > limit);
+    let z = {{ settings.alpha }} * g;
+    let y = g / (1.0 + exp(clamp(-z, {{ float }}(-88.0), {{ float }}(88.0))));
+    return select(y, {{ float }}(0.0), z < {{ float }}(-88.0));
+}
+
+fn gate(g: {{ float }}, up: {{ float }}) -> {{ float }} {
+    let limit = {{ float }}({{ settings.limit }});
+    return activate(g) * (select(select(up, limit, up > limit), -limit, up < -limit) + 1.0);
+}
 {% elif activation == "relu" %}
 fn activate(x: {{ float }}) -> {{ float }} {
     return select(x, {{ float }}(0.0), x < {{ float }}(0.0));  // keeps NaN, which max would hide
@@ -48,5 +62,12 @@ fn activate(x: {{ float }}) -> {{ float }} {
 {% else %}
     return x_sigmoid(x, x);
 {% endif %}
+}
+{% endif %}
+{% if activation != "clamped_swiglu" %}
+
+// Of a gated MLP.
+fn gate(g: {{ float }}, up: {{ float }}) -> {{ float }} {
+    return activate(g) * up;
 }
 {% endif %}

@@ -33,13 +33,13 @@ fn activation(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invoca
         return;
     }
 {% if gated %}
-    let gate = idx + idx / VECS * VECS;
-    let g = x[gate];
-    let up = x[gate + VECS];
+    let at = idx + idx / VECS * VECS;
+    let g = x[at];
+    let up = x[at + VECS];
 {% if wide %}
-    out[idx] = join(activate(low(g)) * low(up), activate(high(g)) * high(up));
+    out[idx] = join(gate(low(g), low(up)), gate(high(g), high(up)));
 {% else %}
-    out[idx] = activate(g) * up;
+    out[idx] = gate(g, up);
 {% endif %}
 {% elif wide %}
     out[idx] = join(activate(low(x[idx])), activate(high(x[idx])));

@@ -12,3 +12,7 @@
 // [in_features]
 @group(0) @binding({{ 4 + quantised + bias }}) var<storage, read> norm_weight: array<{{ "vec4<f32>" if aligned else "f32" }}>;
 {% endif %}
+{% if experts %}
+// See linear_tiles.wgsl.
+@group(0) @binding({{ 4 + quantised + bias + norm }}) var<storage, read> routes: array<u32>;
+{% endif %}

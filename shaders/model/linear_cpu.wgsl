@@ -17,6 +17,7 @@ Workgroup memory: none.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
 {% import "model/linear_outputs.wgsl" as outputs %}
+{% import "model/linear_tiles.wgsl" as tiles %}
 {% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set packs = step // per_pack %}
 {% set quantised = format in ["int8", "int4"] %}
@@ -62,12 +63,18 @@ const TEXTURE_MASK: u32 = 2047u;
 // [in_features]
 @group(0) @binding({{ 4 + quantised + bias }}) var<storage, read> norm_weight: array<{{ x_type }}>;
 {% endif %}
+{% if experts %}
+// See linear_tiles.wgsl.
+@group(0) @binding({{ 4 + quantised + bias + norm }}) var<storage, read> routes: array<u32>;
+{% endif %}
 
 {% if activation != "none" %}
 {% include "model/linear_activation.wgsl" %}
 {% endif %}
 
 {{ outputs.place(regions) }}
+
+{{ tiles.functions() }}
 
 @compute @workgroup_size({{ lanes }})
 fn linear(
@@ -76,15 +83,16 @@ fn linear(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let num_rows = arrayLength(&y) / {{ outputs.width(y_width) }};
-    let first_row = workgroup.y * ROWS;
+{{ tiles.tile() }}
     // Blocks beyond the last one repeat it and are not stored.
     let first_block = (workgroup.x + workgroup.z * grid.x) * COLS;
     let last_block = (params.last_row - params.first_row) / LANES;
+{% set own = "own_expert * %s(last_block + 1u) + "|format("2u * " if gated else "") if experts else "" %}
 {% for c in range(cols) %}
 {% if gated %}
-    let block{{ c }} = 2u * min(first_block + {{ c // 2 }}u, last_block) + {{ c % 2 }}u;
+    let block{{ c }} = {{ own }}2u * min(first_block + {{ c // 2 }}u, last_block) + {{ c % 2 }}u;
 {% else %}
-    let block{{ c }} = min(first_block + {{ c }}u, last_block);
+    let block{{ c }} = {{ own }}min(first_block + {{ c }}u, last_block);
 {% endif %}
     var texel{{ c }} = block{{ c }} * params.row_packs * LANES + lane;
 {% if quantised %}
@@ -100,11 +108,11 @@ fn linear(
 {% if subgroups %}
 {% for j in range(loads) %}
     let unit{{ j }} = min({{ j * lanes }}u + lane, {{ rows * row_units - 1 }}u);
-    var x_texel{{ j }} = min(first_row + unit{{ j }} / {{ row_units }}u, num_rows - 1u) * row_texels + unit{{ j }} % {{ row_units }}u;
+    var x_texel{{ j }} = x_row(min(first_row + unit{{ j }} / {{ row_units }}u, end_row - 1u), num_rows) * row_texels + unit{{ j }} % {{ row_units }}u;
 {% endfor %}
 {% else %}
 {% for r in range(rows) %}
-    var x_texel{{ r }} = min(first_row + {{ r }}u, num_rows - 1u) * row_texels;
+    var x_texel{{ r }} = x_row(min(first_row + {{ r }}u, end_row - 1u), num_rows) * row_texels;
 {% endfor %}
 {% endif %}
 {% elif subgroups %}
@@ -112,7 +120,7 @@ fn linear(
 {% for j in range(loads) %}
     let unit{{ j }} = min({{ j * lanes }}u + lane, {{ rows * row_units - 1 }}u);
     let x_k{{ j }} = unit{{ j }} % {{ row_units }}u * {{ unit }}u;
-    let x_row{{ j }} = min(first_row + unit{{ j }} / {{ row_units }}u, num_rows - 1u) * params.in_features;
+    let x_row{{ j }} = x_row(min(first_row + unit{{ j }} / {{ row_units }}u, end_row - 1u), num_rows) * params.in_features;
 {% if norm %}
     var squares{{ j }} = 0.0;
 {% endif %}
@@ -268,21 +276,21 @@ fn linear(
 
 {% endif %}
     // A store compiles to much code, so they are in a loop that shifts the rows.
-    let end = min(ROWS, num_rows - min(first_row, num_rows));
+    let end = min(ROWS, end_row - min(first_row, end_row));
     for (var r = 0u; r < end; r++) {
 {% for o in range(out_cols) %}
         {
             let col = params.first_row + (first_block + {{ o }}u) * LANES + lane;
             if (col <= params.last_row) {
 {% set c = 2 * o if gated else o %}
-                var value = acc{{ c }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[col]{% endif %};
-{% if activation != "none" %}
+                var value = acc{{ c }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[{{ tiles.bias_at() }}col]{% endif %};
+{% if gated %}
+                let up = acc{{ c + 1 }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[{{ tiles.bias_at() }}params.out_features + col]{% endif %};
+                value = {{ "gate(value, up)" if activation != "none" else "value * up" }};
+{% elif activation != "none" %}
                 value = activate(value);
 {% endif %}
-{% if gated %}
-                value *= acc{{ c + 1 }}_0{% if norm %} * norm0{% endif %}{% if bias %} + bias[params.out_features + col]{% endif %};
-{% endif %}
-                let at = y_at(first_row + r, col, num_rows);
+                let at = y_at(y_row(first_row + r, num_rows), col, num_rows);
                 if (params.accumulate != 0u) {
                     value += y[at];
                 }

@@ -11,6 +11,7 @@ Workgroup memory: slices of [16, rows + 4] and [16, cols + 4] f32 (the 4 spread 
 #}
 {% import "model/linear_parts.wgsl" as parts %}
 {% import "model/linear_outputs.wgsl" as outputs %}
+{% import "model/linear_tiles.wgsl" as tiles %}
 {% set out_vec_len = outputs.vec_len(gated, out_aligned) | int %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set w_type = {"f32": "vec4<u32>", "f16": "vec4<u32>", "int8": "vec2<u32>", "int4": "u32"}[format] %}
@@ -48,6 +49,8 @@ var<workgroup> w_slice: array<vec4<f32>, {{ 16 * (cols // 4 + 1) }}>;
 
 {{ outputs.place(regions) }}
 
+{{ tiles.functions() }}
+
 @compute @workgroup_size({{ workgroup_size }})
 fn linear(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -55,7 +58,7 @@ fn linear(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let num_rows = arrayLength(&y){% if out_aligned %} * {{ out_vec_len }}u{% endif %} / {{ outputs.width(y_width) }};
-    let first_row = workgroup.y * ROWS;
+{{ tiles.tile() }}
     // Columns of the tile: rows of this binding of W.
     let first_col = (workgroup.x + workgroup.z * grid.x) * COLS;
     let last_col = {{ "2u * (params.last_row - params.first_row) + 1u" if gated else "params.last_row - params.first_row" }};
@@ -64,12 +67,12 @@ fn linear(
     let load_row = lane / 4u;
     let load_k = lane % 4u * 4u;
 {% for n in range(x_loads) %}
-    let x_row{{ n }} = min(first_row + load_row + {{ n * x_stride }}u, num_rows - 1u) * params.in_features;
+    let x_row{{ n }} = x_row(min(first_row + load_row + {{ n * x_stride }}u, end_row - 1u), num_rows) * params.in_features;
 {% endfor %}
     let load_col = lane / 2u;
     let load_unit = lane % 2u;
 {% for n in range(w_loads) %}
-    let w_col{{ n }} = min(first_col + load_col + {{ n * w_stride }}u, last_col);
+    let w_col{{ n }} = {{ "own_expert * (last_col + 1u) + " if experts }}min(first_col + load_col + {{ n * w_stride }}u, last_col);
     let w_row{{ n }} = w_col{{ n }} * params.row_packs * {{ {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] // 8 or 1 }}u;
 {% endfor %}
 
@@ -160,7 +163,7 @@ fn linear(
 {{ outputs.offset(gated) }}
 {% endif %}
 {% for r in range(8) %}
-    if (row0 + {{ r }}u < num_rows && col <= last_col) {
+    if (row0 + {{ r }}u < end_row && col <= last_col) {
         var sums = acc{{ r }};
 {% if norm %}
         let squares = x_slice[tile_row * 4u + {{ r }}u];

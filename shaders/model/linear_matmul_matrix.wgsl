@@ -21,6 +21,7 @@ Workgroup memory: what the variables below say.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
 {% import "model/linear_outputs.wgsl" as outputs %}
+{% import "model/linear_tiles.wgsl" as tiles %}
 {% set out_vec_len = outputs.vec_len(gated, out_aligned) | int %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set w_type = {"f32": "vec4<u32>", "f16": "vec4<u32>", "int8": "vec2<u32>", "int4": "u32"}[format] %}
@@ -79,6 +80,8 @@ var<workgroup> row_norms: array<f32, {{ rows }}>;
 {% include "model/linear_x.wgsl" %}
 
 {{ outputs.place(regions) }}
+
+{{ tiles.functions() }}
 
 fn store_halves(at: u32, v: vec4<f32>) {
     let h = vec4<f16>(v);
@@ -141,7 +144,7 @@ fn linear(
     @builtin(num_subgroups) num_subgroups: u32,
 ) {
     let num_rows = arrayLength(&y){% if out_aligned %} * {{ out_vec_len }}u{% endif %} / {{ outputs.width(y_width) }};
-    let first_row = workgroup.y * ROWS;
+{{ tiles.tile() }}
     // Columns of the tile: rows of this binding of W.
     let first_col = (workgroup.x + workgroup.z * grid.x) * COLS;
     let last_col = {{ "2u * (params.last_row - params.first_row) + 1u" if gated else "params.last_row - params.first_row" }};
@@ -150,12 +153,12 @@ fn linear(
     let load_row = lane / 8u;
     let load_k = lane % 8u * 4u;
 {% for n in range(x_loads) %}
-    let x_row{{ n }} = min(first_row + load_row + {{ n * x_stride }}u, num_rows - 1u) * params.in_features;
+    let x_row{{ n }} = x_row(min(first_row + load_row + {{ n * x_stride }}u, end_row - 1u), num_rows) * params.in_features;
 {% endfor %}
     let load_col = lane / 4u;
     let load_unit = lane % 4u;
 {% for n in range(w_loads) %}
-    let w_col{{ n }} = min(first_col + load_col + {{ n * w_stride }}u, last_col);
+    let w_col{{ n }} = {{ "own_expert * (last_col + 1u) + " if experts }}min(first_col + load_col + {{ n * w_stride }}u, last_col);
     let w_row{{ n }} = w_col{{ n }} * params.row_packs * {{ {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] // 8 or 1 }}u;
 {% endfor %}
 
@@ -324,7 +327,7 @@ fn linear(
             let col = first_col + tile_col;
             // Blocks that were computed this time.
             let is_done = {{ s * slab // block * block_cols }}u + tile_col / BLOCK - first_block < num_subgroups;
-            if (row < num_rows && col <= last_col && is_done) {
+            if (row < end_row && col <= last_col && is_done) {
                 let at_slab = i / (COLS / 4u) * SUM_ROW + tile_col;
                 var sums = vec4<f32>(sums_slab[at_slab], sums_slab[at_slab + 1u], sums_slab[at_slab + 2u], sums_slab[at_slab + 3u]);
                 // By halves of the exponents' sum: it may be beyond f32 where the result is not.

@@ -10,6 +10,7 @@ Workgroup memory: `partial`.
 #}
 {% import "model/linear_parts.wgsl" as parts %}
 {% import "model/linear_outputs.wgsl" as outputs %}
+{% import "model/linear_tiles.wgsl" as tiles %}
 {% set per_pack = {"f32": 4, "f16": 8, "int8": 16, "int4": 32}[format] %}
 {% set quantised = format in ["int8", "int4"] %}
 {% set sums = rows * cols %}
@@ -52,6 +53,8 @@ var<workgroup> partial2: array<f32, {{ workgroup_size }}>;
 
 {{ outputs.place(regions) }}
 
+{{ tiles.functions() }}
+
 @compute @workgroup_size({{ workgroup_size }})
 fn linear(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -64,15 +67,16 @@ fn linear(
 {% endif %}
 ) {
     let num_rows = arrayLength(&y) / {{ outputs.width(y_width) }};
-    let first_row = workgroup.y * ROWS;
+{{ tiles.tile() }}
     // Columns of this binding of W.
     let first_col = (workgroup.x + workgroup.z * grid.x) * OUT_COLS;
     let last_col = params.last_row - params.first_row;
+{% set own = "own_expert * %s(last_col + 1u) + "|format("2u * " if gated else "") if experts else "" %}
 {% for c in range(cols) %}
 {% if gated %}
-    let col{{ c }} = 2u * min(first_col + {{ c // 2 }}u, last_col) + {{ c % 2 }}u;
+    let col{{ c }} = {{ own }}2u * min(first_col + {{ c // 2 }}u, last_col) + {{ c % 2 }}u;
 {% else %}
-    let col{{ c }} = min(first_col + {{ c }}u, last_col);
+    let col{{ c }} = {{ own }}min(first_col + {{ c }}u, last_col);
 {% endif %}
     let w_row{{ c }} = col{{ c }} * params.row_packs;
 {% for r in range(rows) %}
@@ -80,7 +84,7 @@ fn linear(
 {% endfor %}
 {% endfor %}
 {% for r in range(rows) %}
-    let x_row{{ r }} = min(first_row + {{ r }}u, num_rows - 1u) * params.in_features;
+    let x_row{{ r }} = x_row(min(first_row + {{ r }}u, end_row - 1u), num_rows) * params.in_features;
 {% if norm %}
     var squares{{ r }} = 0.0;
 {% endif %}
@@ -167,7 +171,7 @@ fn linear(
 {% endif %}
     let row = first_row + lane / OUT_COLS;
     let col = first_col + lane % OUT_COLS;
-    if (lane < {{ rows * out_cols }}u && row < num_rows && col <= last_col) {
+    if (lane < {{ rows * out_cols }}u && row < end_row && col <= last_col) {
         var value = 0.0;
 {% if gated %}
         var up = 0.0;
@@ -199,18 +203,17 @@ fn linear(
 {% endif %}
 {% endif %}
 {% if bias %}
-        value += bias[params.first_row + col];
+        value += bias[{{ tiles.bias_at() }}params.first_row + col];
 {% if gated %}
-        up += bias[params.out_features + params.first_row + col];
+        up += bias[{{ tiles.bias_at() }}params.out_features + params.first_row + col];
 {% endif %}
 {% endif %}
-{% if activation != "none" %}
+{% if gated %}
+        value = {{ "gate(value, up)" if activation != "none" else "value * up" }};
+{% elif activation != "none" %}
         value = activate(value);
 {% endif %}
-{% if gated %}
-        value *= up;
-{% endif %}
-        let at = y_at(row, params.first_row + col, num_rows);
+        let at = y_at(y_row(row, num_rows), params.first_row + col, num_rows);
         if (params.accumulate != 0u) {
             value += y[at];
         }

@@ -2,6 +2,7 @@
 Where the linear kernels write. y is one matrix, or `regions`, one after another: matrices of the columns from `first_col` on, `width` wide, each
 behind `num_rows * offset` elements.
 #}
+{% import "model/linear_tiles.wgsl" as tiles %}
 
 {% macro shape(regions) -%}
     {%- if regions -%} regions of [rows, width]:{% for region in regions %} {{ region.width }}{% endfor %}
@@ -42,11 +43,11 @@ fn y_at(row: u32, col: u32, num_rows: u32) -> u32 {
     let last = params.last_row;
 {% if gated %}
     let up_bias = params.out_features;
-    let next_col = min(out_col + 1u, last);
-    let own_col = min(out_col, last);
+    let next_col = {{ tiles.bias_at() }}min(out_col + 1u, last);
+    let own_col = {{ tiles.bias_at() }}min(out_col, last);
     let offset = vec4<f32>(bias[own_col], bias[up_bias + own_col], bias[next_col], bias[up_bias + next_col]);
 {% else %}
-    let offset = vec4<f32>(bias[min(out_col, last)], bias[min(out_col + 1u, last)], bias[min(out_col + 2u, last)], bias[min(out_col + 3u, last)]);
+    let offset = vec4<f32>({% for i in range(4) %}{{ ", " if i }}bias[{{ tiles.bias_at() }}min(out_col + {{ i }}u, last)]{% endfor %});
 {% endif %}
 {% endmacro %}
 
@@ -59,7 +60,7 @@ fn y_at(row: u32, col: u32, num_rows: u32) -> u32 {
 {% endif %}
 {% if gated %}
 {% if activation != "none" %}
-        var value = vec2<f32>(activate(sums.x), activate(sums.z)) * sums.yw;
+        var value = vec2<f32>(gate(sums.x, sums.y), gate(sums.z, sums.w));
 {% else %}
         var value = sums.xz * sums.yw;
 {% endif %}
@@ -68,7 +69,7 @@ fn y_at(row: u32, col: u32, num_rows: u32) -> u32 {
 {% else %}
         var value = sums;
 {% endif %}
-        let at = y_at({{ row }}, out_col, num_rows);
+        let at = y_at(y_row({{ row }}, num_rows), out_col, num_rows);
 {% if out_aligned %}
         if (params.accumulate != 0u) {
             value += y[at / {{ len }}u];

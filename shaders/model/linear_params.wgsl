@@ -12,4 +12,7 @@ struct LinearParams {
     accumulate: u32,
     // Added to the mean square of a row of x.
     norm_eps: f32,
+    // The experts whose weights this binding holds.
+    first_expert: u32,
+    last_expert: u32,
 }

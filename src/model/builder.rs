@@ -3,14 +3,17 @@
 use super::architecture::{LayerWeights, LinearWeights, NormWeights, TensorSource};
 use super::config::ModelConfig;
 use super::error::{ModelError, ModelResult};
+use super::experts::ExpertLayer;
 use super::head_linear::HeadRope;
-use super::linear::{Linear, RmsNorm, RowSource};
-use super::linear_config::LinearConfig;
+use super::layer::{Layer, Mlp, Norms, QkNormWeights, qkv_widths};
+use super::linear::{Linear, RmsNorm};
+use super::linear_config::{LinearConfig, LinearExperts};
 use super::linear_kernels::LinearKernels;
+use super::linear_upload::RowSource;
 use super::ops::{Norm, NormKind, NormParameters};
 use super::progress::Progress;
-use super::quantise::WeightGrid;
-use super::transformer::{Layer, ModelOptions, Norms, QkNormWeights, WeightSource, qkv_widths};
+use super::quantise::{WeightFormat, WeightGrid};
+use super::transformer::{ModelOptions, WeightSource};
 use crate::{Gpu, HeadNorm};
 
 /// The matrix that has a row of all, and which of its own rows that is.
@@ -175,6 +178,31 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         Ok(QkNormWeights::PerHead(HeadNorm::new(self.gpu, &q, &k, self.config.norm.eps)?))
     }
 
+    /// The experts of a layer, and their router, whose weights are few and stay F32: a rounded logit may send a token elsewhere.
+    async fn experts(&mut self, router: &LinearWeights, weights: &LayerWeights) -> ModelResult<Mlp> {
+        let Some(experts) = &self.config.experts else {
+            return Err(ModelError::argument("router", "weights", "none, for a configuration without experts"));
+        };
+        let (sent, inner, hidden) = (experts.router.experts, experts.intermediate_size, self.config.hidden_size);
+        let (activation, gated) = (experts.activation, self.config.gated_mlp);
+        let norm = weights.mlp_norm.as_ref().map(|norm| (norm, self.config.norm.eps));
+        let of_experts = |out_features, per_row| {
+            move |linear: &mut LinearConfig| {
+                linear.out_features = out_features;
+                linear.experts = Some(LinearExperts { per_row, ..sent });
+            }
+        };
+        let router = self.linear(&[router], norm, |linear| linear.format = WeightFormat::F32).await?;
+        let first = |linear: &mut LinearConfig| {
+            of_experts(inner, sent.per_row)(linear);
+            (linear.activation, linear.gated) = (Some(activation), gated);
+        };
+        let up = self.linear(&[&weights.gate_up], norm, first).await?;
+        // What an expert yields for a token is weighed before it is added.
+        let down = self.linear(&[&weights.down], None, of_experts(hidden, 1)).await?;
+        Ok(Mlp::Experts(Box::new(ExpertLayer { router, up, down })))
+    }
+
     pub(super) async fn layer(
         &mut self,
         weights: &LayerWeights,
@@ -202,17 +230,24 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
                 (linear.gated, linear.out_features) = (true, linear.out_features / 2);
             }
         };
+        let mlp = match &weights.router {
+            Some(router) => self.experts(router, weights).await?,
+            None => {
+                let up = self.linear(&[&weights.gate_up], mlp_norm.map(|norm| (norm, eps)), activate).await?;
+                Mlp::Dense([up, self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?])
+            }
+        };
         let (layer, added) = (norms.layer.as_ref(), norms.added.as_ref());
         Ok(Layer {
             attention_norm: self.norm(attn_norm, layer)?,
             qkv: self.linear(&qkv, attn_norm.map(|norm| (norm, eps)), split).await?,
             latent: self.latent(weights, rope).await?,
             qk_norm: self.qk_norm(weights, norms)?,
+            sinks: weights.sinks.as_ref().map(|tensor| self.values(tensor)).transpose()?,
             o: self.linear(&[&weights.o], None, add(&weights.post_attn_norm)).await?,
             post_attention_norm: self.norm(weights.post_attn_norm.as_ref(), added)?,
             mlp_norm: self.norm(mlp_norm, layer)?,
-            up: self.linear(&[&weights.gate_up], mlp_norm.map(|norm| (norm, eps)), activate).await?,
-            down: self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?,
+            mlp,
             post_mlp_norm: self.norm(weights.post_mlp_norm.as_ref(), added)?,
         })
     }

@@ -10,11 +10,12 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::Mmap;
+use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::architecture::{Architecture, LinearWeights, ModelWeights, Piece, TensorSource};
 use super::config::{JsonFile, ModelConfig};
-use super::elements::{ElementType, Elements};
+use super::elements::{ElementType, Elements, Mxfp4};
 use super::gguf::{self, Described, Header};
 use super::{ModelError, ModelResult, WeightGrid};
 use crate::files::{self, Fault};
@@ -191,7 +192,8 @@ impl Checkpoint {
     #[must_use]
     pub fn unused(&self, weights: &ModelWeights) -> Vec<&str> {
         let pieces = weights.sources().flat_map(|source| &source.pieces);
-        let mut used: std::collections::HashSet<_> = pieces.map(|piece| piece.tensor.as_str()).collect();
+        let names = pieces.flat_map(|piece| std::iter::once(&piece.tensor).chain(&piece.scales));
+        let mut used: std::collections::HashSet<_> = names.map(String::as_str).collect();
         let head = self.architecture.head(&self.config);
         if weights.head.is_none() {
             used.extend(head.weight.pieces.iter().map(|piece| piece.tensor.as_str()));
@@ -210,7 +212,11 @@ impl Checkpoint {
         let mut bytes = 0;
         for piece in &source.pieces {
             let entry = self.entry(piece)?;
-            bytes += entry.kind.bytes(piece.rows as u64 * source.columns as u64);
+            let elements = piece.rows as u64 * source.columns as u64;
+            bytes += match piece.scales {
+                None => entry.kind.bytes(elements),
+                Some(_) => elements / 2 + elements / Mxfp4::GROUP as u64,
+            };
         }
         Ok(bytes)
     }
@@ -227,9 +233,9 @@ impl Checkpoint {
         let columns = source.columns;
         self.each_run(source, row_start, columns, out, |piece, data, first, out| {
             if piece.transposed {
-                // The file has `[columns, all rows]`.
-                let stride = piece.shape.get(1).copied().unwrap_or(1);
-                data.transposed(first, stride, columns, out);
+                // The file has `[columns, all rows]`, perhaps of several matrices.
+                let stride = piece.shape.last().copied().unwrap_or(1);
+                data.transposed(piece.matrix * columns * stride + first, stride, columns, out);
             } else {
                 data.read(first * columns, out);
             }
@@ -279,7 +285,10 @@ impl Checkpoint {
             if from < to {
                 let entry = self.entry(piece)?;
                 let map = self.map(entry.shard)?;
-                let data = Elements { bytes: &map[entry.start..entry.end], kind: entry.kind };
+                let scales = piece.scales.as_ref().and_then(|name| self.tensors.get(name));
+                let scale_map = scales.map(|scales| self.map(scales.shard)).transpose()?;
+                let scale_bytes = scales.zip(scale_map.as_ref()).map(|(scales, map)| &map[scales.start..scales.end]);
+                let data = Elements { bytes: &map[entry.start..entry.end], kind: entry.kind, scales: scale_bytes };
                 let mut row = from - piece_start;
                 let mut rest = &mut out[(from - row_start) * per_row..(to - row_start) * per_row];
                 while !rest.is_empty() {
@@ -313,6 +322,30 @@ impl Checkpoint {
         let path = &self.shards[entry.shard].path;
         if entry.shape != piece.shape {
             return Err(wrong(path, format!("shape {:?}", entry.shape), format!("shape {:?}", piece.shape)));
+        }
+        if let Some(name) = &piece.scales {
+            let need = || format!("U8 of shape {:?}", &piece.shape[..3.min(piece.shape.len())]);
+            let found = self.tensors.get(name);
+            let path = found.map_or(&self.names, |scales| &self.shards[scales.shard].path);
+            let got = match found {
+                Some(scales)
+                    if scales.kind != ElementType::Plain(Dtype::U8)
+                        || !piece.shape.starts_with(&scales.shape)
+                        || scales.shape.len() != 3 =>
+                {
+                    format!("{} of shape {:?}", scales.kind, scales.shape)
+                }
+                Some(_) if entry.kind == ElementType::Plain(Dtype::U8) => return Ok(entry),
+                Some(_) => {
+                    return Err(wrong(
+                        &self.shards[entry.shard].path,
+                        format!("type {}", entry.kind),
+                        "type U8".to_owned(),
+                    ));
+                }
+                None => "nothing".to_owned(),
+            };
+            return Err(ModelError::Tensor { path: path.clone(), tensor: name.clone(), got, need: need() });
         }
         if !entry.kind.is_readable() {
             return Err(wrong(path, format!("type {}", entry.kind), "type F32, F16 or BF16".to_owned()));

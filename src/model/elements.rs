@@ -45,11 +45,45 @@ impl ElementType {
 pub(super) struct Elements<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) kind: ElementType,
+    /// If the bytes are codes: see [`Mxfp4`].
+    pub(super) scales: Option<&'a [u8]>,
+}
+
+/// MXFP4 ([OCP Microscaling Formats 1.0](https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf)): codes of four bits, two in
+/// a byte, the lower bits first, and for 32 of them a scale, which is a power of two.
+pub(super) struct Mxfp4<'a> {
+    codes: &'a [u8],
+    scales: &'a [u8],
+}
+
+impl Mxfp4<'_> {
+    /// Elements that share a scale.
+    pub(super) const GROUP: usize = 32;
+
+    /// E2M1: the values of codes 0 to 7; 8 to 15 are the same with a sign.
+    const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+    /// E8M0: the exponent with a bias of 127; 255 is NaN.
+    fn scale(byte: u8) -> f64 {
+        if byte == u8::MAX { f64::NAN } else { 2f64.powi(i32::from(byte) - 127) }
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "a product of two powers of two and a digit, rounded to f32")]
+    fn read(&self, first: usize, out: &mut [f32]) {
+        for (i, out) in (first..).zip(out) {
+            let code = self.codes[i / 2] >> (4 * (i % 2)) & 15;
+            let value = f64::from(Self::VALUES[usize::from(code & 7)]) * Self::scale(self.scales[i / Self::GROUP]);
+            *out = if code < 8 { value } else { -value } as f32;
+        }
+    }
 }
 
 impl Elements<'_> {
     /// Consecutive elements from `first` on.
     pub(super) fn read(&self, first: usize, out: &mut [f32]) {
+        if let Some(scales) = self.scales {
+            return Mxfp4 { codes: self.bytes, scales }.read(first, out);
+        }
         match self.kind {
             ElementType::Blocks(kind) => kind.read(self.bytes, first, out),
             ElementType::Plain(Dtype::F32) => {

@@ -8,7 +8,8 @@ use super::head_linear::{HeadLinear, HeadLinearConfig, HeadRope};
 use super::linear::Linear;
 use super::progress::Progress;
 use super::rows::Rows;
-use super::transformer::{Append, KindContext, StepContext, qkv_widths};
+use super::layer::qkv_widths;
+use super::transformer::{Append, KindContext, StepContext};
 use crate::layout::Region;
 use crate::{Error, Gpu, LatentNorm, Result};
 
@@ -164,8 +165,13 @@ impl LatentLayer {
     }
 
     /// Bytes of the matrices of heads.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(super) fn head_bytes(&self) -> u64 {
         self.absorbed.config().bytes() + self.values.config().bytes()
+    }
+
+    /// Bytes of weights that one token reads.
+    pub(super) fn bytes_of_token(&self) -> u64 {
+        self.head_bytes() + self.linears().map(Linear::bytes).sum::<u64>()
     }
 
     /// Records what lies between `qkv` and `o`: five dispatches with a latent of queries, four without, and those that splits of attention take. Returns

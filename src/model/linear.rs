@@ -3,14 +3,16 @@
 use std::sync::Arc;
 
 use super::error::{ModelError, ModelResult};
-use super::linear_config::{LinearConfig, check_regions, check_softcap};
-use super::linear_kernels::{Compiled, LinearKernels, TEXTURE_WIDTH, create_texture, create_view};
+use super::linear_config::{LinearConfig, LinearExperts, check_experts, check_regions, check_softcap};
+use super::linear_kernels::{Compiled, LinearKernels};
 use super::linear_sizes;
+use super::linear_upload::{Part, RowSource, Weights, upload};
 use super::linear_variant::{LinearKernel, LinearVariant};
-use super::quantise::{Packed, Packer, WeightFormat, WeightGrid};
+use super::ops::Routes;
+use super::quantise::WeightFormat;
 use super::rows::Rows;
+use crate::kernel::AdapterClass;
 use crate::kernel::tuning::LinearThresholds;
-use crate::kernel::{AdapterClass, Profile};
 use crate::{BufferRef, Error, Gpu, Recorder, Result};
 
 /// RMSNorm: `x / sqrt(mean(x²) + eps) * weight`.
@@ -39,57 +41,6 @@ pub struct Linear {
     kernels: LinearKernels,
 }
 
-/// Rows of W in one binding: those of some columns of y.
-#[derive(Debug)]
-struct Part {
-    first_row: u32,
-    last_row: u32,
-    weights: Weights,
-    scales: Option<Weights>,
-    params: wgpu::Buffer,
-}
-
-/// Where packed words are.
-#[derive(Debug)]
-enum Weights {
-    Buffer(wgpu::Buffer),
-    Texture(wgpu::TextureView),
-}
-
-impl Weights {
-    fn binding(&self) -> wgpu::BindingResource<'_> {
-        match self {
-            Self::Buffer(buffer) => buffer.as_entire_binding(),
-            Self::Texture(view) => wgpu::BindingResource::TextureView(view),
-        }
-    }
-}
-
-/// Parameters as the shaders read them (`linear_params.wgsl`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-struct LinearParams {
-    in_features: u32,
-    out_features: u32,
-    row_packs: u32,
-    row_groups: u32,
-    first_row: u32,
-    last_row: u32,
-    accumulate: u32,
-    norm_eps: f32,
-}
-
-/// Fills its slice from a row of W on.
-pub(crate) type Fill<'a, T> = &'a mut dyn FnMut(u32, &mut [T]) -> ModelResult<()>;
-
-/// Where the rows of W come from.
-pub(crate) struct RowSource<'a> {
-    /// Whole rows of weights.
-    pub(crate) rows: Fill<'a, f32>,
-    /// The grids of as many rows, which come as `None`. Called for formats that take them only.
-    pub(crate) grids: Fill<'a, Option<WeightGrid>>,
-}
-
 /// The CPU kernel takes 8 inputs per iteration, and llvmpipe stops counting an invocation's iterations at 65 535.
 pub(crate) const MAX_IN_FEATURES: u32 = 1 << 18;
 
@@ -98,9 +49,6 @@ const MAX_CPU_MATRIX_IN_FEATURES: u32 = 1 << 17;
 
 /// A row of y must fit a binding, and a row number an index of 4 weights.
 pub(crate) const MAX_OUT_FEATURES: u32 = 1 << 28;
-
-/// f32 that are asked for at a time: 4 MiB, so that loading takes little memory beside the file.
-const PIECE: u64 = 1 << 20;
 
 impl Linear {
     /// Packs and uploads the weights, and compiles the kernels that `kernels` doesn't have yet.
@@ -145,6 +93,7 @@ impl Linear {
             }
         }
         format.check()?;
+        check_experts(&config, MAX_OUT_FEATURES)?;
         check_regions(&config)?;
         check_softcap(&config)?;
         check_vector("bias", bias, config.bias.then_some(config.weight_rows()))?;
@@ -155,7 +104,7 @@ impl Linear {
         {
             return Err(ModelError::argument("eps", eps, "a normal number above 0"));
         }
-        let tuned = linear_sizes::entry(gpu.tuning(), &config).filter(|_| !config.exact);
+        let tuned = linear_sizes::entry(gpu.tuning(), &config).filter(|_| !config.exact && config.experts.is_none());
         let mut target = gpu.target();
         let overruns = gpu.adapter_class() == AdapterClass::Cpu && in_features > MAX_CPU_MATRIX_IN_FEATURES;
         if overruns || (format == WeightFormat::F32 && !gpu.rounds_f32()) {
@@ -213,13 +162,72 @@ impl Linear {
         if x.buffer == y.buffer {
             return Err(Error::argument("y", "the buffer of x", "another buffer"));
         }
+        self.check_routed(false)?;
         let kernel = if self.config.exact {
             LinearKernel::exact_for_rows(gpu.target(), x.rows)
         } else {
             LinearKernel::for_rows(gpu.profile(), x.rows, self.thresholds)
         };
         let compiled = self.compiled(kernel)?;
-        self.multiply(recorder.into(), compiled, x, y, None)
+        self.multiply(recorder.into(), compiled, x, y, None, None)
+    }
+
+    fn check_routed(&self, routed: bool) -> Result<()> {
+        if self.config.experts.is_some() == routed {
+            return Ok(());
+        }
+        let need = if routed { "experts, for rows with routes" } else { "none, for rows without routes" };
+        Err(Error::argument("experts", format!("{:?}", self.config.experts), need))
+    }
+
+    /// The rows of a tile in which [`Linear::record_routed`] computes `rows` rows of y: what [`Router::record`](super::Router::record) is to cut them into.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the layer has no experts.
+    pub fn tile_rows(&self, rows: u32) -> Result<u32> {
+        Ok(self.routed(rows)?.variant.tile().0)
+    }
+
+    /// The kernel for so many rows of y of all experts.
+    fn routed(&self, rows: u32) -> Result<&Compiled> {
+        self.check_routed(true)?;
+        let per_expert = rows.div_ceil(self.config.num_experts());
+        self.compiled(LinearKernel::for_expert_rows(self.gpu.target(), self.config.exact, per_expert))
+    }
+
+    /// Records `y = activation(x W^T + bias)` for the experts that each row of x goes to: one dispatch, or one for each binding that W takes. Row `r` of x
+    /// makes the rows of y from `r * per_row` on, in the order of the row's experts. A layer with one row of y for each of x (`per_row` is 1) takes the
+    /// rows of y of another as its x, by the same routes.
+    ///
+    /// Experts that no row goes to are not read. Workgroups are recorded for the most tiles that there can be, and those that there aren't end at once: on
+    /// an indirect dispatch each backend spends a check of its own, and the few numbers that it would save are known to be small.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the layer has no experts, x is not `[rows, in_features]`, y not `[rows * per_row, out_features]`, the routes are those of
+    /// other experts or fewer rows, or both are in the same buffer; [`Error::Unsupported`] if there are too many rows.
+    pub fn record_routed<'a>(
+        &self,
+        recorder: impl Into<Recorder<'a>>,
+        x: Rows<'_>,
+        y: Rows<'_>,
+        routes: &Routes,
+    ) -> Result<()> {
+        let gpu = &self.gpu;
+        self.check_routed(true)?;
+        let LinearExperts { count, per_row } = self.config.experts.unwrap_or(LinearExperts { count: 1, per_row: 1 });
+        let sent = routes.experts();
+        if sent.count != count || y.rows % sent.per_row != 0 {
+            let need = format!("those of {count} experts, and whole rows for {} rows of y", y.rows);
+            return Err(Error::argument("routes", format!("{sent:?}"), need));
+        }
+        x.check(gpu, "x", x.rows, self.config.in_features)?;
+        y.check(gpu, "y", x.rows.saturating_mul(per_row), self.config.y_width())?;
+        if x.buffer == y.buffer {
+            return Err(Error::argument("y", "the buffer of x", "another buffer"));
+        }
+        let compiled = self.routed(y.rows)?;
+        let (list, tiles) = routes.list(gpu, y.rows / sent.per_row, compiled.variant.tile().0)?;
+        self.multiply(recorder.into(), compiled, x, y, Some((list, tiles)), None)
     }
 
     /// Records one workgroup of each kernel that [`Linear::record`] and [`Linear::gather_rows`] may take and that no layer with the same `kernels` has
@@ -237,15 +245,19 @@ impl Linear {
             let size = u64::from(width) * 4;
             gpu.create_buffer("warming up", "folio warm-up", size, wgpu::BufferUsages::STORAGE)
         };
-        let (x, y) = (scratch(self.config.in_features)?, scratch(self.config.y_width())?);
+        let per_row = self.config.experts.map_or(1, |experts| experts.per_row);
+        let (x, y) = (scratch(self.config.in_features)?, scratch(self.config.y_width() * per_row)?);
+        // A list of no tiles.
+        let routes = self.config.experts.map(|_| scratch(per_row + 4)).transpose()?;
         for compiled in cold {
             let x = Rows::new(&x, 1, self.config.in_features);
             match compiled.variant.kernel {
                 LinearKernel::Gather => self.gather(recorder.reborrow(), scratch(1)?.as_entire_binding(), x)?,
                 LinearKernel::Stage => drop(self.stage(recorder.reborrow(), x)?),
                 LinearKernel::Rows(_) | LinearKernel::Matmul => {
-                    let y = Rows::new(&y, 1, self.config.y_width());
-                    self.multiply(recorder.reborrow(), compiled, x, y, Some([1, 1, 1]))?;
+                    let y = Rows::new(&y, per_row, self.config.y_width());
+                    let routes = routes.as_ref().map(|list| (BufferRef::from(list), 1));
+                    self.multiply(recorder.reborrow(), compiled, x, y, routes, Some([1, 1, 1]))?;
                 }
             }
         }
@@ -325,14 +337,15 @@ impl Linear {
         compiled: &Compiled,
         x: Rows<'_>,
         y: Rows<'_>,
+        routes: Option<(BufferRef<'_>, u32)>,
         grid: Option<[u32; 3]>,
     ) -> Result<()> {
         let gpu = &self.gpu;
         let max = gpu.limits().max_compute_workgroups_per_dimension;
         let (rows, cols) = compiled.variant.tile();
-        let row_tiles = x.rows.div_ceil(rows);
+        let row_tiles = routes.as_ref().map_or(x.rows.div_ceil(rows), |(_, tiles)| *tiles);
         if row_tiles > max {
-            return Err(Error::unsupported("rows of a linear layer", x.rows, u64::from(max) * u64::from(rows)));
+            return Err(Error::unsupported("rows of a linear layer", y.rows, u64::from(max) * u64::from(rows)));
         }
         let staged = if compiled.variant.staged() { Some(self.stage(recorder.reborrow(), x)?) } else { None };
         let x = staged.as_ref().map_or(x.binding(), wgpu::BindingResource::TextureView);
@@ -342,6 +355,7 @@ impl Linear {
             resources.extend(self.bias.as_ref().map(wgpu::Buffer::as_entire_binding));
             let norm = self.norm.as_ref().filter(|_| compiled.variant.norm);
             resources.extend(norm.map(wgpu::Buffer::as_entire_binding));
+            resources.extend(routes.as_ref().map(|(list, _)| list.binding()));
             let tiles = (part.last_row - part.first_row + 1).div_ceil(cols);
             let grid = grid.unwrap_or([tiles.min(max), row_tiles, tiles.div_ceil(max)]);
             compiled.program.record(gpu, recorder.reborrow(), resources, grid)?;
@@ -356,176 +370,4 @@ fn check_vector(argument: &'static str, values: Option<&[f32]>, need: Option<u32
     }
     let count = |len: Option<usize>| len.map_or("none".to_owned(), |len| format!("{len} values"));
     Err(Error::argument(argument, count(values.map(<[f32]>::len)), count(need.map(|len| len as usize))))
-}
-
-/// Packs W piece by piece into as many bindings as it takes. Of a gated layer, `lanes` rows of up follow on `lanes` rows of the gate, so that who
-/// sums one sums the other.
-fn upload(
-    gpu: &Gpu,
-    kernels: &LinearKernels,
-    config: LinearConfig,
-    lanes: u32,
-    norm_eps: f32,
-    source: RowSource<'_>,
-) -> ModelResult<Vec<Part>> {
-    let LinearConfig { in_features, out_features, format, gated, .. } = config;
-    let packer = Packer::new(format, in_features, lanes);
-    // What yields `lanes` outputs.
-    let blocks_per_unit = if gated { 2 } else { 1 };
-    let unit_bytes = packer.row_packs as u64 * u64::from(lanes) * 16 * blocks_per_unit;
-    let max_bytes = match gpu.profile() {
-        Profile::Gpu => gpu.max_storage_bytes(),
-        // Small enough to be found in memory in one piece; `max_storage_bytes` is what tests make small.
-        Profile::Cpu => {
-            let height = gpu.limits().max_texture_dimension_2d;
-            (u64::from(TEXTURE_WIDTH.min(height)) * u64::from(height) * 16).min(gpu.max_storage_bytes())
-        }
-    };
-    let part_rows = u64::from(lanes) * (max_bytes / unit_bytes);
-    if part_rows == 0 || gpu.limits().max_texture_dimension_2d < TEXTURE_WIDTH {
-        let what = "a linear layer's weights";
-        let need = format!("{unit_bytes} bytes of {} rows", u64::from(lanes) * blocks_per_unit);
-        return Err(Error::unsupported(what, need, max_bytes).into());
-    }
-    let part_rows = u32::try_from(part_rows.min(out_features.into())).unwrap_or(out_features);
-    // Whole blocks, so that pieces can be packed one after another.
-    let piece_rows = PIECE / u64::from(in_features) / blocks_per_unit;
-    let piece_rows = u32::try_from(piece_rows).unwrap_or(u32::MAX).max(1).next_multiple_of(lanes);
-    let block_len = lanes as usize * in_features as usize;
-    let RowSource { rows, grids: fill_grids } = source;
-    let (mut values, mut grids) = (Vec::new(), Vec::new());
-    let mut parts = Vec::new();
-    for first_row in (0..out_features).step_by(part_rows as usize) {
-        let num_rows = part_rows.min(out_features - first_row);
-        let units = u64::from(num_rows.div_ceil(lanes));
-        let mut weights = WeightUpload::new(gpu, units * unit_bytes / 4)?;
-        let scale_words = units * blocks_per_unit * packer.row_groups as u64 * u64::from(lanes);
-        let mut scales = if scale_words > 0 { Some(WeightUpload::new(gpu, scale_words)?) } else { None };
-        let mut packed = Packed::default();
-        for first in (0..num_rows).step_by(piece_rows as usize) {
-            let piece = piece_rows.min(num_rows - first);
-            let (row, len) = (first_row + first, piece as usize * in_features as usize);
-            values.resize(len * blocks_per_unit as usize, 0.0);
-            let (own, up) = values.split_at_mut(len);
-            rows(row, own)?;
-            let num_grids = piece as usize * packer.row_grids;
-            grids.clear();
-            grids.resize(num_grids * blocks_per_unit as usize, None);
-            let (own_grids, up_grids) = grids.split_at_mut(num_grids);
-            if num_grids > 0 {
-                fill_grids(row, own_grids)?;
-            }
-            if gated {
-                rows(out_features + row, up)?;
-                if num_grids > 0 {
-                    fill_grids(out_features + row, up_grids)?;
-                }
-                for (block, (gate, up)) in (0..).zip(own.chunks(block_len).zip(up.chunks(block_len))) {
-                    let first = (block * lanes) as usize * packer.row_grids;
-                    packer.pack(gate, &own_grids[first..], row + block * lanes, &mut packed)?;
-                    packer.pack(up, &up_grids[first..], out_features + row + block * lanes, &mut packed)?;
-                }
-            } else {
-                packer.pack(own, own_grids, row, &mut packed)?;
-            }
-            let last = first + piece == num_rows;
-            weights.write(gpu, kernels, &mut packed.packs, last)?;
-            if let Some(scales) = &mut scales {
-                scales.write(gpu, kernels, &mut packed.scales, last)?;
-            }
-        }
-        let last_row = first_row + num_rows - 1;
-        let params = LinearParams {
-            in_features,
-            out_features,
-            row_packs: packer.row_packs as u32,
-            row_groups: packer.row_groups as u32,
-            first_row,
-            last_row,
-            accumulate: u32::from(config.accumulate),
-            norm_eps,
-        };
-        let contents = bytemuck::bytes_of(&params);
-        let usage = wgpu::BufferUsages::UNIFORM;
-        let buffer = gpu.create_buffer_with("creating a linear layer", "folio linear", contents, usage)?;
-        parts.push(Part {
-            first_row,
-            last_row,
-            weights: weights.weights(gpu)?,
-            scales: scales.map(|scales| scales.weights(gpu)).transpose()?,
-            params: buffer,
-        });
-    }
-    Ok(parts)
-}
-
-/// Writes words, piece after piece, to where the profile keeps them.
-enum WeightUpload {
-    Buffer { buffer: wgpu::Buffer, written: u64 },
-    Texture { texture: wgpu::Texture, next_row: u32 },
-}
-
-impl WeightUpload {
-    fn new(gpu: &Gpu, words: u64) -> Result<Self> {
-        let during = "creating a linear layer's weights";
-        if gpu.profile() == Profile::Gpu {
-            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-            return Ok(Self::Buffer {
-                buffer: gpu.create_buffer(during, "folio weights", words * 4, usage)?,
-                written: 0,
-            });
-        }
-        // No more than the device's limit, or the caller has erred and wgpu says so.
-        let height = u32::try_from(words.div_ceil(u64::from(TEXTURE_WIDTH * 4))).unwrap_or(u32::MAX);
-        let usage = wgpu::TextureUsages::TEXTURE_BINDING | wgpu::TextureUsages::COPY_DST;
-        let texture = create_texture(gpu, height, usage)?;
-        Ok(Self::Texture { texture, next_row: 0 })
-    }
-
-    /// Writes what it can of `words`, all of it if they are the last ones, and removes it from them.
-    fn write(&mut self, gpu: &Gpu, kernels: &LinearKernels, words: &mut Vec<u32>, last: bool) -> Result<()> {
-        match self {
-            Self::Buffer { buffer, written } => {
-                let write = || gpu.queue().write_buffer(buffer, *written, bytemuck::cast_slice(words));
-                gpu.scoped_now("uploading weights", write)?;
-                let bytes = words.len() as u64 * 4;
-                *written += bytes;
-                words.clear();
-                kernels.uploaded(gpu, bytes)
-            }
-            Self::Texture { texture, next_row } => {
-                let row_words = (TEXTURE_WIDTH * 4) as usize;
-                if last {
-                    words.resize(words.len().next_multiple_of(row_words), 0);
-                }
-                let height = words.len() / row_words;
-                if height == 0 {
-                    return Ok(());
-                }
-                let bytes = height * row_words * 4;
-                let height = height as u32;
-                let mut target = texture.as_image_copy();
-                target.origin.y = *next_row;
-                let layout = wgpu::TexelCopyBufferLayout {
-                    offset: 0,
-                    bytes_per_row: Some(row_words as u32 * 4),
-                    rows_per_image: None,
-                };
-                let size = wgpu::Extent3d { width: TEXTURE_WIDTH, height, depth_or_array_layers: 1 };
-                let data = &bytemuck::cast_slice(words)[..bytes];
-                let write = || gpu.queue().write_texture(target, data, layout, size);
-                gpu.scoped_now("uploading weights", write)?;
-                *next_row += height;
-                words.drain(..bytes / 4);
-                kernels.uploaded(gpu, bytes as u64)
-            }
-        }
-    }
-
-    fn weights(self, gpu: &Gpu) -> Result<Weights> {
-        Ok(match self {
-            Self::Buffer { buffer, .. } => Weights::Buffer(buffer),
-            Self::Texture { texture, .. } => Weights::Texture(create_view(gpu, &texture)?),
-        })
-    }
 }

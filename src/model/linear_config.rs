@@ -1,6 +1,6 @@
 //! [`LinearConfig`]: shape and options of a linear layer.
 
-use super::ops::ActivationKind;
+use super::ops::{ActivationKind, MAX_EXPERTS};
 use super::quantise::WeightFormat;
 use crate::layout::Region;
 use crate::{Error, Result};
@@ -19,6 +19,9 @@ impl Factor {
         fits.then(|| Self(value.to_bits())).ok_or_else(|| Error::argument("factor", value, "a finite number above 0"))
     }
 
+    /// 1.
+    pub const ONE: Self = Self(1.0_f32.to_bits());
+
     /// The number.
     #[must_use]
     pub const fn get(self) -> f32 {
@@ -26,7 +29,7 @@ impl Factor {
     }
 
     /// As WGSL writes it.
-    pub(super) fn literal(self) -> String {
+    pub(crate) fn literal(self) -> String {
         format!("{:e}", self.get())
     }
 }
@@ -35,6 +38,15 @@ impl std::fmt::Debug for Factor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.get().fmt(f)
     }
+}
+
+/// Linear layers of the same shape, of which each row of x goes to some: the experts of a mixture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinearExperts {
+    /// How many there are.
+    pub count: u32,
+    /// To how many of them a row of x goes: y has so many rows for each.
+    pub per_row: u32,
 }
 
 /// Shape and options of a [`Linear`](super::Linear) layer.
@@ -66,6 +78,9 @@ pub struct LinearConfig {
     /// Whether a row of y has the same bits whatever other rows are computed with it, and however many. Then all kernels of the layer add in the
     /// same order: one or two rows take the kernel for 4 on CPU adapters, many rows that for 8 on GPUs, and tunings and matrix units play no part.
     pub exact: bool,
+    /// Whether there are several layers, and each row of x goes to some of them: see [`Linear::record_routed`](super::Linear::record_routed). W and the bias
+    /// are then those of the first expert, those of the second, and so on.
+    pub experts: Option<LinearExperts>,
 }
 
 impl LinearConfig {
@@ -85,6 +100,7 @@ impl LinearConfig {
             regions: None,
             norm: false,
             exact: false,
+            experts: None,
         }
     }
 
@@ -95,9 +111,19 @@ impl LinearConfig {
         self.regions.map_or(self.out_features, |widths| Region::of(widths).iter().map(Region::padded_width).sum())
     }
 
-    /// Rows of W.
+    /// Rows of W, of all experts. Sizes that passed [`check_experts`] don't overflow it.
     pub(super) fn weight_rows(&self) -> u32 {
+        self.num_experts() * self.expert_rows()
+    }
+
+    /// Rows of W of an expert, or of the one layer that there is.
+    pub(super) fn expert_rows(&self) -> u32 {
         if self.gated { 2 * self.out_features } else { self.out_features }
+    }
+
+    /// Layers of this shape.
+    pub(super) fn num_experts(&self) -> u32 {
+        self.experts.map_or(1, |experts| experts.count)
     }
 }
 
@@ -109,6 +135,23 @@ pub(super) fn check_softcap(config: &LinearConfig) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Rows of W of all experts are numbered as those of one layer are.
+pub(super) fn check_experts(config: &LinearConfig, max_rows: u32) -> Result<()> {
+    let Some(LinearExperts { count, per_row }) = config.experts else { return Ok(()) };
+    let max = (max_rows / config.out_features.max(1) / if config.gated { 2 } else { 1 }).min(MAX_EXPERTS);
+    if count == 0 || count > max {
+        return Err(Error::argument("experts.count", count, format!("1 to {max}")));
+    }
+    if per_row == 0 || per_row > count {
+        return Err(Error::argument("experts.per_row", per_row, format!("1 to {count}, the number of experts")));
+    }
+    if config.regions.is_some() || config.softcap.is_some() || config.accumulate || config.gather_scale.is_some() {
+        let got = "regions, a soft cap, a residual or the scale of an embedding";
+        return Err(Error::argument("experts", got, "none of them beside experts"));
+    }
+    Ok(())
 }
 
 /// Regions start at whole `vec4`s, and are all of y.

@@ -65,6 +65,20 @@ impl LinearKernel {
         }
     }
 
+    /// The kernel for experts, by the rows that each gets if all get the same: the fewer rows a tile has, the fewer of them are empty, and the more
+    /// often weights are read that many rows go to.
+    #[must_use]
+    pub fn for_expert_rows(target: Target, exact: bool, rows: u32) -> Self {
+        match target.profile {
+            _ if exact && target.profile == Profile::Cpu => Self::Rows(rows.clamp(4, 16).next_power_of_two()),
+            _ if exact => Self::exact_for_rows(target, rows),
+            // Two tiles of 8 read weights twice, and one of 64 computes 48 rows for nothing: about the same up to a half of it.
+            Profile::Gpu if rows >= 32 => Self::Matmul,
+            Profile::Gpu => Self::Rows(rows.clamp(1, 8).next_power_of_two()),
+            Profile::Cpu => Self::Rows(rows.clamp(1, 16).next_power_of_two()),
+        }
+    }
+
     /// The kernels that multiply.
     #[must_use]
     pub fn multipliers(profile: Profile) -> &'static [Self] {
@@ -102,6 +116,8 @@ pub struct LinearVariant {
     pub in_aligned: bool,
     /// Whether rows of y start at a multiple of what the kernel for many rows stores at once: 4 outputs, or 2 behind gates.
     pub out_aligned: bool,
+    /// To how many experts a row of x goes, if there are several layers.
+    pub experts_per_row: Option<u32>,
     /// What may be chosen freely.
     pub sizes: LinearSizes,
 }
@@ -129,7 +145,7 @@ impl LinearVariant {
     #[must_use]
     pub fn of_layer(target: Target, config: &LinearConfig) -> Vec<Self> {
         let LinearConfig { in_features, out_features, format, activation, softcap, gather_scale, .. } = *config;
-        let LinearConfig { bias, gated, regions, norm, exact, .. } = *config;
+        let LinearConfig { bias, gated, regions, norm, exact, experts, .. } = *config;
         let kernels = LinearKernel::multipliers(target.profile).iter().copied();
         let kernels = kernels.filter(|kernel| !exact || kernel.is_exact(target));
         let stage = (target.profile == Profile::Cpu).then_some(LinearKernel::Stage);
@@ -147,12 +163,15 @@ impl LinearVariant {
                 norm,
                 in_aligned: in_features.is_multiple_of(if target.profile == Profile::Cpu { 8 } else { 4 }),
                 out_aligned: out_features.is_multiple_of(if gated { 2 } else { 4 }),
+                experts_per_row: experts.map(|experts| experts.per_row),
                 sizes: LinearSizes { workgroup_size: 0, rows: 0, cols: 0, inputs: 0 },
             };
             variant.normalise();
             variant
         };
-        kernels.chain([LinearKernel::Gather]).chain(stage).map(variant).collect()
+        // Experts are no embedding.
+        let gather = experts.is_none().then_some(LinearKernel::Gather);
+        kernels.chain(gather).chain(stage).map(variant).collect()
     }
 
     /// Resets the fields that the kernel's text doesn't depend on.
@@ -180,7 +199,7 @@ impl LinearVariant {
             (LinearKernel::Stage, _) => {
                 (self.activation, self.bias, self.out_aligned) = (None, false, false);
                 self.softcap = None;
-                (self.gated, self.regions) = (false, None);
+                (self.gated, self.regions, self.experts_per_row) = (false, None, None);
                 (self.format, target.subgroups) = (WeightFormat::F32, false);
             }
             (LinearKernel::Rows(_), _) => self.out_aligned = false,
@@ -301,6 +320,7 @@ impl LinearVariant {
             format => self.format.shader_name(),
             group_size => self.format.group_size(),
             activation => if self.softcap.is_some() { "softcap" } else { self.activation.map_or("none", ActivationKind::shader_name) },
+            settings => self.activation.map(ActivationKind::context),
             softcap => self.softcap.map(Factor::literal),
             gather_scale => self.gather_scale.map(Factor::literal),
             bias => self.bias,
@@ -308,6 +328,8 @@ impl LinearVariant {
             regions => self.regions.map(|widths| Region::of(widths).map(region_context)),
             y_width => self.regions.map(|widths| Region::of(widths).iter().map(Region::padded_width).sum::<u32>()),
             norm => self.norm,
+            experts => self.experts_per_row.is_some(),
+            per_row => self.experts_per_row,
             aligned => self.in_aligned,
             out_aligned => self.out_aligned,
             textures => cpu,
@@ -330,6 +352,7 @@ impl LinearVariant {
             bindings.extend(self.format.group_size().map(|_| ("scales", weights)));
             bindings.extend(self.bias.then_some(("bias", Access::Read)));
             bindings.extend(self.norm.then_some(("norm_weight", Access::Read)));
+            bindings.extend(self.experts_per_row.map(|_| ("routes", Access::Read)));
             bindings
         };
         let bindings = bindings.into_iter().map(|(name, access)| Binding::new(name, access)).collect();

@@ -10,14 +10,17 @@ mod config;
 mod decoder;
 mod elements;
 mod error;
+mod experts;
 mod generate;
 mod gguf;
 mod head_linear;
 mod latent;
+mod layer;
 mod linear;
 mod linear_config;
 mod linear_kernels;
 mod linear_sizes;
+mod linear_upload;
 mod linear_variant;
 mod ops;
 mod progress;
@@ -31,17 +34,22 @@ mod tune;
 
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
-pub use config::{LatentConfig, LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm};
+pub use config::{
+    ExpertLayers, ExpertsConfig, LatentConfig, LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm,
+};
 pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use gguf::GgufMetadata;
 pub use head_linear::{HeadLinear, HeadLinearConfig, HeadRope};
 pub use linear::{Linear, RmsNorm};
-pub use linear_config::{Factor, LinearConfig};
+pub use linear_config::{Factor, LinearConfig, LinearExperts};
 pub use linear_kernels::LinearKernels;
 pub use linear_variant::{LinearKernel, LinearVariant};
-pub use ops::{Activation, ActivationKind, Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
+pub use ops::{
+    Activation, ActivationKind, ExpertGroups, GroupScore, Norm, NormConfig, NormKind, NormParameters,
+    PositionEmbedding, Router, RouterConfig, Routes, Scoring, SelectRows,
+};
 pub use progress::{Progress, WarmUp};
 pub use quantise::{WeightFormat, WeightGrid};
 pub use rows::Rows;

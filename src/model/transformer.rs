@@ -2,22 +2,24 @@
 
 use std::path::Path;
 
-use super::architecture::{LayerWeights, ModelWeights, TensorSource};
+use super::architecture::{ModelWeights, TensorSource};
 use super::builder::Builder;
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, QkNorm};
 use super::error::{ModelError, ModelResult};
+use super::experts::ExpertScratch;
 use super::latent::{LatentBuffers, LatentLayer, LatentScratch, head_rope};
+use super::layer::{Layer, Mlp, Norms, QkNormWeights, qkv_widths};
 use super::linear::Linear;
 use super::linear_config::{Factor, LinearConfig};
 use super::linear_kernels::LinearKernels;
-use super::ops::{Norm, NormConfig, NormKind, NormParameters, PositionEmbedding, SelectRows};
+use super::ops::{NormKind, NormParameters, PositionEmbedding, Router, SelectRows};
 use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::layout::Region;
 use crate::{
-    AppendLatent, AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, HeadNorm, KvCache, QkvRows, Result, Step,
+    AppendLatent, AppendQkv, Attention, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Sinks, Step,
 };
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
@@ -105,77 +107,6 @@ impl Default for ModelOptions {
     }
 }
 
-/// One transformer layer: attention and a feed-forward network (MLP), each behind a norm and added to the residual stream.
-///
-/// RMSNorm is a part of the linear layer behind it, LayerNorm has a dispatch of its own. So has a norm of what is added.
-#[derive(Debug)]
-pub(super) struct Layer {
-    pub(super) attention_norm: Option<NormParameters>,
-    pub(super) qkv: Linear,
-    /// `qkv` makes latents then: of queries, if they have one, and of keys and values.
-    pub(super) latent: Option<LatentLayer>,
-    pub(super) qk_norm: QkNormWeights,
-    pub(super) o: Linear,
-    pub(super) post_attention_norm: Option<NormParameters>,
-    pub(super) mlp_norm: Option<NormParameters>,
-    /// With the gate, if there is one, and the activation.
-    pub(super) up: Linear,
-    pub(super) down: Linear,
-    pub(super) post_mlp_norm: Option<NormParameters>,
-}
-
-impl Layer {
-    /// Its linear layers.
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let latent = self.latent.iter().flat_map(LatentLayer::linears);
-        [&self.qkv, &self.o, &self.up, &self.down].into_iter().chain(latent)
-    }
-}
-
-/// Norms of queries and keys.
-#[derive(Debug)]
-pub(super) enum QkNormWeights {
-    None,
-    PerHead(HeadNorm),
-    AllHeads([NormParameters; 2]),
-}
-
-/// The kernels of the norms.
-#[derive(Debug)]
-pub(super) struct Norms {
-    /// LayerNorm over the residual stream.
-    pub(super) layer: Option<Norm>,
-    /// Of what is added to the residual stream.
-    pub(super) added: Option<Norm>,
-    /// Of all query heads together, and of all key heads.
-    pub(super) qk: Option<[Norm; 2]>,
-}
-
-impl Norms {
-    async fn new(gpu: &Gpu, config: &ModelConfig, weights: &ModelWeights) -> Result<Self> {
-        let of = |width| NormConfig::new(config.norm.kind, width, config.norm.eps);
-        let hidden = of(config.hidden_size);
-        let layer = match config.norm.kind {
-            NormKind::Rms => None,
-            NormKind::Layer => Some(Norm::new(gpu, NormConfig { bias: true, ..hidden }).await?),
-        };
-        let adds = |layer: &LayerWeights| layer.post_attn_norm.is_some() || layer.post_mlp_norm.is_some();
-        let added = if weights.layers.iter().any(adds) {
-            let bias = config.norm.kind == NormKind::Layer;
-            Some(Norm::new(gpu, NormConfig { bias, accumulate: true, ..hidden }).await?)
-        } else {
-            None
-        };
-        let qk = if config.qk_norm == Some(QkNorm::AllHeads) {
-            let [q, k, _] = qkv_widths(config).map(of);
-            Some([Norm::new(gpu, q).await?, Norm::new(gpu, k).await?])
-        } else {
-            None
-        };
-        Ok(Self { layer, added, qk })
-    }
-}
-
 /// A decoder-only transformer with its weights on the GPU. Make one and share it between [`Decoder`](super::Decoder)s.
 #[derive(Debug)]
 pub struct Model {
@@ -185,6 +116,8 @@ pub struct Model {
     position_embedding: Option<PositionEmbedding>,
     layers: Vec<Layer>,
     norms: Norms,
+    /// For the layers with experts.
+    router: Option<Router>,
     final_norm: Option<NormParameters>,
     /// `None`: the token embedding, transposed.
     head: Option<Linear>,
@@ -201,6 +134,7 @@ pub(crate) struct Scratch {
     attended: wgpu::Buffer,
     up: wgpu::Buffer,
     latent: Option<LatentScratch>,
+    experts: Option<ExpertScratch>,
 }
 
 impl Scratch {
@@ -208,8 +142,8 @@ impl Scratch {
     pub(crate) fn widest_row(config: &ModelConfig) -> u64 {
         let qkv_width =
             Region::of(qkv_widths(config)).iter().map(|region| u64::from(region.padded_width())).sum::<u64>();
-        let widest = qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into());
-        widest.max(LatentScratch::widest_row(config))
+        let own = qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into());
+        own.max(ExpertScratch::widest_row(config)).max(LatentScratch::widest_row(config))
     }
 
     /// Room for `rows` tokens.
@@ -221,13 +155,15 @@ impl Scratch {
         let qkv = Region::of(qkv_widths(config));
         let latent = config.latent.as_ref();
         let attended = config.num_q_heads.saturating_mul(latent.map_or(config.head_dim, |latent| latent.kv_rank));
+        let of_experts = config.experts.as_ref().map_or(0, |e| e.router.experts.per_row * e.intermediate_size);
         Ok(Self {
             hidden: buffer("folio hidden", config.hidden_size)?,
             normed: buffer("folio normed", config.hidden_size)?,
             qkv: buffer("folio qkv", qkv.iter().map(Region::padded_width).sum())?,
             attended: buffer("folio attended", attended)?,
-            up: buffer("folio up", config.intermediate_size)?,
+            up: buffer("folio up", config.intermediate_size.max(of_experts))?,
             latent: latent.map(|latent| LatentScratch::new(gpu, config, latent, rows)).transpose()?,
+            experts: ExpertScratch::new(gpu, config, rows)?,
         })
     }
 }
@@ -237,6 +173,8 @@ pub(crate) struct StepContext<'a> {
     pub(crate) cache: &'a KvCache,
     /// For each of the model's kinds of layers.
     pub(crate) kinds: Vec<KindContext<'a>>,
+    /// Of each layer, if the model has them.
+    pub(crate) sinks: &'a [Sinks],
     pub(crate) step: &'a Step,
     /// Token id of each row.
     pub(crate) ids: BufferRef<'a>,
@@ -309,11 +247,20 @@ impl Model {
         let config = if options.long_context { config.with_long_context()? } else { config };
         let bytes_total = weights.sources().map(|tensor| source.bytes(tensor)).sum::<ModelResult<u64>>()?;
         let kernels = LinearKernels::new();
+        let router = match &config.experts {
+            Some(experts) => Some(Router::new(gpu, experts.router, config.hidden_size).await?),
+            None => None,
+        };
         let norms = Norms::new(gpu, &config, weights).await?;
         let rotates = config.layers.kinds().iter().all(|kind| kind.rope.is_some());
         if config.qk_norm == Some(QkNorm::PerHead) && (config.norm.kind != NormKind::Rms || !rotates) {
             let got = format!("PerHead with {:?} norms, {:?}", config.norm.kind, config.layers);
             return Err(ModelError::argument("qk_norm", got, "RMSNorm and rotary embeddings in all layers"));
+        }
+        let with_sinks = weights.layers.iter().filter(|layer| layer.sinks.is_some()).count();
+        if with_sinks != if config.attention_sinks { weights.layers.len() } else { 0 } {
+            let got = format!("{with_sinks} of {} layers, for {}", weights.layers.len(), config.attention_sinks);
+            return Err(ModelError::argument("sinks", got, "all layers, or none, as attention_sinks says"));
         }
         let factor = |value: Option<f32>| value.map(Factor::new).transpose();
         let (scale, cap) = (factor(config.embedding_scale)?, factor(config.logit_softcap)?);
@@ -347,7 +294,7 @@ impl Model {
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
         let gpu = gpu.clone();
-        Ok(Self { gpu, config, embedding, position_embedding, layers, norms, final_norm, head, select })
+        Ok(Self { gpu, config, embedding, position_embedding, layers, norms, router, final_norm, head, select })
     }
 
     /// [`Model::from_source`] for programs without an async runtime.
@@ -384,18 +331,21 @@ impl Model {
         self.embedding.config().exact
     }
 
-    /// Bytes of weights that a step with one token per sequence reads: all matrices of the layers and the head.
+    /// Bytes of weights that a step with one token of one sequence reads: all matrices of the layers and the head; of a mixture those of the experts that
+    /// the token goes to.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
-        let layers = self.layers.iter().flat_map(Layer::linears);
-        let linears = layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::bytes);
-        linears.chain(self.layers.iter().flat_map(|layer| &layer.latent).map(LatentLayer::bytes)).sum()
+        let layer = |layer: &Layer| {
+            let latent = layer.latent.as_ref().map_or(0, LatentLayer::bytes_of_token);
+            layer.qkv.bytes() + layer.o.bytes() + layer.mlp.bytes_of_token() + latent
+        };
+        self.layers.iter().map(layer).sum::<u64>() + self.head.as_ref().unwrap_or(&self.embedding).bytes()
     }
 
-    /// Shape and options of its linear layers, each once: what `Gpu::tune_linear` takes.
+    /// Shape and options of its linear layers, each once: what `Gpu::tune_linear` takes. Experts are left out: their kernels are not tuned.
     #[must_use]
     pub fn linear_configs(&self) -> Vec<LinearConfig> {
-        let layers = self.layers.iter().flat_map(Layer::linears);
+        let layers = self.layers.iter().flat_map(Layer::linears).filter(|linear| linear.config().experts.is_none());
         let mut configs = Vec::new();
         for config in layers.chain([self.head.as_ref().unwrap_or(&self.embedding)]).map(Linear::config) {
             if !configs.contains(&config) {
@@ -405,10 +355,17 @@ impl Model {
         configs
     }
 
+    /// The sinks of the layers that have them.
+    pub(crate) fn sinks(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().filter_map(|layer| layer.sinks.as_deref())
+    }
+
     /// Bytes of all matrices on the GPU.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
-        self.streamed_bytes() + if self.head.is_some() { self.embedding.bytes() } else { 0 }
+        let layers = self.layers.iter().flat_map(Layer::linears).map(Linear::bytes).sum::<u64>();
+        let latents = self.layers.iter().flat_map(|layer| &layer.latent).map(LatentLayer::head_bytes).sum::<u64>();
+        layers + latents + self.embedding.bytes() + self.head.as_ref().map_or(0, Linear::bytes)
     }
 
     /// Records everything up to the last layer's output, which stays in the scratch.
@@ -440,7 +397,6 @@ impl Model {
         let (config, rows) = (&self.config, context.rows);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
         let qkv = Rows::new(&scratch.qkv, rows, layer.qkv.config().y_width());
-        let up = Rows::new(&scratch.up, rows, config.intermediate_size);
 
         let kind = context.kinds.get(config.layers.index(index));
         let kind = kind.ok_or_else(|| Error::argument("layers", "a kind without attention", "one for each kind"))?;
@@ -458,15 +414,70 @@ impl Model {
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
         if config.parallel_residual {
-            let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
-            layer.up.record(&mut *pass, x, up)?;
+            self.record_up(pass, scratch, layer, hidden)?;
             self.add(pass, scratch, &layer.o, post_attention, attended, hidden)?;
         } else {
             self.add(pass, scratch, &layer.o, post_attention, attended, hidden)?;
-            let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
-            layer.up.record(&mut *pass, x, up)?;
+            self.record_up(pass, scratch, layer, hidden)?;
         }
-        self.add(pass, scratch, &layer.down, layer.post_mlp_norm.as_ref(), up, hidden)
+        self.record_down(pass, scratch, layer, hidden)
+    }
+
+    /// What the experts of a step share.
+    fn experts<'a>(&'a self, scratch: &'a Scratch) -> Result<(&'a Router, &'a ExpertScratch, Rows<'a>)> {
+        let (Some(router), Some(of_experts)) = (&self.router, &scratch.experts) else {
+            return Err(Error::argument("experts", "a layer with them", "a configuration with them"));
+        };
+        let width = self.config.experts.as_ref().map_or(0, |experts| experts.intermediate_size);
+        Ok((router, of_experts, Rows::new(&scratch.up, router.config().experts.per_row, width)))
+    }
+
+    /// Records the first half of the MLP, from the residual stream, normalised, to the scratch.
+    fn record_up(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        layer: &Layer,
+        hidden: Rows<'_>,
+    ) -> Result<()> {
+        let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
+        match &layer.mlp {
+            Mlp::Dense([up, _]) => {
+                up.record(pass, x, Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size))
+            }
+            Mlp::Experts(experts) => {
+                let (router, of_experts, token) = self.experts(scratch)?;
+                let inner = Rows { rows: token.rows.saturating_mul(hidden.rows), ..token };
+                experts.record_up(pass, router, of_experts, x, inner)
+            }
+        }
+    }
+
+    /// Records its second half, which adds to the residual stream.
+    fn record_down(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &Scratch,
+        layer: &Layer,
+        hidden: Rows<'_>,
+    ) -> Result<()> {
+        let weights = layer.post_mlp_norm.as_ref();
+        match &layer.mlp {
+            Mlp::Dense([_, down]) => {
+                let inner = Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size);
+                self.add(pass, scratch, down, weights, inner, hidden)
+            }
+            Mlp::Experts(experts) => {
+                let (router, of_experts, token) = self.experts(scratch)?;
+                let inner = Rows { rows: token.rows.saturating_mul(hidden.rows), ..token };
+                let (Some(norm), Some(weights)) = (&self.norms.added, weights) else {
+                    return experts.record_down(pass, router, of_experts, inner, hidden, true);
+                };
+                let added = Rows { buffer: &scratch.normed, offset: 0, ..hidden };
+                experts.record_down(pass, router, of_experts, inner, added, false)?;
+                norm.record(pass, weights, added, hidden)
+            }
+        }
     }
 
     /// Appends keys and values, and attends. Returns what `o` reads.
@@ -499,7 +510,11 @@ impl Model {
             Some(Append::Latent(_)) => return Err(Error::argument("latent", "none", "the model's latents")),
             None => context.cache.append(&mut *pass, context.step, index, heads.k(), heads.v(), None)?,
         }
-        kind.attention.attend(&mut *pass, kind.plan, index, heads.q(), attended.range())?;
+        let (q, out) = (heads.q(), attended.range());
+        match context.sinks.get(index as usize) {
+            Some(sinks) => kind.attention.attend_with_sinks(&mut *pass, kind.plan, index, q, out, sinks)?,
+            None => kind.attention.attend(&mut *pass, kind.plan, index, q, out)?,
+        }
         Ok(attended)
     }
 
@@ -559,14 +574,4 @@ impl Model {
         }
         head.record(&mut *pass, chosen, logits)
     }
-}
-
-/// Widths of queries, keys and values; of a model with latents those of queries or their latents, of latents of keys and values, and of nothing.
-pub(super) fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
-    let q_width = config.num_q_heads.saturating_mul(config.head_dim);
-    if let Some(latent) = &config.latent {
-        return [latent.q_rank.unwrap_or(q_width), latent.row_dim(), 0];
-    }
-    let kv_width = config.num_kv_heads.saturating_mul(config.head_dim);
-    [q_width, kv_width, kv_width]
 }

@@ -268,7 +268,7 @@ impl Workload {
         let (x, y, config) = (self.x.clone(), self.y.clone(), self.config);
         Box::new(move |pass| {
             let (x, y) = (Rows::new(&x, rows, config.in_features), Rows::new(&y, rows, config.y_width()));
-            linear.multiply((&mut *pass).into(), &compiled, x, y, None)
+            linear.multiply((&mut *pass).into(), &compiled, x, y, None, None)
         })
     }
 
@@ -281,7 +281,7 @@ impl Workload {
         let (width, out_features) = (self.config.in_features, self.config.out_features);
         let mut encoder = self.gpu.encoder()?;
         let (x, y) = (Rows::new(&self.x, rows, width), Rows::new(&self.y, rows, out_features));
-        self.linear.multiply((&mut encoder).into(), compiled, x, y, None)?;
+        self.linear.multiply((&mut encoder).into(), compiled, x, y, None, None)?;
         self.gpu.submit_now("checking a candidate", encoder)?;
         let got = self.gpu.read_blocking(y.range())?;
         for (row, (got, expected)) in got.chunks(out_features as usize).zip(&self.expected).enumerate() {

@@ -67,7 +67,8 @@ fn per_layer(how: Open, model_type: &str, weights: WeightFormat) -> Option<([u64
 #[test]
 fn a_layer_takes_few_dispatches() {
     // RMSNorm is a part of the linear layer behind it. LayerNorm is two dispatches, beside qkv, append, attend, o, up and down.
-    // A norm of what is added is one more, twice in Gemma and OLMo 2; so are OLMo 2's norms of queries and of keys.
+    // A norm of what is added is one more, twice in Gemma and OLMo 2; so are OLMo 2's norms of queries and of keys. A mixture has
+    // six in place of up and down: the router's logits, the choice, its sorting, up, down and their sum.
     let models = [
         ("llama", 6),
         ("mistral", 6),
@@ -83,6 +84,8 @@ fn a_layer_takes_few_dispatches() {
         // Latents: what is absorbed into queries, and what makes values of the result; then what makes queries of their latents.
         ("deepseek_v2", 8),
         ("deepseek_v3", 9),
+        ("mixtral", 10),
+        ("qwen3_moe", 10),
     ];
     for (how, weights) in
         [(adapter::CPU, WeightFormat::F16), (adapter::GPU, WeightFormat::INT4), (adapter::CPU_PLAIN, WeightFormat::F16)]
@@ -90,8 +93,8 @@ fn a_layer_takes_few_dispatches() {
         for (model_type, most) in models {
             let Some(([prompt, decode], other)) = per_layer(how, model_type, weights) else { return };
             println!("{how:?} {model_type}: {prompt} for a prompt, {decode} to decode, {other} beside the layers");
-            // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each linear layer.
-            let linears = if model_type == "deepseek_v3" { 5 } else { 4 };
+            // CPU adapters read x from a texture where rows are many, and without subgroups always: one more for each linear layer, the router among them.
+            let linears = 4 + u64::from(["mixtral", "qwen3_moe", "deepseek_v3"].contains(&model_type));
             let staging = if how == adapter::GPU {
                 [0, 0]
             } else {

@@ -8,7 +8,7 @@ use folio::{Error, Gpu, GpuOptions, Profile, wgpu};
 
 use crate::adapter;
 
-const FORMATS: [WeightFormat; 6] = [
+pub(crate) const FORMATS: [WeightFormat; 6] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::INT8,
@@ -20,7 +20,7 @@ const FORMATS: [WeightFormat; 6] = [
 /// Half of f32's epsilon: the relative error of one operation.
 const HALF_ULP: f64 = 1.0 / (1u64 << 24) as f64;
 
-fn buffer(gpu: &Gpu, values: &[f32]) -> wgpu::Buffer {
+pub(crate) fn buffer(gpu: &Gpu, values: &[f32]) -> wgpu::Buffer {
     raw_buffer(gpu, bytemuck::cast_slice(values))
 }
 
@@ -164,7 +164,7 @@ fn erfc(z: f64) -> f64 {
     scale / fraction
 }
 
-fn run(gpu: &Gpu, record: impl FnOnce(&mut wgpu::ComputePass<'_>)) {
+pub(crate) fn run(gpu: &Gpu, record: impl FnOnce(&mut wgpu::ComputePass<'_>)) {
     let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     record(&mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
     gpu.queue().submit([encoder.finish()]);
@@ -185,7 +185,7 @@ fn compare(got: &[f32], expected: &[(f64, f64)], width: u32, what: &str) {
     assert!(error <= 1.0, "{what}: [{row}, {col}] is {}, not {want} within {bound:e}", got[i]);
 }
 
-fn normal(rng: &mut fastrand::Rng, count: u32, size: f32) -> Vec<f32> {
+pub(crate) fn normal(rng: &mut fastrand::Rng, count: u32, size: f32) -> Vec<f32> {
     (0..count).map(|_| (0..4).map(|_| rng.f32() - 0.5).sum::<f32>() * size).collect()
 }
 

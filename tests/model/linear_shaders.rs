@@ -4,7 +4,7 @@
 use crate::translate::translate;
 use folio::Profile;
 use folio::kernel::{Access, MatrixSize, Target, Vendor};
-use folio::model::{ActivationKind, Factor, LinearConfig, LinearKernel, LinearVariant, WeightFormat};
+use folio::model::{ActivationKind, Factor, LinearConfig, LinearExperts, LinearKernel, LinearVariant, WeightFormat};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ImageClass, StorageAccess, TypeInner};
 
@@ -50,12 +50,15 @@ fn variants() -> Vec<LinearVariant> {
             for (activation, bias, width) in [(None, false, 64), (Some(ActivationKind::Gelu), true, 63)] {
                 let config = LinearConfig { activation, bias, ..LinearConfig::new(width, width, format) };
                 let (gated, norm, regions) = (true, true, Some([8, 20, width - 28]).filter(|_| width % 4 == 0));
+                let experts = Some(LinearExperts { count: 8, per_row: 2 });
                 for config in [
                     config,
                     LinearConfig { gated, ..config },
                     LinearConfig { norm, ..config },
                     LinearConfig { regions, norm, ..config },
                     LinearConfig { gated, norm, ..config },
+                    LinearConfig { gated, norm, experts, ..config },
+                    LinearConfig { experts, ..config },
                     LinearConfig { gather_scale: Some(Factor::new(8.0).unwrap()), ..config },
                 ] {
                     variants.extend(LinearVariant::of_layer(target, &config));

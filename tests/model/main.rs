@@ -24,6 +24,8 @@ mod checkpoint_files;
 mod decoder;
 #[cfg(feature = "counters")]
 mod dispatches;
+mod experts;
+mod experts_config;
 mod forward;
 mod gguf;
 mod head_linear;

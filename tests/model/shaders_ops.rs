@@ -5,6 +5,7 @@ use crate::translate::translate;
 use folio::Profile;
 use folio::kernel::{Access, ShaderFeatures, Source, Target, Vendor};
 use folio::model::{Activation, ActivationKind, NormConfig, NormKind, PositionEmbedding, Sampler, SelectRows};
+use folio::model::{ExpertGroups, Factor, GroupScore, LinearExperts, RouterConfig, Scoring};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 
@@ -56,6 +57,32 @@ fn elementwise_variants() {
         }
         check(&PositionEmbedding::source(1024, width).unwrap(), &format!("positions {width}"));
         check(&SelectRows::source(width).unwrap(), &format!("select {width}"));
+    }
+}
+
+#[test]
+fn router_variants() {
+    for (count, per_row) in [(1, 1), (8, 2), (60, 4), (256, 8), (512, 32)] {
+        for scoring in [Scoring::Softmax, Scoring::Sigmoid] {
+            for (correction, renormalise) in [(false, true), (true, false)] {
+                for score in [None, Some(GroupScore::Best), Some(GroupScore::TopTwo)] {
+                    let groups = score.map(|score| ExpertGroups { count: count / 4, selected: count / 4, score });
+                    if groups.is_some_and(|groups| groups.count == 0) {
+                        continue;
+                    }
+                    let scale = Factor::new(2.5).unwrap();
+                    let experts = LinearExperts { count, per_row };
+                    let config = RouterConfig { scoring, correction, renormalise, groups, scale, experts };
+                    for profile in PROFILES {
+                        check(&config.source(profile).unwrap(), &format!("{profile:?} {config:?}"));
+                    }
+                    check(&config.sort_source().unwrap(), &format!("{config:?}"));
+                    for accumulate in [false, true] {
+                        check(&config.add_source(768, accumulate).unwrap(), &format!("{config:?}"));
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -2,12 +2,14 @@
 //!
 //! A new architecture is a new row of the table, as long as its layers are made of the same parts.
 
+mod experts;
 mod table;
 mod weights;
 
 use super::ModelResult;
 use super::config::{ModelConfig, QkNorm};
 use super::ops::NormKind;
+pub(crate) use experts::{ExpertNames, ExpertTensors, Experts};
 use table::ARCHITECTURES;
 use weights::Build;
 pub use weights::{LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
@@ -36,6 +38,8 @@ pub struct Architecture {
     pub(crate) latent: Option<LatentKeys>,
     /// Embeddings are multiplied by the root of the hidden size.
     pub(crate) scaled_embedding: bool,
+    /// What some layers have in place of an MLP.
+    pub(crate) experts: Option<Experts>,
     pub(crate) tensors: TensorNames,
 }
 
@@ -45,8 +49,10 @@ pub(crate) struct ConfigKeys {
     pub(crate) num_layers: &'static str,
     pub(crate) hidden_size: &'static str,
     pub(crate) num_q_heads: &'static str,
-    /// `None`: as many as query heads. So too if the key is missing.
+    /// `None`: as many as query heads. So too if it is null.
     pub(crate) num_kv_heads: Option<&'static str>,
+    /// What a missing key stands for. `None`: as many as query heads.
+    pub(crate) default_num_kv_heads: Option<u32>,
     pub(crate) head_dim: Option<&'static str>,
     /// `None`: the hidden size over the query heads.
     pub(crate) default_head_dim: Option<u32>,
@@ -98,6 +104,8 @@ pub(crate) struct RopeKeys {
     /// The same for the rotated part of a head.
     pub(crate) partial: &'static [&'static str],
     pub(crate) default_partial: f64,
+    /// Whether a model without scaling is refused, because transformers scales it by settings that no file shows.
+    pub(crate) needs_scaling: bool,
     /// Older names of `longrope`.
     pub(crate) long_names: &'static [&'static str],
     /// Layers with a window have a base of their own, to which no scaling at the top level applies: its key and default.
@@ -155,6 +163,8 @@ pub(crate) struct TensorNames {
     pub(crate) post_attn_norm: Option<&'static str>,
     pub(crate) qkv: Qkv,
     pub(crate) output: &'static str,
+    /// Sinks of attention, a vector.
+    pub(crate) sinks: Option<&'static str>,
     /// Norms of queries and of keys.
     pub(crate) qk_norm: Option<(QkNorm, [&'static str; 2])>,
     /// Norms before the MLP, and of what it adds.
@@ -255,9 +265,12 @@ impl Architecture {
         has: impl Fn(&str) -> bool,
         mut check: impl FnMut(&TensorSource) -> ModelResult<()>,
     ) -> ModelResult<ModelWeights> {
-        let prefix = self.prefix(has);
+        let prefix = self.prefix(&has);
         let names = &self.tensors;
-        let build = Build { config, names, prefix };
+        let mut build = Build { config, names, prefix, experts: None };
+        if let (Some(experts), Some(settings)) = (&self.experts, &config.experts) {
+            build.experts = experts.form(&build, settings, &has).map(|form| (form, settings));
+        }
         let embedding = build.table(names.embedding, config.vocab_size);
         check(&embedding)?;
         let position_embedding = names.position_embedding.map(|name| build.table(name, config.max_positions));
@@ -277,7 +290,8 @@ impl Architecture {
 
     /// The head, whether or not the model has its own.
     pub(crate) fn head(&self, config: &ModelConfig) -> LinearWeights {
-        let build = Build { config, names: &TensorNames { transposed: false, ..self.tensors }, prefix: "" };
+        let build =
+            Build { config, names: &TensorNames { transposed: false, ..self.tensors }, prefix: "", experts: None };
         build.linear(self.tensors.head, config.vocab_size as usize, config.hidden_size as usize, false, 0)
     }
 

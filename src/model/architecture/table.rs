@@ -1,11 +1,11 @@
 //! The table of architectures.
 
 use super::{
-    Architecture, ConfigKeys, Flag, LatentKeys, LatentNames, Optional, Positions, Qkv, RopeKeys, SizeDefault,
-    TensorNames, Up, Window, WindowedLayers,
+    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, LatentKeys, LatentNames, Optional, Positions,
+    Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
 };
 use crate::model::config::QkNorm;
-use crate::model::ops::NormKind;
+use crate::model::ops::{NormKind, Scoring};
 
 /// The keys that Llama and all that descend from it share.
 const LLAMA_KEYS: ConfigKeys = ConfigKeys {
@@ -13,6 +13,7 @@ const LLAMA_KEYS: ConfigKeys = ConfigKeys {
     hidden_size: "hidden_size",
     num_q_heads: "num_attention_heads",
     num_kv_heads: Some("num_key_value_heads"),
+    default_num_kv_heads: None,
     head_dim: Some("head_dim"),
     default_head_dim: None,
     intermediate_size: "intermediate_size",
@@ -33,6 +34,7 @@ const LLAMA_TENSORS: TensorNames = TensorNames {
     post_attn_norm: None,
     qkv: Qkv::Split(["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"]),
     output: "layers.{i}.self_attn.o_proj",
+    sinks: None,
     qk_norm: None,
     mlp_norm: Some("layers.{i}.post_attention_layernorm"),
     post_mlp_norm: None,
@@ -50,6 +52,7 @@ const LLAMA_ROPE: RopeKeys = RopeKeys {
     default_theta: 10_000.0,
     partial: &["partial_rotary_factor"],
     default_partial: 1.0,
+    needs_scaling: false,
     long_names: &[],
     windowed_theta: None,
     skipped: None,
@@ -86,7 +89,35 @@ const LLAMA: Architecture = Architecture {
     logit_softcap: None,
     latent: None,
     scaled_embedding: false,
+    experts: None,
     tensors: LLAMA_TENSORS,
+};
+
+const MIXTRAL_EXPERTS: [&str; 3] = [
+    "layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "layers.{i}.block_sparse_moe.experts.{e}.w2",
+];
+
+const QWEN_EXPERTS: [&str; 3] = [
+    "layers.{i}.mlp.experts.{e}.gate_proj",
+    "layers.{i}.mlp.experts.{e}.up_proj",
+    "layers.{i}.mlp.experts.{e}.down_proj",
+];
+
+/// As transformers 5 holds experts, whatever the model.
+const PACKED_EXPERTS: ExpertNames = ExpertNames {
+    router: "layers.{i}.mlp.gate",
+    router_bias: false,
+    tensors: ExpertTensors::Packed(["layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"]),
+};
+
+const GPT_OSS_EXPERTS: [&str; 2] = ["layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"];
+
+const GPT_OSS_NAMES: ExpertNames = ExpertNames {
+    router: "layers.{i}.mlp.router",
+    router_bias: true,
+    tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS),
 };
 
 const GEMMA_WINDOW: Window = Window {
@@ -105,6 +136,7 @@ const GEMMA_TENSORS: TensorNames = TensorNames {
 const GEMMA2: Architecture = Architecture {
     model_type: "gemma2",
     config: ConfigKeys {
+        default_num_kv_heads: Some(4),
         default_head_dim: Some(256),
         activation: ("hidden_activation", "gelu_pytorch_tanh"),
         fixed: &[("use_bidirectional_attention", false)],
@@ -162,6 +194,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             hidden_size: "n_embd",
             num_q_heads: "n_head",
             num_kv_heads: None,
+            default_num_kv_heads: None,
             head_dim: None,
             default_head_dim: None,
             intermediate_size: "n_inner",
@@ -192,6 +225,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             post_attn_norm: None,
             qkv: Qkv::Stacked("h.{i}.attn.c_attn"),
             output: "h.{i}.attn.c_proj",
+            sinks: None,
             qk_norm: None,
             mlp_norm: Some("h.{i}.ln_2"),
             post_mlp_norm: None,
@@ -233,6 +267,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             post_attn_norm: None,
             qkv: Qkv::PerHead("layers.{i}.attention.query_key_value"),
             output: "layers.{i}.attention.dense",
+            sinks: None,
             qk_norm: None,
             mlp_norm: Some("layers.{i}.post_attention_layernorm"),
             post_mlp_norm: None,
@@ -248,6 +283,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
     LLAMA,
     Architecture {
         model_type: "mistral",
+        config: ConfigKeys { default_num_kv_heads: Some(8), ..LLAMA_KEYS },
         qkv_bias: Flag::Never,
         output_bias: Flag::Never,
         mlp_bias: Flag::Never,
@@ -256,6 +292,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "qwen2",
+        config: ConfigKeys { default_num_kv_heads: Some(32), ..LLAMA_KEYS },
         qkv_bias: Flag::Always,
         output_bias: Flag::Never,
         mlp_bias: Flag::Never,
@@ -264,10 +301,91 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "qwen3",
-        config: ConfigKeys { default_head_dim: Some(128), ..LLAMA_KEYS },
+        config: ConfigKeys { default_num_kv_heads: Some(32), default_head_dim: Some(128), ..LLAMA_KEYS },
         mlp_bias: Flag::Never,
         window: Some(QWEN_WINDOW),
         tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "mixtral",
+        config: ConfigKeys { default_num_kv_heads: Some(8), norm_eps: ("rms_norm_eps", 1e-5), ..LLAMA_KEYS },
+        positions: Positions::Rope(RopeKeys { default_theta: 1_000_000.0, ..LLAMA_ROPE }),
+        qkv_bias: Flag::Never,
+        output_bias: Flag::Never,
+        mlp_bias: Flag::Never,
+        window: Some(window_of_all(None)),
+        experts: Some(Experts {
+            count: (&["num_local_experts"], 8),
+            selected: ("num_experts_per_tok", 2),
+            intermediate_size: None,
+            clamped_swiglu: None,
+            scoring: Scoring::Softmax,
+            renormalise: Flag::Always,
+            every: None,
+            dense: None,
+            forms: &[
+                ExpertNames {
+                    router: "layers.{i}.block_sparse_moe.gate",
+                    router_bias: false,
+                    tensors: ExpertTensors::Each(MIXTRAL_EXPERTS),
+                },
+                PACKED_EXPERTS,
+            ],
+        }),
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "qwen3_moe",
+        config: ConfigKeys { default_num_kv_heads: Some(4), ..LLAMA_KEYS },
+        mlp_bias: Flag::Never,
+        window: Some(Window { switch: Some("use_sliding_window"), ..window_of_all(Some(4096)) }),
+        experts: Some(Experts {
+            count: (&["num_experts", "num_local_experts"], 128),
+            selected: ("num_experts_per_tok", 8),
+            intermediate_size: Some(("moe_intermediate_size", 768)),
+            clamped_swiglu: None,
+            scoring: Scoring::Softmax,
+            renormalise: Flag::Key("norm_topk_prob", false),
+            every: Some(("decoder_sparse_step", 1)),
+            dense: Some("mlp_only_layers"),
+            forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..PACKED_EXPERTS }, PACKED_EXPERTS],
+        }),
+        tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "gpt_oss",
+        config: ConfigKeys {
+            default_num_kv_heads: Some(8),
+            default_head_dim: Some(64),
+            norm_eps: ("rms_norm_eps", 1e-5),
+            ..LLAMA_KEYS
+        },
+        positions: Positions::Rope(RopeKeys { default_theta: 150_000.0, needs_scaling: true, ..LLAMA_ROPE }),
+        qkv_bias: Flag::Key("attention_bias", true),
+        output_bias: Flag::Key("attention_bias", true),
+        mlp_bias: Flag::Never,
+        window: Some(Window {
+            switch: None,
+            size: Optional { key: "sliding_window", default: Some(128) },
+            layers: WindowedLayers::AllBut(None, 2),
+        }),
+        experts: Some(Experts {
+            count: (&["num_local_experts"], 128),
+            selected: ("num_experts_per_tok", 4),
+            intermediate_size: None,
+            clamped_swiglu: Some([("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)]),
+            scoring: Scoring::Softmax,
+            renormalise: Flag::Always,
+            every: None,
+            dense: None,
+            forms: &[
+                ExpertNames { tensors: ExpertTensors::Mxfp4(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
+                ExpertNames { tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
+            ],
+        }),
+        tensors: TensorNames { sinks: Some("layers.{i}.self_attn.sinks"), ..LLAMA_TENSORS },
         ..LLAMA
     },
     Architecture {
@@ -287,6 +405,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "smollm3",
+        config: ConfigKeys { default_num_kv_heads: Some(4), ..LLAMA_KEYS },
         positions: Positions::Rope(RopeKeys {
             default_theta: 2_000_000.0,
             skipped: Some(("no_rope_layers", "no_rope_layer_interval", 4)),

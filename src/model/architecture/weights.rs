@@ -1,7 +1,8 @@
 //! Where the parameters of a model lie in its checkpoint.
 
+use super::experts::{ExpertNames, ExpertWeights};
 use super::{LatentNames, Qkv, TensorNames, Up};
-use crate::model::config::{ModelConfig, QkNorm};
+use crate::model::config::{ExpertsConfig, ModelConfig, QkNorm};
 use crate::model::ops::NormKind;
 use crate::model::{ModelError, ModelResult};
 
@@ -29,6 +30,8 @@ pub struct LayerWeights {
     pub attn_norm: Option<NormWeights>,
     /// The norm of what attention adds to the residual stream.
     pub post_attn_norm: Option<NormWeights>,
+    /// `[num_q_heads, 1]`: a logit of each head that takes part in the softmax and stands for no key (gpt-oss).
+    pub sinks: Option<TensorSource>,
     /// With a latent of queries: `[q_rank, hidden_size]`, which makes it.
     pub q_latent: Option<LinearWeights>,
     /// `[num_q_heads * head_dim, hidden_size]`, or `[num_q_heads * head_dim, q_rank]` of a latent of queries.
@@ -49,9 +52,12 @@ pub struct LayerWeights {
     pub mlp_norm: Option<NormWeights>,
     /// The norm of what the MLP adds to the residual stream.
     pub post_mlp_norm: Option<NormWeights>,
+    /// The router of a layer with experts: `[experts, hidden_size]`.
+    pub router: Option<LinearWeights>,
     /// Gated: `[2 * intermediate_size, hidden_size]`, all rows of the gate, then all of up. Otherwise `[intermediate_size, hidden_size]`.
+    /// With experts those of the first, those of the second, and so on, each of their own intermediate size.
     pub gate_up: LinearWeights,
-    /// `[hidden_size, intermediate_size]`
+    /// `[hidden_size, intermediate_size]`; with experts `[experts * hidden_size, intermediate_size]`.
     pub down: LinearWeights,
 }
 
@@ -94,8 +100,9 @@ impl LayerWeights {
             [&self.post_mlp_norm, &None],
         ]
         .map(|norms| norms.into_iter().flatten().flat_map(NormWeights::sources));
-        let attention = before.chain(projections).chain(qk).chain(self.o.sources()).chain(between);
-        attention.chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
+        let attention = before.chain(projections).chain(qk).chain(&self.sinks).chain(self.o.sources()).chain(between);
+        let router = self.router.iter().flat_map(LinearWeights::sources);
+        attention.chain(router).chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
     }
 
     /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
@@ -181,6 +188,10 @@ pub struct Piece {
     pub(crate) shape: Vec<usize>,
     /// "Row" above means a column of what lies in the file.
     pub(crate) transposed: bool,
+    /// Of a transposed tensor of three dimensions, the number of its matrix.
+    pub(crate) matrix: usize,
+    /// The tensor has codes of four bits, and this one their scales: see `elements::Mxfp4`.
+    pub(crate) scales: Option<String>,
     pub(crate) rows: usize,
     pub(crate) first: usize,
     /// Rows that lie side by side.
@@ -189,6 +200,11 @@ pub struct Piece {
 }
 
 impl Piece {
+    /// The first row of a tensor.
+    pub(crate) fn row(tensor: String, shape: Vec<usize>) -> Self {
+        Self { tensor, shape, transposed: false, matrix: 0, scales: None, rows: 1, first: 0, run: 1, stride: 1 }
+    }
+
     /// Name of the tensor.
     #[must_use]
     pub fn tensor(&self) -> &str {
@@ -230,10 +246,12 @@ pub(super) struct Build<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) names: &'a TensorNames,
     pub(super) prefix: &'static str,
+    /// The names of experts, and their settings, if there are some.
+    pub(super) experts: Option<(&'static ExpertNames, &'a ExpertsConfig)>,
 }
 
 impl Build<'_> {
-    fn name(&self, template: &str, layer: u32) -> String {
+    pub(super) fn name(&self, template: &str, layer: u32) -> String {
         format!("{}{}", self.prefix, template.replace("{i}", &layer.to_string()))
     }
 
@@ -241,13 +259,24 @@ impl Build<'_> {
         let (rows, columns) = (rows as usize, self.config.hidden_size as usize);
         let tensor = format!("{}.weight", self.name(template, 0));
         let Selection { first, run, stride, .. } = Selection::range(0, rows);
-        let piece = Piece { tensor, shape: vec![rows, columns], transposed: false, rows, first, run, stride };
+        let piece = Piece {
+            tensor,
+            shape: vec![rows, columns],
+            transposed: false,
+            matrix: 0,
+            scales: None,
+            rows,
+            first,
+            run,
+            stride,
+        };
         TensorSource { pieces: vec![piece], columns }
     }
 
     fn vector(tensor: String, len: usize, select: Selection) -> TensorSource {
         let Selection { rows, first, run, stride } = select;
-        let piece = Piece { tensor, shape: vec![len], transposed: false, rows, first, run, stride };
+        let piece =
+            Piece { tensor, shape: vec![len], transposed: false, matrix: 0, scales: None, rows, first, run, stride };
         TensorSource { pieces: vec![piece], columns: 1 }
     }
 
@@ -276,7 +305,17 @@ impl Build<'_> {
         let transposed = self.names.transposed;
         let shape = if transposed { vec![columns, out] } else { vec![out, columns] };
         let Selection { rows, first, run, stride } = select;
-        let piece = Piece { tensor: format!("{name}.weight"), shape, transposed, rows, first, run, stride };
+        let piece = Piece {
+            tensor: format!("{name}.weight"),
+            shape,
+            transposed,
+            matrix: 0,
+            scales: None,
+            rows,
+            first,
+            run,
+            stride,
+        };
         let bias = bias.then(|| Self::vector(format!("{name}.bias"), out, select));
         LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias }
     }
@@ -334,11 +373,11 @@ impl Build<'_> {
         Ok(Projections { q_latent, parts: [q, k, v], norms })
     }
 
-    pub(super) fn layer(&self, layer: u32) -> ModelResult<LayerWeights> {
+    /// The first projection of an MLP.
+    fn gate_up(&self, layer: u32) -> LinearWeights {
         let (config, names) = (self.config, self.names);
         let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
-        let Projections { q_latent, parts: [q, k, v], norms: [q_norm, k_norm] } = self.qkv(layer)?;
-        let gate_up = match names.up {
+        match names.up {
             Up::Alone(up) => self.linear(up, inner, hidden, config.mlp_bias, layer),
             Up::Packed(both) => self.linear(both, 2 * inner, hidden, config.mlp_bias, layer),
             Up::Gated(both) => {
@@ -349,12 +388,30 @@ impl Build<'_> {
                 }
                 gate
             }
+        }
+    }
+
+    pub(super) fn layer(&self, layer: u32) -> ModelResult<LayerWeights> {
+        let (config, names) = (self.config, self.names);
+        let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
+        let Projections { q_latent, parts: [q, k, v], norms: [q_norm, k_norm] } = self.qkv(layer)?;
+        let experts = self.experts.filter(|(_, experts)| experts.layers.contains(layer));
+        let (router, gate_up, down) = match experts {
+            Some((names, config)) => {
+                let ExpertWeights { router, gate_up, down } = self.experts(names, config, layer);
+                (Some(router), gate_up, down)
+            }
+            None => (None, self.gate_up(layer), self.linear(names.down, hidden, inner, config.mlp_bias, layer)),
         };
         let norm = |name: Option<_>| name.map(|name| self.norm(name, hidden, layer));
         Ok(LayerWeights {
             attn_norm: norm(names.attn_norm),
             post_attn_norm: norm(names.post_attn_norm),
             q_latent,
+            sinks: names.sinks.map(|name| {
+                let heads = config.num_q_heads as usize;
+                Self::vector(self.name(name, layer), heads, Selection::range(0, heads))
+            }),
             q,
             k,
             v,
@@ -363,8 +420,9 @@ impl Build<'_> {
             k_norm,
             mlp_norm: norm(names.mlp_norm),
             post_mlp_norm: norm(names.post_mlp_norm),
+            router,
             gate_up,
-            down: self.linear(names.down, hidden, inner, config.mlp_bias, layer),
+            down,
         })
     }
 }

@@ -154,6 +154,14 @@ impl<'a> Section<'a> {
         self.number(key, "a number above 0", |n| n > 0.0)
     }
 
+    /// A number above 0, of which f32 makes one.
+    pub(super) fn single(&self, key: &str, number: f64) -> ModelResult<f32> {
+        #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
+        let single = number as f32;
+        let fits = single.is_finite() && single > 0.0;
+        fits.then_some(single).ok_or_else(|| self.error(key, number, "a number above 0 that fits f32"))
+    }
+
     pub(crate) fn factor(&self, key: &str) -> ModelResult<f64> {
         let need = "a number of at least 1";
         self.number(key, need, |n| n >= 1.0)?.ok_or_else(|| self.error(key, "nothing", need))

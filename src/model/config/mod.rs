@@ -1,5 +1,6 @@
 //! What a decoder needs to know about a model, read from `config.json` and `generation_config.json`.
 
+mod experts;
 mod json;
 mod latent;
 mod layers;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use super::architecture::{Architecture, ModelWeights};
 use super::ops::{ActivationKind, NormKind};
 use super::{ModelError, ModelResult};
+pub use experts::{ExpertLayers, ExpertsConfig};
 pub(crate) use json::{JsonFile, Section};
 pub use latent::LatentConfig;
 pub use layers::{LayerKind, LayerPattern};
@@ -47,6 +49,8 @@ pub struct ModelConfig {
     pub max_positions: u32,
     /// All norms of the residual stream.
     pub norm: NormSettings,
+    /// What some layers have in place of an MLP.
+    pub experts: Option<ExpertsConfig>,
     /// What lies between the MLP's projections.
     pub activation: ActivationKind,
     /// `down(activation(gate(x)) * up(x))` instead of `down(activation(up(x)))`.
@@ -62,6 +66,8 @@ pub struct ModelConfig {
     pub embedding_scale: Option<f32>,
     /// Factor of attention's logits. `None`: `1 / sqrt(head_dim)`.
     pub softmax_scale: Option<f32>,
+    /// Each head of each layer has a sink: see [`AttentionConfig::sinks`](crate::AttentionConfig::sinks).
+    pub attention_sinks: bool,
     /// Soft cap of attention's logits: see [`AttentionConfig::softcap`](crate::AttentionConfig::softcap).
     pub attention_softcap: Option<f32>,
     /// `c * tanh(x / c)` on the logits of the head.

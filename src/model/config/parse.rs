@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::experts::parse_experts;
 use super::json::Section;
 use super::latent::Latents;
 use super::layers::{parse_windows, rotated_layers};
@@ -9,7 +10,7 @@ use super::rope::{parse_rope, scaling_section};
 use super::{LongContext, ModelConfig, NormSettings, QkNorm};
 use crate::layout::MAX_HEAD_DIM;
 use crate::model::ModelResult;
-use crate::model::architecture::{Architecture, ConfigKeys, Flag, Positions, SizeDefault};
+use crate::model::architecture::{Architecture, ConfigKeys, Flag, Optional, Positions, SizeDefault};
 use crate::model::linear::{MAX_IN_FEATURES, MAX_OUT_FEATURES};
 use crate::model::ops::activation::MAX_WIDTH as MAX_GATED_WIDTH;
 use crate::model::ops::{ActivationKind, NormConfig};
@@ -45,10 +46,13 @@ pub(crate) fn parse_as(
 ) -> ModelResult<ModelConfig> {
     let keys = &architecture.config;
 
-    if file.get("quantization_config").is_some() {
-        return Err(
-            file.wrong("quantization_config", "a checkpoint in f32, f16 or bf16; quantised ones are not supported")
-        );
+    if let Some(quantised) = file.object("quantization_config")? {
+        let method = quantised.text("quant_method")?;
+        if !architecture.experts.is_some_and(|experts| experts.has_mxfp4() && method == Some("mxfp4")) {
+            let need =
+                "a checkpoint in f32, f16 or bf16; quantised ones are not supported, but for the mxfp4 of gpt_oss";
+            return Err(file.wrong("quantization_config", need));
+        }
     }
     for &(key, supported) in keys.fixed {
         if file.flag(Flag::Key(key, supported))? != supported {
@@ -62,7 +66,11 @@ pub(crate) fn parse_as(
 
     let hidden_size = file.needed_size(keys.hidden_size)?;
     let num_q_heads = file.needed_size(keys.num_q_heads)?;
-    let num_kv_heads = keys.num_kv_heads.map_or(Ok(None), |key| file.size(key))?.unwrap_or(num_q_heads);
+    let num_kv_heads = match keys.num_kv_heads {
+        None => None,
+        Some(key) => file.optional_size(Optional { key, default: keys.default_num_kv_heads })?,
+    };
+    let num_kv_heads = num_kv_heads.unwrap_or(num_q_heads);
     if !num_q_heads.is_multiple_of(num_kv_heads) {
         let key = keys.num_kv_heads.unwrap_or(keys.num_q_heads);
         return Err(file.error(key, num_kv_heads, format!("a divisor of the {num_q_heads} query heads")));
@@ -118,6 +126,9 @@ pub(crate) fn parse_as(
         file.error(activation_key, activation, format!("one of {}", known.join(", ")))
     })?;
 
+    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size, activation));
+    let experts = experts.transpose()?;
+
     #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
     let norm = NormSettings { kind: architecture.norm, eps: eps as f32, weight_offset: architecture.norm_offset };
     let qk_norm = architecture.tensors.qk_norm.map(|(over, _)| over);
@@ -162,24 +173,17 @@ pub(crate) fn parse_as(
         }
     };
 
-    // What is f32 for the kernels must still be a number above 0.
-    let single = |key, number: f64| {
-        #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
-        let single = number as f32;
-        let fits = single.is_finite() && single > 0.0;
-        fits.then_some(single).ok_or_else(|| file.error(key, number, "a number above 0 that fits f32"))
-    };
     let softcap = |setting: Option<_>| {
         let Some(setting) = setting else { return Ok(None) };
-        file.optional_positive(setting)?.map(|cap| single(setting.key, cap)).transpose()
+        file.optional_positive(setting)?.map(|cap| file.single(setting.key, cap)).transpose()
     };
     let softmax_scale = match (&latents, architecture.query_scalar) {
         (Some(latents), _) => {
             let scale = latents.softmax_scale(scaling_section(file)?.as_ref())?;
-            Some(single("mscale_all_dim", scale)?)
+            Some(file.single("mscale_all_dim", scale)?)
         }
         (None, None) => None,
-        (None, Some((key, default))) => Some(single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
+        (None, Some((key, default))) => Some(file.single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
     };
     let embedding_scale = architecture.scaled_embedding.then(|| f64::from(hidden_size).sqrt());
 
@@ -202,6 +206,8 @@ pub(crate) fn parse_as(
         head_dim,
         latent: latents.map(|latents| latents.config),
         intermediate_size,
+        experts,
+        attention_sinks: architecture.tensors.sinks.is_some(),
         vocab_size,
         max_positions,
         norm,
@@ -210,7 +216,7 @@ pub(crate) fn parse_as(
         learned_positions: matches!(architecture.positions, Positions::Learned),
         layers,
         long_context,
-        embedding_scale: embedding_scale.map(|scale| single(keys.hidden_size, scale)).transpose()?,
+        embedding_scale: embedding_scale.map(|scale| file.single(keys.hidden_size, scale)).transpose()?,
         softmax_scale,
         attention_softcap: softcap(architecture.attention_softcap)?,
         logit_softcap: softcap(architecture.logit_softcap)?,

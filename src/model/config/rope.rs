@@ -120,6 +120,9 @@ fn with_theta(
         let got = format!("{partial} of a head of {head_dim}, {rotary_dim} dimensions");
         return Err(file.error(key, got, "an even number of rotated dimensions, at least 2"));
     }
+    if keys.needs_scaling && section.is_none_or(|s| s.get("rope_type").or(s.get("type")).is_none()) {
+        return Err(file.error("rope_scaling", "nothing", "the scaling of the rotary embedding, with its rope_type"));
+    }
     let scaling = match section {
         Some(section) => parse_scaling(file, section, keys, rotary_dim, max_position_embeddings)?,
         None => Scaling::Plain(RopeScaling::None),

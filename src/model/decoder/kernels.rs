@@ -4,7 +4,8 @@ use crate::model::ModelResult;
 use crate::model::config::QkNorm;
 use crate::model::transformer::{Append, KindContext, Model};
 use crate::{
-    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Step,
+    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Sinks,
+    Step,
 };
 
 /// Attention and rotation of each kind of layer. Kinds share what they have in common.
@@ -14,6 +15,8 @@ pub(super) struct LayerKernels {
     appends: Vec<Append>,
     /// Which of both each kind takes.
     kinds: Vec<(usize, Option<usize>)>,
+    /// Of each layer, if the model has them.
+    sinks: Vec<Sinks>,
 }
 
 impl LayerKernels {
@@ -31,8 +34,13 @@ impl LayerKernels {
             let mut attention = AttentionConfig::new(config.num_q_heads);
             (attention.window, attention.deterministic, attention.trees) = (window, model.is_exact(), trees);
             (attention.softmax_scale, attention.softcap) = (config.softmax_scale, config.attention_softcap);
+            // Each layer brings its own.
+            attention.sinks = config.attention_sinks.then(|| vec![0.0; config.num_q_heads as usize]);
             attentions.push(Attention::new(cache, attention).await?);
         }
+        let attention = attentions.first().filter(|_| config.attention_sinks);
+        let upload = |attention: &Attention| model.sinks().map(|values| attention.sinks(values)).collect();
+        let sinks = attention.map_or(Ok(Vec::new()), upload)?;
         let per_head = config.qk_norm == Some(QkNorm::PerHead);
         let mut appends = Vec::with_capacity(ropes.len());
         for rope in ropes {
@@ -42,7 +50,7 @@ impl LayerKernels {
                 None => Append::Heads(AppendQkv::new(cache, rope, config.num_q_heads, per_head).await?),
             });
         }
-        Ok(Self { attentions, appends, kinds })
+        Ok(Self { attentions, appends, kinds, sinks })
     }
 
     /// Plans a step: one plan for each attention.
@@ -62,6 +70,11 @@ impl LayerKernels {
             append: append.map(|append| &self.appends[append]),
         };
         self.kinds.iter().map(context).collect()
+    }
+
+    /// Those of each layer.
+    pub(super) fn sinks(&self) -> &[Sinks] {
+        &self.sinks
     }
 
     pub(super) fn warm_up(&self) -> Result<()> {

@@ -424,6 +424,7 @@ impl Decoder {
             let context = StepContext {
                 cache: &self.cache,
                 kinds: self.layer_kernels(has_trees).contexts(&plans),
+                sinks: self.layer_kernels(has_trees).sinks(),
                 step: &step,
                 ids,
                 positions,

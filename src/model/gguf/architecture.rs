@@ -121,6 +121,7 @@ fn keys(of: &Architecture) -> ConfigKeys {
         hidden_size: "embedding_length",
         num_q_heads: "attention.head_count",
         num_kv_heads: Some("attention.head_count_kv"),
+        default_num_kv_heads: None,
         head_dim: Some("attention.key_length"),
         default_head_dim: None,
         intermediate_size: "feed_forward_length",
@@ -151,6 +152,7 @@ fn names(of: &TensorNames) -> TensorNames {
             latent @ Qkv::Latent(_) => latent,
         },
         output: "blk.{i}.attn_output",
+        sinks: of.sinks,
         qk_norm: of.qk_norm.map(|(over, _)| (over, ["blk.{i}.attn_q_norm", "blk.{i}.attn_k_norm"])),
         mlp_norm: of.mlp_norm.map(|_| "blk.{i}.ffn_norm"),
         post_mlp_norm: of.post_mlp_norm.map(|_| "blk.{i}.post_ffw_norm"),
@@ -317,7 +319,7 @@ fn divide_frequencies(header: &Header, config: &mut ModelConfig) -> ModelResult<
     file.seek(SeekFrom::Start(tensor.start as u64)).map_err(failed)?;
     file.read_exact(&mut bytes).map_err(failed)?;
     let mut divisors = vec![0.0; pairs];
-    Elements { bytes: &bytes, kind: tensor.kind }.read(0, &mut divisors);
+    Elements { bytes: &bytes, kind: tensor.kind, scales: None }.read(0, &mut divisors);
     if let Some(divisor) = divisors.iter().find(|divisor| !(divisor.is_finite() && **divisor > 0.0)) {
         return Err(wrong(divisor.to_string(), "finite divisors above 0".to_owned()));
     }

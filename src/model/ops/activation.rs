@@ -11,6 +11,7 @@ use crate::gpu::{Program, Recorder};
 use crate::kernel::Target;
 use crate::kernel::{Access, Binding, Source, render};
 use crate::model::Rows;
+use crate::model::linear_config::Factor;
 use crate::plan::MAX_GRID;
 
 /// Widest row: with gate and up far from overflowing an index.
@@ -27,10 +28,17 @@ pub enum ActivationKind {
     GeluTanh,
     /// `max(x, 0)`; `"relu"`.
     Relu,
+    /// gpt-oss: gated, with `g = min(gate, limit)`, `g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + 1)`. Alone it is that without the last factor.
+    ClampedSwiglu {
+        /// What the logit of the sigmoid is multiplied by.
+        alpha: Factor,
+        /// The largest gate, and the largest up.
+        limit: Factor,
+    },
 }
 
 impl ActivationKind {
-    /// All of them.
+    /// Those without settings.
     pub const ALL: [Self; 4] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu];
 
     pub(crate) const fn shader_name(self) -> &'static str {
@@ -39,6 +47,15 @@ impl ActivationKind {
             Self::Gelu => "gelu",
             Self::GeluTanh => "gelu_tanh",
             Self::Relu => "relu",
+            Self::ClampedSwiglu { .. } => "clamped_swiglu",
+        }
+    }
+
+    /// What the shaders know of its settings.
+    pub(crate) fn context(self) -> minijinja::Value {
+        match self {
+            Self::ClampedSwiglu { alpha, limit } => context! { alpha => alpha.literal(), limit => limit.literal() },
+            _ => context! {},
         }
     }
 }
@@ -74,6 +91,7 @@ impl Activation {
         let values = context! {
             wide => element_len == 8,
             kind => kind.shader_name(),
+            settings => kind.context(),
             gated,
             vecs => width / element_len,
             grid_x => MAX_GRID,

@@ -2,10 +2,13 @@
 
 pub(crate) mod activation;
 mod norm;
+mod route;
 mod rows;
 
 pub use activation::{Activation, ActivationKind};
 pub use norm::{Norm, NormConfig, NormKind, NormParameters};
+pub(crate) use route::MAX_EXPERTS;
+pub use route::{ExpertGroups, GroupScore, Router, RouterConfig, Routes, Scoring};
 pub use rows::{PositionEmbedding, SelectRows};
 
 use crate::kernel::{ShaderFeatures, Target};

@@ -1,0 +1,179 @@
+//! Where the experts of a mixture lie in a checkpoint, and what `config.json` calls their settings.
+
+use super::Flag;
+use super::weights::{Build, LinearWeights, Piece, TensorSource};
+use crate::model::config::ExpertsConfig;
+use crate::model::elements::Mxfp4;
+use crate::model::ops::Scoring;
+
+/// An architecture's mixture of experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Experts {
+    /// How many there are: the names of the setting, in the order in which they are tried, and the default.
+    pub(crate) count: (&'static [&'static str], u32),
+    /// To how many a token goes: the setting and its default.
+    pub(crate) selected: (&'static str, u32),
+    /// Width of an expert between its two projections. `None`: what the model calls its intermediate size.
+    pub(crate) intermediate_size: Option<(&'static str, u32)>,
+    /// The settings of the activation, alpha and limit, and their defaults, if it is that of gpt-oss.
+    pub(crate) clamped_swiglu: Option<[(&'static str, f64); 2]>,
+    pub(crate) scoring: Scoring,
+    /// Whether the scores of the selected experts are divided by their sum.
+    pub(crate) renormalise: Flag,
+    /// Which layers have experts: every n-th, and none that is in a list. The setting of n and its default, and that of the list.
+    pub(crate) every: Option<(&'static str, u32)>,
+    pub(crate) dense: Option<&'static str>,
+    /// How the tensors are stored, in the order in which the forms are tried.
+    pub(crate) forms: &'static [ExpertNames],
+}
+
+/// Names of tensors of a mixture. `{i}` stands for the layer, `{e}` for the expert.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpertNames {
+    /// The router, a linear layer.
+    pub(crate) router: &'static str,
+    pub(crate) router_bias: bool,
+    pub(crate) tensors: ExpertTensors,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ExpertTensors {
+    /// Linear layers of each expert: gate, up and down.
+    Each([&'static str; 3]),
+    /// Tensors of all experts: `[experts, 2 * intermediate_size, hidden_size]`, all rows of the gate and then all of up, and
+    /// `[experts, hidden_size, intermediate_size]`. Nothing is appended to the names.
+    Packed([&'static str; 2]),
+    /// Tensors of all experts, of transposed matrices: `[experts, hidden_size, 2 * intermediate_size]` with gate and up in alternation, and
+    /// `[experts, intermediate_size, hidden_size]`, and with `_bias` appended their biases.
+    Interleaved([&'static str; 2]),
+    /// The same in the format of [`Mxfp4`], not transposed, with `_blocks` and `_scales` appended.
+    Mxfp4([&'static str; 2]),
+}
+
+impl ExpertNames {
+    /// A tensor that a checkpoint of this form has for a layer with experts.
+    fn first(&self, build: &Build<'_>, layer: u32) -> String {
+        match self.tensors {
+            ExpertTensors::Each([gate, ..]) => format!("{}.weight", build.name(&of_expert(gate, 0), layer)),
+            ExpertTensors::Packed([gate_up, _]) | ExpertTensors::Interleaved([gate_up, _]) => {
+                build.name(gate_up, layer)
+            }
+            ExpertTensors::Mxfp4([gate_up, _]) => format!("{}_blocks", build.name(gate_up, layer)),
+        }
+    }
+}
+
+impl Experts {
+    /// Whether checkpoints may have them in MXFP4.
+    pub(crate) fn has_mxfp4(&self) -> bool {
+        self.forms.iter().any(|form| matches!(form.tensors, ExpertTensors::Mxfp4(_)))
+    }
+
+    /// The form of a checkpoint: that of its first layer with experts.
+    pub(super) fn form(
+        &self,
+        build: &Build<'_>,
+        config: &ExpertsConfig,
+        has: impl Fn(&str) -> bool,
+    ) -> Option<&'static ExpertNames> {
+        let layer = (0..build.config.num_layers).find(|&layer| config.layers.contains(layer)).unwrap_or(0);
+        let sizes = [build.config.hidden_size, config.intermediate_size];
+        let in_groups = sizes.iter().all(|size| size.is_multiple_of(Mxfp4::GROUP as u32));
+        let mut forms = self.forms.iter().filter(|form| in_groups || !matches!(form.tensors, ExpertTensors::Mxfp4(_)));
+        forms.clone().find(|form| has(&form.first(build, layer))).or_else(|| forms.next_back())
+    }
+}
+
+fn of_expert(template: &str, expert: u32) -> String {
+    template.replace("{e}", &expert.to_string())
+}
+
+/// The rows of one of `parts` matrices that alternate in a tensor, `out` of each.
+fn interleaved(tensor: String, shape: Vec<usize>, part: usize, parts: usize, out: usize) -> Piece {
+    let (run, stride) = if parts == 1 { (out, out) } else { (1, parts) };
+    Piece { rows: out, first: part, run, stride, ..Piece::row(tensor, shape) }
+}
+
+/// The parameters of a layer's experts.
+pub(super) struct ExpertWeights {
+    pub(super) router: LinearWeights,
+    pub(super) gate_up: LinearWeights,
+    pub(super) down: LinearWeights,
+}
+
+impl Build<'_> {
+    pub(super) fn experts(&self, names: &ExpertNames, config: &ExpertsConfig, layer: u32) -> ExpertWeights {
+        let (hidden, inner) = (self.config.hidden_size as usize, config.intermediate_size as usize);
+        let count = config.router.experts.count;
+        let router = self.linear(names.router, count as usize, hidden, names.router_bias, layer);
+        let [gate_up, down] = match names.tensors {
+            ExpertTensors::Each([gate, up, down]) => {
+                let each = |templates: &[&str], out, columns| {
+                    let names = (0..count).flat_map(|e| templates.iter().map(move |template| of_expert(template, e)));
+                    let pieces = names.flat_map(|name| self.linear(&name, out, columns, false, layer).weight.pieces);
+                    LinearWeights { weight: TensorSource { pieces: pieces.collect(), columns }, bias: None }
+                };
+                [each(&[gate, up], inner, hidden), each(&[down], hidden, inner)]
+            }
+            ExpertTensors::Packed([gate_up, down]) => {
+                let all = |name, out: usize, columns: usize| {
+                    let rows = count as usize * out;
+                    let tensor = self.name(name, layer);
+                    let shape = vec![count as usize, out, columns];
+                    let piece = Piece { rows, run: rows, stride: rows, ..Piece::row(tensor, shape) };
+                    LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias: None }
+                };
+                [all(gate_up, 2 * inner, hidden), all(down, hidden, inner)]
+            }
+            ExpertTensors::Interleaved([gate_up, down]) => {
+                let of = |name: &str, parts: usize, out: usize, columns: usize| {
+                    let name = self.name(name, layer);
+                    let all = |e, part, tensor| Piece {
+                        transposed: true,
+                        matrix: e,
+                        ..interleaved(tensor, vec![count as usize, columns, parts * out], part, parts, out)
+                    };
+                    self.of_experts(count, parts, out, columns, &name, |e, part| all(e, part, name.clone()))
+                };
+                [of(gate_up, 2, inner, hidden), of(down, 1, hidden, inner)]
+            }
+            ExpertTensors::Mxfp4([gate_up, down]) => {
+                let of = |name: &str, parts: usize, out: usize, columns: usize| {
+                    let name = self.name(name, layer);
+                    let shape = vec![count as usize, parts * out, columns / Mxfp4::GROUP, Mxfp4::GROUP / 2];
+                    let rows = |e: usize, part| {
+                        let tensor = format!("{name}_blocks");
+                        let first = e * parts * out + part;
+                        let scales = Some(format!("{name}_scales"));
+                        Piece { first, scales, ..interleaved(tensor, shape.clone(), part, parts, out) }
+                    };
+                    self.of_experts(count, parts, out, columns, &name, rows)
+                };
+                [of(gate_up, 2, inner, hidden), of(down, 1, hidden, inner)]
+            }
+        };
+        ExpertWeights { router, gate_up, down }
+    }
+
+    /// The matrices of all experts, `parts` of each, whose biases alternate in a tensor.
+    fn of_experts(
+        &self,
+        count: u32,
+        parts: usize,
+        out: usize,
+        columns: usize,
+        name: &str,
+        weights: impl Fn(usize, usize) -> Piece,
+    ) -> LinearWeights {
+        let count = count as usize;
+        let bias = |e: usize, part: usize| {
+            let piece = interleaved(format!("{name}_bias"), vec![count, parts * out], part, parts, out);
+            Piece { first: e * parts * out + part, ..piece }
+        };
+        let all = |piece: &dyn Fn(usize, usize) -> Piece, columns| {
+            let pieces = (0..count).flat_map(|e| (0..parts).map(move |part| piece(e, part)));
+            TensorSource { pieces: pieces.collect(), columns }
+        };
+        LinearWeights { weight: all(&weights, columns), bias: Some(all(&bias, 1)) }
+    }
+}
