@@ -44,7 +44,7 @@ fn tokens_do_not_depend_on_company() {
             o.max_swapped_bytes = swapped_bytes;
             o.max_step_tokens = Some(20);
         });
-        let mut engine = engine(14, prefix_cache, options).unwrap();
+        let mut engine = engine(9, prefix_cache, options).unwrap();
         if drafts {
             engine = engine.with_proposer(PromptLookup::default());
         }
