@@ -126,7 +126,7 @@ fn check(index: u64, number: u64) {
     let mut case = batch(&mut rng, case).named(format!("seed {seed}, {how:?}"));
     let trees = if case.config.trees { trees(&mut rng, &case) } else { Vec::new() };
     // What a failed test prints, wherever it failed.
-    println!("{case:?}, {trees:?}");
+    eprintln!("{case:?}, {trees:?}");
     let is_refused = case.config.trees && (case.config.custom_mask || case.config.alibi_slopes.is_some());
     if is_refused {
         let (cache, _) =
