@@ -378,6 +378,37 @@ MODELS = {
         ),
         without={"halves as pairs": dict(rope_interleave=True)},
     ),
+    # The second layer has experts: the best three of the two best of four groups, and two that all tokens share.
+    "deepseek_v2_experts": dict(
+        seed=9,
+        config=dict(
+            model_type="deepseek_v2", vocab_size=97, hidden_size=40, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=48, tie_word_embeddings=False, first_k_dense_replace=1,
+            kv_lora_rank=24, q_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16,
+            n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12, n_shared_experts=2,
+            topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=3.0,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={
+            "groups": dict(topk_method="greedy"), "scale": dict(routed_scaling_factor=1.0),
+            "number of experts": dict(num_experts_per_tok=2),
+        },
+    ),
+    # All layers have experts, by sigmoids and with corrections.
+    "deepseek_v3_experts": dict(
+        seed=7,
+        config=dict(
+            model_type="deepseek_v3", vocab_size=89, hidden_size=40, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=48, tie_word_embeddings=True, first_k_dense_replace=0,
+            kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=12, n_shared_experts=1,
+            n_group=4, topk_group=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={
+            "groups": dict(topk_group=4), "scale": dict(routed_scaling_factor=1.0),
+            "sum of weights": dict(norm_topk_prob=False), "number of experts": dict(num_experts_per_tok=1),
+        },
+    ),
     # Two of four experts, in tensors of their own.
     "mixtral": dict(
         seed=25,
@@ -448,7 +479,7 @@ MODELS = {
     ),
     # As published: the experts' weights in MXFP4, and config.json by older names.
     "gpt_oss_mxfp4": dict(
-        seed=0,
+        seed=8,
         mxfp4=True,
         noise=dict(sinks=2.0),
         config=dict(
@@ -468,6 +499,23 @@ MODELS = {
                 original_max_position_embeddings=32,
             ),
         ),
+    ),
+    # The mixture of DeepSeek-V3 beside attention as Qwen3's: groups, corrections, a shared expert, a first layer without.
+    "dots1": dict(
+        seed=38,
+        dtype=torch.bfloat16,
+        config=dict(
+            model_type="dots1", vocab_size=101, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_hidden_layers=3, intermediate_size=40, moe_intermediate_size=16, n_routed_experts=8,
+            num_experts_per_tok=3, n_group=4, topk_group=2, n_shared_experts=2, first_k_dense_replace=1,
+            norm_topk_prob=True, routed_scaling_factor=1.75, sliding_window=None, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={
+            "groups": dict(n_group=1, topk_group=1),
+            "scale": dict(routed_scaling_factor=1.0),
+            "sum of weights": dict(norm_topk_prob=False),
+        },
     ),
 }
 
@@ -505,6 +553,13 @@ def randomize(model, seed, embedding=0.23, post_norm=1.0, sinks=0.23):
         else:
             of_part = embedding if "embed_tokens" in name else sinks if "sinks" in name else 0.23
             parameter.data = of_part * noise
+    for name, buffer in corrections(model):
+        buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator(seed, name)))
+
+
+def corrections(model):
+    """What routers add to scores where they select experts: no parameters to PyTorch, but saved with them."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def random_mxfp4(model, seed):
@@ -630,7 +685,19 @@ class RouterGap:
         self.hooks = [router.register_forward_hook(self.see) for router in routers]
 
     def see(self, router, _, output):
-        best = output[0].topk(router.top_k + 1, dim=-1).values
+        scores = output[0]
+        if hasattr(router, "e_score_correction_bias"):
+            scores = scores.sigmoid() + router.e_score_correction_bias
+            groups = scores.unflatten(-1, (router.num_group, -1))
+            values = groups.topk(2).values.sum(-1)
+            if router.topk_group < router.num_group:
+                self.lead(values, router.topk_group)
+            chosen = values >= values.topk(router.topk_group).values[:, -1:]
+            scores = groups.masked_fill(~chosen.unsqueeze(-1), -math.inf).flatten(-2)
+        self.lead(scores, router.top_k)
+
+    def lead(self, values, count):
+        best = values.topk(count + 1, dim=-1).values
         self.smallest = min(self.smallest, (best[:, -2] - best[:, -1]).min().item())
 
     def __enter__(self):
@@ -645,7 +712,7 @@ def effects(model, tokens, logits, std, without):
     """The largest change of a logit, in standard deviations, for each thing that is changed in the model."""
     change = lambda model: ((logits_of(model, tokens).logits[0] - logits).abs().max() / std).item()
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *corrections(model)]:
         original = parameter.data
         # Of the experts' parameters, each expert's.
         parts = range(len(original)) if ".experts." in name else [slice(None)]

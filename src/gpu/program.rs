@@ -232,6 +232,9 @@ fn create_module(gpu: &Gpu, source: &Source) -> wgpu::ShaderModule {
         // - Token ids, row numbers and indices that come from the caller's own buffers are clamped in the kernels.
         // - Positions, which a caller may choose, the frequencies of a rotary embedding and the data of q, k, v and all activations only ever
         //   enter arithmetic: no index and no loop bound depends on them.
+        // - To which experts rows go depends on activations. `select_experts` finds numbers of experts whatever the logits are, `sort_routes` clamps
+        //   them, and the linear kernels clamp the rows that its list names and skip experts that their binding doesn't hold. How many tiles there are
+        //   follows from how many rows go to each expert, and the host has bound room for the most that there can be.
         // - Texels are those of whole rows of a matrix, and the host makes textures that hold all of their rows' texels.
         // - Every loop counts up to a bound that is read before it starts.
         ShaderChecks::Trusted => unsafe {

@@ -10,7 +10,7 @@ use super::linear::{Linear, RmsNorm};
 use super::linear_config::{LinearConfig, LinearExperts};
 use super::linear_kernels::LinearKernels;
 use super::linear_upload::RowSource;
-use super::ops::{Norm, NormKind, NormParameters};
+use super::ops::{Norm, NormKind, NormParameters, Router};
 use super::progress::Progress;
 use super::quantise::{WeightFormat, WeightGrid};
 use super::transformer::{ModelOptions, WeightSource};
@@ -179,8 +179,13 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     }
 
     /// The experts of a layer, and their router, whose weights are few and stay F32: a rounded logit may send a token elsewhere.
-    async fn experts(&mut self, router: &LinearWeights, weights: &LayerWeights) -> ModelResult<Mlp> {
-        let Some(experts) = &self.config.experts else {
+    async fn experts(
+        &mut self,
+        router: &LinearWeights,
+        kernels: Option<&Router>,
+        weights: &LayerWeights,
+    ) -> ModelResult<Mlp> {
+        let (Some(experts), Some(kernels)) = (&self.config.experts, kernels) else {
             return Err(ModelError::argument("router", "weights", "none, for a configuration without experts"));
         };
         let (sent, inner, hidden) = (experts.router.experts, experts.intermediate_size, self.config.hidden_size);
@@ -200,14 +205,31 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let up = self.linear(&[&weights.gate_up], norm, first).await?;
         // What an expert yields for a token is weighed before it is added.
         let down = self.linear(&[&weights.down], None, of_experts(hidden, 1)).await?;
-        Ok(Mlp::Experts(Box::new(ExpertLayer { router, up, down })))
+        let correction = match &weights.correction {
+            Some(tensor) => Some(kernels.correction(&self.values(tensor)?)?),
+            None => None,
+        };
+        let shared = match &weights.shared {
+            Some([gate_up, down]) => {
+                let first = |linear: &mut LinearConfig| {
+                    (linear.activation, linear.gated) = (Some(activation), gated);
+                    linear.out_features /= if gated { 2 } else { 1 };
+                };
+                let up = self.linear(&[gate_up], norm, first).await?;
+                Some([up, self.linear(&[down], None, |linear| linear.accumulate = true).await?])
+            }
+            None => None,
+        };
+        Ok(Mlp::Experts(Box::new(ExpertLayer { router, up, down, correction, shared })))
     }
 
+    /// `kernels` are those of the mixture of experts, if there is one.
     pub(super) async fn layer(
         &mut self,
         weights: &LayerWeights,
         norms: &Norms,
         rope: Option<&HeadRope>,
+        kernels: Option<&Router>,
     ) -> ModelResult<Layer> {
         let config = self.config;
         let eps = config.norm.eps;
@@ -231,10 +253,11 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
             }
         };
         let mlp = match &weights.router {
-            Some(router) => self.experts(router, weights).await?,
+            Some(router) => self.experts(router, kernels, weights).await?,
             None => {
                 let up = self.linear(&[&weights.gate_up], mlp_norm.map(|norm| (norm, eps)), activate).await?;
-                Mlp::Dense([up, self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?])
+                let down = self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?;
+                Mlp::Dense(Box::new([up, down]))
             }
         };
         let (layer, added) = (norms.layer.as_ref(), norms.added.as_ref());

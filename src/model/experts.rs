@@ -14,6 +14,10 @@ pub(super) struct ExpertLayer {
     /// Of all experts.
     pub(super) up: Linear,
     pub(super) down: Linear,
+    /// What is added to scores where experts are selected.
+    pub(super) correction: Option<wgpu::Buffer>,
+    /// Both projections of the expert that every token goes to. The second adds to what is there.
+    pub(super) shared: Option<[Linear; 2]>,
 }
 
 /// The activations of one step.
@@ -23,6 +27,8 @@ pub(super) struct ExpertScratch {
     routes: Routes,
     /// What each expert of a token yields.
     added: wgpu::Buffer,
+    /// Between the projections of the expert that every token goes to.
+    shared: Option<wgpu::Buffer>,
 }
 
 impl ExpertScratch {
@@ -31,7 +37,8 @@ impl ExpertScratch {
         let Some(experts) = &config.experts else { return 0 };
         let of_pair = u64::from(experts.intermediate_size.max(config.hidden_size));
         // The list of routes has up to four words for each of them, which is never more.
-        of_pair.max(4) * u64::from(experts.router.experts.per_row)
+        let own = of_pair.max(4) * u64::from(experts.router.experts.per_row);
+        own.max(experts.shared_size.unwrap_or(0).into())
     }
 
     /// Room for `rows` tokens, if the model has experts.
@@ -45,6 +52,7 @@ impl ExpertScratch {
         Ok(Some(Self {
             logits: buffer("folio expert logits", sent.count.into())?,
             routes: Routes::new(gpu, sent, rows)?,
+            shared: experts.shared_size.map(|size| buffer("folio shared expert", size.into())).transpose()?,
             added: buffer("folio experts", u64::from(sent.per_row) * u64::from(config.hidden_size))?,
         }))
     }
@@ -55,7 +63,8 @@ impl ExpertLayer {
     pub(super) fn bytes_of_token(&self) -> u64 {
         let sent = self.up.config().experts.map_or(1, |experts| u64::from(experts.per_row));
         let count = u64::from(self.up.config().num_experts());
-        self.router.bytes() + (self.up.bytes() + self.down.bytes()) / count * sent
+        let shared: u64 = self.shared.iter().flatten().map(Linear::bytes).sum();
+        self.router.bytes() + shared + (self.up.bytes() + self.down.bytes()) / count * sent
     }
 
     /// Records the choice of experts for the rows of x, and their first projection, to `inner`, which has a row for each pair of a token and an expert.
@@ -79,8 +88,17 @@ impl ExpertLayer {
         }
         let logits = Rows::new(&scratch.logits, x.rows, router.config().experts.count);
         self.router.record(&mut *pass, x, logits)?;
-        router.record(&mut *pass, logits, None, &scratch.routes, tile_rows)?;
-        self.up.record_routed(pass, x, inner, &scratch.routes)
+        router.record(&mut *pass, logits, self.correction.as_ref(), &scratch.routes, tile_rows)?;
+        self.up.record_routed(&mut *pass, x, inner, &scratch.routes)?;
+        match (&self.shared, &scratch.shared) {
+            (Some([up, _]), Some(buffer)) => up.record(pass, x, Rows::new(buffer, x.rows, up.config().out_features)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every linear layer.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        [&self.router, &self.up, &self.down].into_iter().chain(self.shared.iter().flatten())
     }
 
     /// Records the second projection of what [`ExpertLayer::record_up`] has left in `inner`, and the sum over the experts of a token: to `out`, or added to
@@ -96,6 +114,12 @@ impl ExpertLayer {
     ) -> Result<()> {
         let added = Rows::new(&scratch.added, inner.rows, out.width);
         self.down.record_routed(&mut *pass, inner, added, &scratch.routes)?;
-        router.record_sum(pass, &scratch.routes, added, out, accumulate)
+        router.record_sum(&mut *pass, &scratch.routes, added, out, accumulate)?;
+        match (&self.shared, &scratch.shared) {
+            (Some([_, down]), Some(buffer)) => {
+                down.record(pass, Rows::new(buffer, out.rows, down.config().in_features), out)
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -30,17 +30,17 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) enum Mlp {
     /// Two projections, the first with the gate, if there is one, and the activation.
-    Dense([Linear; 2]),
+    Dense(Box<[Linear; 2]>),
     Experts(Box<ExpertLayer>),
 }
 
 impl Mlp {
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let (own, router) = match self {
-            Self::Dense(own) => (own.each_ref(), None),
-            Self::Experts(layer) => ([&layer.up, &layer.down], Some(&layer.router)),
+        let (own, experts) = match self {
+            Self::Dense(own) => (Some(own), None),
+            Self::Experts(layer) => (None, Some(layer)),
         };
-        router.into_iter().chain(own)
+        own.into_iter().flat_map(|own| own.iter()).chain(experts.into_iter().flat_map(|layer| layer.linears()))
     }
 
     /// Bytes of weights that one token reads.

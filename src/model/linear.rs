@@ -216,7 +216,7 @@ impl Linear {
         self.check_routed(true)?;
         let LinearExperts { count, per_row } = self.config.experts.unwrap_or(LinearExperts { count: 1, per_row: 1 });
         let sent = routes.experts();
-        if sent.count != count || y.rows % sent.per_row != 0 {
+        if sent.count != count || !y.rows.is_multiple_of(sent.per_row) {
             let need = format!("those of {count} experts, and whole rows for {} rows of y", y.rows);
             return Err(Error::argument("routes", format!("{sent:?}"), need));
         }

@@ -284,7 +284,7 @@ impl Model {
         let rope = head_rope(gpu, &config)?;
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, &norms, rope.as_ref()).await?);
+            layers.push(builder.layer(layer, &norms, rope.as_ref(), router.as_ref()).await?);
         }
         let head_norm = Some(final_norm);
         let final_norm = builder.norm(Some(&weights.final_norm), norms.layer.as_ref())?;
@@ -442,7 +442,8 @@ impl Model {
     ) -> Result<()> {
         let x = self.normed(pass, scratch, layer.mlp_norm.as_ref(), hidden)?;
         match &layer.mlp {
-            Mlp::Dense([up, _]) => {
+            Mlp::Dense(own) => {
+                let [up, _] = own.as_ref();
                 up.record(pass, x, Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size))
             }
             Mlp::Experts(experts) => {
@@ -463,7 +464,8 @@ impl Model {
     ) -> Result<()> {
         let weights = layer.post_mlp_norm.as_ref();
         match &layer.mlp {
-            Mlp::Dense([_, down]) => {
+            Mlp::Dense(own) => {
+                let [_, down] = own.as_ref();
                 let inner = Rows::new(&scratch.up, hidden.rows, self.config.intermediate_size);
                 self.add(pass, scratch, down, weights, inner, hidden)
             }

@@ -413,12 +413,25 @@ fn sizes_that_are_missing_or_wrong() {
 
 #[test]
 fn latents_that_are_not_supported() {
-    let experts = "layers of experts are not supported";
-    refused("deepseek_v2", &json!({ "first_k_dense_replace": 1 }), "first_k_dense_replace", &["got 1", experts]);
-    refused("deepseek_v2", &json!({ "first_k_dense_replace": null }), "first_k_dense_replace", &["got 0", experts]);
-    let three = json!({ "first_k_dense_replace": null, "num_hidden_layers": 5 });
-    refused("deepseek_v3", &three, "first_k_dense_replace", &["got 3", experts]);
     refused("deepseek_v3", &json!({ "first_k_dense_replace": -1 }), "first_k_dense_replace", &["got -1"]);
+    let experts = json!({ "first_k_dense_replace": 0, "n_routed_experts": 12 });
+    let with = |key: &str, value: serde_json::Value| {
+        let mut changes = experts.clone();
+        changes[key] = value;
+        changes
+    };
+    refused("deepseek_v3", &with("n_group", 5.into()), "n_group", &["got 5", "a divisor of the 12 experts"]);
+    refused("deepseek_v3", &with("topk_group", 9.into()), "topk_group", &["got 9"]);
+    refused("deepseek_v3", &with("num_experts_per_tok", 13.into()), "num_experts_per_tok", &["got 13"]);
+    refused("deepseek_v3", &with("routed_scaling_factor", 0.into()), "routed_scaling_factor", &["got 0"]);
+    refused(
+        "deepseek_v3",
+        &with("n_shared_experts", 1_000_000.into()),
+        "n_shared_experts",
+        &["got 1000000", "at most"],
+    );
+    refused("deepseek_v2", &with("topk_method", "noaux".into()), "topk_method", &["greedy or group_limited_greedy"]);
+    refused("deepseek_v2", &with("norm_topk_prob", true.into()), "norm_topk_prob", &["not supported"]);
     for (key, wrong, rule) in [
         ("kv_lora_rank", 12, "a multiple of 8"),
         ("kv_lora_rank", 576, "at most 568"),

@@ -1,6 +1,12 @@
 //! Settings of mixtures of experts: what `config.json` may say, and what it is refused for.
 
-use folio::model::{ActivationKind, Factor, LinearExperts, ModelConfig, ModelResult};
+use std::path::Path;
+
+use folio::model::{
+    ActivationKind, Checkpoint, ExpertGroups, Factor, GroupScore, LinearExperts, ModelConfig, ModelResult, Scoring,
+};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 fn config(model_type: &str, changes: &Value) -> ModelResult<ModelConfig> {
@@ -53,6 +59,38 @@ fn which_layers_have_experts() {
 }
 
 #[test]
+fn settings_of_deepseek_v3() {
+    let given = json!({ "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 3,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5 });
+    let experts = config("dots1", &given).unwrap().experts.unwrap();
+    let groups = ExpertGroups { count: 4, selected: 2, score: GroupScore::TopTwo };
+    assert_eq!((experts.router.groups, experts.router.scoring), (Some(groups), Scoring::Sigmoid));
+    assert_eq!((experts.router.scale.get(), experts.router.correction), (2.5, true));
+    assert_eq!((experts.intermediate_size, experts.shared_size), (24, Some(72)));
+    assert_eq!(
+        (0..6).map(|layer| experts.layers.contains(layer)).collect::<Vec<_>>(),
+        [false, false, true, true, true, true]
+    );
+    let refused = |key: &str, value: Value, need: &str| {
+        let mut changed = given.clone();
+        changed[key] = value;
+        refused("dots1", changed, key, need);
+    };
+    refused("n_routed_experts", Value::Null, "an integer from 1");
+    refused("num_experts_per_tok", Value::Null, "an integer from 1");
+    refused("n_group", json!(5), "a divisor of the 16 experts");
+    refused("topk_group", json!(5), "at most the 4 groups");
+    refused("topk_group", json!(0), "an integer from 1");
+    refused("n_shared_experts", json!(-1), "an integer of at least 0");
+    refused("n_shared_experts", json!(100_000), "at most");
+    refused("first_k_dense_replace", json!("x"), "an integer of at least 0");
+    refused("routed_scaling_factor", json!(0), "above 0");
+    let plain = json!({ "n_routed_experts": 16, "num_experts_per_tok": 4 });
+    let experts = config("dots1", &plain).unwrap().experts.unwrap();
+    assert_eq!((experts.router.groups, experts.shared_size, experts.router.scale.get()), (None, None, 1.0));
+}
+
+#[test]
 fn names_of_the_number_of_experts() {
     let count = |changes| config("qwen3_moe", &changes).unwrap().experts.unwrap().router.experts.count;
     assert_eq!(count(json!({ "num_experts": 16 })), 16);
@@ -90,6 +128,7 @@ fn missing_heads_of_keys_and_values() {
         ("qwen2", 32),
         ("qwen3", 32),
         ("smollm3", 4),
+        ("dots1", 32),
         ("gemma2", 4),
         ("gemma3_text", 4),
         ("mixtral", 8),
@@ -98,10 +137,52 @@ fn missing_heads_of_keys_and_values() {
     ] {
         let mut settings = json!({ "model_type": model_type, "hidden_size": 512, "num_hidden_layers": 1,
             "num_attention_heads": 32, "head_dim": 16, "intermediate_size": 96, "vocab_size": 100,
-            "max_position_embeddings": 128, "rope_scaling": { "rope_type": "default" } });
+            "max_position_embeddings": 128, "rope_scaling": { "rope_type": "default" },
+            "n_routed_experts": 8, "num_experts_per_tok": 2 });
         let heads = |settings: &Value| ModelConfig::from_json(&settings.to_string()).unwrap().num_kv_heads;
         assert_eq!(heads(&settings), default, "{model_type}");
         settings["num_key_value_heads"] = Value::Null;
         assert_eq!(heads(&settings), 32, "{model_type}, null");
+    }
+}
+
+/// A copy of a checkpoint without one of its tensors, or with another in its place: its type, shape and bytes.
+fn with_tensor(name: &str, changed: Option<(Dtype, Vec<usize>, Vec<u8>)>) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/gpt_oss_mxfp4");
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Vec<_> = file.tensors().into_iter().filter(|(own, _)| own != name).collect();
+    assert_eq!(tensors.len() + 1, file.len(), "{name}");
+    if let Some((dtype, shape, bytes)) = &changed {
+        tensors.push((name.to_owned(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::copy(source.join("config.json"), directory.path().join("config.json")).unwrap();
+    std::fs::write(directory.path().join("model.safetensors"), safetensors::serialize(tensors, None).unwrap()).unwrap();
+    Checkpoint::open(directory.path()).unwrap().weights().unwrap_err().to_string()
+}
+
+#[test]
+fn blocks_and_scales_that_are_missing_or_wrong() {
+    let layer = "model.layers.1.mlp.experts";
+    let (blocks, scales) = (format!("{layer}.gate_up_proj_blocks"), format!("{layer}.down_proj_scales"));
+    // Experts, rows, groups of 32 columns.
+    let groups = vec![4, 64, 1];
+    let u8s = |shape: &[usize]| Some((Dtype::U8, shape.to_vec(), vec![0; shape.iter().product()]));
+    let f32s = |shape: &[usize]| Some((Dtype::F32, shape.to_vec(), vec![0; 4 * shape.iter().product::<usize>()]));
+    for (tensor, changed, need) in [
+        (&scales, None, "U8 of shape [4, 64, 1]"),
+        (&scales, u8s(&[4, 64]), "U8 of shape [4, 64, 1]"),
+        (&scales, u8s(&[4, 32, 2]), "U8 of shape [4, 64, 1]"),
+        (&scales, f32s(&groups), "U8 of shape [4, 64, 1]"),
+        (&blocks, None, "[4, 64, 2, 16]"),
+        (&blocks, u8s(&[4, 64, 2, 8]), "[4, 64, 2, 16]"),
+        (&blocks, f32s(&[4, 64, 2, 16]), "U8"),
+        (&format!("{layer}.down_proj_bias"), None, "[4, 64]"),
+        (&"model.layers.1.self_attn.sinks".to_owned(), f32s(&[5]), "[4]"),
+        (&"model.layers.0.mlp.router.bias".to_owned(), None, "[4]"),
+    ] {
+        let error = with_tensor(tensor, changed);
+        assert!(error.contains(tensor) && error.contains(need), "{error}");
     }
 }

@@ -136,6 +136,10 @@ fn activate(activation: Option<ActivationKind>, v: f64, bound: f64) -> (f64, f64
     match activation {
         None => (v, bound),
         Some(ActivationKind::Relu) => (v.max(0.0), bound),
+        Some(ActivationKind::ClampedSwiglu { alpha, limit }) => {
+            let v = v.min(f64::from(limit.get()));
+            (v / (1.0 + (-f64::from(alpha.get()) * v).exp()), 1.13 * bound + own)
+        }
         Some(ActivationKind::Silu) => (v / (1.0 + (-v).exp()), 1.13 * bound + own),
         Some(ActivationKind::Gelu) => (0.5 * v * erfc(-v / 2f64.sqrt()), 1.13 * bound + own),
         Some(ActivationKind::GeluTanh) => {

@@ -1,6 +1,8 @@
 //! The small kernels against f64.
 
-use folio::model::{Activation, ActivationKind, Norm, NormConfig, NormKind, PositionEmbedding, Rows, SelectRows};
+use folio::model::{
+    Activation, ActivationKind, Factor, Norm, NormConfig, NormKind, PositionEmbedding, Rows, SelectRows,
+};
 use folio::{BufferRef, Error, Gpu};
 
 use crate::adapter;
@@ -197,6 +199,10 @@ fn act_f64(kind: ActivationKind, x: f64) -> f64 {
             x * sigmoid(2.0 * u)
         }
         ActivationKind::Relu => x.max(0.0),
+        ActivationKind::ClampedSwiglu { alpha, limit } => {
+            let g = x.min(f64::from(limit.get()));
+            g * sigmoid(f64::from(alpha.get()) * g)
+        }
     }
 }
 
@@ -204,7 +210,9 @@ fn act_f64(kind: ActivationKind, x: f64) -> f64 {
 fn activations_match_f64() {
     on_all(|gpu, family| {
         let mut rng = fastrand::Rng::with_seed(12);
-        for (kind, gated, rows, width) in ActivationKind::ALL.iter().flat_map(|&kind| {
+        let [alpha, limit] = [1.702, 2.0].map(|value| Factor::new(value).unwrap());
+        let clamped = ActivationKind::ClampedSwiglu { alpha, limit };
+        for (kind, gated, rows, width) in ActivationKind::ALL.into_iter().chain([clamped]).flat_map(|kind| {
             [(kind, true, 1, 4), (kind, true, 37, 172), (kind, false, 70, 1028), (kind, true, 3, 3072)]
         }) {
             let mut value = || match rng.u32(0..8) {
@@ -215,7 +223,7 @@ fn activations_match_f64() {
             };
             let n = rows * width;
             let gate: Vec<f32> = (0..n).map(|_| value()).collect();
-            let up: Vec<f32> = (0..n).map(|_| rng.f32() - 0.5).collect();
+            let up: Vec<f32> = (0..n).map(|_| 8.0 * (rng.f32() - 0.5)).collect();
             let x: Vec<f32> = if gated {
                 gate.chunks(width).zip(up.chunks(width)).flat_map(|(gate, up)| [gate, up].concat()).collect()
             } else {
@@ -229,7 +237,16 @@ fn activations_match_f64() {
                 activation.record(&mut *pass, x, out).unwrap();
             });
             let want: Vec<f64> = (0..n)
-                .map(|i| act_f64(kind, f64::from(gate[i])) * if gated { f64::from(up[i]) } else { 1.0 })
+                .map(|i| {
+                    let factor = match kind {
+                        _ if !gated => 1.0,
+                        ActivationKind::ClampedSwiglu { limit, .. } => {
+                            f64::from(up[i].clamp(-limit.get(), limit.get()) + 1.0)
+                        }
+                        _ => f64::from(up[i]),
+                    };
+                    act_f64(kind, f64::from(gate[i])) * factor
+                })
                 .collect();
             let got = read(gpu, &out);
             let what = format!("{kind:?} gated {gated} [{rows}, {width}] {family}");
@@ -240,6 +257,7 @@ fn activations_match_f64() {
                 // Rounded in each of four steps.
                 ActivationKind::GeluTanh => 2.0 * (1.6 * x + 0.0714 * x.powi(3)).abs(),
                 ActivationKind::Relu => 0.0,
+                ActivationKind::ClampedSwiglu { .. } => 1.702 * x.abs(),
             };
             let bound =
                 |i: usize| want[i].abs() * (6e-7 + 1.5e-7 * exponent(f64::from(gate[i])).clamp(1.0, 100.0)) + 1e-36;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use folio::model::{
-    Checkpoint, Decoder, DecoderOptions, LayerKind, LayerPattern, LogitRows, Model, ModelConfig, ModelOptions,
+    Checkpoint, Decoder, DecoderOptions, Factor, LayerKind, LayerPattern, LogitRows, Model, ModelConfig, ModelOptions,
     ModelWeights, Prompt, Sampling, WeightFormat,
 };
 use folio::{Gpu, KvFormat, RopeConfig, RopeLayout, RopeScaling};
@@ -388,15 +388,29 @@ fn every_setting_matters() {
     });
     let activation: Change =
         ("the clamped activation", |config, _| config.experts.as_mut().unwrap().activation = config.activation);
+    let scale_of_experts: Change = ("scale of the experts' weights", |config, _| {
+        config.experts.as_mut().unwrap().router.scale = Factor::ONE;
+    });
+    let groups: Change = ("groups of experts", |config, _| config.experts.as_mut().unwrap().router.groups = None);
+    let correction: Change = ("corrections", |config, weights| {
+        config.experts.as_mut().unwrap().router.correction = false;
+        weights.layers.iter_mut().for_each(|layer| layer.correction = None);
+    });
+    let shared: Change = ("the expert of all tokens", |config, weights| {
+        config.experts.as_mut().unwrap().shared_size = None;
+        weights.layers.iter_mut().for_each(|layer| layer.shared = None);
+    });
     let bias: Change = ("biases of experts", |_, weights| {
         let linears = weights.layers.iter_mut().flat_map(|layer| [&mut layer.gate_up, &mut layer.down]);
         linears.for_each(|linear| linear.bias = None);
     });
     let same: Change = ("nothing", |_, _| ());
-    let cases: [(&str, &[Change]); 15] = [
+    let cases: [(&str, &[Change]); 18] = [
         ("deepseek_v2", &[pairs, scaling, factor, latent_eps, latent_norms]),
         ("deepseek_v3", &[pairs, scale, latent_eps, latent_norms, latent_biases]),
         ("deepseek_v3_half_split", &[pairs, scale, latent_norms]),
+        ("deepseek_v2_experts", &[sum, fewer, scale_of_experts, groups, shared]),
+        ("deepseek_v3_experts", &[sum, fewer, scale_of_experts, groups, correction, shared]),
         ("mistral", &[window]),
         ("phi3", &[window, long, partial]),
         ("smollm3", &[window, window_everywhere, rope]),
@@ -408,6 +422,7 @@ fn every_setting_matters() {
         ("mixtral_packed", &[window, fewer]),
         ("qwen3_moe", &[sum, fewer, qk_norm]),
         ("qwen3_moe_sparse", &[sum, fewer]),
+        ("dots1", &[sum, fewer, scale_of_experts, groups, correction, shared]),
         ("gpt_oss", &[window, window_everywhere, sinks, sum, fewer, activation, bias]),
     ];
     for (name, changes) in cases {

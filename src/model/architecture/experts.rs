@@ -4,15 +4,15 @@ use super::Flag;
 use super::weights::{Build, LinearWeights, Piece, TensorSource};
 use crate::model::config::ExpertsConfig;
 use crate::model::elements::Mxfp4;
-use crate::model::ops::Scoring;
+use crate::model::ops::{GroupScore, Scoring};
 
 /// An architecture's mixture of experts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Experts {
-    /// How many there are: the names of the setting, in the order in which they are tried, and the default.
-    pub(crate) count: (&'static [&'static str], u32),
+    /// How many there are: the names of the setting, in the order in which they are tried, and the default, if there is one.
+    pub(crate) count: (&'static [&'static str], Option<u32>),
     /// To how many a token goes: the setting and its default.
-    pub(crate) selected: (&'static str, u32),
+    pub(crate) selected: (&'static str, Option<u32>),
     /// Width of an expert between its two projections. `None`: what the model calls its intermediate size.
     pub(crate) intermediate_size: Option<(&'static str, u32)>,
     /// The settings of the activation, alpha and limit, and their defaults, if it is that of gpt-oss.
@@ -20,11 +20,30 @@ pub(crate) struct Experts {
     pub(crate) scoring: Scoring,
     /// Whether the scores of the selected experts are divided by their sum.
     pub(crate) renormalise: Flag,
-    /// Which layers have experts: every n-th, and none that is in a list. The setting of n and its default, and that of the list.
+    /// What the weights are multiplied by.
+    pub(crate) scale: Option<(&'static str, f64)>,
+    pub(crate) groups: Option<GroupKeys>,
+    /// Experts that every token goes to, together one of so many times the width: the setting and its default.
+    pub(crate) shared: Option<(&'static str, u32)>,
+    /// Which layers have experts: those from the one with this number on, by default all; every n-th; and none that is in a list. The settings, those of
+    /// numbers with their defaults.
+    pub(crate) first: Option<(&'static str, u32)>,
     pub(crate) every: Option<(&'static str, u32)>,
     pub(crate) dense: Option<&'static str>,
     /// How the tensors are stored, in the order in which the forms are tried.
     pub(crate) forms: &'static [ExpertNames],
+}
+
+/// Groups of experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupKeys {
+    /// The setting that says whether there are some: its default, with which there are none, and what it has to be. `None`: there are always some.
+    pub(crate) method: Option<[&'static str; 3]>,
+    /// How many there are, and how many are selected from: the settings and their defaults.
+    pub(crate) count: (&'static str, u32),
+    pub(crate) selected: (&'static str, u32),
+    /// What they are selected by.
+    pub(crate) score: GroupScore,
 }
 
 /// Names of tensors of a mixture. `{i}` stands for the layer, `{e}` for the expert.
@@ -33,6 +52,10 @@ pub(crate) struct ExpertNames {
     /// The router, a linear layer.
     pub(crate) router: &'static str,
     pub(crate) router_bias: bool,
+    /// What is added to scores where experts are selected, a vector.
+    pub(crate) correction: Option<&'static str>,
+    /// Linear layers of the expert that every token goes to: gate, up and down.
+    pub(crate) shared: [&'static str; 3],
     pub(crate) tensors: ExpertTensors,
 }
 
@@ -76,11 +99,13 @@ impl Experts {
         config: &ExpertsConfig,
         has: impl Fn(&str) -> bool,
     ) -> Option<&'static ExpertNames> {
-        let layer = (0..build.config.num_layers).find(|&layer| config.layers.contains(layer)).unwrap_or(0);
+        // A model without experts in so many layers may have any form.
+        let mut layers = 0..build.config.num_layers.min(1 << 16);
+        let layer = layers.find(|&layer| config.layers.contains(layer)).unwrap_or(0);
         let sizes = [build.config.hidden_size, config.intermediate_size];
         let in_groups = sizes.iter().all(|size| size.is_multiple_of(Mxfp4::GROUP as u32));
         let mut forms = self.forms.iter().filter(|form| in_groups || !matches!(form.tensors, ExpertTensors::Mxfp4(_)));
-        forms.clone().find(|form| has(&form.first(build, layer))).or_else(|| forms.next_back())
+        forms.clone().find(|form| has(&form.first(build, layer))).or_else(|| forms.next())
     }
 }
 
@@ -99,6 +124,8 @@ pub(super) struct ExpertWeights {
     pub(super) router: LinearWeights,
     pub(super) gate_up: LinearWeights,
     pub(super) down: LinearWeights,
+    pub(super) correction: Option<TensorSource>,
+    pub(super) shared: Option<[LinearWeights; 2]>,
 }
 
 impl Build<'_> {
@@ -152,7 +179,15 @@ impl Build<'_> {
                 [of(gate_up, 2, inner, hidden), of(down, 1, hidden, inner)]
             }
         };
-        ExpertWeights { router, gate_up, down }
+        let correction = names.correction.map(|name| self.vector(name, count as usize, layer));
+        let shared = config.shared_size.map(|size| {
+            let [gate, up, down] = names.shared;
+            let size = size as usize;
+            let [mut gate_up, up] = [gate, up].map(|name| self.linear(name, size, hidden, false, layer));
+            gate_up.weight.pieces.extend(up.weight.pieces);
+            [gate_up, self.linear(down, hidden, size, false, layer)]
+        });
+        ExpertWeights { router, gate_up, down, correction, shared }
     }
 
     /// The matrices of all experts, `parts` of each, whose biases alternate in a tensor.

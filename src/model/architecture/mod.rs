@@ -9,7 +9,7 @@ mod weights;
 use super::ModelResult;
 use super::config::{ModelConfig, QkNorm};
 use super::ops::NormKind;
-pub(crate) use experts::{ExpertNames, ExpertTensors, Experts};
+pub(crate) use experts::{ExpertNames, ExpertTensors, Experts, GroupKeys};
 use table::ARCHITECTURES;
 use weights::Build;
 pub use weights::{LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
@@ -126,8 +126,6 @@ pub(crate) struct LatentKeys {
     pub(crate) value_dim: (&'static str, u32),
     /// Whether neighbours are rotated together.
     pub(crate) interleaved: Flag,
-    /// The first layer with experts.
-    pub(crate) first_experts: (&'static str, u32),
 }
 
 /// Which layers see the newest keys only.

@@ -1,11 +1,11 @@
 //! The table of architectures.
 
 use super::{
-    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, LatentKeys, LatentNames, Optional, Positions,
-    Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
+    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, GroupKeys, LatentKeys, LatentNames, Optional,
+    Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
 };
 use crate::model::config::QkNorm;
-use crate::model::ops::{NormKind, Scoring};
+use crate::model::ops::{GroupScore, NormKind, Scoring};
 
 /// The keys that Llama and all that descend from it share.
 const LLAMA_KEYS: ConfigKeys = ConfigKeys {
@@ -105,10 +105,64 @@ const QWEN_EXPERTS: [&str; 3] = [
     "layers.{i}.mlp.experts.{e}.down_proj",
 ];
 
+const SHARED_EXPERT: [&str; 3] = [
+    "layers.{i}.mlp.shared_experts.gate_proj",
+    "layers.{i}.mlp.shared_experts.up_proj",
+    "layers.{i}.mlp.shared_experts.down_proj",
+];
+
+/// Mixtral's mixture, and what the others below change of it.
+const MIXTRAL_MIX: Experts = Experts {
+    count: (&["num_local_experts"], Some(8)),
+    selected: ("num_experts_per_tok", Some(2)),
+    intermediate_size: None,
+    clamped_swiglu: None,
+    scoring: Scoring::Softmax,
+    renormalise: Flag::Always,
+    scale: None,
+    groups: None,
+    shared: None,
+    first: None,
+    every: None,
+    dense: None,
+    forms: &[
+        ExpertNames {
+            router: "layers.{i}.block_sparse_moe.gate",
+            tensors: ExpertTensors::Each(MIXTRAL_EXPERTS),
+            ..PACKED_EXPERTS
+        },
+        PACKED_EXPERTS,
+    ],
+};
+
+/// The mixture of DeepSeek-V3 ([DeepSeek-AI 2024](https://arxiv.org/abs/2412.19437)).
+const DEEPSEEK_V3_MIX: Experts = Experts {
+    count: (&["n_routed_experts", "num_local_experts"], None),
+    selected: ("num_experts_per_tok", None),
+    scoring: Scoring::Sigmoid,
+    renormalise: Flag::Key("norm_topk_prob", false),
+    scale: Some(("routed_scaling_factor", 1.0)),
+    groups: Some(GroupKeys {
+        method: None,
+        count: ("n_group", 1),
+        selected: ("topk_group", 1),
+        score: GroupScore::TopTwo,
+    }),
+    shared: Some(("n_shared_experts", 0)),
+    first: Some(("first_k_dense_replace", 0)),
+    forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..CORRECTED_EXPERTS }, CORRECTED_EXPERTS],
+    ..MIXTRAL_MIX
+};
+
+const CORRECTED_EXPERTS: ExpertNames =
+    ExpertNames { correction: Some("layers.{i}.mlp.gate.e_score_correction_bias"), ..PACKED_EXPERTS };
+
 /// As transformers 5 holds experts, whatever the model.
 const PACKED_EXPERTS: ExpertNames = ExpertNames {
     router: "layers.{i}.mlp.gate",
     router_bias: false,
+    correction: None,
+    shared: SHARED_EXPERT,
     tensors: ExpertTensors::Packed(["layers.{i}.mlp.experts.gate_up_proj", "layers.{i}.mlp.experts.down_proj"]),
 };
 
@@ -118,6 +172,7 @@ const GPT_OSS_NAMES: ExpertNames = ExpertNames {
     router: "layers.{i}.mlp.router",
     router_bias: true,
     tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS),
+    ..PACKED_EXPERTS
 };
 
 const GEMMA_WINDOW: Window = Window {
@@ -162,7 +217,6 @@ const DEEPSEEK_LATENT: LatentKeys = LatentKeys {
     nope_dim: ("qk_nope_head_dim", 128),
     value_dim: ("v_head_dim", 128),
     interleaved: Flag::Key("rope_interleave", true),
-    first_experts: ("first_k_dense_replace", 3),
 };
 
 const DEEPSEEK_V3: Architecture = Architecture {
@@ -171,6 +225,22 @@ const DEEPSEEK_V3: Architecture = Architecture {
     config: ConfigKeys { head_dim: None, ..LLAMA_KEYS },
     mlp_bias: Flag::Never,
     latent: Some(DEEPSEEK_LATENT),
+    experts: Some(Experts {
+        count: (&["n_routed_experts", "num_local_experts"], Some(256)),
+        selected: ("num_experts_per_tok", Some(8)),
+        intermediate_size: Some(("moe_intermediate_size", 2048)),
+        renormalise: Flag::Key("norm_topk_prob", true),
+        scale: Some(("routed_scaling_factor", 2.5)),
+        groups: Some(GroupKeys {
+            method: None,
+            count: ("n_group", 8),
+            selected: ("topk_group", 4),
+            score: GroupScore::TopTwo,
+        }),
+        shared: Some(("n_shared_experts", 1)),
+        first: Some(("first_k_dense_replace", 3)),
+        ..DEEPSEEK_V3_MIX
+    }),
     tensors: TensorNames {
         qkv: Qkv::Latent(LatentNames {
             q: "layers.{i}.self_attn.q_proj",
@@ -315,24 +385,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         output_bias: Flag::Never,
         mlp_bias: Flag::Never,
         window: Some(window_of_all(None)),
-        experts: Some(Experts {
-            count: (&["num_local_experts"], 8),
-            selected: ("num_experts_per_tok", 2),
-            intermediate_size: None,
-            clamped_swiglu: None,
-            scoring: Scoring::Softmax,
-            renormalise: Flag::Always,
-            every: None,
-            dense: None,
-            forms: &[
-                ExpertNames {
-                    router: "layers.{i}.block_sparse_moe.gate",
-                    router_bias: false,
-                    tensors: ExpertTensors::Each(MIXTRAL_EXPERTS),
-                },
-                PACKED_EXPERTS,
-            ],
-        }),
+        experts: Some(MIXTRAL_MIX),
         ..LLAMA
     },
     Architecture {
@@ -341,15 +394,14 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         mlp_bias: Flag::Never,
         window: Some(Window { switch: Some("use_sliding_window"), ..window_of_all(Some(4096)) }),
         experts: Some(Experts {
-            count: (&["num_experts", "num_local_experts"], 128),
-            selected: ("num_experts_per_tok", 8),
+            count: (&["num_experts", "num_local_experts"], Some(128)),
+            selected: ("num_experts_per_tok", Some(8)),
             intermediate_size: Some(("moe_intermediate_size", 768)),
-            clamped_swiglu: None,
-            scoring: Scoring::Softmax,
             renormalise: Flag::Key("norm_topk_prob", false),
             every: Some(("decoder_sparse_step", 1)),
             dense: Some("mlp_only_layers"),
             forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..PACKED_EXPERTS }, PACKED_EXPERTS],
+            ..MIXTRAL_MIX
         }),
         tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
         ..LLAMA
@@ -372,20 +424,29 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             layers: WindowedLayers::AllBut(None, 2),
         }),
         experts: Some(Experts {
-            count: (&["num_local_experts"], 128),
-            selected: ("num_experts_per_tok", 4),
-            intermediate_size: None,
+            count: (&["num_local_experts"], Some(128)),
+            selected: ("num_experts_per_tok", Some(4)),
             clamped_swiglu: Some([("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)]),
-            scoring: Scoring::Softmax,
-            renormalise: Flag::Always,
-            every: None,
-            dense: None,
             forms: &[
                 ExpertNames { tensors: ExpertTensors::Mxfp4(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
                 ExpertNames { tensors: ExpertTensors::Interleaved(GPT_OSS_EXPERTS), ..GPT_OSS_NAMES },
             ],
+            ..MIXTRAL_MIX
         }),
         tensors: TensorNames { sinks: Some("layers.{i}.self_attn.sinks"), ..LLAMA_TENSORS },
+        ..LLAMA
+    },
+    Architecture {
+        model_type: "dots1",
+        config: ConfigKeys { default_num_kv_heads: Some(32), ..LLAMA_KEYS },
+        mlp_bias: Flag::Never,
+        window: Some(Window {
+            switch: None,
+            size: Optional { key: "sliding_window", default: Some(4096) },
+            layers: WindowedLayers::From("max_window_layers", 62),
+        }),
+        experts: Some(Experts { intermediate_size: Some(("moe_intermediate_size", 1408)), ..DEEPSEEK_V3_MIX }),
+        tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..LLAMA_TENSORS },
         ..LLAMA
     },
     Architecture {
@@ -447,11 +508,26 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         model_type: "deepseek_v2",
+        // transformers leaves it out: weights of experts are not divided by their sum.
+        config: ConfigKeys { fixed: &[("norm_topk_prob", false)], ..DEEPSEEK_V3.config },
         mlp_bias: Flag::Key("mlp_bias", false),
-        latent: Some(LatentKeys {
-            interleaved: Flag::Always,
-            first_experts: ("first_k_dense_replace", 0),
-            ..DEEPSEEK_LATENT
+        latent: Some(LatentKeys { interleaved: Flag::Always, ..DEEPSEEK_LATENT }),
+        experts: Some(Experts {
+            count: (&["n_routed_experts", "num_experts"], Some(64)),
+            selected: ("num_experts_per_tok", None),
+            intermediate_size: Some(("moe_intermediate_size", 1407)),
+            scale: Some(("routed_scaling_factor", 1.0)),
+            groups: Some(GroupKeys {
+                method: Some(["topk_method", "greedy", "group_limited_greedy"]),
+                count: ("n_group", 1),
+                selected: ("topk_group", 1),
+                score: GroupScore::Best,
+            }),
+            shared: Some(("n_shared_experts", 2)),
+            first: Some(("first_k_dense_replace", 0)),
+            renormalise: Flag::Never,
+            forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..PACKED_EXPERTS }, PACKED_EXPERTS],
+            ..MIXTRAL_MIX
         }),
         ..DEEPSEEK_V3
     },

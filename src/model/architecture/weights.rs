@@ -54,6 +54,10 @@ pub struct LayerWeights {
     pub post_mlp_norm: Option<NormWeights>,
     /// The router of a layer with experts: `[experts, hidden_size]`.
     pub router: Option<LinearWeights>,
+    /// `[experts, 1]`: what is added to the scores of experts where they are selected.
+    pub correction: Option<TensorSource>,
+    /// First and second projection of the expert that every token goes to: as `gate_up` and `down` of one.
+    pub shared: Option<[LinearWeights; 2]>,
     /// Gated: `[2 * intermediate_size, hidden_size]`, all rows of the gate, then all of up. Otherwise `[intermediate_size, hidden_size]`.
     /// With experts those of the first, those of the second, and so on, each of their own intermediate size.
     pub gate_up: LinearWeights,
@@ -101,8 +105,9 @@ impl LayerWeights {
         ]
         .map(|norms| norms.into_iter().flatten().flat_map(NormWeights::sources));
         let attention = before.chain(projections).chain(qk).chain(&self.sinks).chain(self.o.sources()).chain(between);
-        let router = self.router.iter().flat_map(LinearWeights::sources);
-        attention.chain(router).chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
+        let router = self.router.iter().flat_map(LinearWeights::sources).chain(&self.correction);
+        let shared = self.shared.iter().flatten().flat_map(LinearWeights::sources);
+        attention.chain(router).chain(shared).chain(self.gate_up.sources()).chain(self.down.sources()).chain(after)
     }
 
     /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
@@ -273,7 +278,12 @@ impl Build<'_> {
         TensorSource { pieces: vec![piece], columns }
     }
 
-    fn vector(tensor: String, len: usize, select: Selection) -> TensorSource {
+    /// A vector, whose name is all of its name.
+    pub(super) fn vector(&self, template: &str, len: usize, layer: u32) -> TensorSource {
+        Self::part_of_vector(self.name(template, layer), len, Selection::range(0, len))
+    }
+
+    fn part_of_vector(tensor: String, len: usize, select: Selection) -> TensorSource {
         let Selection { rows, first, run, stride } = select;
         let piece =
             Piece { tensor, shape: vec![len], transposed: false, matrix: 0, scales: None, rows, first, run, stride };
@@ -282,7 +292,7 @@ impl Build<'_> {
 
     pub(super) fn norm(&self, template: &str, width: usize, layer: u32) -> NormWeights {
         let name = self.name(template, layer);
-        let vector = |end: &str| Self::vector(format!("{name}.{end}"), width, Selection::range(0, width));
+        let vector = |end: &str| Self::part_of_vector(format!("{name}.{end}"), width, Selection::range(0, width));
         let bias = (self.config.norm.kind == NormKind::Layer).then(|| vector("bias"));
         NormWeights { weight: vector("weight"), bias }
     }
@@ -316,7 +326,7 @@ impl Build<'_> {
             run,
             stride,
         };
-        let bias = bias.then(|| Self::vector(format!("{name}.bias"), out, select));
+        let bias = bias.then(|| Self::part_of_vector(format!("{name}.bias"), out, select));
         LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias }
     }
 
@@ -396,22 +406,22 @@ impl Build<'_> {
         let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
         let Projections { q_latent, parts: [q, k, v], norms: [q_norm, k_norm] } = self.qkv(layer)?;
         let experts = self.experts.filter(|(_, experts)| experts.layers.contains(layer));
-        let (router, gate_up, down) = match experts {
+        let (gate_up, down, router, correction, shared) = match experts {
             Some((names, config)) => {
-                let ExpertWeights { router, gate_up, down } = self.experts(names, config, layer);
-                (Some(router), gate_up, down)
+                let ExpertWeights { router, gate_up, down, correction, shared } = self.experts(names, config, layer);
+                (gate_up, down, Some(router), correction, shared)
             }
-            None => (None, self.gate_up(layer), self.linear(names.down, hidden, inner, config.mlp_bias, layer)),
+            None => {
+                let down = self.linear(names.down, hidden, inner, config.mlp_bias, layer);
+                (self.gate_up(layer), down, None, None, None)
+            }
         };
         let norm = |name: Option<_>| name.map(|name| self.norm(name, hidden, layer));
         Ok(LayerWeights {
             attn_norm: norm(names.attn_norm),
             post_attn_norm: norm(names.post_attn_norm),
             q_latent,
-            sinks: names.sinks.map(|name| {
-                let heads = config.num_q_heads as usize;
-                Self::vector(self.name(name, layer), heads, Selection::range(0, heads))
-            }),
+            sinks: names.sinks.map(|name| self.vector(name, config.num_q_heads as usize, layer)),
             q,
             k,
             v,
@@ -421,6 +431,8 @@ impl Build<'_> {
             mlp_norm: norm(names.mlp_norm),
             post_mlp_norm: norm(names.post_mlp_norm),
             router,
+            correction,
+            shared,
             gate_up,
             down,
         })

@@ -1,8 +1,6 @@
 //! `config.json` by an architecture's table.
 
-use serde_json::Value;
-
-use super::experts::parse_experts;
+use super::experts::{first_layer, parse_experts};
 use super::json::Section;
 use super::latent::Latents;
 use super::layers::{parse_windows, rotated_layers};
@@ -101,14 +99,6 @@ pub(crate) fn parse_as(
             .ok_or_else(|| file.error(keys.hidden_size, hidden_size, format!("{factor} times it below 2^32")))?,
     };
     let num_layers = file.needed_size(keys.num_layers)?;
-    if let Some(keys) = &architecture.latent {
-        let (key, default) = keys.first_experts;
-        let first = file.optional(key, "an integer of at least 0", Value::as_u64)?.unwrap_or(default.into());
-        if first < num_layers.into() {
-            let need = format!("at least the number of layers, {num_layers}; layers of experts are not supported");
-            return Err(file.error(key, first, need));
-        }
-    }
     let vocab_size = file.needed_size(keys.vocab_size)?;
     let max_position_embeddings = file.needed_size(keys.max_positions)?;
 
@@ -126,8 +116,12 @@ pub(crate) fn parse_as(
         file.error(activation_key, activation, format!("one of {}", known.join(", ")))
     })?;
 
-    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size, activation));
-    let experts = experts.transpose()?;
+    let experts = match architecture.experts {
+        Some(keys) if first_layer(file, &keys)? < num_layers => {
+            Some(parse_experts(file, &keys, intermediate_size, activation)?)
+        }
+        _ => None,
+    };
 
     #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
     let norm = NormSettings { kind: architecture.norm, eps: eps as f32, weight_offset: architecture.norm_offset };

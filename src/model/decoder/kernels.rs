@@ -4,8 +4,8 @@ use crate::model::ModelResult;
 use crate::model::config::QkNorm;
 use crate::model::transformer::{Append, KindContext, Model};
 use crate::{
-    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig, Sinks,
-    Step,
+    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, KvCache, QueryKernel, Result, RopeConfig,
+    Sinks, Step,
 };
 
 /// Attention and rotation of each kind of layer. Kinds share what they have in common.
