@@ -329,6 +329,86 @@ MODELS = {
         ),
         without={"window": dict(sliding_window=POSITIONS), "soft cap of the head": dict(final_logit_softcapping=None)},
     ),
+    # Latents, queries without one; YaRN with an attention factor of its own and a scale of logits. config.json as
+    # DeepSeek-V2-Lite's.
+    "deepseek_v2": dict(
+        seed=30,
+        config=dict(
+            model_type="deepseek_v2", vocab_size=97, hidden_size=48, num_attention_heads=3, num_key_value_heads=3,
+            num_hidden_layers=2, intermediate_size=64, tie_word_embeddings=False, first_k_dense_replace=2,
+            kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=16,
+                beta_fast=32.0, beta_slow=1.0, mscale=1.5, mscale_all_dim=0.75,
+            ),
+        ),
+        drop=["rope_parameters", "head_dim", "dtype"],
+        put=dict(
+            rope_theta=10000.0,
+            rope_scaling=dict(
+                beta_fast=32, beta_slow=1, factor=8, mscale=1.5, mscale_all_dim=0.75,
+                original_max_position_embeddings=16, type="yarn",
+            ),
+            torch_dtype="float32", transformers_version="4.33.1",
+        ),
+        without={"scale of attention": dict(rope_parameters=dict(
+            rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=16,
+            attention_factor=(0.15 * math.log(8.0) + 1) / (0.075 * math.log(8.0) + 1),
+        ))},
+    ),
+    # Latents of queries, too, and biases of what makes latents. Nine heads on one row are more than a decode kernel takes.
+    "deepseek_v3": dict(
+        seed=27,
+        config=dict(
+            model_type="deepseek_v3", vocab_size=101, hidden_size=40, num_attention_heads=9, num_key_value_heads=9,
+            num_hidden_layers=2, intermediate_size=56, tie_word_embeddings=False, first_k_dense_replace=2,
+            kv_lora_rank=32, q_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+            attention_bias=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={"interleaved pairs": dict(rope_interleave=False)},
+    ),
+    # Pairs that lie half of the rotated part apart.
+    "deepseek_v3_half_split": dict(
+        seed=25,
+        config=dict(
+            model_type="deepseek_v3", vocab_size=89, hidden_size=40, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=48, tie_word_embeddings=True, first_k_dense_replace=2,
+            kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=16,
+            rope_interleave=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={"halves as pairs": dict(rope_interleave=True)},
+    ),
+    # The second layer has experts: the best three of the two best of four groups, and two that all tokens share.
+    "deepseek_v2_experts": dict(
+        seed=9,
+        config=dict(
+            model_type="deepseek_v2", vocab_size=97, hidden_size=40, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=48, tie_word_embeddings=False, first_k_dense_replace=1,
+            kv_lora_rank=24, q_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16,
+            n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12, n_shared_experts=2,
+            topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=3.0,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={
+            "groups": dict(topk_method="greedy"), "scale": dict(routed_scaling_factor=1.0),
+            "number of experts": dict(num_experts_per_tok=2),
+        },
+    ),
+    # All layers have experts, by sigmoids and with corrections.
+    "deepseek_v3_experts": dict(
+        seed=7,
+        config=dict(
+            model_type="deepseek_v3", vocab_size=89, hidden_size=40, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=48, tie_word_embeddings=True, first_k_dense_replace=0,
+            kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=12, n_shared_experts=1,
+            n_group=4, topk_group=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        without={
+            "groups": dict(topk_group=4), "scale": dict(routed_scaling_factor=1.0),
+            "sum of weights": dict(norm_topk_prob=False), "number of experts": dict(num_experts_per_tok=1),
+        },
+    ),
     # Two of four experts, in tensors of their own.
     "mixtral": dict(
         seed=25,

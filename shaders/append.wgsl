@@ -5,11 +5,17 @@
 {% if rope %}
 // K rows are rotated by their tokens' positions before.
 {% endif %}
+{% if head_norm %}
+// What of a latent row is the value is normalised before: RMSNorm.
+{% endif %}
 // One invocation writes 8 elements of one row of K{{ " and the same of V" if not latent }}.
 {% set row_scales = k_side.row_scales or v_side.row_scales %}
-{% if row_scales %}
-// The invocations of a row are neighbours in a workgroup, and find the row's range together.
-// Iterations per invocation: ROW_VEC8S.
+{% set latent_norm = head_norm %}
+{# The invocations of a row know something together. #}
+{% set shared = row_scales or latent_norm %}
+{% if shared %}
+// The invocations of a row are neighbours in a workgroup, and find the row's {{ "range" if row_scales }}{{ " and " if row_scales and latent_norm }}{{ "sum of squares" if latent_norm }} together.
+// Iterations per invocation: {{ "ROW_VEC8S" if row_scales }}{{ " and " if row_scales and latent_norm }}{{ "VALUE_VEC8S" if latent_norm }}.
 {% else %}
 // No loops.
 {% endif %}
@@ -34,10 +40,23 @@
 {% if rope %}
 @group(0) @binding({{ after + 2 }}) var<storage, read> rope_table: array<vec2<u32>>;  // [ROTARY_DIM / 2] revolutions per position (high, low); [1] factor
 {% endif %}
+{% if latent_norm %}
+@group(0) @binding({{ after + (3 if rope else 2) }}) var<storage, read> norm_weights: array<f32>;  // [8 * VALUE_VEC8S]; [1] epsilon
+{% endif %}
 
-{% if row_scales %}
+{% if shared %}
 const ROWS: u32 = {{ geometry.rows }}u;
+{% if latent_norm %}
+// The grid continues along y once x is this wide: it has other workgroups than that of the step's parameters, whose rows need not be whole.
+const MAX_GRID: u32 = 65535u;
+{% endif %}
 
+{% endif %}
+{% if latent_norm %}
+var<workgroup> squares: array<f32, {{ geometry.squares_len }}>;  // [lane]: sum over its elements; then, where a row begins, the row's scale
+
+{% endif %}
+{% if row_scales %}
 var<workgroup> ranges: array<vec4<u32>, {{ geometry.ranges_len }}>;  // [lane]: smallest and largest of its elements of K and of V, in order; then, where a row begins, the row's pairs for K and V
 
 {% endif %}
@@ -66,9 +85,9 @@ struct Vec8 { lo: vec4<f32>, hi: vec4<f32> }
 {% endif %}
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-{% if row_scales %}
+{% if shared %}
     let vec8_idx = lane % ROW_VEC8S;
-    let row = (workgroup.y * params.grid_x + workgroup.x) * ROWS + lane / ROW_VEC8S;
+    let row = (workgroup.y * {{ "MAX_GRID" if latent_norm else "params.grid_x" }} + workgroup.x) * ROWS + lane / ROW_VEC8S;
 {% else %}
     let idx = (workgroup.y * params.grid_x + workgroup.x) * WORKGROUP_SIZE + lane;
     let vec8_idx = idx % ROW_VEC8S;
@@ -84,7 +103,7 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
 {% if not latent %}
     let v_at = {{ host.begin(v_rows, "token", "kv_head") ~ " + 2u * vec8_idx" if v_rows.strided else "2u * (row * VALUE_VEC8S + vec8_idx)" }};
 {% endif %}
-{% if row_scales %}
+{% if shared %}
     let live = lane < ROWS * ROW_VEC8S && token < params.num_tokens;
     var k = Vec8();
 {% if not latent %}
@@ -94,6 +113,26 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         {{ guarded(k_part, "k = " ~ new_k ~ ";") }}
         {{ guarded(v_part, "v = " ~ new_v ~ ";") }}
     }
+{% if latent_norm %}
+    // One invocation of the row looks at all of them, since reads of workgroup memory are what costs on CPU adapters.
+    squares[lane] = dot(k.lo, k.lo) + dot(k.hi, k.hi);
+    workgroupBarrier();
+    if (live && vec8_idx == 0u) {
+        var sum = squares[lane];
+        for (var other = lane + 1u; other < lane + VALUE_VEC8S; other++) {
+            sum += squares[other];
+        }
+        squares[lane] = 1.0 / sqrt(sum / f32(8u * VALUE_VEC8S) + norm_weights[8u * VALUE_VEC8S]);
+    }
+    workgroupBarrier();
+    if (live && vec8_idx < VALUE_VEC8S) {
+        let scale = squares[lane - vec8_idx];
+        let at = 8u * vec8_idx;
+        k.lo *= scale * vec4<f32>(norm_weights[at], norm_weights[at + 1u], norm_weights[at + 2u], norm_weights[at + 3u]);
+        k.hi *= scale * vec4<f32>(norm_weights[at + 4u], norm_weights[at + 5u], norm_weights[at + 6u], norm_weights[at + 7u]);
+    }
+{% endif %}
+{% if row_scales %}
     // What is the smallest and the largest of no elements, in order, changes no range.
     var own_range = vec4<u32>(0xffffffffu, 0u, 0xffffffffu, 0u);
 {% if k_side.row_scales %}
@@ -114,10 +153,13 @@ fn append(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation
         ranges[lane] = vec4<u32>({{ "row_pair(range.xy, %d.0)"|format(k_side.levels) if k_side.row_scales else "0u" }}, {{ "row_pair(range.zw, %d.0)"|format(v_side.levels) if v_side.row_scales and not latent else "0u" }}, 0u, 0u);
     }
     workgroupBarrier();
+{% endif %}
     if (!live) {
         return;
     }
+{% if row_scales %}
     let pairs = ranges[lane - vec8_idx].xy;
+{% endif %}
 {% else %}
     if (token >= params.num_tokens) {
         return;

@@ -34,8 +34,8 @@ pub mod tune;
 pub use attention::{Attention, AttentionCall, AttentionPlan, MergeStates, Sinks};
 #[cfg(feature = "wgpu")]
 pub use cache::{
-    AppendQkv, AppendRows, Defragment, HeadNorm, KvCache, KvRows, PendingSnapshot, QkvRows, Rope, SequenceSnapshot,
-    Step, StepRows, SwapIn, SwapOut,
+    AppendLatent, AppendQkv, AppendRows, Defragment, HeadNorm, KvCache, KvRows, LatentNorm, PendingSnapshot, QkvRows,
+    Rope, SequenceSnapshot, Step, StepRows, SwapIn, SwapOut,
 };
 pub use error::{BoxError, Error, ErrorKind, Holder, Result};
 pub use format::{KvFormat, KvFormats};

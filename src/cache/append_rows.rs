@@ -1,5 +1,6 @@
 //! [`AppendRows`]: append and rotation of rows that lie otherwise than [`KvCache::append`] takes them.
 
+use super::record::{AppendKernel, NewRows};
 use super::{KvCache, Step};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
@@ -132,7 +133,11 @@ impl AppendRows {
         self.rope.as_ref()
     }
 
-    pub(super) fn table(&self) -> Option<&wgpu::Buffer> {
+    pub(super) fn append_kernel(&self) -> AppendKernel<'_> {
+        AppendKernel { program: &self.append, tables: self.table().into_iter().collect() }
+    }
+
+    fn table(&self) -> Option<&wgpu::Buffer> {
         self.rotate.as_ref().map(|(_, table)| table)
     }
 
@@ -241,6 +246,6 @@ impl KvCache {
             return Err(Error::argument("v", got, need));
         }
         kernel.check_cache("kernel", &self.gpu, &self.config)?;
-        self.append_any(recorder.into(), step, layer, k.into(), v, (&kernel.append, kernel.table()))
+        self.append_any(recorder.into(), step, layer, NewRows { k: k.into(), v }, kernel.append_kernel())
     }
 }

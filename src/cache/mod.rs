@@ -1,6 +1,7 @@
 //! [`KvCache`]: sequences over a pool of blocks, and the GPU buffers that hold them.
 
 mod accept;
+mod append_latent;
 mod append_qkv;
 mod append_rows;
 mod calibrate;
@@ -16,6 +17,7 @@ mod step;
 mod storage;
 mod swap;
 
+pub use append_latent::{AppendLatent, LatentNorm};
 pub use append_qkv::{AppendQkv, HeadNorm, QkvRows};
 pub use append_rows::{AppendRows, StepRows};
 pub use defragment::Defragment;

@@ -46,6 +46,18 @@ pub struct KvRows {
     pub v: Vec<f32>,
 }
 
+/// Rows to be appended; of a latent cache keys only.
+pub(super) struct NewRows<'a> {
+    pub(super) k: BufferRef<'a>,
+    pub(super) v: Option<BufferRef<'a>>,
+}
+
+/// A form of the kernel `append`, and the buffers that it binds behind those that all have.
+pub(super) struct AppendKernel<'a> {
+    pub(super) program: &'a VariantProgram,
+    pub(super) tables: Vec<&'a wgpu::Buffer>,
+}
+
 /// Elements of the rows of `num_tokens` tokens: of K, of V.
 fn row_elements(config: &KvCacheConfig, num_tokens: u32) -> [u64; 2] {
     config.token_elements().map(|elements| u64::from(num_tokens) * elements)
@@ -96,7 +108,8 @@ impl KvCache {
         if self.config.latent {
             return Err(Error::argument("v", "rows of values", "append_latent, as values are keys in this cache"));
         }
-        self.append_any(recorder.into(), step, layer, k.into(), Some(v.into()), self.dense_kernel(rope)?)
+        let rows = NewRows { k: k.into(), v: Some(v.into()) };
+        self.append_any(recorder.into(), step, layer, rows, self.append_kernel(rope)?)
     }
 
     /// [`KvCache::append`] to a [latent](KvCacheConfig::latent) cache: `rows`, f32 `[num_tokens, num_kv_heads, head_dim]`, are keys and values.
@@ -117,14 +130,15 @@ impl KvCache {
         if !self.config.latent {
             return Err(Error::argument("rows", "rows of latents", "append, as this cache has values of its own"));
         }
-        self.append_any(recorder.into(), step, layer, rows.into(), None, self.dense_kernel(rope)?)
+        let rows = NewRows { k: rows.into(), v: None };
+        self.append_any(recorder.into(), step, layer, rows, self.append_kernel(rope)?)
     }
 
-    /// The kernel for rows of f32 without gaps, and its table of frequencies.
-    fn dense_kernel<'k>(&'k self, rope: Option<&'k Rope>) -> Result<(&'k VariantProgram, Option<&'k wgpu::Buffer>)> {
-        let Some(kernels) = rope.map(Rope::kernels) else { return Ok((&self.kernels.append, None)) };
-        kernels.check_cache("rope", &self.gpu, &self.config)?;
-        Ok((&kernels.append, kernels.table()))
+    fn append_kernel<'a>(&'a self, rope: Option<&'a Rope>) -> Result<AppendKernel<'a>> {
+        match rope {
+            Some(rope) => rope.append_kernel(&self.gpu, &self.config),
+            None => Ok(AppendKernel { program: &self.kernels.append, tables: Vec::new() }),
+        }
     }
 
     pub(super) fn append_any(
@@ -132,16 +146,15 @@ impl KvCache {
         recorder: Recorder<'_>,
         step: &Step,
         layer: u32,
-        k: BufferRef<'_>,
-        v: Option<BufferRef<'_>>,
-        (kernel, table): (&VariantProgram, Option<&wgpu::Buffer>),
+        NewRows { k, v }: NewRows<'_>,
+        AppendKernel { program, tables }: AppendKernel<'_>,
     ) -> Result<()> {
         step.check_usable(&self.state)?;
         let storage = self.layer(layer)?;
         self.check_calibrated(layer)?;
         let gpu = &self.gpu;
         let num_tokens = step.num_tokens();
-        let Variant { k_rows, v_rows, .. } = &kernel.variant;
+        let Variant { k_rows, v_rows, .. } = &program.variant;
         let k = k.check_rows(gpu, "k", k_rows, num_tokens)?;
         self.layers.check_foreign("k", &k)?;
         let v = v.map(|v| v.check_rows(gpu, "v", v_rows, num_tokens)).transpose()?;
@@ -151,14 +164,14 @@ impl KvCache {
         if step.num_copies > 0 {
             dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
         }
-        let (x, y) = kernel.variant.append_grid("k", num_tokens)?;
-        let mut resources = kernel.resources();
+        let (x, y) = program.variant.append_grid("k", num_tokens)?;
+        let mut resources = program.resources();
         resources.push(k.binding());
         resources.extend(v.as_ref().map(BufferRef::binding));
         resources.extend(storage.written());
         resources.extend([upload.as_entire_binding(), params_binding::<CacheParams>(&upload, 0)]);
-        resources.extend(table.map(wgpu::Buffer::as_entire_binding));
-        dispatches.push(kernel.dispatch(resources, [x, y, 1]));
+        resources.extend(tables.into_iter().map(wgpu::Buffer::as_entire_binding));
+        dispatches.push(program.dispatch(resources, [x, y, 1]));
         recorder.record(gpu, "folio append", &dispatches, &[lease])
     }
 

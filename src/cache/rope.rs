@@ -2,11 +2,12 @@
 //! is a variant of `append`.
 
 use super::append_rows::{AppendRows, StepRows};
+use super::record::AppendKernel;
 use super::{KvCache, Step};
 use crate::error::{Error, Result};
-use crate::gpu::{BufferRef, Recorder};
+use crate::gpu::{BufferRef, Gpu, Recorder};
 use crate::kernel::RopeConfig;
-use crate::layout::RowLayout;
+use crate::layout::{KvCacheConfig, RowLayout};
 use crate::plan::MAX_GRID;
 
 /// Rotary position embedding for a [`KvCache`]: a table of frequencies and two compiled kernels. Make one per distinct
@@ -79,9 +80,10 @@ impl Rope {
         self.kernels.rotate_rows(recorder.into(), step, ("x", x.into()), &rows)
     }
 
-    /// The kernels, for rows of f32 without gaps.
-    pub(super) fn kernels(&self) -> &AppendRows {
-        &self.kernels
+    /// The kernel that appends to a cache of this device and shape, and its table.
+    pub(super) fn append_kernel(&self, gpu: &Gpu, cache: &KvCacheConfig) -> Result<AppendKernel<'_>> {
+        self.kernels.check_cache("rope", gpu, cache)?;
+        Ok(self.kernels.append_kernel())
     }
 
     /// Runs both kernels once on no tokens, so that drivers which compile at the first dispatch do it now. **Submits** a command

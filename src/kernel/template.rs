@@ -33,6 +33,7 @@ const TEMPLATES: &[(&str, &str)] = templates![
     "model/activation.wgsl",
     "model/add_experts.wgsl",
     "model/add_positions.wgsl",
+    "model/head_linear.wgsl",
     "model/linear_activation.wgsl",
     "model/linear_bindings.wgsl",
     "model/linear_cpu.wgsl",

@@ -159,7 +159,7 @@ pub struct Variant {
     pub v_rows: HostRows,
     /// Rotary embedding: what `rope` and `append_qkv` do always, and `append` to K if it is there.
     pub rope: Option<RopeShape>,
-    /// Whether `append_qkv` normalises queries and keys before.
+    /// Whether `append_qkv` normalises queries and keys before, and `append` the values of latents.
     pub head_norm: bool,
     /// `append_qkv` writes the queries a second time, rotated by their positions up to this one, for sink tokens.
     pub sink_position: Option<u32>,
@@ -294,7 +294,7 @@ impl Variant {
 
     /// Whether the invocations of a row share what they know, so that a workgroup has whole rows.
     pub(crate) const fn shares_rows(&self) -> bool {
-        matches!(self.kernel, Kernel::AppendQkv) || self.has_row_scales()
+        matches!(self.kernel, Kernel::AppendQkv) || self.has_row_scales() || self.head_norm
     }
 
     /// Elements per token of the regions that `append_qkv` reads: queries, keys, values.
@@ -348,10 +348,13 @@ impl Variant {
         Self { k_rows: k.resolve(heads, self.head_dim), v_rows: v.resolve(heads, self.value_dim), ..self }
     }
 
-    /// The same kernel with RMSNorm of each head of queries and keys; `append_qkv` knows it.
+    /// The same kernel with RMSNorm: `append_qkv` of each head of queries and keys, `append` to a latent cache of the values within its rows.
     #[must_use]
-    pub fn with_head_norm(self) -> Self {
-        Self { head_norm: true, ..self }
+    pub fn with_head_norm(mut self) -> Self {
+        self.head_norm = true;
+        // The invocations of a row share its squares, so that a workgroup has whole rows.
+        super::tuning::choose(&mut self);
+        self
     }
 
     /// The same kernel that writes queries for sink tokens beside the others, rotated by their positions up to `position`; `append_qkv` knows it.

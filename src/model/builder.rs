@@ -4,6 +4,7 @@ use super::architecture::{LayerWeights, LinearWeights, NormWeights, TensorSource
 use super::config::ModelConfig;
 use super::error::{ModelError, ModelResult};
 use super::experts::ExpertLayer;
+use super::head_linear::HeadRope;
 use super::layer::{Layer, Mlp, Norms, QkNormWeights, qkv_widths};
 use super::linear::{Linear, RmsNorm};
 use super::linear_config::{LinearConfig, LinearExperts};
@@ -60,7 +61,7 @@ pub(super) struct Builder<'a, P> {
 }
 
 impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
-    fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
+    pub(super) fn advance(&mut self, tensor: &TensorSource) -> ModelResult<()> {
         self.bytes_done += self.source.bytes(tensor)?;
         let what = tensor.pieces().first().map_or("", |piece| piece.tensor());
         (self.progress)(Progress { bytes_done: self.bytes_done, bytes_total: self.bytes_total, what });
@@ -76,12 +77,13 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         Ok(values)
     }
 
-    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them.
+    /// A layer of matrices with the same input, their rows one after another. They are asked for as [`ModelWeights`] has them. RMSNorm before it, with
+    /// what is added to its mean square, becomes a part of it.
     pub(super) async fn matrix(
         &mut self,
         weights: &[&TensorSource],
         biases: &[&TensorSource],
-        norm: Option<&NormWeights>,
+        norm: Option<(&NormWeights, f32)>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         // Sizes of a configuration are below 2^31.
@@ -97,8 +99,8 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
             bias.extend(self.values(tensor)?);
         }
         let bias = (!biases.is_empty()).then_some(bias);
-        let norm = norm.map(|norm| self.norm_weight(norm)).transpose()?;
-        let norm = norm.as_ref().map(|weight| RmsNorm { weight, eps: self.config.norm.eps });
+        let norm = norm.map(|(norm, eps)| Ok::<_, ModelError>((self.norm_weight(norm)?, eps))).transpose()?;
+        let norm = norm.as_ref().map(|(weight, eps)| RmsNorm { weight, eps: *eps });
         let source = self.source;
         let mut rows = |row: u32, out: &mut [f32]| {
             fill_rows(weights, row, in_features as usize, out, |weight, row, out| source.rows(weight, row, out))
@@ -130,7 +132,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     pub(super) async fn linear(
         &mut self,
         layers: &[&LinearWeights],
-        norm: Option<&NormWeights>,
+        norm: Option<(&NormWeights, f32)>,
         configure: impl FnOnce(&mut LinearConfig),
     ) -> ModelResult<Linear> {
         let weights: Vec<_> = layers.iter().map(|layer| &layer.weight).collect();
@@ -143,7 +145,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     }
 
     /// The weight of a norm as it is multiplied.
-    fn norm_weight(&mut self, norm: &NormWeights) -> ModelResult<Vec<f32>> {
+    pub(super) fn norm_weight(&mut self, norm: &NormWeights) -> ModelResult<Vec<f32>> {
         let mut weight = self.values(&norm.weight)?;
         weight.iter_mut().for_each(|weight| *weight += self.config.norm.weight_offset);
         Ok(weight)
@@ -162,7 +164,10 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
     }
 
     fn qk_norm(&mut self, weights: &LayerWeights, norms: &Norms) -> ModelResult<QkNormWeights> {
-        let (Some(q), Some(k)) = (&weights.q_norm, &weights.k_norm) else { return Ok(QkNormWeights::None) };
+        let own_heads = self.config.latent.is_none();
+        let (Some(q), Some(k), true) = (&weights.q_norm, &weights.k_norm, own_heads) else {
+            return Ok(QkNormWeights::None);
+        };
         if let Some([q_norm, k_norm]) = &norms.qk {
             let [Some(q), Some(k)] = [self.norm(Some(q), Some(q_norm))?, self.norm(Some(k), Some(k_norm))?] else {
                 return Ok(QkNormWeights::None);
@@ -185,7 +190,7 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         };
         let (sent, inner, hidden) = (experts.router.experts, experts.intermediate_size, self.config.hidden_size);
         let (activation, gated) = (experts.activation, self.config.gated_mlp);
-        let norm = weights.mlp_norm.as_ref();
+        let norm = weights.mlp_norm.as_ref().map(|norm| (norm, self.config.norm.eps));
         let of_experts = |out_features, per_row| {
             move |linear: &mut LinearConfig| {
                 linear.out_features = out_features;
@@ -223,9 +228,18 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         &mut self,
         weights: &LayerWeights,
         norms: &Norms,
+        rope: Option<&HeadRope>,
         kernels: Option<&Router>,
     ) -> ModelResult<Layer> {
         let config = self.config;
+        let eps = config.norm.eps;
+        let (attn_norm, mlp_norm) = (weights.attn_norm.as_ref(), weights.mlp_norm.as_ref());
+        // Of latents there is what makes them; of keys and values that are projections of them nothing.
+        let qkv = match (&config.latent, &weights.q_latent) {
+            (None, _) => vec![&weights.q, &weights.k, &weights.v],
+            (Some(_), Some(q)) => vec![q, &weights.k],
+            (Some(_), None) => vec![&weights.q, &weights.k],
+        };
         // Unless it is normalised before it is added.
         let add = |norm: &Option<NormWeights>| {
             let accumulate = norm.is_none();
@@ -241,20 +255,21 @@ impl<P: FnMut(Progress<'_>)> Builder<'_, P> {
         let mlp = match &weights.router {
             Some(router) => self.experts(router, kernels, weights).await?,
             None => {
-                let up = self.linear(&[&weights.gate_up], weights.mlp_norm.as_ref(), activate).await?;
+                let up = self.linear(&[&weights.gate_up], mlp_norm.map(|norm| (norm, eps)), activate).await?;
                 let down = self.linear(&[&weights.down], None, add(&weights.post_mlp_norm)).await?;
                 Mlp::Dense(Box::new([up, down]))
             }
         };
         let (layer, added) = (norms.layer.as_ref(), norms.added.as_ref());
         Ok(Layer {
-            attention_norm: self.norm(weights.attn_norm.as_ref(), layer)?,
-            qkv: self.linear(&[&weights.q, &weights.k, &weights.v], weights.attn_norm.as_ref(), split).await?,
+            attention_norm: self.norm(attn_norm, layer)?,
+            qkv: self.linear(&qkv, attn_norm.map(|norm| (norm, eps)), split).await?,
+            latent: self.latent(weights, rope).await?,
             qk_norm: self.qk_norm(weights, norms)?,
             sinks: weights.sinks.as_ref().map(|tensor| self.values(tensor)).transpose()?,
             o: self.linear(&[&weights.o], None, add(&weights.post_attn_norm)).await?,
             post_attention_norm: self.norm(weights.post_attn_norm.as_ref(), added)?,
-            mlp_norm: self.norm(weights.mlp_norm.as_ref(), layer)?,
+            mlp_norm: self.norm(mlp_norm, layer)?,
             mlp,
             post_mlp_norm: self.norm(weights.post_mlp_norm.as_ref(), added)?,
         })

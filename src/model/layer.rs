@@ -3,6 +3,7 @@
 use super::architecture::{LayerWeights, ModelWeights};
 use super::config::{ModelConfig, QkNorm};
 use super::experts::ExpertLayer;
+use super::latent::LatentLayer;
 use super::linear::Linear;
 use super::ops::{Norm, NormConfig, NormKind, NormParameters};
 use crate::{Gpu, HeadNorm, Result};
@@ -14,6 +15,8 @@ use crate::{Gpu, HeadNorm, Result};
 pub(super) struct Layer {
     pub(super) attention_norm: Option<NormParameters>,
     pub(super) qkv: Linear,
+    /// `qkv` makes latents then: of queries, if they have one, and of keys and values.
+    pub(super) latent: Option<LatentLayer>,
     pub(super) qk_norm: QkNormWeights,
     pub(super) sinks: Option<Vec<f32>>,
     pub(super) o: Linear,
@@ -51,7 +54,8 @@ impl Mlp {
 
 impl Layer {
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
-        [&self.qkv, &self.o].into_iter().chain(self.mlp.linears())
+        let latent = self.latent.iter().flat_map(LatentLayer::linears);
+        [&self.qkv, &self.o].into_iter().chain(latent).chain(self.mlp.linears())
     }
 }
 
@@ -99,8 +103,12 @@ impl Norms {
     }
 }
 
-/// Widths of queries, keys and values.
+/// Widths of queries, keys and values; of a model with latents those of queries or their latents, of latents of keys and values, and of nothing.
 pub(super) fn qkv_widths(config: &ModelConfig) -> [u32; 3] {
+    let q_width = config.num_q_heads.saturating_mul(config.head_dim);
+    if let Some(latent) = &config.latent {
+        return [latent.q_rank.unwrap_or(q_width), latent.row_dim(), 0];
+    }
     let kv_width = config.num_kv_heads.saturating_mul(config.head_dim);
-    [config.num_q_heads.saturating_mul(config.head_dim), kv_width, kv_width]
+    [q_width, kv_width, kv_width]
 }

@@ -71,7 +71,7 @@ pub struct LinearConfig {
     /// Whether W has `2 * out_features` rows (and the bias as many values): those of a gate, then those of up, and y is `activation(gate) * up`.
     pub gated: bool,
     /// Widths of matrices that y is cut into, one after another in its buffer: of queries, keys and values. Multiples of 4 whose sum is
-    /// `out_features`. See [`LinearConfig::y_width`].
+    /// `out_features`; the last one may be 0. See [`LinearConfig::y_width`].
     pub regions: Option<[u32; 3]>,
     /// Whether x is normalised first, row by row: RMSNorm with the weights that [`Linear::new`](super::Linear::new) is given.
     pub norm: bool,
@@ -158,11 +158,14 @@ pub(super) fn check_experts(config: &LinearConfig, max_rows: u32) -> Result<()> 
 pub(super) fn check_regions(config: &LinearConfig) -> Result<()> {
     let fits = |widths: [u32; 3]| {
         let sum = widths.iter().map(|&width| u64::from(width)).sum::<u64>();
-        sum == u64::from(config.out_features) && widths.iter().all(|width| width.is_multiple_of(4) && *width > 0)
+        let [first, second, _] = widths;
+        let multiples = widths.iter().all(|width| width.is_multiple_of(4));
+        sum == u64::from(config.out_features) && multiples && first > 0 && second > 0
     };
     match config.regions {
         Some(widths) if !fits(widths) => {
-            let rule = format!("multiples of 4 above 0 whose sum is out_features, {}", config.out_features);
+            let rule =
+                format!("multiples of 4, the first two above 0, whose sum is out_features, {}", config.out_features);
             Err(Error::argument("regions", format!("{widths:?}"), rule))
         }
         _ => Ok(()),

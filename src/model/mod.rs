@@ -13,6 +13,8 @@ mod error;
 mod experts;
 mod generate;
 mod gguf;
+mod head_linear;
+mod latent;
 mod layer;
 mod linear;
 mod linear_config;
@@ -33,12 +35,13 @@ mod tune;
 pub use architecture::{Architecture, LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
 pub use checkpoint::Checkpoint;
 pub use config::{
-    ExpertLayers, ExpertsConfig, LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm,
+    ExpertLayers, ExpertsConfig, LatentConfig, LayerKind, LayerPattern, LongContext, ModelConfig, NormSettings, QkNorm,
 };
 pub use decoder::{Decoder, DecoderOptions, Drawn, Input, LogitRows, Streaming, TokenLogprob};
 pub use error::{Cause, ModelError, ModelResult};
 pub use generate::{Finish, Generated, Prompt};
 pub use gguf::GgufMetadata;
+pub use head_linear::{HeadLinear, HeadLinearConfig, HeadRope};
 pub use linear::{Linear, RmsNorm};
 pub use linear_config::{Factor, LinearConfig, LinearExperts};
 pub use linear_kernels::LinearKernels;

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu};
+use crate::layout::Region;
 
 /// f32 activations `[rows, width]`, row by row from `offset` bytes into a buffer.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +22,11 @@ impl<'a> Rows<'a> {
     #[must_use]
     pub const fn new(buffer: &'a wgpu::Buffer, rows: u32, width: u32) -> Self {
         Self { buffer, offset: 0, rows, width }
+    }
+
+    /// One of the matrices that a linear layer writes one after another into a buffer.
+    pub(crate) fn region(buffer: &'a wgpu::Buffer, rows: u32, Region { width, offset, .. }: Region) -> Self {
+        Self { offset: u64::from(rows) * u64::from(offset) * 4, ..Self::new(buffer, rows, width) }
     }
 
     /// Elements of all rows.

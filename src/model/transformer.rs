@@ -8,6 +8,7 @@ use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, QkNorm};
 use super::error::{ModelError, ModelResult};
 use super::experts::ExpertScratch;
+use super::latent::{LatentBuffers, LatentLayer, LatentScratch, head_rope};
 use super::layer::{Layer, Mlp, Norms, QkNormWeights, qkv_widths};
 use super::linear::Linear;
 use super::linear_config::{Factor, LinearConfig};
@@ -18,7 +19,8 @@ use super::quantise::{WeightFormat, WeightGrid};
 use super::rows::Rows;
 use crate::layout::Region;
 use crate::{
-    AppendQkv, Attention, AttentionCall, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result, Sinks, Step,
+    AppendLatent, AppendQkv, Attention, AttentionCall, AttentionPlan, BufferRef, Error, Gpu, KvCache, QkvRows, Result,
+    Sinks, Step,
 };
 
 /// Where a model's weights come from: a [`Checkpoint`], or a generator of random ones for benchmarks.
@@ -132,6 +134,7 @@ pub(crate) struct Scratch {
     qkv: wgpu::Buffer,
     attended: wgpu::Buffer,
     up: wgpu::Buffer,
+    latent: Option<LatentScratch>,
     experts: Option<ExpertScratch>,
 }
 
@@ -141,7 +144,7 @@ impl Scratch {
         let qkv_width =
             Region::of(qkv_widths(config)).iter().map(|region| u64::from(region.padded_width())).sum::<u64>();
         let own = qkv_width.max(config.intermediate_size.into()).max(config.hidden_size.into());
-        own.max(ExpertScratch::widest_row(config))
+        own.max(ExpertScratch::widest_row(config)).max(LatentScratch::widest_row(config))
     }
 
     /// Room for `rows` tokens.
@@ -151,13 +154,16 @@ impl Scratch {
             gpu.create_buffer("creating the activations", label, bytes, wgpu::BufferUsages::STORAGE)
         };
         let qkv = Region::of(qkv_widths(config));
+        let latent = config.latent.as_ref();
+        let attended = config.num_q_heads.saturating_mul(latent.map_or(config.head_dim, |latent| latent.kv_rank));
         let of_experts = config.experts.as_ref().map_or(0, |e| e.router.experts.per_row * e.intermediate_size);
         Ok(Self {
             hidden: buffer("folio hidden", config.hidden_size)?,
             normed: buffer("folio normed", config.hidden_size)?,
             qkv: buffer("folio qkv", qkv.iter().map(Region::padded_width).sum())?,
-            attended: buffer("folio attended", qkv[0].width)?,
+            attended: buffer("folio attended", attended)?,
             up: buffer("folio up", config.intermediate_size.max(of_experts))?,
+            latent: latent.map(|latent| LatentScratch::new(gpu, config, latent, rows)).transpose()?,
             experts: ExpertScratch::new(gpu, config, rows)?,
         })
     }
@@ -183,9 +189,16 @@ pub(crate) struct KindContext<'a> {
     pub(crate) attention: &'a Attention,
     pub(crate) plan: &'a AttentionPlan,
     /// For layers with rotary embeddings.
-    pub(crate) append: Option<&'a AppendQkv>,
+    pub(crate) append: Option<&'a Append>,
     /// Where its queries for sink tokens go, if it has any.
     pub(crate) sink_q: Option<BufferRef<'a>>,
+}
+
+/// The kernel that appends to the cache, with rotation.
+#[derive(Debug)]
+pub(crate) enum Append {
+    Heads(AppendQkv),
+    Latent(AppendLatent),
 }
 
 impl Model {
@@ -257,7 +270,8 @@ impl Model {
         let mut builder =
             Builder { gpu, config: &config, source, options, kernels, progress, bytes_done: 0, bytes_total };
         // Whichever computes logits normalises before.
-        let tied_norm = Some(&weights.final_norm).filter(|_| weights.head.is_none());
+        let final_norm = (&weights.final_norm, config.norm.eps);
+        let tied_norm = Some(final_norm).filter(|_| weights.head.is_none());
         let embed = |linear: &mut LinearConfig| {
             linear.gather_scale = scale;
             linear.softcap = cap.filter(|_| weights.head.is_none());
@@ -270,15 +284,15 @@ impl Model {
             }
             None => None,
         };
+        let rope = head_rope(gpu, &config)?;
         let mut layers = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
-            layers.push(builder.layer(layer, &norms, router.as_ref()).await?);
+            layers.push(builder.layer(layer, &norms, rope.as_ref(), router.as_ref()).await?);
         }
+        let head_norm = Some(final_norm);
         let final_norm = builder.norm(Some(&weights.final_norm), norms.layer.as_ref())?;
         let head = match &weights.head {
-            Some(head) => {
-                Some(builder.linear(&[head], Some(&weights.final_norm), |linear| linear.softcap = cap).await?)
-            }
+            Some(head) => Some(builder.linear(&[head], head_norm, |linear| linear.softcap = cap).await?),
             None => None,
         };
         let select = SelectRows::new(gpu, config.hidden_size).await?;
@@ -324,7 +338,10 @@ impl Model {
     /// the token goes to.
     #[must_use]
     pub fn streamed_bytes(&self) -> u64 {
-        let layer = |layer: &Layer| layer.qkv.bytes() + layer.o.bytes() + layer.mlp.bytes_of_token();
+        let layer = |layer: &Layer| {
+            let latent = layer.latent.as_ref().map_or(0, LatentLayer::bytes_of_token);
+            layer.qkv.bytes() + layer.o.bytes() + layer.mlp.bytes_of_token() + latent
+        };
         self.layers.iter().map(layer).sum::<u64>() + self.head.as_ref().unwrap_or(&self.embedding).bytes()
     }
 
@@ -350,7 +367,8 @@ impl Model {
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(Layer::linears).map(Linear::bytes).sum::<u64>();
-        layers + self.embedding.bytes() + self.head.as_ref().map_or(0, Linear::bytes)
+        let latents = self.layers.iter().flat_map(|layer| &layer.latent).map(LatentLayer::head_bytes).sum::<u64>();
+        layers + latents + self.embedding.bytes() + self.head.as_ref().map_or(0, Linear::bytes)
     }
 
     /// Records everything up to the last layer's output, which stays in the scratch.
@@ -382,39 +400,19 @@ impl Model {
         let (config, rows) = (&self.config, context.rows);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
         let qkv = Rows::new(&scratch.qkv, rows, layer.qkv.config().y_width());
-        let heads = QkvRows::new(&scratch.qkv, rows, config.num_q_heads, context.cache.config());
-        let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
 
         let kind = context.kinds.get(config.layers.index(index));
         let kind = kind.ok_or_else(|| Error::argument("layers", "a kind without attention", "one for each kind"))?;
 
         let x = self.normed(pass, scratch, layer.attention_norm.as_ref(), hidden)?;
         layer.qkv.record(&mut *pass, x, qkv)?;
-        let mut head_norm = None;
-        match (&layer.qk_norm, &self.norms.qk) {
-            (QkNormWeights::PerHead(norm), _) => head_norm = Some(norm),
-            (QkNormWeights::AllHeads(weights), Some(norms)) => {
-                let qk_rows = Region::of(qkv_widths(config)).map(|Region { width, offset, .. }| Rows {
-                    offset: u64::from(rows) * u64::from(offset) * 4,
-                    ..Rows::new(&scratch.qkv, rows, width)
-                });
-                for ((norm, weights), rows) in norms.iter().zip(weights).zip(qk_rows) {
-                    norm.record_in_place(&mut *pass, weights, rows)?;
-                }
+        let attended = match (&layer.latent, &scratch.latent) {
+            (Some(latent), Some(own)) => {
+                let buffers = LatentBuffers { qkv: &scratch.qkv, scratch: own, attended: &scratch.attended };
+                latent.record(pass, config, buffers, context, (index, kind))?
             }
-            _ => {}
-        }
-        let (cache, step) = (context.cache, context.step);
-        match (kind.append, kind.sink_q) {
-            (Some(append), Some(sink_q)) => {
-                cache.append_qkv_with_sinks(&mut *pass, step, index, append, heads, head_norm, sink_q)?;
-            }
-            (Some(append), None) => cache.append_qkv(&mut *pass, step, index, append, heads, head_norm)?,
-            (None, _) => cache.append(&mut *pass, step, index, heads.k(), heads.v(), None)?,
-        }
-        let mut call = AttentionCall::new(heads.q(), attended.range());
-        (call.sink_q, call.sinks) = (kind.sink_q, context.sinks.get(index as usize));
-        kind.attention.attend_call(&mut *pass, kind.plan, index, call)?;
+            _ => self.attend(pass, scratch, context, (index, kind), &layer.qk_norm)?,
+        };
 
         let post_attention = layer.post_attention_norm.as_ref();
         // In a parallel layer the MLP sees the same residual stream as the attention, before either is added to it.
@@ -485,6 +483,46 @@ impl Model {
                 norm.record(pass, weights, added, hidden)
             }
         }
+    }
+
+    /// Appends keys and values, and attends. Returns what `o` reads.
+    fn attend<'a>(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        scratch: &'a Scratch,
+        context: &StepContext<'_>,
+        (index, kind): (u32, &KindContext<'_>),
+        qk_norm: &QkNormWeights,
+    ) -> Result<Rows<'a>> {
+        let (config, rows) = (&self.config, context.rows);
+        let heads = QkvRows::new(&scratch.qkv, rows, config.num_q_heads, context.cache.config());
+        let attended = Rows::new(&scratch.attended, rows, config.num_q_heads * config.head_dim);
+        let mut head_norm = None;
+        match (qk_norm, &self.norms.qk) {
+            (QkNormWeights::PerHead(norm), _) => head_norm = Some(norm),
+            (QkNormWeights::AllHeads(weights), Some(norms)) => {
+                let qk_rows = Region::of(qkv_widths(config)).map(|region| Rows::region(&scratch.qkv, rows, region));
+                for ((norm, weights), rows) in norms.iter().zip(weights).zip(qk_rows) {
+                    norm.record_in_place(&mut *pass, weights, rows)?;
+                }
+            }
+            _ => {}
+        }
+        let (cache, step) = (context.cache, context.step);
+        match (kind.append, kind.sink_q) {
+            (Some(Append::Heads(append)), Some(sink_q)) => {
+                cache.append_qkv_with_sinks(&mut *pass, step, index, append, heads, head_norm, sink_q)?;
+            }
+            (Some(Append::Heads(append)), None) => {
+                cache.append_qkv(&mut *pass, step, index, append, heads, head_norm)?;
+            }
+            (Some(Append::Latent(_)), _) => return Err(Error::argument("latent", "none", "the model's latents")),
+            (None, _) => cache.append(&mut *pass, step, index, heads.k(), heads.v(), None)?,
+        }
+        let mut call = AttentionCall::new(heads.q(), attended.range());
+        (call.sink_q, call.sinks) = (kind.sink_q, context.sinks.get(index as usize));
+        kind.attention.attend_call(&mut *pass, kind.plan, index, call)?;
+        Ok(attended)
     }
 
     /// Adds a linear layer's result to the residual stream, normalised if there are weights for it.

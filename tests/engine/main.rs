@@ -14,6 +14,7 @@ mod adapter;
 mod beams;
 mod equal;
 mod exact;
+mod latent;
 mod life;
 mod trees;
 mod windows;

@@ -10,14 +10,14 @@ use crate::bad_input::refused;
 use crate::case::{poison, shuffle, upload};
 use crate::tokens::encoder;
 
-const EPS: f32 = 1e-5;
+pub(crate) const EPS: f32 = 1e-5;
 const NUM_TOKENS: [u32; 3] = [5, 1, 9];
 
-fn values(rng: &mut Rng, len: u32) -> Vec<f32> {
+pub(crate) fn values(rng: &mut Rng, len: u32) -> Vec<f32> {
     (0..len).map(|_| (rng.f32() * 2.0 - 1.0) * 4.0).collect()
 }
 
-fn new_cache(gpu: &Gpu, config: KvCacheConfig) -> KvCache {
+pub(crate) fn new_cache(gpu: &Gpu, config: KvCacheConfig) -> KvCache {
     let cache = KvCache::new_blocking(gpu, config).expect("cache");
     poison(&cache);
     shuffle(&cache, 7);
@@ -25,7 +25,7 @@ fn new_cache(gpu: &Gpu, config: KvCacheConfig) -> KvCache {
 }
 
 /// RMSNorm of each head.
-fn normed(x: &[f32], weights: &[f32]) -> Vec<f32> {
+pub(crate) fn normed(x: &[f32], weights: &[f32]) -> Vec<f32> {
     let head = |head: &[f32]| {
         let squares: f64 = head.iter().map(|x| f64::from(*x).powi(2)).sum();
         let scale = 1.0 / (squares / head.len() as f64 + f64::from(EPS)).sqrt();
@@ -39,6 +39,8 @@ fn bound(format: KvFormat, most: f32) -> f32 {
     let step = match format {
         KvFormat::F32 => 0.0,
         KvFormat::F16 => 1.0 / 1024.0,
+        // Halves of a step of 2^-3 of a number's power of two, by either way.
+        KvFormat::E4M3 => 1.0 / 8.0,
         KvFormat::Int8 => 2.2 / 255.0,
         _ => 2.2 / 15.0,
     };
@@ -46,7 +48,7 @@ fn bound(format: KvFormat, most: f32) -> f32 {
 }
 
 #[track_caller]
-fn assert_close(what: &str, got: &[f32], want: &[f32], format: KvFormat) {
+pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], format: KvFormat) {
     assert_eq!(got.len(), want.len(), "{what}");
     let most = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
     for (i, (got, want)) in got.iter().zip(want).enumerate() {

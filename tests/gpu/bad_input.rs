@@ -5,8 +5,8 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use folio::wgpu::{self, BufferUsages};
 use folio::{
-    Attention, AttentionConfig, BlockId, BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, PoolUsage, Profile, Result,
-    SequenceId, ShaderChecks, Step,
+    Attention, AttentionCall, AttentionConfig, BlockId, BufferRef, ErrorKind, Gpu, GpuOptions, KvCache, PoolUsage,
+    Profile, Result, SequenceId, ShaderChecks, Step,
 };
 
 use crate::adapter::{self, DEFAULT};
@@ -592,7 +592,9 @@ fn lse_and_masks_are_used_if_and_only_if_they_were_asked_for() {
     refused(with_sinks.sinks(&[0.0]), Caller, &["sinks: got 1 values", "need one per query head"]);
     refused(with_sinks.sinks(&[f32::NAN; NUM_Q_HEADS as usize]), Caller, &["sinks: got NaN", "a finite number"]);
     let sinks = with_sinks.sinks(&[1.0; NUM_Q_HEADS as usize]).expect("sinks");
-    let result = plain.attend_with_sinks(&mut encoder, &plain_plan, 0, &q, &out, &sinks);
+    let mut call = AttentionCall::new(&q, &out);
+    call.sinks = Some(&sinks);
+    let result = plain.attend_call(&mut encoder, &plain_plan, 0, call);
     refused(result, Caller, &["sinks: got those of", "a config with sinks"]);
     let result = plain.attend_with_lse(&mut encoder, &plain_plan, 0, &q, &out, &lse);
     refused(result, Caller, &["lse: got false", "need AttentionConfig::lse set"]);

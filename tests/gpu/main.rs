@@ -10,12 +10,14 @@
 mod common;
 
 mod adapter;
+mod append_latent;
 mod append_qkv;
 mod attend;
 mod bad_input;
 mod cache;
 mod cascade;
 mod case;
+mod combinations;
 mod contiguous;
 mod encoded;
 mod formats;

@@ -15,7 +15,7 @@ const FORMATS: [(KvFormat, KvFormat); 7] =
     [(F32, F32), (F16, F16), (E4M3, F16), (Int8, E4M3), (Int4, Int8), (Int8PerChannel, Int4), (Int4PerChannel, Int4)];
 
 /// A tree of so many tokens; with a high chance of a token following the one before it, it is deep.
-fn random_tree(rng: &mut Rng, len: u32) -> TokenTree {
+pub(crate) fn random_tree(rng: &mut Rng, len: u32) -> TokenTree {
     let deep = rng.f32();
     let parents: Vec<_> = (0..len)
         .map(|i| match rng.u32(..8) {
@@ -46,19 +46,19 @@ fn with_trees(mut case: Case, rng: &mut Rng) -> (Case, Vec<Option<TokenTree>>) {
 }
 
 /// Each token as a sequence of its own: what is cached, its path, and it. There every position is a place, and nothing needs a mask.
-fn lines(case: &Case, rows: &[Rows], trees: &[Option<TokenTree>]) -> Vec<Rows> {
-    let row = (case.num_kv_heads * case.head_dim) as usize;
+pub(crate) fn lines(case: &Case, rows: &[Rows], trees: &[Option<TokenTree>]) -> Vec<Rows> {
+    let [k_row, v_row] = [case.head_dim, case.value_dim].map(|dim| (case.num_kv_heads * dim) as usize);
     let q_row = (case.config.num_q_heads * case.head_dim) as usize;
     let mut lines = Vec::new();
     for ((rows, &(context_len, query_len)), tree) in rows.iter().zip(&case.lens).zip(trees) {
         for token in 0..query_len {
             let path = tree.as_ref().map_or_else(|| (0..=token).collect(), |tree| tree.path_to(token));
-            let keys = |side: &[f32]| -> Vec<f32> {
+            let keys = |side: &[f32], row: usize| -> Vec<f32> {
                 let seen = (0..context_len).chain(path.iter().map(|new| context_len + new));
                 seen.flat_map(|key| side[key as usize * row..][..row].to_vec()).collect()
             };
             let q = rows.q[token as usize * q_row..][..q_row].to_vec();
-            lines.push(Rows { q, k: keys(&rows.k), v: keys(&rows.v), mask: Vec::new() });
+            lines.push(Rows { q, k: keys(&rows.k, k_row), v: keys(&rows.v, v_row), mask: Vec::new() });
         }
     }
     lines
@@ -137,7 +137,7 @@ fn with_options_and_windows_by_position() {
     }
 }
 
-fn branching(rng: &mut Rng, len: u32) -> TokenTree {
+pub(crate) fn branching(rng: &mut Rng, len: u32) -> TokenTree {
     loop {
         let tree = random_tree(rng, len);
         if !tree.is_line() {

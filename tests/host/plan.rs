@@ -3,12 +3,13 @@
 mod checker;
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use checker::Checker;
 use folio::plan::{
     CascadePolicy, NO_PARTIAL, PlanShape, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes,
 };
-use folio::sequence::{Batch, BatchEntry, QueryKernel};
+use folio::sequence::{Batch, BatchEntry, QueryKernel, TokenTree};
 use proptest::prelude::*;
 
 const TABLE_OFFSET: u32 = 1000;
@@ -33,19 +34,40 @@ fn batch(lens: &[(u32, u32)]) -> Batch {
     batch
 }
 
+/// Words of a row of a sequence's mask: in a batch with trees only theirs have one.
+fn mask_stride(shape: &PlanShape, batch: &Batch, entry: &BatchEntry) -> u32 {
+    match &entry.tree {
+        Some(tree) => tree.mask_stride(shape.window.is_some()),
+        None if batch.has_trees() => 0,
+        None => entry.seq_len().div_ceil(32),
+    }
+}
+
 /// Where each sequence's mask bits would start, one after another.
-fn mask_offsets(batch: &Batch) -> Vec<u32> {
+fn mask_offsets(shape: &PlanShape, batch: &Batch) -> Vec<u32> {
     let words = batch.entries.iter().scan(500_000, |next, entry| {
         let start = *next;
-        *next += entry.query_len * entry.seq_len().div_ceil(32);
+        *next += entry.query_len * mask_stride(shape, batch, entry);
         Some(start)
     });
     words.collect()
 }
 
+/// Gives sequences trees: random ones by these seeds, none to those with a multiple of 3.
+fn with_trees(mut batch: Batch, seeds: &[u64]) -> Batch {
+    for (entry, &seed) in batch.entries.iter_mut().zip(seeds) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let parents: Vec<_> = (0..entry.query_len).map(|i| rng.u32(0..=i).checked_sub(1)).collect();
+        if !seed.is_multiple_of(3) {
+            entry.tree = Some(Arc::new(TokenTree::new(&parents).expect("parents before their children")));
+        }
+    }
+    batch
+}
+
 fn plan(shape: &PlanShape, policy: &SplitPolicy, batch: &Batch) -> WorkLists {
     // Masks and what is shared exclude each other.
-    let masks = if policy.cascade.is_some() { Vec::new() } else { mask_offsets(batch) };
+    let masks = if policy.cascade.is_some() { Vec::new() } else { mask_offsets(shape, batch) };
     WorkLists::new(shape, policy, batch, TABLE_OFFSET, &masks, TOKENS_OFFSET).expect("a plan")
 }
 
@@ -64,19 +86,23 @@ fn shapes() -> impl Strategy<Value = PlanShape> {
     let tile_q = prop::sample::select(vec![1_u32, 4, 8, 16, 32, 64]);
     let sinks = prop_oneof![Just(0), prop::sample::select(vec![1_u32, 4, 64, 100, 700, u32::MAX])];
     let window = (window, sinks);
-    (1..4_u32, group_size, prop::sample::select(vec![8, 64, 256]), any::<bool>(), window, any::<bool>(), tile_q)
-        .prop_map(|(num_kv_heads, group_size, head_dim, causal, (window, sink_tokens), has_decode, tile_q)| PlanShape {
-            num_kv_heads,
-            group_size,
-            head_dim,
-            value_dim: head_dim,
-            causal,
-            window,
-            sink_tokens,
-            has_decode: has_decode && group_size <= folio::kernel::MAX_DECODE_GROUP,
-            tile_q,
-            block_size: BLOCK_SIZE,
-        })
+    let dims = prop::sample::select(vec![(8, 8), (64, 64), (256, 256), (192, 128), (64, 136), (576, 512)]);
+    (1..4_u32, group_size, dims, any::<bool>(), window, any::<bool>(), tile_q).prop_map(
+        |(num_kv_heads, group_size, (head_dim, value_dim), causal, (window, sink_tokens), has_decode, tile_q)| {
+            PlanShape {
+                num_kv_heads,
+                group_size,
+                head_dim,
+                value_dim,
+                causal,
+                window,
+                sink_tokens,
+                has_decode: has_decode && group_size <= folio::kernel::MAX_DECODE_GROUP,
+                tile_q,
+                block_size: BLOCK_SIZE,
+            }
+        },
+    )
 }
 
 fn policies() -> impl Strategy<Value = SplitPolicy> {
@@ -118,6 +144,21 @@ proptest! {
     }
 
     #[test]
+    fn tokens_of_trees_attend_to_every_key_before_them_exactly_once(
+        shape in shapes(),
+        policy in policies(),
+        lens in batches(),
+        seeds in prop::collection::vec(any::<u64>(), 6),
+    ) {
+        let batch = with_trees(batch(&lens), &seeds);
+        // Attention with sink tokens has no trees.
+        let shape = PlanShape { sink_tokens: 0, ..shape };
+        let plan = plan(&shape, &policy, &batch);
+        let checked = Checker::new(&shape, &policy, &batch, &plan).check();
+        prop_assert!(checked.is_ok(), "{:?}", checked);
+    }
+
+    #[test]
     fn the_decode_kernel_gets_exactly_the_single_tokens(shape in shapes(), policy in policies(), lens in batches()) {
         let batch = batch(&lens);
         let plan = plan(&shape, &policy, &batch);
@@ -143,8 +184,8 @@ proptest! {
             let plan_alone = plan(&shape, &policy, &alone);
             prop_assert_eq!(plan_alone.split_len, plan_together.split_len);
             prop_assert_eq!(
-                items_of(&plan_alone, &alone, 0),
-                items_of(&plan_together, &together, sequence),
+                items_of(&shape, &plan_alone, &alone, 0),
+                items_of(&shape, &plan_together, &together, sequence),
                 "sequence {} of {:?}", sequence, lens
             );
         }
@@ -152,10 +193,15 @@ proptest! {
 }
 
 /// A sequence's items and (token, num_splits) of its merges, with all positions counted from its own start.
-fn items_of(plan: &WorkLists, batch: &Batch, sequence: usize) -> ([Vec<WorkItem>; 4], Vec<(u32, u32)>) {
+fn items_of(
+    shape: &PlanShape,
+    plan: &WorkLists,
+    batch: &Batch,
+    sequence: usize,
+) -> ([Vec<WorkItem>; 4], Vec<(u32, u32)>) {
     let starts = batch.query_start();
     let tokens = starts[sequence]..starts[sequence + 1];
-    let masks = mask_offsets(batch);
+    let masks = mask_offsets(shape, batch);
     // Partial rows are counted from the first one of their chunk.
     let mut first_rows: BTreeMap<u32, u32> = BTreeMap::new();
     for item in plan.decode.iter().chain(&plan.prefill).chain(&plan.sink_decode).chain(&plan.sink_prefill) {

@@ -125,8 +125,12 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         V_FORMATS.len(),
         ropes(kernel, 8).len(),
         segments.len(),
-        // With norms or without, and with queries for sink tokens or without.
-        if kernel == Kernel::AppendQkv { 4 } else { 1 },
+        // With norms or without; of `append_qkv`, with queries for sink tokens or without.
+        match kernel {
+            Kernel::AppendQkv => 4,
+            Kernel::Append => 2,
+            _ => 1,
+        },
         // Its keys are as long as its values.
         if kernel == Kernel::AppendQkv { 1 } else { VALUE_DIMS.len() },
         if attends || matches!(kernel, Kernel::Append | Kernel::Rope) { LAYOUTS.len() } else { 1 },
@@ -149,7 +153,9 @@ pub(crate) fn of_kernel(kernel: Kernel) -> Vec<Variant> {
         config.validate().expect("a shape that caches have");
         let variant =
             Variant::new(kernel, targets[choice[0]], &config, group, flags[choice[1]]).with_segments(segments);
-        let variant = if choice[10] % 2 == 1 { variant.with_head_norm() } else { variant };
+        // What `append` normalises is the value within a latent.
+        let normed = choice[10] % 2 == 1 && (kernel == Kernel::AppendQkv || config.latent);
+        let variant = if normed { variant.with_head_norm() } else { variant };
         // Over more segments there are too few bindings for second queries, and the cache refuses them.
         let is_whole = segments.iter().all(|segments| segments.count == 1);
         let variant = if choice[10] >= 2 && is_whole { variant.with_sink_queries(1027) } else { variant };

@@ -411,6 +411,49 @@ fn sizes_that_are_missing_or_wrong() {
     refused("gpt2", &json!({ "n_embd": large, "n_head": 1 }), "n_embd", &["below 2^32"]);
 }
 
+#[test]
+fn latents_that_are_not_supported() {
+    refused("deepseek_v3", &json!({ "first_k_dense_replace": -1 }), "first_k_dense_replace", &["got -1"]);
+    let experts = json!({ "first_k_dense_replace": 0, "n_routed_experts": 12 });
+    let with = |key: &str, value: serde_json::Value| {
+        let mut changes = experts.clone();
+        changes[key] = value;
+        changes
+    };
+    refused("deepseek_v3", &with("n_group", 5.into()), "n_group", &["got 5", "a divisor of the 12 experts"]);
+    refused("deepseek_v3", &with("topk_group", 9.into()), "topk_group", &["got 9"]);
+    refused("deepseek_v3", &with("num_experts_per_tok", 13.into()), "num_experts_per_tok", &["got 13"]);
+    refused("deepseek_v3", &with("routed_scaling_factor", 0.into()), "routed_scaling_factor", &["got 0"]);
+    refused(
+        "deepseek_v3",
+        &with("n_shared_experts", 1_000_000.into()),
+        "n_shared_experts",
+        &["got 1000000", "at most"],
+    );
+    refused("deepseek_v2", &with("topk_method", "noaux".into()), "topk_method", &["greedy or group_limited_greedy"]);
+    refused("deepseek_v2", &with("norm_topk_prob", true.into()), "norm_topk_prob", &["not supported"]);
+    for (key, wrong, rule) in [
+        ("kv_lora_rank", 12, "a multiple of 8"),
+        ("kv_lora_rank", 576, "at most 568"),
+        ("qk_rope_head_dim", 4, "a multiple of 8"),
+        ("qk_rope_head_dim", 568, "at most 560"),
+        ("qk_nope_head_dim", 14, "a multiple of 4"),
+        ("v_head_dim", 1000, "at most 576"),
+        ("q_lora_rank", 10, "a multiple of 4"),
+    ] {
+        refused("deepseek_v3", &json!({ key: wrong }), key, &[&format!("got {wrong}"), rule]);
+        refused("deepseek_v3", &json!({ key: 0 }), key, &["got 0"]);
+        refused("deepseek_v3", &json!({ key: "8" }), key, &["got \"8\""]);
+    }
+    refused("deepseek_v3", &json!({ "num_key_value_heads": 1 }), "num_key_value_heads", &["got 1", "3, as many as"]);
+    refused("deepseek_v2", &json!({ "attention_bias": true }), "attention_bias", &["q_lora_rank"]);
+    let partial = json!({ "partial_rotary_factor": 0.5 });
+    refused("deepseek_v3", &partial, "partial_rotary_factor", &["4 of 8 dimensions"]);
+    let many = json!({ "num_attention_heads": 60_000, "num_key_value_heads": 60_000 });
+    refused("deepseek_v3", &many, "num_attention_heads", &["at most 262144 in all"]);
+    refused("deepseek_v3", &json!({ "rope_interleave": 1 }), "rope_interleave", &["true or false"]);
+}
+
 /// Every size that a kernel has a rule for: refused with the file and the architecture's own key, before anything is read or compiled.
 #[test]
 fn sizes_that_no_kernel_takes() {

@@ -98,8 +98,21 @@ pub(crate) const LAYERS: usize = 2;
 pub(crate) const VOCAB: usize = 37;
 
 /// The architectures, each with sizes that differ from one another wherever the architecture lets them.
-pub(crate) const ARCHITECTURES: [&str; 11] =
-    ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"];
+pub(crate) const ARCHITECTURES: [&str; 13] = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+];
 
 pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
     let mut tensors = Tensors::new();
@@ -167,6 +180,45 @@ pub(crate) fn model(model_type: &str, dtype: Dtype) -> Model {
                 "intermediate_size": inner, "vocab_size": VOCAB, "max_position_embeddings": 128, "layer_norm_eps": 1e-5,
                 "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": true,
                 "tie_word_embeddings": false, "bos_token_id": 0, "eos_token_id": 0,
+            })
+        }
+        "deepseek_v2" | "deepseek_v3" => {
+            let (hidden, inner, heads, nope, rope, rank, value) = (36, 28, 3, 12, 8, 16, 20);
+            let rank_of_kv = rank;
+            let q_rank = (model_type == "deepseek_v3").then_some(24);
+            add("model.embed_tokens.weight".into(), &[VOCAB, hidden]);
+            for i in 0..LAYERS {
+                let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{i}.{name}"), shape);
+                add("input_layernorm.weight", &[hidden]);
+                add("post_attention_layernorm.weight", &[hidden]);
+                match q_rank {
+                    None => add("self_attn.q_proj.weight", &[heads * (nope + rope), hidden]),
+                    Some(rank) => {
+                        add("self_attn.q_a_proj.weight", &[rank, hidden]);
+                        add("self_attn.q_a_proj.bias", &[rank]);
+                        add("self_attn.q_a_layernorm.weight", &[rank]);
+                        add("self_attn.q_b_proj.weight", &[heads * (nope + rope), rank]);
+                        add("self_attn.kv_a_proj_with_mqa.bias", &[rank_of_kv + rope]);
+                        add("self_attn.o_proj.bias", &[hidden]);
+                    }
+                }
+                add("self_attn.kv_a_proj_with_mqa.weight", &[rank + rope, hidden]);
+                add("self_attn.kv_a_layernorm.weight", &[rank]);
+                add("self_attn.kv_b_proj.weight", &[heads * (nope + value), rank]);
+                add("self_attn.o_proj.weight", &[hidden, heads * value]);
+                add("mlp.gate_proj.weight", &[inner, hidden]);
+                add("mlp.up_proj.weight", &[inner, hidden]);
+                add("mlp.down_proj.weight", &[hidden, inner]);
+            }
+            add("model.norm.weight".into(), &[hidden]);
+            add("lm_head.weight".into(), &[VOCAB, hidden]);
+            json!({
+                "model_type": model_type, "num_hidden_layers": LAYERS, "hidden_size": hidden, "num_attention_heads": heads,
+                "num_key_value_heads": heads, "head_dim": rope, "intermediate_size": inner, "vocab_size": VOCAB,
+                "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
+                "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": LAYERS,
+                "q_lora_rank": q_rank, "kv_lora_rank": rank, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope,
+                "v_head_dim": value, "attention_bias": q_rank.is_some(),
             })
         }
         _ => {

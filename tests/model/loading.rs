@@ -186,16 +186,36 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
                             tensor(stacked.clone()).at(first + row, column)
                         });
                     }
+                } else if let Some(latent) = &config.latent {
+                    let q_rank = latent.q_rank.map(|rank| rank as usize);
+                    assert_eq!(
+                        (q_rank.is_some(), layer.q_latent.is_some()),
+                        (model_type == "deepseek_v3", q_rank.is_some())
+                    );
+                    for (q_latent, rank) in layer.q_latent.iter().zip(q_rank) {
+                        linear(q_latent, name("self_attn.q_a_proj"), rank, hidden, false);
+                    }
+                    let q_name = if q_rank.is_some() { "self_attn.q_b_proj" } else { "self_attn.q_proj" };
+                    linear(&layer.q, name(q_name), q, q_rank.unwrap_or(hidden), false);
+                    let [rank, value] = [latent.kv_rank, latent.value_dim].map(|size| size as usize);
+                    linear(&layer.k, name("self_attn.kv_a_proj_with_mqa"), latent.row_dim() as usize, hidden, false);
+                    linear(&layer.v, name("self_attn.kv_b_proj"), q / head * (12 + value), rank, false);
+                    norm(&layer.q_norm, name("self_attn.q_a_layernorm"), q_rank.unwrap_or(0));
+                    norm(&layer.k_norm, name("self_attn.kv_a_layernorm"), rank);
+                    assert!(layer.qkv().is_err());
                 } else {
                     linear(&layer.q, name("self_attn.q_proj"), q, hidden, false);
                     linear(&layer.k, name("self_attn.k_proj"), kv, hidden, false);
                     linear(&layer.v, name("self_attn.v_proj"), kv, hidden, false);
                 }
-                linear(&layer.o, name("self_attn.o_proj"), hidden, q, false);
+                linear(&layer.o, name("self_attn.o_proj"), hidden, config.attended_width(), false);
                 let all = config.qk_norm == Some(QkNorm::AllHeads);
                 assert_eq!(all, model_type == "olmo2");
-                norm(&layer.q_norm, name("self_attn.q_norm"), if all { q } else { head });
-                norm(&layer.k_norm, name("self_attn.k_norm"), if all { kv } else { head });
+                if config.latent.is_none() {
+                    norm(&layer.q_norm, name("self_attn.q_norm"), if all { q } else { head });
+                    norm(&layer.k_norm, name("self_attn.k_norm"), if all { kv } else { head });
+                    assert_eq!(layer.qkv().unwrap().weight.shape(), [q + 2 * kv, hidden]);
+                }
                 // Gemma and OLMo 2 have the name for the norm behind attention, the others for the one before the MLP.
                 let behind = model_type.starts_with("gemma") || model_type == "olmo2";
                 let [post_attn, mlp] = if behind {
@@ -216,7 +236,6 @@ fn check_model(checkpoint: &Checkpoint, model: &Model, model_type: &str, dtype: 
                     if row < inner { parts[0].at(row, column) } else { parts[1].at(up_row(row), column) }
                 });
                 linear(&layer.down, name("mlp.down_proj"), hidden, inner, false);
-                assert_eq!(layer.qkv().unwrap().weight.shape(), [q + 2 * kv, hidden]);
             }
         }
     }
@@ -446,6 +465,25 @@ fn configurations() {
     assert!(gpt2.learned_positions);
     assert_eq!(gpt2.layers, LayerPattern::uniform(LayerKind::new(None, None)));
     assert_eq!((gpt2.bos_token_id, gpt2.eos_token_ids), (Some(36), vec![36]));
+
+    let latents = config_of(&model("deepseek_v3", Dtype::F32).config).unwrap();
+    let latent = latents.latent.as_ref().unwrap();
+    assert_eq!((latent.q_rank, latent.kv_rank, latent.rope_dim, latent.value_dim), (Some(24), 16, 8, 20));
+    assert_eq!((latents.head_dim, latents.attended_width(), latent.norm_eps), (20, 60, 1e-6));
+    let rope = RopeConfig { layout: RopeLayout::Interleaved, ..RopeConfig::new(8, 10_000.0).with_start(16) };
+    assert_eq!(latents.layers, LayerPattern::uniform(LayerKind::new(Some(rope), None)));
+    assert_eq!(latents.softmax_scale, Some(1.0 / 20.0_f32.sqrt()));
+    let scaled = json!({ "rope_scaling": { "type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 2.0 } });
+    let scaled = config_of(&changed("deepseek_v2", &scaled)).unwrap();
+    let factor = 0.2 * 4.0_f64.ln() + 1.0;
+    assert_eq!(scaled.softmax_scale, Some((factor * factor / 20.0_f64.sqrt()) as f32));
+    let half = config_of(&changed("deepseek_v3", &json!({ "rope_interleave": false }))).unwrap();
+    assert_eq!(half.layers.kind(0).rope.as_ref().map(|rope| rope.layout), Some(RopeLayout::HalfSplit));
+    let sizes = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"];
+    let default = config_of(&without("deepseek_v3", &sizes)).unwrap();
+    let latent = default.latent.as_ref().unwrap();
+    assert_eq!((latent.q_rank, latent.kv_rank, latent.rope_dim, latent.value_dim), (Some(1536), 512, 64, 128));
+    assert_eq!(default.head_dim, 192);
 
     let neox = config_of(&model("gpt_neox", Dtype::F32).config).unwrap();
     assert!(neox.parallel_residual && neox.qkv_bias && neox.mlp_bias && !neox.tied_head && !neox.gated_mlp);

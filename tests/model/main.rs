@@ -29,7 +29,9 @@ mod experts_config;
 mod experts_files;
 mod forward;
 mod gguf;
+mod head_linear;
 mod kinds_of_layers;
+mod latent;
 mod life_cycle;
 mod linear;
 mod linear_candidates;
@@ -39,6 +41,7 @@ mod linear_shaders;
 #[cfg(feature = "tune")]
 mod linear_tune;
 mod loading;
+mod long_prompt;
 mod ops;
 mod parity;
 mod pipelines;

@@ -11,7 +11,7 @@ use folio::model::{
     Checkpoint, Decoder, DecoderOptions, Factor, LayerKind, LayerPattern, LogitRows, Model, ModelConfig, ModelOptions,
     ModelWeights, Prompt, Sampling, WeightFormat,
 };
-use folio::{Gpu, KvFormat, RopeConfig};
+use folio::{Gpu, KvFormat, RopeConfig, RopeLayout, RopeScaling};
 use safetensors::SafeTensors;
 
 use crate::adapter::{self, Open};
@@ -206,7 +206,7 @@ fn every_architecture_agrees_with_transformers() {
 #[test]
 fn small_steps_agree_too() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
-    for name in ["llama3", "gpt2", "gemma3", "smollm3"] {
+    for name in ["llama3", "gpt2", "gemma3", "smollm3", "deepseek_v2"] {
         let expected = Expected::load(name);
         let model = load(&gpu, name, WeightFormat::F32);
         let mut decoder = decoder(&model, KvFormat::F32, 10);
@@ -233,7 +233,7 @@ fn every_kernel_family_agrees() {
     ];
     for (family, open) in families {
         let Some(gpu) = adapter::open(open) else { return };
-        for name in ["qwen3", "gpt_neox", "olmo2", "gemma2", "mixtral", "gpt_oss"] {
+        for name in ["qwen3", "gpt_neox", "olmo2", "gemma2", "deepseek_v3", "mixtral", "gpt_oss"] {
             let expected = Expected::load(name);
             let model = load(&gpu, name, WeightFormat::F32);
             let mut decoder = decoder(&model, KvFormat::F32, 256);
@@ -257,18 +257,47 @@ fn every_kernel_family_agrees() {
 #[test]
 fn weight_formats_stay_close() {
     let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
-    let expected = Expected::load("llama3");
-    for (weights, tolerance) in [
-        // The checkpoint is in bf16, of which F16 loses nothing that is this large.
-        (WeightFormat::F16, 1e-5),
-        (WeightFormat::Int8 { group_size: 32 }, 0.1),
-        (WeightFormat::Int4 { group_size: 32 }, 1.0),
+    // The first checkpoint is in bf16, of which F16 loses nothing that is this large; the second in f32.
+    for (name, f16) in [("llama3", 1e-5), ("deepseek_v3", 2e-3)] {
+        let expected = Expected::load(name);
+        for (weights, tolerance) in [
+            (WeightFormat::F16, f16),
+            (WeightFormat::Int8 { group_size: 32 }, 0.1),
+            (WeightFormat::Int4 { group_size: 32 }, 1.0),
+        ] {
+            let model = load(&gpu, name, weights);
+            let mut decoder = decoder(&model, KvFormat::F32, 256);
+            let deviation = expected.mean_deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
+            println!("{name}, {weights:?}: {deviation:.1e} of the spread");
+            assert!(deviation < tolerance, "{name}, {weights:?}: {deviation:.1e} of the spread");
+        }
+    }
+}
+
+/// Latents in every format that they may have: rounding is all that differs. Keys and values have one format, without scales per channel.
+#[test]
+fn cache_formats_of_latents_stay_close() {
+    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
+    let expected = Expected::load("deepseek_v3");
+    let model = load(&gpu, "deepseek_v3", WeightFormat::F32);
+    for (format, tolerance) in
+        [(KvFormat::F16, 2e-3), (KvFormat::E4M3, 0.3), (KvFormat::Int8, 5e-2), (KvFormat::Int4, 0.8)]
+    {
+        let mut decoder = decoder(&model, format, 256);
+        for chunk in [usize::MAX, 7] {
+            let deviation = expected.mean_deviation(&logits(&mut decoder, &expected.sequences, chunk));
+            println!("{format}, chunks of {chunk}: {deviation:.1e} of the spread");
+            assert!(deviation < tolerance, "{format}, chunks of {chunk}: {deviation:.1e} of the spread");
+        }
+    }
+    for (k_format, v_format) in [
+        (KvFormat::F16, KvFormat::F32),
+        (KvFormat::Int8PerChannel, KvFormat::Int8),
+        (KvFormat::Int8PerChannel, KvFormat::F16),
     ] {
-        let model = load(&gpu, "llama3", weights);
-        let mut decoder = decoder(&model, KvFormat::F32, 256);
-        let deviation = expected.mean_deviation(&logits(&mut decoder, &expected.sequences, usize::MAX));
-        println!("{weights:?}: {deviation:.1e} of the spread");
-        assert!(deviation < tolerance, "{weights:?}: {deviation:.1e} of the spread");
+        let options = with(DecoderOptions::default(), |o| (o.k_format, o.v_format) = (k_format, v_format));
+        let error = Decoder::new_blocking(Arc::clone(&model), options).unwrap_err().to_string();
+        assert!(error.contains("v_format: got"), "{error}");
     }
 }
 
@@ -318,6 +347,34 @@ fn every_setting_matters() {
         let window = config.layers.kind(0).window;
         config.layers = LayerPattern::uniform(LayerKind::new(Some(rope), window));
     });
+    let pairs: Change = ("pairs that turn together", |config, _| {
+        each_kind(config, |kind| {
+            let rope = kind.rope.as_mut().unwrap();
+            rope.layout = match rope.layout {
+                RopeLayout::HalfSplit => RopeLayout::Interleaved,
+                RopeLayout::Interleaved => RopeLayout::HalfSplit,
+            };
+        });
+    });
+    let scaling: Change = ("scaling of the rotation", |config, _| {
+        each_kind(config, |kind| kind.rope.as_mut().unwrap().scaling = RopeScaling::None);
+    });
+    let factor: Change = ("YaRN's factor of logits", |config, _| {
+        config.softmax_scale = Some(1.0 / (config.head_dim as f32).sqrt());
+    });
+    let latent_eps: Change = ("epsilon of latents", |config, _| config.latent.as_mut().unwrap().norm_eps = 0.05);
+    let latent_norms: Change = ("the right norms of latents", |_, weights| {
+        let norms: Vec<_> = weights.layers.iter().map(|layer| (layer.q_norm.clone(), layer.k_norm.clone())).collect();
+        for (layer, (q, k)) in weights.layers.iter_mut().zip(norms.into_iter().rev()) {
+            (layer.q_norm, layer.k_norm) = (q, k);
+        }
+    });
+    let latent_biases: Change = ("biases of latents", |_, weights| {
+        for layer in &mut weights.layers {
+            layer.k.bias = None;
+            layer.q_latent.as_mut().unwrap().bias = None;
+        }
+    });
     let sinks: Change = ("sinks", |config, weights| {
         config.attention_sinks = false;
         weights.layers.iter_mut().for_each(|layer| layer.sinks = None);
@@ -348,7 +405,12 @@ fn every_setting_matters() {
         linears.for_each(|linear| linear.bias = None);
     });
     let same: Change = ("nothing", |_, _| ());
-    let cases: [(&str, &[Change]); 13] = [
+    let cases: [(&str, &[Change]); 18] = [
+        ("deepseek_v2", &[pairs, scaling, factor, latent_eps, latent_norms]),
+        ("deepseek_v3", &[pairs, scale, latent_eps, latent_norms, latent_biases]),
+        ("deepseek_v3_half_split", &[pairs, scale, latent_norms]),
+        ("deepseek_v2_experts", &[sum, fewer, scale_of_experts, groups, shared]),
+        ("deepseek_v3_experts", &[sum, fewer, scale_of_experts, groups, correction, shared]),
         ("mistral", &[window]),
         ("phi3", &[window, long, partial]),
         ("smollm3", &[window, window_everywhere, rope]),

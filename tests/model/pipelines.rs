@@ -10,8 +10,15 @@ use crate::common::with;
 use crate::decoder::{fixture, tokens};
 
 /// The most pipelines that a model may need, by the kinds of its layers: each kind of attention takes three, each rotation one.
-const MODELS: [(&str, u64); 6] =
-    [("llama", 60), ("gpt2", 60), ("gemma3", 80), ("olmo2", 80), ("qwen3_moe", 80), ("gpt_oss", 80)];
+const MODELS: [(&str, u64); 7] = [
+    ("llama", 60),
+    ("gpt2", 60),
+    ("gemma3", 80),
+    ("olmo2", 80),
+    ("deepseek_v3", 80),
+    ("qwen3_moe", 80),
+    ("gpt_oss", 80),
+];
 
 /// Steps of any size and any sampling compile nothing more.
 #[test]

@@ -99,7 +99,8 @@ pub(crate) fn check(source: &Source, what: &str) {
     let module = naga::front::wgsl::parse_str(text).unwrap_or_else(|e| panic!("{what}: {}", e.emit_to_string(text)));
     let ShaderFeatures { subgroups, int64, .. } = source.features();
     assert!(!subgroups, "{what}");
-    let capabilities = if int64 { Capabilities::SHADER_INT64 } else { Capabilities::empty() };
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::SHADER_INT64, int64);
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{what}: {}", e.emit_to_string(text)));

@@ -115,6 +115,8 @@ fn trees_of_drafts_give_the_text_of_single_steps() {
         (stories, KvFormat::Int8, None),
         (fixture("gpt2"), KvFormat::F32, None),
         (fixture("llama"), KvFormat::F16, Some(7)),
+        // Latents.
+        (fixture("deepseek_v3"), KvFormat::F16, None),
         // Layers with windows beside layers without.
         (fixture("gemma3"), KvFormat::F32, None),
     ] {

@@ -4,8 +4,8 @@ use super::{array_bytes, geometry};
 use crate::kernel::variant::Variant;
 
 geometry! {
-    /// An invocation writes a Vec8 (8 elements) of a row of K and of V. Those of a row whose range they share, and of append_qkv all, are of one
-    /// workgroup, which has whole rows.
+    /// An invocation writes a Vec8 (8 elements) of a row of K and of V. Those of a row whose range or squares they share, and of append_qkv all, are of
+    /// one workgroup, which has whole rows.
     AppendGeometry {
         /// Vec8s of a row of K or of V, whichever has more.
         vec8s: u32,

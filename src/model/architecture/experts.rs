@@ -22,17 +22,28 @@ pub(crate) struct Experts {
     pub(crate) renormalise: Flag,
     /// What the weights are multiplied by.
     pub(crate) scale: Option<(&'static str, f64)>,
-    /// Groups of experts: how many there are, how many are selected from, and what by. Both settings are 1 by default.
-    pub(crate) groups: Option<([&'static str; 2], GroupScore)>,
-    /// Experts that every token goes to, together one of so many times the width: the setting, by default none.
-    pub(crate) shared: Option<&'static str>,
-    /// Which layers have experts: those from the one with this number on, by default all; every n-th; and none that is in a list. The settings, that of n
-    /// with its default.
-    pub(crate) first: Option<&'static str>,
+    pub(crate) groups: Option<GroupKeys>,
+    /// Experts that every token goes to, together one of so many times the width: the setting and its default.
+    pub(crate) shared: Option<(&'static str, u32)>,
+    /// Which layers have experts: those from the one with this number on, by default all; every n-th; and none that is in a list. The settings, those of
+    /// numbers with their defaults.
+    pub(crate) first: Option<(&'static str, u32)>,
     pub(crate) every: Option<(&'static str, u32)>,
     pub(crate) dense: Option<&'static str>,
     /// How the tensors are stored, in the order in which the forms are tried.
     pub(crate) forms: &'static [ExpertNames],
+}
+
+/// Groups of experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupKeys {
+    /// The setting that says whether there are some: its default, with which there are none, and what it has to be. `None`: there are always some.
+    pub(crate) method: Option<[&'static str; 3]>,
+    /// How many there are, and how many are selected from: the settings and their defaults.
+    pub(crate) count: (&'static str, u32),
+    pub(crate) selected: (&'static str, u32),
+    /// What they are selected by.
+    pub(crate) score: GroupScore,
 }
 
 /// Names of tensors of a mixture. `{i}` stands for the layer, `{e}` for the expert.

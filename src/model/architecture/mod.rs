@@ -9,7 +9,7 @@ mod weights;
 use super::ModelResult;
 use super::config::{ModelConfig, QkNorm};
 use super::ops::NormKind;
-pub(crate) use experts::{ExpertNames, ExpertTensors, Experts};
+pub(crate) use experts::{ExpertNames, ExpertTensors, Experts, GroupKeys};
 use table::ARCHITECTURES;
 use weights::Build;
 pub use weights::{LayerWeights, LinearWeights, ModelWeights, NormWeights, Piece, TensorSource};
@@ -34,6 +34,8 @@ pub struct Architecture {
     /// Soft caps of attention and of the head.
     pub(crate) attention_softcap: Option<Optional<f64>>,
     pub(crate) logit_softcap: Option<Optional<f64>>,
+    /// Keys and values are projections of latents.
+    pub(crate) latent: Option<LatentKeys>,
     /// Embeddings are multiplied by the root of the hidden size.
     pub(crate) scaled_embedding: bool,
     /// What some layers have in place of an MLP.
@@ -113,6 +115,19 @@ pub(crate) struct RopeKeys {
     pub(crate) skipped: Option<(&'static str, &'static str, u32)>,
 }
 
+/// Sizes of latents, each by its key and default.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LatentKeys {
+    pub(crate) q_rank: Optional<u32>,
+    pub(crate) kv_rank: (&'static str, u32),
+    /// Elements of a head's query and key: those that are rotated, and the others.
+    pub(crate) rope_dim: (&'static str, u32),
+    pub(crate) nope_dim: (&'static str, u32),
+    pub(crate) value_dim: (&'static str, u32),
+    /// Whether neighbours are rotated together.
+    pub(crate) interleaved: Flag,
+}
+
 /// Which layers see the newest keys only.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window {
@@ -172,6 +187,23 @@ pub(crate) enum Qkv {
     Stacked(&'static str),
     /// One tensor: per head its query, its key, its value.
     PerHead(&'static str),
+    /// By latents.
+    Latent(LatentNames),
+}
+
+/// Projections by latents, and norms of these.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LatentNames {
+    /// Queries, where they have no latent.
+    pub(crate) q: &'static str,
+    /// The latent of queries, and queries from it.
+    pub(crate) q_a: &'static str,
+    pub(crate) q_a_norm: &'static str,
+    pub(crate) q_b: &'static str,
+    /// The latent of keys and values with the rotated elements beside it; then for each head its key without those, and its value.
+    pub(crate) kv_a: &'static str,
+    pub(crate) kv_a_norm: &'static str,
+    pub(crate) kv_b: &'static str,
 }
 
 /// How the MLP's first projection is stored.
@@ -247,7 +279,7 @@ impl Architecture {
         head.iter().flat_map(LinearWeights::sources).try_for_each(&mut check)?;
         let mut layers = Vec::new();
         for i in 0..config.num_layers {
-            let layer = build.layer(i);
+            let layer = build.layer(i)?;
             layer.sources().try_for_each(&mut check)?;
             layers.push(layer);
         }

@@ -1,8 +1,8 @@
 //! The table of architectures.
 
 use super::{
-    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, Optional, Positions, Qkv, RopeKeys,
-    SizeDefault, TensorNames, Up, Window, WindowedLayers,
+    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, GroupKeys, LatentKeys, LatentNames, Optional,
+    Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
 };
 use crate::model::config::QkNorm;
 use crate::model::ops::{GroupScore, NormKind, Scoring};
@@ -87,6 +87,7 @@ const LLAMA: Architecture = Architecture {
     query_scalar: None,
     attention_softcap: None,
     logit_softcap: None,
+    latent: None,
     scaled_embedding: false,
     experts: None,
     tensors: LLAMA_TENSORS,
@@ -141,9 +142,14 @@ const DEEPSEEK_V3_MIX: Experts = Experts {
     scoring: Scoring::Sigmoid,
     renormalise: Flag::Key("norm_topk_prob", false),
     scale: Some(("routed_scaling_factor", 1.0)),
-    groups: Some((["n_group", "topk_group"], GroupScore::TopTwo)),
-    shared: Some("n_shared_experts"),
-    first: Some("first_k_dense_replace"),
+    groups: Some(GroupKeys {
+        method: None,
+        count: ("n_group", 1),
+        selected: ("topk_group", 1),
+        score: GroupScore::TopTwo,
+    }),
+    shared: Some(("n_shared_experts", 0)),
+    first: Some(("first_k_dense_replace", 0)),
     forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..CORRECTED_EXPERTS }, CORRECTED_EXPERTS],
     ..MIXTRAL_MIX
 };
@@ -200,6 +206,53 @@ const GEMMA2: Architecture = Architecture {
     logit_softcap: Some(Optional { key: "final_logit_softcapping", default: Some(30.0) }),
     scaled_embedding: true,
     tensors: GEMMA_TENSORS,
+    ..LLAMA
+};
+
+/// DeepSeek-V3: what it calls the sizes, and which it has by default.
+const DEEPSEEK_LATENT: LatentKeys = LatentKeys {
+    q_rank: Optional { key: "q_lora_rank", default: Some(1536) },
+    kv_rank: ("kv_lora_rank", 512),
+    rope_dim: ("qk_rope_head_dim", 64),
+    nope_dim: ("qk_nope_head_dim", 128),
+    value_dim: ("v_head_dim", 128),
+    interleaved: Flag::Key("rope_interleave", true),
+};
+
+const DEEPSEEK_V3: Architecture = Architecture {
+    model_type: "deepseek_v3",
+    // What is called so is the rotated part of a head.
+    config: ConfigKeys { head_dim: None, ..LLAMA_KEYS },
+    mlp_bias: Flag::Never,
+    latent: Some(DEEPSEEK_LATENT),
+    experts: Some(Experts {
+        count: (&["n_routed_experts", "num_local_experts"], Some(256)),
+        selected: ("num_experts_per_tok", Some(8)),
+        intermediate_size: Some(("moe_intermediate_size", 2048)),
+        renormalise: Flag::Key("norm_topk_prob", true),
+        scale: Some(("routed_scaling_factor", 2.5)),
+        groups: Some(GroupKeys {
+            method: None,
+            count: ("n_group", 8),
+            selected: ("topk_group", 4),
+            score: GroupScore::TopTwo,
+        }),
+        shared: Some(("n_shared_experts", 1)),
+        first: Some(("first_k_dense_replace", 3)),
+        ..DEEPSEEK_V3_MIX
+    }),
+    tensors: TensorNames {
+        qkv: Qkv::Latent(LatentNames {
+            q: "layers.{i}.self_attn.q_proj",
+            q_a: "layers.{i}.self_attn.q_a_proj",
+            q_a_norm: "layers.{i}.self_attn.q_a_layernorm",
+            q_b: "layers.{i}.self_attn.q_b_proj",
+            kv_a: "layers.{i}.self_attn.kv_a_proj_with_mqa",
+            kv_a_norm: "layers.{i}.self_attn.kv_a_layernorm",
+            kv_b: "layers.{i}.self_attn.kv_b_proj",
+        }),
+        ..LLAMA_TENSORS
+    },
     ..LLAMA
 };
 
@@ -453,4 +506,30 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         tensors: TensorNames { qk_norm: Some((QkNorm::PerHead, QK_NORMS)), ..GEMMA_TENSORS },
         ..GEMMA2
     },
+    Architecture {
+        model_type: "deepseek_v2",
+        // transformers leaves it out: weights of experts are not divided by their sum.
+        config: ConfigKeys { fixed: &[("norm_topk_prob", false)], ..DEEPSEEK_V3.config },
+        mlp_bias: Flag::Key("mlp_bias", false),
+        latent: Some(LatentKeys { interleaved: Flag::Always, ..DEEPSEEK_LATENT }),
+        experts: Some(Experts {
+            count: (&["n_routed_experts", "num_experts"], Some(64)),
+            selected: ("num_experts_per_tok", None),
+            intermediate_size: Some(("moe_intermediate_size", 1407)),
+            scale: Some(("routed_scaling_factor", 1.0)),
+            groups: Some(GroupKeys {
+                method: Some(["topk_method", "greedy", "group_limited_greedy"]),
+                count: ("n_group", 1),
+                selected: ("topk_group", 1),
+                score: GroupScore::Best,
+            }),
+            shared: Some(("n_shared_experts", 2)),
+            first: Some(("first_k_dense_replace", 0)),
+            renormalise: Flag::Never,
+            forms: &[ExpertNames { tensors: ExpertTensors::Each(QWEN_EXPERTS), ..PACKED_EXPERTS }, PACKED_EXPERTS],
+            ..MIXTRAL_MIX
+        }),
+        ..DEEPSEEK_V3
+    },
+    DEEPSEEK_V3,
 ];

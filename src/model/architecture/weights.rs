@@ -1,7 +1,7 @@
 //! Where the parameters of a model lie in its checkpoint.
 
 use super::experts::{ExpertNames, ExpertWeights};
-use super::{Qkv, TensorNames, Up};
+use super::{LatentNames, Qkv, TensorNames, Up};
 use crate::model::config::{ExpertsConfig, ModelConfig, QkNorm};
 use crate::model::ops::NormKind;
 use crate::model::{ModelError, ModelResult};
@@ -32,17 +32,21 @@ pub struct LayerWeights {
     pub post_attn_norm: Option<NormWeights>,
     /// `[num_q_heads, 1]`: a logit of each head that takes part in the softmax and stands for no key (gpt-oss).
     pub sinks: Option<TensorSource>,
-    /// `[num_q_heads * head_dim, hidden_size]`
+    /// With a latent of queries: `[q_rank, hidden_size]`, which makes it.
+    pub q_latent: Option<LinearWeights>,
+    /// `[num_q_heads * head_dim, hidden_size]`, or `[num_q_heads * head_dim, q_rank]` of a latent of queries.
     pub q: LinearWeights,
-    /// `[num_kv_heads * head_dim, hidden_size]`
+    /// `[num_kv_heads * head_dim, hidden_size]`. With [latents](crate::model::LatentConfig) `[kv_rank + rope_dim, hidden_size]`, which makes them.
     pub k: LinearWeights,
-    /// `[num_kv_heads * head_dim, hidden_size]`
+    /// `[num_kv_heads * head_dim, hidden_size]`. With latents `[num_q_heads * (head_dim - rope_dim + value_dim), kv_rank]`: of each head what makes its
+    /// key of a latent, then what makes its value.
     pub v: LinearWeights,
-    /// `[hidden_size, num_q_heads * head_dim]`
+    /// `[hidden_size, num_q_heads * head_dim]`, with latents `[hidden_size, num_q_heads * value_dim]`.
     pub o: LinearWeights,
-    /// The norm of queries: `head_dim` wide, or as wide as all heads. See [`ModelConfig::qk_norm`](crate::model::ModelConfig::qk_norm).
+    /// The norm of queries: `head_dim` wide, or as wide as all heads. See [`ModelConfig::qk_norm`](crate::model::ModelConfig::qk_norm). With latents
+    /// that of the latent of queries.
     pub q_norm: Option<NormWeights>,
-    /// The norm of keys.
+    /// The norm of keys; with latents that of the latent of keys and values.
     pub k_norm: Option<NormWeights>,
     /// The norm before the MLP.
     pub mlp_norm: Option<NormWeights>,
@@ -92,7 +96,7 @@ impl ModelWeights {
 impl LayerWeights {
     /// Every source of the layer, in the order of computation.
     pub fn sources(&self) -> impl Iterator<Item = &TensorSource> {
-        let projections = [&self.q, &self.k, &self.v].into_iter().flat_map(LinearWeights::sources);
+        let projections = self.q_latent.iter().chain([&self.q, &self.k, &self.v]).flat_map(LinearWeights::sources);
         let [before, qk, between, after] = [
             [&self.attn_norm, &None],
             [&self.q_norm, &self.k_norm],
@@ -109,7 +113,7 @@ impl LayerWeights {
     /// The three projections as one of `[(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]`: queries, keys, values.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) if they were changed so that they no longer fit together.
+    /// [`Error::Argument`](crate::Error::Argument) if they were changed so that they no longer fit together, or are those of latents.
     pub fn qkv(&self) -> ModelResult<LinearWeights> {
         LinearWeights::stack(&[&self.q, &self.k, &self.v])
     }
@@ -234,6 +238,15 @@ impl Selection {
     }
 }
 
+/// What a layer attends with.
+struct Projections {
+    q_latent: Option<LinearWeights>,
+    /// Of queries, keys and values.
+    parts: [LinearWeights; 3],
+    /// Of queries and keys, or of their latents.
+    norms: [Option<NormWeights>; 2],
+}
+
 pub(super) struct Build<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) names: &'a TensorNames,
@@ -317,12 +330,12 @@ impl Build<'_> {
         LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias }
     }
 
-    fn qkv(&self, layer: u32) -> [LinearWeights; 3] {
+    fn qkv(&self, layer: u32) -> ModelResult<Projections> {
         let (hidden, head) = (self.config.hidden_size as usize, self.config.head_dim as usize);
         let (q, kv) = (self.config.q_width(), self.config.kv_width());
         let bias = self.config.qkv_bias;
         let all = q + 2 * kv;
-        match self.names.qkv {
+        let parts = match self.names.qkv {
             Qkv::Split([q_name, k_name, v_name]) => [
                 self.linear(q_name, q, hidden, bias, layer),
                 self.linear(k_name, kv, hidden, bias, layer),
@@ -334,7 +347,40 @@ impl Build<'_> {
                 let select = Selection { rows: q, first, run: head, stride: 3 * head };
                 self.select(name, all, hidden, bias, layer, select)
             }),
-        }
+            Qkv::Latent(names) => return self.latents(names, layer),
+        };
+        let norms = match self.names.qk_norm {
+            None => [None, None],
+            Some((over, [q_name, k_name])) => {
+                let [q_width, k_width] = match over {
+                    QkNorm::PerHead => [head; 2],
+                    QkNorm::AllHeads => [q, kv],
+                };
+                [Some(self.norm(q_name, q_width, layer)), Some(self.norm(k_name, k_width, layer))]
+            }
+        };
+        Ok(Projections { q_latent: None, parts, norms })
+    }
+
+    fn latents(&self, names: LatentNames, layer: u32) -> ModelResult<Projections> {
+        let (config, hidden) = (self.config, self.config.hidden_size as usize);
+        let latent = config.latent.as_ref();
+        let latent = latent.ok_or_else(|| ModelError::argument("latent", "none", "sizes of the model's latents"))?;
+        let [rank, rope, value] = [latent.kv_rank, latent.rope_dim, latent.value_dim].map(|size| size as usize);
+        // Of a head, what makes its key of a latent, and what makes its value.
+        let made = (config.head_dim as usize).saturating_sub(rope) + value;
+        let (q_latent, q_norm, q) = match latent.q_rank.map(|rank| rank as usize) {
+            None => (None, None, self.linear(names.q, config.q_width(), hidden, false, layer)),
+            Some(rank) => (
+                Some(self.linear(names.q_a, rank, hidden, config.qkv_bias, layer)),
+                Some(self.norm(names.q_a_norm, rank, layer)),
+                self.linear(names.q_b, config.q_width(), rank, false, layer),
+            ),
+        };
+        let k = self.linear(names.kv_a, rank + rope, hidden, config.qkv_bias, layer);
+        let v = self.linear(names.kv_b, config.num_q_heads as usize * made, rank, false, layer);
+        let norms = [q_norm, Some(self.norm(names.kv_a_norm, rank, layer))];
+        Ok(Projections { q_latent, parts: [q, k, v], norms })
     }
 
     /// The first projection of an MLP.
@@ -355,20 +401,10 @@ impl Build<'_> {
         }
     }
 
-    pub(super) fn layer(&self, layer: u32) -> LayerWeights {
+    pub(super) fn layer(&self, layer: u32) -> ModelResult<LayerWeights> {
         let (config, names) = (self.config, self.names);
         let (hidden, inner) = (config.hidden_size as usize, config.intermediate_size as usize);
-        let [q, k, v] = self.qkv(layer);
-        let [q_norm, k_norm] = match names.qk_norm {
-            None => [None, None],
-            Some((over, [q, k])) => {
-                let [q_width, k_width] = match over {
-                    QkNorm::PerHead => [config.head_dim as usize; 2],
-                    QkNorm::AllHeads => [config.q_width(), config.kv_width()],
-                };
-                [Some(self.norm(q, q_width, layer)), Some(self.norm(k, k_width, layer))]
-            }
-        };
+        let Projections { q_latent, parts: [q, k, v], norms: [q_norm, k_norm] } = self.qkv(layer)?;
         let experts = self.experts.filter(|(_, experts)| experts.layers.contains(layer));
         let (gate_up, down, router, correction, shared) = match experts {
             Some((names, config)) => {
@@ -381,14 +417,15 @@ impl Build<'_> {
             }
         };
         let norm = |name: Option<_>| name.map(|name| self.norm(name, hidden, layer));
-        LayerWeights {
+        Ok(LayerWeights {
             attn_norm: norm(names.attn_norm),
             post_attn_norm: norm(names.post_attn_norm),
+            q_latent,
             sinks: names.sinks.map(|name| self.vector(name, config.num_q_heads as usize, layer)),
             q,
             k,
             v,
-            o: self.linear(names.output, hidden, config.q_width(), config.output_bias, layer),
+            o: self.linear(names.output, hidden, config.attended_width(), config.output_bias, layer),
             q_norm,
             k_norm,
             mlp_norm: norm(names.mlp_norm),
@@ -398,6 +435,6 @@ impl Build<'_> {
             shared,
             gate_up,
             down,
-        }
+        })
     }
 }

@@ -4,11 +4,11 @@ use serde_json::Value;
 
 use super::json::Section;
 use crate::Error;
-use crate::model::ModelResult;
-use crate::model::architecture::Experts;
+use crate::model::architecture::{Experts, GroupKeys};
 use crate::model::linear::MAX_IN_FEATURES;
 use crate::model::linear_config::{Factor, LinearExperts};
 use crate::model::ops::{ActivationKind, ExpertGroups, RouterConfig, activation::MAX_WIDTH};
+use crate::model::{ModelError, ModelResult};
 
 /// The layers of a model whose MLP is a mixture of experts, and what is in it.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +62,7 @@ pub(super) fn parse_experts(
     let count = size(count_key, default)?;
     let (selected_key, default) = keys.selected;
     let per_row = size(selected_key, default)?;
-    let group_keys = keys.groups.map_or([count_key; 2], |(keys, _)| keys);
+    let group_keys = keys.groups.map_or([count_key; 2], |keys| [keys.count.0, keys.selected.0]);
     let mut router = RouterConfig::new(LinearExperts { count, per_row });
     router.scoring = keys.scoring;
     router.renormalise = file.flag(keys.renormalise)?;
@@ -70,14 +70,7 @@ pub(super) fn parse_experts(
     if let Some((key, default)) = keys.scale {
         router.scale = Factor::new(file.single(key, file.positive(key)?.unwrap_or(default))?)?;
     }
-    router.groups = match keys.groups {
-        Some(([groups, selected], score)) => {
-            let (count, selected) = (file.size(groups)?.unwrap_or(1), file.size(selected)?.unwrap_or(1));
-            // One group is no choice.
-            Some(ExpertGroups { count, selected, score }).filter(|groups| groups.count > 1 || groups.selected > 1)
-        }
-        None => None,
-    };
+    router.groups = keys.groups.map_or(Ok(None), |keys| groups(file, &keys))?;
     router.validate().map_err(|error| match &error {
         Error::Argument { argument: "experts.count", .. } => file.rule(count_key, error),
         Error::Argument { argument: "groups.count", .. } => file.rule(group_keys[0], error),
@@ -96,20 +89,17 @@ pub(super) fn parse_experts(
             size
         }
     };
-    let number = |key: Option<&'static str>| {
-        let read = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
-        key.map_or(Ok(None), |key| file.optional(key, "an integer of at least 0", read))
-    };
-    let shared_size = match number(keys.shared)?.filter(|shared| *shared > 0) {
-        Some(shared) => {
+    let shared_size = match keys.shared {
+        Some((key, default)) => {
+            let shared = number(file, key)?.unwrap_or(default);
             let max = MAX_IN_FEATURES.min(MAX_WIDTH);
             let size = intermediate_size.checked_mul(shared).filter(|size| *size <= max);
             let need = || format!("at most {max} together, each {intermediate_size} wide");
-            Some(size.ok_or_else(|| file.error(keys.shared.unwrap_or_default(), shared, need()))?)
+            Some(size.ok_or_else(|| file.error(key, shared, need()))?).filter(|size| *size > 0)
         }
         None => None,
     };
-    let first = number(keys.first)?.unwrap_or(0);
+    let first = first_layer(file, keys)?;
     let activation = match keys.clamped_swiglu {
         None => activation,
         Some([alpha, limit]) => {
@@ -130,6 +120,29 @@ pub(super) fn parse_experts(
         activation,
         layers: ExpertLayers { first, every, dense },
     })
+}
+
+fn number(file: &Section<'_>, key: &str) -> ModelResult<Option<u32>> {
+    file.optional(key, "an integer of at least 0", |value| value.as_u64().and_then(|n| u32::try_from(n).ok()))
+}
+
+/// The first layer that may have experts.
+pub(super) fn first_layer(file: &Section<'_>, keys: &Experts) -> ModelResult<u32> {
+    keys.first.map_or(Ok(0), |(key, default)| Ok(number(file, key)?.unwrap_or(default)))
+}
+
+fn groups(file: &Section<'_>, keys: &GroupKeys) -> ModelResult<Option<ExpertGroups>> {
+    if let Some([key, none, some]) = keys.method {
+        match file.text(key)?.unwrap_or(none) {
+            method if method == some => {}
+            method if method == none => return Ok(None),
+            other => return Err(file.error(key, other, format!("{none} or {some}"))),
+        }
+    }
+    let size = |(key, default)| Ok::<_, ModelError>(file.size(key)?.unwrap_or(default));
+    let groups = ExpertGroups { count: size(keys.count)?, selected: size(keys.selected)?, score: keys.score };
+    // One group is no choice.
+    Ok(Some(groups).filter(|groups| groups.count > 1 || groups.selected > 1))
 }
 
 /// A list of layers.

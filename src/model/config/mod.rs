@@ -2,6 +2,7 @@
 
 mod experts;
 mod json;
+mod latent;
 mod layers;
 mod parse;
 mod rope;
@@ -13,6 +14,7 @@ use super::ops::{ActivationKind, NormKind};
 use super::{ModelError, ModelResult};
 pub use experts::{ExpertLayers, ExpertsConfig};
 pub(crate) use json::{JsonFile, Section};
+pub use latent::LatentConfig;
 pub use layers::{LayerKind, LayerPattern};
 use parse::parse;
 pub(crate) use parse::parse_as;
@@ -35,8 +37,10 @@ pub struct ModelConfig {
     pub num_q_heads: u32,
     /// Key and value heads; divides the query heads.
     pub num_kv_heads: u32,
-    /// Width of a head. `num_q_heads * head_dim` may differ from `hidden_size`.
+    /// Width of a head's query and key. `num_q_heads * head_dim` may differ from `hidden_size`.
     pub head_dim: u32,
+    /// Keys and values are projections of latents. `None`: heads have keys and values of their own.
+    pub latent: Option<LatentConfig>,
     /// Width of the MLP between its two projections.
     pub intermediate_size: u32,
     /// Rows of the embedding: token ids are below it.
@@ -174,6 +178,12 @@ impl ModelConfig {
     #[must_use]
     pub fn q_width(&self) -> usize {
         self.num_q_heads as usize * self.head_dim as usize
+    }
+
+    /// Width of what attention yields of all query heads together: that of their values.
+    #[must_use]
+    pub fn attended_width(&self) -> usize {
+        self.num_q_heads as usize * self.latent.as_ref().map_or(self.head_dim, |latent| latent.value_dim) as usize
     }
 
     /// Width of all key heads together; values have the same.

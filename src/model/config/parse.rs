@@ -1,9 +1,10 @@
 //! `config.json` by an architecture's table.
 
-use super::experts::parse_experts;
+use super::experts::{first_layer, parse_experts};
 use super::json::Section;
+use super::latent::Latents;
 use super::layers::{parse_windows, rotated_layers};
-use super::rope::parse_rope;
+use super::rope::{parse_rope, scaling_section};
 use super::{LongContext, ModelConfig, NormSettings, QkNorm};
 use crate::layout::MAX_HEAD_DIM;
 use crate::model::ModelResult;
@@ -13,7 +14,7 @@ use crate::model::ops::activation::MAX_WIDTH as MAX_GATED_WIDTH;
 use crate::model::ops::{ActivationKind, NormConfig};
 use crate::model::sampler::MAX_VOCAB;
 use crate::plan::MAX_GRID;
-use crate::{Error, RopeScaling};
+use crate::{Error, RopeConfig, RopeScaling};
 
 /// Hugging Face's names of activations.
 const ACTIVATIONS: &[(&str, ActivationKind)] = &[
@@ -72,9 +73,12 @@ pub(crate) fn parse_as(
         let key = keys.num_kv_heads.unwrap_or(keys.num_q_heads);
         return Err(file.error(key, num_kv_heads, format!("a divisor of the {num_q_heads} query heads")));
     }
-    let head_dim = match keys.head_dim.map_or(Ok(None), |key| file.size(key))? {
-        Some(head_dim) => head_dim,
-        None => match keys.default_head_dim {
+    let latents = architecture.latent.as_ref();
+    let latents = latents.map(|keys| Latents::parse(file, keys, [num_q_heads, num_kv_heads])).transpose()?;
+    let head_dim = match (&latents, keys.head_dim.map_or(Ok(None), |key| file.size(key))?) {
+        (Some(latents), _) => latents.head_dim,
+        (None, Some(head_dim)) => head_dim,
+        (None, None) => match keys.default_head_dim {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(num_q_heads) => hidden_size / num_q_heads,
             None => {
@@ -99,7 +103,8 @@ pub(crate) fn parse_as(
     let max_position_embeddings = file.needed_size(keys.max_positions)?;
 
     let gated_mlp = architecture.tensors.up.is_gated();
-    let sizes = Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp };
+    let own_heads = latents.is_none();
+    let sizes = Sizes { hidden_size, num_q_heads, head_dim, own_heads, intermediate_size, vocab_size, gated_mlp };
     check_sizes(file, keys, &sizes)?;
 
     let (eps_key, default_eps) = keys.norm_eps;
@@ -111,8 +116,12 @@ pub(crate) fn parse_as(
         file.error(activation_key, activation, format!("one of {}", known.join(", ")))
     })?;
 
-    let experts = architecture.experts.map(|keys| parse_experts(file, &keys, intermediate_size, activation));
-    let experts = experts.transpose()?;
+    let experts = match architecture.experts {
+        Some(keys) if first_layer(file, &keys)? < num_layers => {
+            Some(parse_experts(file, &keys, intermediate_size, activation)?)
+        }
+        _ => None,
+    };
 
     #[allow(clippy::cast_possible_truncation, reason = "f32 is what the kernels compute with")]
     let norm = NormSettings { kind: architecture.norm, eps: eps as f32, weight_offset: architecture.norm_offset };
@@ -133,7 +142,8 @@ pub(crate) fn parse_as(
     let layers = match architecture.positions {
         Positions::Learned => parse_windows(file, architecture.window, num_layers, &[true], None, None)?,
         Positions::Rope(rope_keys) => {
-            let rope = parse_rope(file, &rope_keys, head_dim, max_position_embeddings)?;
+            let rotated_dim = latents.as_ref().map_or(head_dim, |latents| latents.config.rope_dim);
+            let rope = parse_rope(file, &rope_keys, rotated_dim, max_position_embeddings)?;
             if let RopeScaling::Yarn { factor, original_max_position, .. } = rope.own.scaling {
                 // Checkpoints differ in whether `max_position_embeddings` already counts the stretched context.
                 let stretched = (f64::from(original_max_position) * factor).min(f64::from(i32::MAX));
@@ -142,8 +152,13 @@ pub(crate) fn parse_as(
                 max_positions = max_positions.max(stretched);
             }
             let rotated = rotated_layers(file, rope_keys.skipped, num_layers)?;
-            let layers =
-                |own| parse_windows(file, architecture.window, num_layers, &rotated, Some(own), rope.windowed.clone());
+            let layers = |own: RopeConfig| {
+                let own = match &latents {
+                    Some(latents) => latents.rope(file, own)?,
+                    None => own,
+                };
+                parse_windows(file, architecture.window, num_layers, &rotated, Some(own), rope.windowed.clone())
+            };
             if let Some((long, original)) = rope.long {
                 long_context = Some(LongContext { layers: layers(long)?, max_positions });
                 max_positions = original;
@@ -156,9 +171,13 @@ pub(crate) fn parse_as(
         let Some(setting) = setting else { return Ok(None) };
         file.optional_positive(setting)?.map(|cap| file.single(setting.key, cap)).transpose()
     };
-    let softmax_scale = match architecture.query_scalar {
-        None => None,
-        Some((key, default)) => Some(file.single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
+    let softmax_scale = match (&latents, architecture.query_scalar) {
+        (Some(latents), _) => {
+            let scale = latents.softmax_scale(scaling_section(file)?.as_ref())?;
+            Some(file.single("mscale_all_dim", scale)?)
+        }
+        (None, None) => None,
+        (None, Some((key, default))) => Some(file.single(key, 1.0 / file.positive(key)?.unwrap_or(default).sqrt())?),
     };
     let embedding_scale = architecture.scaled_embedding.then(|| f64::from(hidden_size).sqrt());
 
@@ -179,6 +198,7 @@ pub(crate) fn parse_as(
         num_q_heads,
         num_kv_heads,
         head_dim,
+        latent: latents.map(|latents| latents.config),
         intermediate_size,
         experts,
         attention_sinks: architecture.tensors.sinks.is_some(),
@@ -210,6 +230,8 @@ struct Sizes {
     hidden_size: u32,
     num_q_heads: u32,
     head_dim: u32,
+    /// Whether heads have keys and values of their own: those of latents are checked with these.
+    own_heads: bool,
     intermediate_size: u32,
     vocab_size: u32,
     gated_mlp: bool,
@@ -217,12 +239,12 @@ struct Sizes {
 
 /// Refuses sizes that no kernel takes. The kernels check them too, but know neither the file nor its key.
 fn check_sizes(file: &Section<'_>, keys: &ConfigKeys, sizes: &Sizes) -> ModelResult<()> {
-    let &Sizes { hidden_size, num_q_heads, head_dim, intermediate_size, vocab_size, gated_mlp } = sizes;
+    let &Sizes { hidden_size, num_q_heads, head_dim, own_heads, intermediate_size, vocab_size, gated_mlp } = sizes;
     // What the file doesn't say follows from the hidden size.
     let said = |key: &'static str| file.get(key).map_or(keys.hidden_size, |_| key);
 
     let head_key = keys.head_dim.map_or(keys.hidden_size, said);
-    if head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(8) {
+    if own_heads && (head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(8)) {
         let got = if head_key == keys.hidden_size {
             format!("{hidden_size} over {num_q_heads} heads, a head_dim of {head_dim}")
         } else {

@@ -31,6 +31,12 @@ enum Scaling {
     Long(LongRope),
 }
 
+/// The settings of scaling, where one set holds for all layers.
+pub(super) fn scaling_section<'a>(file: &Section<'a>) -> ModelResult<Option<Section<'a>>> {
+    let older = file.object("rope_scaling")?.filter(|section| !section.object.is_empty());
+    if older.is_some() { Ok(older) } else { file.object("rope_parameters") }
+}
+
 /// transformers 5 writes the settings to `rope_parameters`, versions before it to `rope_scaling` and to top-level settings. Where layers with a
 /// window have a base of their own, `rope_parameters` holds an object for each of both.
 pub(super) fn parse_rope(
@@ -39,18 +45,18 @@ pub(super) fn parse_rope(
     head_dim: u32,
     max_position_embeddings: u32,
 ) -> ModelResult<Ropes> {
-    let parameters = file.object("rope_parameters")?;
     // A setting within the section comes first, then the top-level names.
     let theta = |section: Option<&Section<'_>>, top: &[&str], default| {
         find(file, section, "rope_theta", top, &|s, key| s.number(key, "a number above 1", |n| n > 1.0))
             .map(|theta| theta.unwrap_or(default))
     };
-    let older = file.object("rope_scaling")?.filter(|section| !section.object.is_empty());
     let Some((windowed_key, windowed_default)) = keys.windowed_theta else {
-        let section = older.or(parameters);
+        let section = scaling_section(file)?;
         let theta = theta(section.as_ref(), keys.theta, keys.default_theta)?;
         return with_theta(file, section.as_ref(), keys, theta, head_dim, max_position_embeddings);
     };
+    let parameters = file.object("rope_parameters")?;
+    let older = file.object("rope_scaling")?.filter(|section| !section.object.is_empty());
     let of_kind = |kind| parameters.as_ref().map_or(Ok(None), |parameters| parameters.object(kind));
     if let Some(parameters) = &parameters {
         let known = ["full_attention", "sliding_attention"];

@@ -3,17 +3,17 @@
 use super::{DecoderOptions, Streaming, storage};
 use crate::model::ModelResult;
 use crate::model::config::QkNorm;
-use crate::model::transformer::{KindContext, Model};
+use crate::model::transformer::{Append, KindContext, Model};
 use crate::{
-    AppendQkv, Attention, AttentionConfig, AttentionPlan, BufferRef, KvCache, QueryKernel, Result, RopeConfig, Sinks,
-    Step,
+    AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, BufferRef, KvCache, QueryKernel, Result,
+    RopeConfig, Sinks, Step,
 };
 
 /// Attention and rotation of each kind of layer. Kinds share what they have in common.
 #[derive(Debug)]
 pub(super) struct LayerKernels {
     attentions: Vec<Attention>,
-    appends: Vec<AppendQkv>,
+    appends: Vec<Append>,
     /// Which of both each kind takes.
     kinds: Vec<(usize, Option<usize>)>,
     /// Of each layer, if the model has them.
@@ -67,10 +67,10 @@ impl LayerKernels {
         for (rope, sinks) in ropes {
             has_sinks |= sinks;
             let (rope, heads) = (rope.clone(), config.num_q_heads);
-            appends.push(if sinks {
-                AppendQkv::with_sink_queries(cache, rope, heads, per_head).await?
-            } else {
-                AppendQkv::new(cache, rope, heads, per_head).await?
+            appends.push(match config.latent {
+                Some(_) => Append::Latent(AppendLatent::new(cache, rope).await?),
+                None if sinks => Append::Heads(AppendQkv::with_sink_queries(cache, rope, heads, per_head).await?),
+                None => Append::Heads(AppendQkv::new(cache, rope, heads, per_head).await?),
             });
         }
         let row_bytes = u64::from(config.num_q_heads) * u64::from(config.head_dim) * 4;

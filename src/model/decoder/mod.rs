@@ -97,12 +97,14 @@ impl Default for DecoderOptions {
 }
 
 impl DecoderOptions {
-    /// The cache that a decoder with these options makes for a model.
+    /// The cache that a decoder with these options makes for a model. One of latents has one format: both must be the same.
     #[must_use]
     pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
-        let cache = KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim)
-            .with_blocks(self.num_blocks, self.block_size)
-            .with_formats(self.k_format, self.v_format);
+        let cache = match &model.latent {
+            Some(latent) => KvCacheConfig::latent(model.num_layers, latent.row_dim(), latent.kv_rank),
+            None => KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim),
+        };
+        let cache = cache.with_blocks(self.num_blocks, self.block_size).with_formats(self.k_format, self.v_format);
         // One pool has the blocks of all layers: what the widest window shows must stay. A layer without one sees everything.
         if let Some(Streaming { window, sink_tokens }) = self.streaming {
             return cache.with_window(window).with_sink_tokens(sink_tokens);

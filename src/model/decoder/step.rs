@@ -283,6 +283,13 @@ impl Decoder {
     ) -> ModelResult<()> {
         let vocab = self.model.config().vocab_size as usize;
         self.find_prefixes(feeds)?;
+        let left = feeds.iter().map(|feed| (feed.sequence, (feed.tokens.len() - feed.done) as u32));
+        let left: Vec<_> = left.filter(|&(_, count)| count > 0).collect();
+        let count: usize = left.iter().map(|&(_, count)| count as usize).sum();
+        if count > self.options.max_step_tokens as usize {
+            // One step for all would take the blocks that several will: without room for it nothing is computed.
+            drop(self.cache.begin_step(&left)?);
+        }
         let limits = StepLimits {
             tokens: self.options.max_step_tokens as usize,
             rows: self.max_logit_rows(),

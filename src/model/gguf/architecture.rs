@@ -148,6 +148,8 @@ fn names(of: &TensorNames) -> TensorNames {
             Qkv::Split(_) => Qkv::Split(["blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v"]),
             // What is stored per head elsewhere is sorted by queries, keys and values here.
             Qkv::Stacked(_) | Qkv::PerHead(_) => Qkv::Stacked("blk.{i}.attn_qkv"),
+            // No architecture that is read from this format has latents.
+            latent @ Qkv::Latent(_) => latent,
         },
         output: "blk.{i}.attn_output",
         sinks: of.sinks,

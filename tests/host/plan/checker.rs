@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use folio::plan::{
-    NO_MASK, NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, WorkItem, WorkLists, partial_row_bytes,
+    NO_MASK, NO_PARTIAL, PlanShape, Round, SPLIT_GRANULE, SplitPolicy, TREE_MASK, WorkItem, WorkLists,
+    partial_row_bytes,
 };
 use folio::sequence::Batch;
 
-use super::{BLOCK_SIZE, TABLE_OFFSET, TOKENS_OFFSET, mask_offsets};
+use super::{BLOCK_SIZE, TABLE_OFFSET, TOKENS_OFFSET, mask_offsets, mask_stride};
 
 /// One head of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,7 +38,7 @@ pub(super) struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     pub(super) fn new(shape: &'a PlanShape, policy: &'a SplitPolicy, batch: &'a Batch, plan: &'a WorkLists) -> Self {
-        let (starts, masks) = (batch.query_start(), mask_offsets(batch));
+        let (starts, masks) = (batch.query_start(), mask_offsets(shape, batch));
         Self {
             shape,
             policy,
@@ -135,7 +136,7 @@ impl<'a> Checker<'a> {
         let used = written.len() as u64;
         self.most_partial_rows =
             self.most_partial_rows.max(written.keys().last().map_or(0, |&slot| u64::from(slot) + 1));
-        let limit = self.policy.max_workspace_bytes / partial_row_bytes(self.shape.head_dim);
+        let limit = self.policy.max_workspace_bytes / partial_row_bytes(self.shape.value_dim);
         // A token can't be cut: one alone may need more.
         if used > limit && round.merge.len() > 1 {
             return Err(format!("{used} partial rows in a workspace of {limit}"));
@@ -164,12 +165,16 @@ impl<'a> Checker<'a> {
         let entry = &self.batch.entries[sequence];
         // A chunk is planned like a sequence of its own.
         let chunk_start = item.query_start - self.starts[sequence];
-        let mask_stride = if self.policy.cascade.is_some() { 0 } else { entry.seq_len().div_ceil(32) };
+        let mask_stride = if self.policy.cascade.is_some() { 0 } else { mask_stride(self.shape, self.batch, entry) };
         let expect = |what: &str, got: u32, want: u32| {
             if got == want { Ok(()) } else { Err(format!("{what} is {got}, not {want}")) }
         };
         expect("table_offset", item.table_offset, TABLE_OFFSET + entry.table.start as u32)?;
-        let mask_begin = if self.policy.cascade.is_some() { NO_MASK } else { 0 };
+        let mask_begin = match &entry.tree {
+            Some(_) => entry.context_len | TREE_MASK,
+            None if self.policy.cascade.is_some() || self.batch.has_trees() => NO_MASK,
+            None => 0,
+        };
         expect("mask_begin", item.mask_begin, mask_begin)?;
         let tokens: Vec<u32> = match item.tokens_offset {
             0 => (item.query_start..item.query_start + item.query_len).collect(),
@@ -258,11 +263,13 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// Keys that a token sees: sink tokens and its window, which may overlap. Ranges, because the plan knows no custom masks.
+    /// Keys that a token sees: sink tokens and its window, which may overlap. Ranges, because the plan knows no masks. Of a tree's tokens it knows their
+    /// places, and that none is before the first, a root, which is as far from what is cached as its place says.
     fn visible(&self, sequence: usize, token: u32) -> [Range<u32>; 2] {
         let entry = &self.batch.entries[sequence];
         let position = entry.context_len + token - self.starts[sequence];
-        let begin = self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = if entry.tree.is_some() { entry.context_len } else { position };
+        let begin = self.shape.window.map_or(0, |window| (first + 1).saturating_sub(window));
         let end = if self.shape.causal { position + 1 } else { entry.seq_len() };
         [0..self.shape.sink_tokens.min(end), begin..end]
     }
