@@ -168,8 +168,8 @@ impl LatentLayer {
         self.absorbed.config().bytes() + self.values.config().bytes()
     }
 
-    /// Records what lies between `qkv` and `o`: five dispatches with a latent of queries, four without, and those that splits of attention take. Returns
-    /// what `o` reads.
+    /// Records what lies between `qkv` and `o`: five dispatches with a latent of queries, four without, and those that splits of attention take.
+    /// Returns what `o` reads.
     pub(super) fn record<'a>(
         &self,
         pass: &mut wgpu::ComputePass<'_>,

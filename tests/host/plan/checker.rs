@@ -252,8 +252,8 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// Keys that a token sees: a range, because the plan knows no masks. Of a tree's tokens it knows their places, and that none is before the first, a root,
-    /// which is as far from what is cached as its place says.
+    /// Keys that a token sees: a range, because the plan knows no masks. Of a tree's tokens it knows their places, and that none is before the first,
+    /// a root, which is as far from what is cached as its place says.
     fn visible(&self, sequence: usize, token: u32) -> Range<u32> {
         let entry = &self.batch.entries[sequence];
         let position = entry.context_len + token - self.starts[sequence];
