@@ -153,12 +153,12 @@ impl HeadRope {
     }
 }
 
-/// A linear layer of each head on the GPU: `y[row, head] = W_head x[row, head]`, with x `[rows, num_heads, x_width]`, y `[rows, num_heads, y_width]`, W
-/// `[num_heads, out_features, in_features]` in a [`WeightFormat`], and all sums in f32. With a rope the elements of x behind the inputs are rotated by
-/// the position of their row and go behind the outputs of y.
+/// A linear layer of each head on the GPU: `y[row, head] = W_head x[row, head]`, with x `[rows, num_heads, x_width]`, y `[rows, num_heads, y_width]`,
+/// W `[num_heads, out_features, in_features]` in a [`WeightFormat`], and all sums in f32. With a rope the elements of x behind the inputs are rotated
+/// by the position of their row and go behind the outputs of y.
 ///
-/// It is what a model with latents multiplies by where a projection of the latents is absorbed (DeepSeek-V2, Liu et al. 2024, section 2.1): `W_k^T` of a
-/// head's query, and `W_v` of what attention sums up of latents. The bits of a row of y don't depend on the other rows.
+/// It is what a model with latents multiplies by where a projection of the latents is absorbed (DeepSeek-V2, Liu et al. 2024, section 2.1): `W_k^T`
+/// of a head's query, and `W_v` of what attention sums up of latents. The bits of a row of y don't depend on the other rows.
 #[derive(Debug)]
 pub struct HeadLinear {
     gpu: Gpu,
@@ -175,8 +175,8 @@ impl HeadLinear {
     /// in_features]`. `rope` is there exactly if the configuration says so, and of that shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a field that breaks its rule, or another rope; [`ModelError::Weight`] for a weight that doesn't fit F16, whose row is counted
-    /// over all heads; [`Error::Unsupported`] if the matrices don't fit a binding; [`Error::Wgpu`]; and what `fill` returns.
+    /// [`Error::Argument`] for a field that breaks its rule, or another rope; [`ModelError::Weight`] for a weight that doesn't fit F16, whose row is
+    /// counted over all heads; [`Error::Unsupported`] if the matrices don't fit a binding; [`Error::Wgpu`]; and what `fill` returns.
     pub async fn new(
         gpu: &Gpu,
         kernels: &LinearKernels,
@@ -240,8 +240,8 @@ impl HeadLinear {
     /// Records it: one dispatch. `positions`, u32 `[rows]`, are there exactly if there is a rope.
     ///
     /// # Errors
-    /// [`Error::Argument`] if x is not `[rows, num_heads * x_width]`, y not `[rows, num_heads * y_width]`, there is no row, `positions` are missing, too much, or
-    /// not one u32 per row, or y is in the buffer of either; [`Error::Unsupported`] if there are too many rows.
+    /// [`Error::Argument`] if x is not `[rows, num_heads * x_width]`, y not `[rows, num_heads * y_width]`, there is no row, `positions` are missing,
+    /// too much, or not one u32 per row, or y is in the buffer of either; [`Error::Unsupported`] if there are too many rows.
     pub fn record<'a>(
         &self,
         recorder: impl Into<Recorder<'a>>,

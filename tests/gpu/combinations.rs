@@ -1,7 +1,7 @@
 //! Random combinations of everything that shapes an attention call, against the oracle.
 //!
-//! A seed is a case. Several cases in a row share what is compiled, since a kernel takes longer to compile than a batch to run: they differ in lengths, numbers
-//! and policies.
+//! A seed is a case. Several cases in a row share what is compiled, since a kernel takes longer to compile than a batch to run: they differ in
+//! lengths, numbers and policies.
 
 use fastrand::Rng;
 use folio::KvFormat::{E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};

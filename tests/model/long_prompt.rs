@@ -174,8 +174,8 @@ fn logits_and_next_token_are_those_of_the_reference() {
     let mut worst = 0.0_f64;
     for &row in &rows {
         let want = reference.logits(row);
-        // Attention's logits reach some tens here, so that f32 rounds them, and with them the weights of keys, by some 1e-5: measured are 6e-5 after the norms
-        // and the MLP, which enlarge it.
+        // Attention's logits reach some tens here, so that f32 rounds them, and with them the weights of keys, by some 1e-5: measured are 6e-5 after
+        // the norms and the MLP, which enlarge it.
         for (got, want) in logits[row * VOCAB..][..VOCAB].iter().zip(want) {
             let error = (f64::from(*got) - want).abs();
             // (`max` would let a NaN pass.)

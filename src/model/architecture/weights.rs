@@ -38,8 +38,8 @@ pub struct LayerWeights {
     pub q: LinearWeights,
     /// `[num_kv_heads * head_dim, hidden_size]`. With [latents](crate::model::LatentConfig) `[kv_rank + rope_dim, hidden_size]`, which makes them.
     pub k: LinearWeights,
-    /// `[num_kv_heads * head_dim, hidden_size]`. With latents `[num_q_heads * (head_dim - rope_dim + value_dim), kv_rank]`: of each head what makes its
-    /// key of a latent, then what makes its value.
+    /// `[num_kv_heads * head_dim, hidden_size]`. With latents `[num_q_heads * (head_dim - rope_dim + value_dim), kv_rank]`: of each head what makes
+    /// its key of a latent, then what makes its value.
     pub v: LinearWeights,
     /// `[hidden_size, num_q_heads * head_dim]`, with latents `[hidden_size, num_q_heads * value_dim]`.
     pub o: LinearWeights,

@@ -10,8 +10,9 @@ use crate::{RopeConfig, RopeLayout};
 /// The norms of latents have this whatever `rms_norm_eps` says: transformers makes them without it, and it is the default of its norms.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
-/// Multi-head latent attention (DeepSeek-V2, Liu et al. 2024, section 2.1): keys and values of all heads are projections of one latent per token, beside
-/// which some rotated elements are shared by all heads. The cache holds the latents; see [`KvCacheConfig::latent`](crate::KvCacheConfig::latent).
+/// Multi-head latent attention (DeepSeek-V2, Liu et al. 2024, section 2.1): keys and values of all heads are projections of one latent per token,
+/// beside which some rotated elements are shared by all heads. The cache holds the latents; see
+/// [`KvCacheConfig::latent`](crate::KvCacheConfig::latent).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LatentConfig {
@@ -91,7 +92,8 @@ impl Latents {
         Ok(RopeConfig { layout: self.layout, ..rope.with_start(kv_rank) })
     }
 
-    /// The factor of attention's logits: that of a head before its projections are absorbed, and twice YaRN's factor of all dimensions, if the file has it.
+    /// The factor of attention's logits: that of a head before its projections are absorbed, and twice YaRN's factor of all dimensions, if the file
+    /// has it.
     pub(super) fn softmax_scale(&self, scaling: Option<&Section<'_>>) -> ModelResult<f64> {
         let scale = 1.0 / f64::from(self.head_dim).sqrt();
         let Some(section) = scaling else { return Ok(scale) };
