@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod files;
+mod fit;
 mod load;
 mod serve;
 mod template;
@@ -29,6 +30,7 @@ enum Command {
     Chat(Box<chat::Options>),
     Serve(Box<serve::Options>),
     Bench(Box<bench::Options>),
+    Fit(Box<fit::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Command::Chat(options) => chat::run(*options),
         Command::Serve(options) => serve::run(*options),
         Command::Bench(options) => bench::main(*options),
+        Command::Fit(options) => fit::run(&options),
         Command::Completions { shell } => completions(shell),
     }
 }

@@ -91,6 +91,13 @@ impl KvCache {
         })
     }
 
+    /// Blocks of the largest pool of this shape that the kernels can bind on a device, whatever `num_blocks` says: each side of a layer takes as many
+    /// bindings as it needs. How much memory there is, is not asked. 0 if not even one block can be bound.
+    #[must_use]
+    pub fn largest_pool(gpu: &Gpu, config: &KvCacheConfig) -> u32 {
+        storage::largest_pool(gpu, config)
+    }
+
     /// [`KvCache::new`] for programs without an async runtime.
     ///
     /// # Errors

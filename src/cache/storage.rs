@@ -154,6 +154,11 @@ pub(crate) fn segments(gpu: &Gpu, config: &KvCacheConfig) -> Result<[Segments; 2
     Room::of(gpu).cut(config, false)
 }
 
+/// Most blocks of a pool of this shape that the kernels can bind on a device.
+pub(crate) fn largest_pool(gpu: &Gpu, config: &KvCacheConfig) -> u32 {
+    Room::of(gpu).largest_pool(&config.with_blocks(u32::MAX, config.block_size), false)
+}
+
 /// Fails if kernels that write an lse, which takes a buffer more, can't bind all segments of a cache.
 ///
 /// # Errors

@@ -27,6 +27,7 @@ mod progress;
 mod quantise;
 mod rows;
 mod sampler;
+mod size;
 mod tokenizer;
 mod transformer;
 #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
@@ -54,6 +55,7 @@ pub use progress::{Progress, WarmUp};
 pub use quantise::{WeightFormat, WeightGrid};
 pub use rows::Rows;
 pub use sampler::{Sampled, Sampler, Sampling, SamplingRequest};
+pub use size::ModelSize;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use transformer::{Model, ModelOptions, WeightSource};
 #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]

@@ -303,7 +303,7 @@ fn bad_ranges<'b>(
     not_storage: &'b wgpu::Buffer,
     need: u64,
 ) -> Vec<(BufferRef<'b>, Vec<String>)> {
-    let exact = format!("need exactly {need} bytes ({} f32)", need / 4);
+    let exact = format!("need exactly {need} bytes ({} words of 4)", need / 4);
     let inside = format!("need a range within the buffer's {} bytes", buffer.size());
     let near_max = u64::MAX - 255;
     [
