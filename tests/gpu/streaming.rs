@@ -237,10 +237,10 @@ fn sink_queries_are_asked_for_on_both_sides() {
     append_rows(&cache, &mut recorded, &step, 0, &k, &v);
     let plan = plain.plan(&step).expect("plan");
     let error = plain.attend_call(&mut recorded, &plan, 0, call(&q, &far, &out));
-    assert!(error.expect_err("not asked for").to_string().starts_with("sink_q: got rows, need none"));
+    assert!(error.expect_err("not asked for").to_string().starts_with("sink_q: got a range, need none"));
     let plan = sinking.plan(&step).expect("plan");
     let error = sinking.attend(&mut recorded, &plan, 0, &q, &out).expect_err("missing").to_string();
-    assert!(error.starts_with("sink_q: got none, need rows"), "{error}");
+    assert!(error.starts_with("sink_q: got none, need a range"), "{error}");
     let error = sinking.attend_call(&mut recorded, &plan, 0, call(&q, &k, &out)).expect_err("too short");
     assert!(error.to_string().starts_with("sink_q: got"), "{error}");
     let error = sinking.attend_call(&mut recorded, &plan, 0, call(&q, &out, &out)).expect_err("its own");

@@ -151,8 +151,7 @@ proptest! {
         seeds in prop::collection::vec(any::<u64>(), 6),
     ) {
         let batch = with_trees(batch(&lens), &seeds);
-        // Attention with sink tokens has no trees.
-        let shape = PlanShape { sink_tokens: 0, ..shape };
+        let shape = PlanShape { sink_tokens: 0, ..shape }; // (which have no trees beside them)
         let plan = plan(&shape, &policy, &batch);
         let checked = Checker::new(&shape, &policy, &batch, &plan).check();
         prop_assert!(checked.is_ok(), "{:?}", checked);

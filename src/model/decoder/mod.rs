@@ -5,6 +5,7 @@ mod feed;
 mod input;
 mod kernels;
 mod life_cycle;
+mod rollback;
 mod step;
 
 pub use input::{Drawn, Input, LogitRows, TokenLogprob};

@@ -6,54 +6,17 @@ use std::sync::Arc;
 use super::feed::{Chunk, Feed, StepLimits, next_chunks};
 use super::input::{Drawn, Input, LogitRows, TokenLogprob};
 use super::kernels::LayerKernels;
+use super::rollback::Rollback;
 use super::{Decoder, Text, storage};
 use crate::gpu::{Readback, Upload};
 use crate::model::error::{ModelError, ModelResult};
 use crate::model::rows::Rows;
 use crate::model::sampler::{Sampler, Sampling, SamplingRequest};
 use crate::model::transformer::StepContext;
-use crate::sequence::WayBack;
 use crate::{BufferRef, KvCache, Result, SequenceId, Step, TokenTree};
 
 /// Bytes of a sampled token.
 const OUTPUT_BYTES: u64 = Sampler::OUTPUT_WORDS as u64 * 4;
-
-/// Cuts sequences back to where a call began, unless it succeeds: also if its future is dropped half-way. Until then, what they see there stays in
-/// the cache.
-struct Rollback {
-    cache: Arc<KvCache>,
-    lengths: Vec<(SequenceId, u32)>,
-    is_armed: bool,
-}
-
-impl Rollback {
-    fn new(cache: &Arc<KvCache>, feeds: &[Feed<'_>]) -> Self {
-        let cache = Arc::clone(cache);
-        for feed in feeds {
-            // Of drafts any number may be right.
-            let drafts = feed.draw.map_or(0, |input| input.drafts as usize);
-            let from = if drafts > 0 { feed.len + (feed.tokens.len() - drafts) as u32 } else { u32::MAX };
-            cache.set_way_back(feed.sequence, Some(WayBack { to: feed.len, from }));
-        }
-        Self { cache, lengths: feeds.iter().map(|feed| (feed.sequence, feed.len)).collect(), is_armed: true }
-    }
-
-    fn disarm(mut self) {
-        self.is_armed = false;
-    }
-}
-
-impl Drop for Rollback {
-    fn drop(&mut self) {
-        for &(sequence, len) in &self.lengths {
-            if self.is_armed {
-                // It can only fail for a sequence that is gone, and then there is nothing to cut.
-                let _ = self.cache.truncate(sequence, len);
-            }
-            self.cache.set_way_back(sequence, None);
-        }
-    }
-}
 
 impl Decoder {
     /// Feeds each sequence its pending token and new ones, and samples the tokens that follow, for those inputs that ask for it. A sampled token
