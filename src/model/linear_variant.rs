@@ -181,7 +181,9 @@ impl LinearVariant {
         if target.profile == Profile::Cpu && !(target.subgroups && CPU_SUBGROUP_SIZES.contains(&target.subgroup_size)) {
             (target.subgroups, target.subgroup_size, target.int64) = (false, 0, false);
         }
-        if self.kernel != LinearKernel::Matmul || target.profile == Profile::Cpu || !target.subgroups {
+        // (Which expert a workgroup has is read from memory: for naga that is no uniform control flow, which matrix units need.)
+        let is_routed = self.experts_per_row.is_some();
+        if self.kernel != LinearKernel::Matmul || target.profile == Profile::Cpu || !target.subgroups || is_routed {
             target.matrix = None;
         }
         self.sizes = self.default_sizes();

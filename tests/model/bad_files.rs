@@ -414,7 +414,10 @@ fn sizes_that_are_missing_or_wrong() {
 #[test]
 fn latents_that_are_not_supported() {
     refused("deepseek_v3", &json!({ "first_k_dense_replace": -1 }), "first_k_dense_replace", &["got -1"]);
-    let experts = json!({ "first_k_dense_replace": 0, "n_routed_experts": 12, "n_group": 4, "topk_group": 2 });
+    let experts = json!({
+        "first_k_dense_replace": 0, "n_routed_experts": 12, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16, "n_shared_experts": 1,
+    });
     let with = |key: &str, value: serde_json::Value| {
         let mut changes = experts.clone();
         changes[key] = value;

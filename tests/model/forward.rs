@@ -245,8 +245,8 @@ fn the_logits_are_those_of_transformers() {
         let logits: Vec<_> = words("logits").into_iter().map(f32::from_le_bytes).collect();
         let checkpoint = Checkpoint::open(&path).unwrap();
         let config = crate::parity::config(&checkpoint);
-        // (This forward pass knows no latents; models with them are compared by parity.rs.)
-        if config.latent.is_some() {
+        // (This forward pass knows neither latents nor experts; models with them are compared by parity.rs.)
+        if config.latent.is_some() || config.experts.is_some() {
             continue;
         }
         let vocab = config.vocab_size as usize;

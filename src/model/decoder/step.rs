@@ -249,8 +249,8 @@ impl Decoder {
         let left = feeds.iter().map(|feed| (feed.sequence, (feed.tokens.len() - feed.done) as u32));
         let left: Vec<_> = left.filter(|&(_, count)| count > 0).collect();
         let count: usize = left.iter().map(|&(_, count)| count as usize).sum();
-        if count > self.options.max_step_tokens as usize {
-            // One step for all would take the blocks that several will: without room for it nothing is computed.
+        if count > self.options.max_step_tokens as usize && self.cache.config().window.is_none() {
+            // One step for all would take the blocks that several will: without room for it nothing is computed. (With a window several take fewer.)
             drop(self.cache.begin_step(&left)?);
         }
         let limits = StepLimits {
