@@ -10,7 +10,8 @@ folder=target/package/workspace
 rm -rf "$folder"
 mkdir -p "$folder"
 for name in folio folio-cli; do
-    tar -xf "target/package/$name-$version.crate" -C "$folder"
+    # (With times of now, or cargo takes what it compiled of an older archive.)
+    tar -xmf "target/package/$name-$version.crate" -C "$folder"
 done
 # Both in one workspace, with the versions of this one: so the dependencies have the same features, and are those that are compiled already.
 cat >"$folder/Cargo.toml" <<EOF
