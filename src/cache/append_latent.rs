@@ -21,15 +21,7 @@ impl LatentNorm {
     /// # Errors
     /// [`Error::Argument`] for an `eps` that is not a normal number above 0; [`Error::Wgpu`].
     pub fn new(gpu: &Gpu, weights: &[f32], eps: f32) -> Result<Self> {
-        // Rows of zeros would be divided by zero, and a value that is flushed to zero is one.
-        if !(eps.is_finite() && eps >= f32::MIN_POSITIVE) {
-            return Err(Error::argument("eps", eps, "a normal number above 0"));
-        }
-        let values = [weights, &[eps]].concat();
-        let contents = bytemuck::cast_slice(&values);
-        let usage = wgpu::BufferUsages::STORAGE;
-        let buffer = gpu.create_buffer_with("uploading norms", "folio latent norm", contents, usage)?;
-        Ok(Self { value_dim: weights.len(), weights: buffer })
+        Ok(Self { value_dim: weights.len(), weights: gpu.norm_table("folio latent norm", &[weights], eps)? })
     }
 }
 
@@ -61,10 +53,7 @@ impl AppendLatent {
         let variant = Variant::new(Kernel::Append, gpu.target(), &geometry, 1, AttendFlags::default());
         let variant = variant.with_segments(cache.segments()).with_rope(RopeShape::of(&rope)).with_head_norm();
         let program = VariantProgram::new(&gpu, variant).await?;
-        let table = rope.table();
-        let contents = bytemuck::cast_slice(&table);
-        let table =
-            gpu.create_buffer_with("uploading frequencies", "folio rope table", contents, wgpu::BufferUsages::STORAGE)?;
+        let table = gpu.rope_table(&rope)?;
         Ok(Self { gpu, cache: geometry, table, program })
     }
 

@@ -1,11 +1,11 @@
 //! [`AppendQkv`]: rotary embedding, norm of heads and append of a step's queries, keys and values in one dispatch.
 
-use super::{KvCache, Step};
+use super::{KvCache, Step, check_q_heads};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::{AttendFlags, Kernel, RopeConfig, RopeShape, Variant};
 use crate::layout::{KvCacheConfig, Region};
-use crate::plan::{CacheParams, MAX_GRID, push_params};
+use crate::plan::{CacheParams, push_params};
 
 /// Queries, keys and values of a step's tokens in one buffer, as one linear layer writes them: three f32 matrices, `[num_tokens, num_q_heads,
 /// head_dim]` and twice `[num_tokens, num_kv_heads, head_dim]`. Each is padded behind its last row, by what pads its rows to multiples of 64 elements,
@@ -81,14 +81,7 @@ impl HeadNorm {
             let need = format!("as many as for queries, {}", q.len());
             return Err(Error::argument("k", format!("{} values", k.len()), need));
         }
-        // Rows of zeros would be divided by zero, and a value that is flushed to zero is one.
-        if !(eps.is_finite() && eps >= f32::MIN_POSITIVE) {
-            return Err(Error::argument("eps", eps, "a normal number above 0"));
-        }
-        let values = [q, k, &[eps]].concat();
-        let contents = bytemuck::cast_slice(&values);
-        let usage = wgpu::BufferUsages::STORAGE;
-        let weights = gpu.create_buffer_with("uploading norms", "folio head norms", contents, usage)?;
+        let weights = gpu.norm_table("folio head norms", &[q, k], eps)?;
         Ok(Self { head_dim: q.len(), weights })
     }
 }
@@ -154,10 +147,7 @@ impl AppendQkv {
         }
         rope.validate(geometry.head_dim)?;
         let num_kv_heads = geometry.num_kv_heads;
-        if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) || num_q_heads > MAX_GRID {
-            let rule = format!("a multiple of num_kv_heads, {num_kv_heads}, up to {MAX_GRID}");
-            return Err(Error::argument("num_q_heads", num_q_heads, rule));
-        }
+        check_q_heads(&geometry, num_q_heads)?;
         let shape = RopeShape::of(&rope);
         let group_size = num_q_heads / num_kv_heads;
         let variant = Variant::new(Kernel::AppendQkv, gpu.target(), &geometry, group_size, AttendFlags::default());
@@ -165,10 +155,7 @@ impl AppendQkv {
         let variant = if head_norm { variant.with_head_norm() } else { variant };
         let variant = sink_position.map_or(variant, |position| variant.with_sink_queries(position));
         let program = VariantProgram::new(&gpu, variant).await?;
-        let table = rope.table();
-        let contents = bytemuck::cast_slice(&table);
-        let table =
-            gpu.create_buffer_with("uploading frequencies", "folio rope table", contents, wgpu::BufferUsages::STORAGE)?;
+        let table = gpu.rope_table(&rope)?;
         Ok(Self { gpu, cache: geometry, num_q_heads, table, program })
     }
 

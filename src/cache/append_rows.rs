@@ -1,12 +1,12 @@
 //! [`AppendRows`]: append and rotation of rows that lie otherwise than [`KvCache::append`] takes them.
 
 use super::record::{AppendKernel, NewRows};
-use super::{KvCache, Step};
+use super::{KvCache, Step, check_q_heads};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::{AttendFlags, Kernel, RopeConfig, RopeLayout, RopeShape, Variant};
 use crate::layout::{HostRows, KvCacheConfig, RowElement, RowLayout};
-use crate::plan::{CacheParams, MAX_GRID, push_params};
+use crate::plan::{CacheParams, push_params};
 
 /// How the queries, keys and values of a step lie in the host's buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,10 +72,7 @@ impl AppendRows {
             layout.validate(argument)?;
         }
         let num_kv_heads = geometry.num_kv_heads;
-        if num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) || num_q_heads > MAX_GRID {
-            let rule = format!("a multiple of num_kv_heads, {num_kv_heads}, up to {MAX_GRID}");
-            return Err(Error::argument("num_q_heads", num_q_heads, rule));
-        }
+        check_q_heads(&geometry, num_q_heads)?;
         if let Some(rope) = &rope {
             rope.validate(geometry.head_dim)?;
             // Two elements of a word would be written by two invocations.
@@ -101,11 +98,7 @@ impl AppendRows {
                 // Without gaps the number of heads follows from the range.
                 let group_size = if q_rows.strided() { num_q_heads / num_kv_heads } else { 1 };
                 let program = VariantProgram::new(&gpu, variant(Kernel::Rope, group_size)).await?;
-                let words = rope.table();
-                let contents = bytemuck::cast_slice(&words);
-                let usage = wgpu::BufferUsages::STORAGE;
-                let table = gpu.create_buffer_with("uploading frequencies", "folio rope table", contents, usage)?;
-                Some((program, table))
+                Some((program, gpu.rope_table(rope)?))
             }
             None => None,
         };

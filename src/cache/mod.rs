@@ -35,6 +35,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ids::{BlockId, SequenceId};
 use crate::layout::{KvCacheConfig, Segments};
+use crate::plan::MAX_GRID;
 #[cfg(feature = "model")]
 use crate::sequence::WayBack;
 use crate::sequence::{
@@ -43,6 +44,16 @@ use crate::sequence::{
 use calibrate::KeyScales;
 use record::CacheKernels;
 use state::SharedState;
+
+/// Whether queries may have so many heads over a cache's.
+fn check_q_heads(cache: &KvCacheConfig, num_q_heads: u32) -> Result<()> {
+    let num_kv_heads = cache.num_kv_heads;
+    if num_q_heads > 0 && num_q_heads.is_multiple_of(num_kv_heads) && num_q_heads <= MAX_GRID {
+        return Ok(());
+    }
+    let rule = format!("a multiple of num_kv_heads, {num_kv_heads}, up to {MAX_GRID}");
+    Err(Error::argument("num_q_heads", num_q_heads, rule))
+}
 
 /// A paged KV cache: the K and V of many sequences, in blocks of a fixed number of tokens that any sequence can hold.
 ///

@@ -7,6 +7,7 @@ mod program;
 mod readback;
 mod record;
 mod scope;
+mod tables;
 mod upload;
 
 pub use limits::{matrix_features, required_limits, useful_features};

@@ -139,11 +139,7 @@ impl HeadRope {
     /// [`Error::Argument`] for a field that breaks its rule; [`Error::Wgpu`].
     pub fn new(gpu: &Gpu, config: &RopeConfig) -> Result<Self> {
         config.validate(config.rotary_start.saturating_add(config.rotary_dim))?;
-        let table = config.table();
-        let contents = bytemuck::cast_slice(&table);
-        let usage = wgpu::BufferUsages::STORAGE;
-        let table = gpu.create_buffer_with("uploading frequencies", "folio rope table", contents, usage)?;
-        Ok(Self { shape: RopeShape::of(config), table })
+        Ok(Self { shape: RopeShape::of(config), table: gpu.rope_table(config)? })
     }
 
     /// What of it is compiled in.
