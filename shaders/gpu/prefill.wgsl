@@ -30,7 +30,7 @@
 {% endif %}
 // While one slice is multiplied the next is on its way to the other of two buffers: one barrier a slice.
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + NUM_SLICES + NUM_V_SLICES{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
+// Loop iterations per invocation: (ceil((kv_end - kv_begin) / TILE_KV){{ " + 1" if window }}) * (1 + NUM_SLICES + NUM_V_SLICES{{ " + TILE_KV" if g.screens }}){{ ", and 4 to begin" if k_channel_scales }}
 
 {{ kv_element(k_side, g.k_type, g.k_dims) }}
 {{ kv_element(v_side, g.v_type, g.v_dims) }}
@@ -285,16 +285,20 @@ fn prefill(
         atomicStore(&screened_end, 0u);
     }
 {% endif %}
+{% if window %}
+    // On a grid of tiles: a row's keys are in the same tiles whatever rows are beside it, and tiles of which it sees no key change none of its bits.
+{% endif %}
+    let first_tile = item.kv_begin{{ " - item.kv_begin % TILE_KV" if window }};
     if (item.kv_begin < item.kv_end) {
         if (local_idx < TILE_KV) {
-            let key = min(item.kv_begin + local_idx, last_key);
+            let key = clamp(first_tile + local_idx, item.kv_begin, last_key);
             rows[local_idx] = cache_row(table_entry(item, key), kv_head, key);
-            next_entry = table_entry(item, min(key + TILE_KV, last_key));
+            next_entry = table_entry(item, min(first_tile + local_idx + TILE_KV, last_key));
         }
         workgroupBarrier();
     }
 
-    for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
+    for (var tile_begin = first_tile; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         // Scores.
 {% for j in range(g.keys_per_lane) %}
         var score_{{ j }} = {{ "minimum_products[row_set]" if k_channel_scales else "vec4<f32>(0.0)" }};
@@ -351,7 +355,7 @@ fn prefill(
             is_masked = is_masked || tile_begin + TILE_KV > first_query + 1u;
         }
         if (WINDOW) {
-            is_masked = is_masked || tile_begin + params.window <= last_query;
+            is_masked = is_masked || tile_begin < item.kv_begin || tile_begin + params.window <= last_query;
         }
         if (is_masked) {
 {% for j in range(g.keys_per_lane) %}

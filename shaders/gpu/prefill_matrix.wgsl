@@ -33,7 +33,7 @@ enable wgpu_cooperative_matrix;
 //     NaN of them.
 {% endif %}
 //
-// Loop iterations per invocation: ceil((kv_end - kv_begin) / TILE_KV) * (1 + at most {{ tile_q * tile_kv // (g.size * g.size) // g.score_block + tile_q * g.dims // (g.size * g.size) // g.value_block }} for one subgroup{{ " + TILE_KV" if g.screens }})
+// Loop iterations per invocation: (ceil((kv_end - kv_begin) / TILE_KV){{ " + 1" if window }}) * (1 + at most {{ tile_q * tile_kv // (g.size * g.size) // g.score_block + tile_q * g.dims // (g.size * g.size) // g.value_block }} for one subgroup{{ " + TILE_KV" if g.screens }})
 
 {{ kv_element(k_side, g.k_type, g.k_dims) }}
 {{ kv_element(v_side, g.v_type, g.v_dims) }}
@@ -282,11 +282,15 @@ fn prefill(
         atomicStore(&screened_end[0], 0u);
     }
 {% endif %}
+{% if window %}
+    // On a grid of tiles: a row's keys are in the same tiles whatever rows are beside it, and tiles of which it sees no key change none of its bits.
+{% endif %}
+    let first_tile = item.kv_begin{{ " - item.kv_begin % TILE_KV" if window }};
     if (item.kv_begin < item.kv_end) {
         if (local_idx < TILE_KV) {
-            let key = min(item.kv_begin + local_idx, last_key);
+            let key = clamp(first_tile + local_idx, item.kv_begin, last_key);
             rows[local_idx] = cache_row(table_entry(item, key), kv_head, key);
-            next_entry = table_entry(item, min(key + TILE_KV, last_key));
+            next_entry = table_entry(item, min(first_tile + local_idx + TILE_KV, last_key));
         }
         workgroupBarrier();
         {
@@ -295,7 +299,7 @@ fn prefill(
         }
     }
 
-    for (var tile_begin = item.kv_begin; tile_begin < item.kv_end; tile_begin += TILE_KV) {
+    for (var tile_begin = first_tile; tile_begin < item.kv_end; tile_begin += TILE_KV) {
         workgroupBarrier();
         // Scores. The values are on their way meanwhile.
         {
@@ -352,7 +356,7 @@ fn prefill(
             is_masked = is_masked || tile_begin + TILE_KV > first_query + 1u;
         }
         if (WINDOW) {
-            is_masked = is_masked || tile_begin + params.window <= last_query;
+            is_masked = is_masked || tile_begin < item.kv_begin || tile_begin + params.window <= last_query;
         }
         if (is_masked) {
 {% for j in range(g.key_cols) %}

@@ -2,7 +2,7 @@
 //! batch, however its tokens are cut into chunks, and prefill's rows are those of single tokens if these go to the prefill kernel as well.
 
 use folio::KvFormat::{self, E4M3, F16, F32, Int4, Int4PerChannel, Int8, Int8PerChannel};
-use folio::{Attention, Gpu, QueryKernel, SequenceId, wgpu};
+use folio::{Attention, AttentionConfig, Gpu, QueryKernel, SequenceId, wgpu};
 
 use crate::adapter::{self, CPU, GPU, Open};
 use crate::case::{Case, upload};
@@ -90,11 +90,23 @@ fn results(gpu: &Gpu, case: &Case, way: Way) -> Vec<u32> {
 
 #[track_caller]
 fn check(how: Open, formats: (KvFormat, KvFormat), group_size: u32, block_size: u32) {
+    check_with(how, formats, group_size, block_size, |_| {});
+}
+
+#[track_caller]
+fn check_with(
+    how: Open,
+    formats: (KvFormat, KvFormat),
+    group_size: u32,
+    block_size: u32,
+    options: impl Fn(&mut AttentionConfig),
+) {
     let Some(gpu) = adapter::open(how) else { return };
     let mut case = Case::new(&[(context_len(how), TOKENS)], group_size, 1, 16);
     case = case.formats(formats.0, formats.1).block_size(block_size).config(|config| config.deterministic = true);
     // A sink joins a row's sum in two ways: at its end, or where states are merged.
     case.config.sinks = (group_size > 1).then(|| (0..group_size).map(|head| head as f32 - 1.5).collect());
+    options(&mut case.config);
     // Room for the other sequences, which have up to 33 tokens a step.
     let most = (context_len(how) + TOKENS).div_ceil(block_size) + 40 * 5 * 33_u32.div_ceil(block_size);
     case.num_blocks = Some(most);
@@ -115,6 +127,18 @@ fn results_do_not_depend_on_the_batch() {
     for (i, formats) in FORMATS.into_iter().enumerate() {
         check([CPU, GPU][i % 2], formats, GROUP_SIZES[i % 4], BLOCK_SIZES[(i + i / 4) % 4]);
     }
+}
+
+/// With a window a chunk's keys begin where its first token's do, which single tokens of it don't see.
+#[test]
+fn results_with_windows_do_not_depend_on_the_batch() {
+    for (how, formats, group_size, block_size) in
+        [(GPU, (F32, F32), 4, 16), (CPU, (F32, F32), 4, 16), (GPU, (Int8, Int8), 8, 1)]
+    {
+        check_with(how, formats, group_size, block_size, |config| config.window = Some(29));
+    }
+    // The last tokens see both sides of where a range of keys ends, and the first ones don't.
+    check_with(GPU, (F16, F16), 4, 8, |config| (config.window, config.sink_tokens) = (Some(75), 5));
 }
 
 /// All of them with all others, in both families: 224 combinations.
