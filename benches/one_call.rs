@@ -32,7 +32,7 @@ fn upload(gpu: &Gpu, elements: u32) -> wgpu::Buffer {
     gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
         label: None,
         contents: bytemuck::cast_slice(&values),
-        usage: wgpu::BufferUsages::STORAGE,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
     })
 }
 
