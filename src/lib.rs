@@ -29,6 +29,8 @@ pub mod schedule;
 pub mod sequence;
 #[cfg(all(feature = "tune", not(target_arch = "wasm32")))]
 pub mod tune;
+#[cfg(feature = "verify")]
+pub mod verify;
 
 #[cfg(feature = "wgpu")]
 pub use attention::{Attention, AttentionCall, AttentionPlan, MergeStates, Sinks};

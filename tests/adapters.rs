@@ -50,6 +50,10 @@ fn files() -> Vec<File> {
             assert_eq!(name, "README.md", "files lie in the folder of their class");
             continue;
         }
+        if name == "verify" {
+            // Reports of accuracy, which the command line's tests read.
+            continue;
+        }
         let class = CLASSES.iter().position(|class| class.0 == name).unwrap_or_else(|| panic!("no class {name}"));
         for entry in fs::read_dir(folder).unwrap() {
             let file = entry.unwrap().path();

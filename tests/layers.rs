@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 const ORDER: [&str; 11] =
     ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention", "tune"];
 /// Those that use all of them. `engine` also uses `model` and `schedule`.
-const TOP: [&str; 2] = ["model", "engine"];
-/// Modules that stand beside the order, and what they may use. Only `tune`, which judges kernels, may use `reference`: it shares no code with
-/// what it checks.
+const TOP: [&str; 3] = ["model", "engine", "verify"];
+/// Modules that stand beside the order, and what they may use. Only `tune` and `verify`, which judge kernels, may use `reference`: it shares no
+/// code with what it checks.
 const BESIDE: [(&str, &[&str]); 3] =
     [("files", &[]), ("reference", &["error", "format", "layout"]), ("schedule", &["error", "layout"])];
 /// Who may use `files`.
@@ -44,7 +44,7 @@ fn allowed(module: &str) -> Option<BTreeSet<&'static str>> {
     let mut uses: BTreeSet<_> = ORDER[..place].iter().copied().collect();
     uses.extend((module == "engine").then_some(["model", "schedule"]).into_iter().flatten());
     uses.extend(READ_FILES.contains(&module).then_some("files"));
-    uses.extend((module == "tune").then_some("reference"));
+    uses.extend(["tune", "verify"].contains(&module).then_some("reference"));
     Some(uses)
 }
 

@@ -7,6 +7,7 @@ mod fit;
 mod load;
 mod serve;
 mod template;
+mod verify;
 mod watch;
 
 use std::io::{self, ErrorKind, Write};
@@ -31,6 +32,7 @@ enum Command {
     Serve(Box<serve::Options>),
     Bench(Box<bench::Options>),
     Fit(Box<fit::Options>),
+    Verify(Box<verify::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => serve::run(*options),
         Command::Bench(options) => bench::main(*options),
         Command::Fit(options) => fit::run(&options),
+        Command::Verify(options) => verify::run(&options),
         Command::Completions { shell } => completions(shell),
     }
 }

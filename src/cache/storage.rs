@@ -94,9 +94,11 @@ struct Room {
 impl Room {
     fn of(gpu: &Gpu) -> Self {
         let limits = gpu.limits();
+        // WebGPU has no such limit, and wgpu none where it keeps to WebGPU strictly: it says 0 then.
+        let in_all = limits.max_buffers_and_acceleration_structures_per_shader_stage;
+        let in_all = if in_all == 0 { u32::MAX } else { in_all };
         // Every kernel has one uniform buffer besides.
-        let group =
-            limits.max_bindings_per_bind_group.min(limits.max_buffers_and_acceleration_structures_per_shader_stage);
+        let group = limits.max_bindings_per_bind_group.min(in_all);
         Self {
             segment_bytes: gpu.max_storage_bytes().min(MAX_SEGMENT_BYTES),
             buffers: limits.max_storage_buffers_per_shader_stage.min(group.saturating_sub(1)),

@@ -32,6 +32,8 @@ pub struct GpuOptions {
     pub profile: Option<Profile>,
     /// Whether wgpu's shader checks stay in.
     pub shader_checks: ShaderChecks,
+    /// Ask for no limit beyond WebGPU's defaults, so that what works here has the room that it needs on every device of WebGPU.
+    pub default_limits: bool,
     /// An upper bound on `max_storage_buffer_binding_size` to request, in bytes (for tests of small devices).
     pub max_binding_bytes: Option<u64>,
     /// An upper bound on `max_storage_buffers_per_shader_stage` to request (for tests of small devices; folio needs WebGPU's default, 8).
@@ -56,6 +58,7 @@ impl Default for GpuOptions {
             packed_dots: false,
             profile: None,
             shader_checks: ShaderChecks::default(),
+            default_limits: false,
             max_binding_bytes: None,
             max_storage_buffers: None,
         }
@@ -86,14 +89,16 @@ impl Gpu {
         let mut limits = required_limits();
         // Larger storage is worth having; everything else stays at the defaults, so that a program that works here
         // works on every WebGPU device.
-        limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
-        limits.max_buffer_size = offered.max_buffer_size;
-        limits.max_compute_workgroup_storage_size = offered.max_compute_workgroup_storage_size;
-        limits.max_storage_buffers_per_shader_stage = offered.max_storage_buffers_per_shader_stage;
-        limits.max_buffers_and_acceleration_structures_per_shader_stage =
-            offered.max_buffers_and_acceleration_structures_per_shader_stage;
-        limits.min_storage_buffer_offset_alignment = offered.min_storage_buffer_offset_alignment;
-        limits.min_uniform_buffer_offset_alignment = offered.min_uniform_buffer_offset_alignment;
+        if !options.default_limits {
+            limits.max_storage_buffer_binding_size = offered.max_storage_buffer_binding_size;
+            limits.max_buffer_size = offered.max_buffer_size;
+            limits.max_compute_workgroup_storage_size = offered.max_compute_workgroup_storage_size;
+            limits.max_storage_buffers_per_shader_stage = offered.max_storage_buffers_per_shader_stage;
+            limits.max_buffers_and_acceleration_structures_per_shader_stage =
+                offered.max_buffers_and_acceleration_structures_per_shader_stage;
+            limits.min_storage_buffer_offset_alignment = offered.min_storage_buffer_offset_alignment;
+            limits.min_uniform_buffer_offset_alignment = offered.min_uniform_buffer_offset_alignment;
+        }
         if let Some(bytes) = options.max_binding_bytes {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(bytes);
         }

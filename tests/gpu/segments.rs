@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use folio::KvFormat::{self, F16, F32, Int4, Int4PerChannel, Int8};
 use folio::{
     Attention, AttentionConfig, Error, ErrorKind, Gpu, KvCache, KvCacheConfig, Result, Rope, RopeConfig, SequenceId,
+    wgpu,
 };
 
 use crate::adapter::{self, ALL, CPU, DEFAULT, GPU, Open};
@@ -312,5 +313,26 @@ fn cost_of_three_segments() {
         }
         let ratio = best[1].as_secs_f64() / best[0].as_secs_f64();
         eprintln!("{format}: {:?} in one piece, {:?} in three, ratio {ratio:.3}", best[0], best[1]);
+    }
+}
+
+/// An instance that keeps to WebGPU strictly has no limit on the buffers of a stage in all, and says 0; a device of it has WebGPU's default limits.
+#[test]
+fn what_webgpu_guarantees_is_enough() {
+    if adapter::open(DEFAULT).is_none() {
+        return;
+    }
+    for how in [CPU, GPU] {
+        let mut options = adapter::options(how);
+        let mut strict = wgpu::InstanceDescriptor::new_without_display_handle();
+        strict.flags |= wgpu::InstanceFlags::STRICT_WEBGPU_COMPLIANCE;
+        options.instance = Some(wgpu::Instance::new(strict));
+        (options.without, options.default_limits) = (wgpu::Features::all(), true);
+        let gpu = Gpu::open_blocking(options).expect("a device");
+        let standard = wgpu::Limits::default();
+        assert_eq!(gpu.limits().max_storage_buffer_binding_size, standard.max_storage_buffer_binding_size);
+        assert_eq!(gpu.limits().max_compute_workgroup_storage_size, standard.max_compute_workgroup_storage_size);
+        assert!(gpu.features().is_empty() && !gpu.has_subgroups());
+        Case::new(&[(0, 1), (40, 1), (9, 12)], 4, 2, 64).formats(F16, F16).check(&gpu);
     }
 }

@@ -56,9 +56,10 @@ pub(crate) struct Options {
     /// Draw the cache's blocks and the requests on the terminal; q or Ctrl-C stops the server. Logs only where --log asks for them
     #[arg(long)]
     watch: bool,
-    /// Guess the next tokens by what followed the last ones before; for answers that repeat their prompt
-    #[arg(long)]
-    prompt_lookup: bool,
+    /// Guess the next tokens by what followed the last ones before; for answers that repeat their prompt. N: that many different guesses at a
+    /// time, which are checked together [default: 1]. With --exact only the first is
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", require_equals = true, value_parser = clap::value_parser!(u8).range(1..=16))]
+    prompt_lookup: Option<u8>,
     /// A key that clients must send; may be given several times. In the environment: separated by commas
     #[arg(long, value_name = "KEY", env = "FOLIO_API_KEY", hide_env_values = true, value_delimiter = ',', value_parser = key)]
     api_key: Vec<String>,
@@ -189,8 +190,10 @@ fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle
     engine_options.max_running = options.max_running;
     engine_options.max_queued = options.max_queued;
     let mut engine = Engine::new(decoder, Some(tokenizer.clone()), engine_options)?;
-    if options.prompt_lookup {
-        engine = engine.with_proposer(PromptLookup::default());
+    if let Some(branches) = options.prompt_lookup {
+        let mut lookup = PromptLookup::default();
+        lookup.branches = branches.into();
+        engine = engine.with_proposer(lookup);
     }
     let engine = engine.spawn()?;
     let server = Server {

@@ -115,6 +115,8 @@ async fn a_request_whose_time_is_up_and_a_device_that_is_lost_are_errors() {
 #[test]
 fn options_are_checked() {
     let parse = |arguments: &[&str]| Arguments::try_parse_from(["folio"].iter().chain(arguments));
+    let lookup = |arguments: &[&str]| options(arguments).prompt_lookup;
+    assert_eq!((lookup(&[]), lookup(&["--prompt-lookup"]), lookup(&["--prompt-lookup=3"])), (None, Some(1), Some(3)));
     let keys = options(&["--api-key", "a,b", "--api-key", "c"]).api_key;
     assert_eq!(keys, ["a", "b", "c"]);
     for wrong in [
@@ -128,6 +130,8 @@ fn options_are_checked() {
         ["--max-body", "0"],
         ["--max-queued", "0"],
         ["--port", "65536"],
+        ["--watch", "--prompt-lookup=0"],
+        ["--watch", "--prompt-lookup=17"],
         ["--log", "folio=loud"],
     ] {
         assert!(parse(&wrong).is_err(), "{wrong:?}");

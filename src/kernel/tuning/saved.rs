@@ -9,7 +9,7 @@ use crate::plan::SplitPolicy;
 
 /// What a tuning holds good for. Kernels are compiled by the driver, so it counts as much as the adapter does.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(any(feature = "tune", feature = "model"), derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(any(feature = "tune", feature = "model", feature = "verify"), derive(serde::Serialize, serde::Deserialize))]
 pub struct TunedFor {
     /// The adapter's name.
     pub adapter: String,
@@ -22,7 +22,7 @@ pub struct TunedFor {
     /// Rows of the matrices that matrix units multiply; 0 without any.
     pub matrix_rows: u32,
     /// Whether queries may be quantised for packed dot products.
-    #[cfg_attr(any(feature = "tune", feature = "model"), serde(default))]
+    #[cfg_attr(any(feature = "tune", feature = "model", feature = "verify"), serde(default))]
     pub packed_dots: bool,
     /// folio's version.
     pub folio: String,
