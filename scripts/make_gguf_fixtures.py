@@ -7,12 +7,12 @@ the same in every run:
 
     python3 -m venv .venv
     .venv/bin/pip install torch transformers safetensors gguf sentencepiece accelerate
-    .venv/bin/python scripts/make_gguf_fixtures.py [--out DIRECTORY]
+    .venv/bin/python scripts/make_gguf_fixtures.py [--out DIRECTORY] [--only MODEL ...]
 
 blocks.safetensors        per type, some blocks of bytes and their values by `gguf.quants.dequantize`
 <model>/model.gguf        a random model
 <model>/expected.safetensors  tokens, and logits of transformers in float64, of the weights as the file's types round them
-<model>/model.safetensors, config.json   (llama) those weights as a Hugging Face checkpoint, in float32
+<model>/model.safetensors, config.json   (llama) those weights as a Hugging Face checkpoint, in float32; others have config.json alone
 tokenizers/<name>.gguf    a vocabulary without tensors
 tokenizers/expected.json  texts, and their ids by transformers or SentencePiece
 
@@ -22,6 +22,7 @@ transformers also reads most of the models' GGUF files itself; its weights must 
 import argparse
 import io
 import json
+import math
 import pathlib
 import shutil
 import zlib
@@ -40,10 +41,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 TOKENS = 24
 POSITIONS = 64
 
-BLOCKS = [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K]
+BLOCKS = [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.MXFP4]
 
-# Where the half-precision scales of a block of random bytes lie: at these bytes.
-SCALES = {T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208]}
+# Where the half-precision scales of a block of random bytes lie: at these bytes. With the size with which weights are about as large as others.
+SCALES = {
+    T.Q2_K: ([80, 82], 5e-3), T.Q3_K: ([108], 2e-3), T.Q4_K: ([0, 2], 2e-4), T.Q5_K: ([0, 2], 2e-4), T.Q6_K: ([208], 3e-5),
+    T.IQ4_NL: ([0], 2e-3), T.IQ4_XS: ([0], 1e-4),
+}
 
 CORPUS = [
     "Once upon a time, in autumn, Mia hid the silver key under the old bridge. Later the clouds went away.",
@@ -156,6 +160,154 @@ MODELS = {
         ),
         types=dict(default=T.F16),
     ),
+    # Interleaved queries and keys, experts.
+    "mixtral": dict(
+        arch="llama",
+        config=dict(
+            model_type="mixtral", vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=1, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+        ),
+        types=dict(default=T.F16),
+    ),
+    # The other types of blocks.
+    "qwen3moe": dict(
+        arch="qwen3moe",
+        config=dict(
+            model_type="qwen3_moe", vocab_size=32, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_hidden_layers=1, intermediate_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
+            norm_topk_prob=True, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        types=dict(
+            token_embd=T.Q8_0, attn_q=T.Q2_K, attn_k=T.Q3_K, attn_v=T.IQ4_XS, attn_output=T.MXFP4, ffn_gate_inp=T.F32,
+            ffn_gate_exps=T.Q4_K, ffn_up_exps=T.Q3_K, ffn_down_exps=T.IQ4_NL,
+        ),
+    ),
+    # Biases, sinks, windows, MXFP4.
+    "gpt_oss": dict(
+        arch="gpt-oss",
+        config=dict(
+            model_type="gpt_oss", vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_hidden_layers=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=150000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0,
+                beta_slow=1.0, truncate=False,
+            ),
+        ),
+        types=dict(ffn_gate_exps=T.MXFP4, ffn_up_exps=T.MXFP4, ffn_down_exps=T.MXFP4, ffn_gate_inp=T.F32, default=T.F16),
+    ),
+    "dots1": dict(
+        arch="dots1",
+        config=dict(
+            model_type="dots1", vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+            num_hidden_layers=2, intermediate_size=40, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+            n_shared_experts=2, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=2.5, sliding_window=None,
+            tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        types=dict(ffn_gate_inp=T.F32, default=T.F16),
+    ),
+    # LongRoPE of a part of each head, a window, two stacks of projections.
+    "phi3": dict(
+        arch="phi3",
+        config=dict(
+            model_type="phi3", vocab_size=48, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+            num_hidden_layers=2, intermediate_size=40, sliding_window=9, tie_word_embeddings=False, pad_token_id=0,
+            original_max_position_embeddings=32,
+            rope_parameters=dict(
+                rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75, original_max_position_embeddings=32,
+                short_factor=[1.0, 1.05, 1.25, 1.5, 2.0, 3.0], long_factor=[1.0, 1.5, 2.5, 4.0, 9.0, 14.0],
+            ),
+        ),
+        types=dict(default=T.F16),
+    ),
+    # The fourth layer is not rotated.
+    "smollm3": dict(
+        arch="smollm3",
+        config=dict(
+            model_type="smollm3", vocab_size=48, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+            num_hidden_layers=4, intermediate_size=24, tie_word_embeddings=True, pad_token_id=0, no_rope_layer_interval=4,
+            rope_parameters=dict(rope_type="default", rope_theta=2000000.0),
+        ),
+        types=dict(default=T.F16),
+    ),
+    # In three files.
+    "olmo2": dict(
+        arch="olmo2",
+        config=dict(
+            model_type="olmo2", vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=24, tie_word_embeddings=False, pad_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+        ),
+        types=dict(default=T.F16),
+        split=9,
+    ),
+    "gemma2": dict(
+        arch="gemma2",
+        config=dict(
+            model_type="gemma2", vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            num_hidden_layers=2, intermediate_size=40, sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+            query_pre_attn_scalar=16, tie_word_embeddings=True, pad_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        types=dict(default=T.F16),
+    ),
+    # The sixth layer has no window.
+    "gemma3": dict(
+        arch="gemma3",
+        config=dict(
+            model_type="gemma3_text", vocab_size=48, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+            num_hidden_layers=6, intermediate_size=24, sliding_window=6, query_pre_attn_scalar=8, tie_word_embeddings=True,
+            pad_token_id=0,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1000000.0, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+            ),
+        ),
+        types=dict(default=T.F16),
+    ),
+    "deepseek_v2": dict(
+        arch="deepseek2",
+        config=dict(
+            model_type="deepseek_v2", vocab_size=48, hidden_size=32, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=40, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2,
+            n_shared_experts=2, first_k_dense_replace=1, norm_topk_prob=False, routed_scaling_factor=1.0, q_lora_rank=None,
+            kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=20, n_group=1, topk_group=1,
+            topk_method="greedy", tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0,
+                mscale=0.707, mscale_all_dim=0.707,
+            ),
+        ),
+        types=dict(ffn_gate_inp=T.F32, default=T.F16),
+    ),
+    # Groups of experts, latents of queries, matrices of keys in blocks.
+    "deepseek_v3": dict(
+        arch="deepseek2",
+        config=dict(
+            model_type="deepseek_v3", vocab_size=48, hidden_size=32, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=2, intermediate_size=32, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3,
+            n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=1.5, q_lora_rank=32,
+            kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=32, v_head_dim=16, n_group=4, topk_group=2,
+            scoring_func="sigmoid", tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        types=dict(ffn_gate_inp=T.F32, default=T.Q8_0),
+    ),
+}
+
+ARCHES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+
+# Experts as transformers holds them, by the end of the name: the format's names and the parts.
+EXPERTS = {
+    "mlp.experts.gate_up_proj": ["ffn_gate_exps.weight", "ffn_up_exps.weight"],
+    "mlp.experts.gate_up_proj_bias": ["ffn_gate_exps.bias", "ffn_up_exps.bias"],
+    "mlp.experts.down_proj": ["ffn_down_exps.weight"],
+    "mlp.experts.down_proj_bias": ["ffn_down_exps.bias"],
+    "mlp.router.weight": ["ffn_gate_inp.weight"],
+    "mlp.router.bias": ["ffn_gate_inp.bias"],
+    "mlp.gate.weight": ["ffn_gate_inp.weight"],
+    "mlp.gate.e_score_correction_bias": ["exp_probs_b.bias"],
+    "self_attn.sinks": ["attn_sinks.weight"],
 }
 
 
@@ -177,7 +329,7 @@ def random_blocks(kind, blocks, scale, seed):
     """Blocks of random bytes, with scales of about `scale`."""
     noise = np.random.default_rng(seed)
     data = noise.integers(0, 256, (blocks, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    for at in SCALES[kind]:
+    for at in SCALES[kind][0]:
         data[:, at : at + 2] = (scale * noise.uniform(0.5, 1.5, blocks)).astype(np.float16).view(np.uint8).reshape(blocks, 2)
     return data
 
@@ -189,9 +341,9 @@ def encode(values, kind, seed):
     if kind == T.F16:
         return values.astype(np.float16), values.astype(np.float16).astype(np.float32)
     if kind in SCALES:
-        # The package has no quantisation to these: any bytes are as good as those of noise. 3e-5 times 63 times 15 is about the others' size.
-        rows, columns = values.shape
-        data = random_blocks(kind, rows * columns // 256, 2e-4 if kind != T.Q6_K else 3e-5, seed).reshape(rows, -1)
+        # The package has no quantisation to these: any bytes are as good as those of noise.
+        *rows, columns = values.shape
+        data = random_blocks(kind, values.size // gguf.GGML_QUANT_SIZES[kind][0], SCALES[kind][1], seed).reshape(*rows, -1)
     else:
         data = gguf.quants.quantize(values, kind)
     return data, gguf.quants.dequantize(data, kind).reshape(values.shape).astype(np.float32)
@@ -211,42 +363,109 @@ def by_kind(values, heads):
     return values[order]
 
 
-def inverse(values, reorder):
-    """Undoes what `reorder` does to rows."""
-    order = reorder(np.arange(values.shape[0]))
-    result = np.empty_like(values)
-    result[order] = values
-    return result
+def parts(key, values, arch, config, names):
+    """A tensor as converters for llama.cpp store it: names, and its elements in their order."""
+    heads = config.num_attention_heads
+    block, end = key.split(".")[2:3], ".".join(key.split(".")[3:])
+    if end in EXPERTS:
+        to = [f"blk.{block[0]}.{name}" for name in EXPERTS[end]]
+        if arch == "gpt-oss" and "proj" in end:
+            # Gate and up alternate; matrices are transposed.
+            values = np.swapaxes(values, 1, 2) if values.ndim == 3 else values
+            pieces = [values[:, i :: len(to)] for i in range(len(to))]
+        else:
+            pieces = np.split(values, len(to), axis=1) if len(to) > 1 else [values]
+        return list(zip(to, pieces))
+    if end == "self_attn.kv_b_proj.weight":
+        rows = values.reshape(heads, -1, values.shape[1])
+        key_rows, value_rows = rows[:, : config.qk_nope_head_dim], rows[:, config.qk_nope_head_dim :]
+        return [(f"blk.{block[0]}.attn_k_b.weight", np.swapaxes(key_rows, 1, 2)), (f"blk.{block[0]}.attn_v_b.weight", value_rows)]
+    to = names.get_name(key, try_suffixes=(".weight", ".bias"))
+    assert to, key
+    if arch in ("llama", "smollm3") and ("q_proj" in key or "k_proj" in key):
+        values = interleave(values, heads if "q_proj" in key else config.num_key_value_heads)
+    if arch == "gptneox" and "query_key_value" in key:
+        values = by_kind(values, heads)
+    if arch == "gpt2" and any(part in key for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        values = values.T
+    return [(to, values)]
 
 
 def settings(writer, arch, config):
-    rope = getattr(config, "rope_parameters", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    windowed, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
+    setting = lambda name: getattr(config, name, None)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = setting("intermediate_size") or 4 * config.hidden_size
     writer.add_feed_forward_length(inner)
     writer.add_head_count(config.num_attention_heads)
     if hasattr(config, "num_key_value_heads"):
-        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_head_count_kv(1 if arch == "deepseek2" else config.num_key_value_heads)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", None) or config.layer_norm_epsilon)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_layer_norm_eps(setting("layer_norm_eps") or config.layer_norm_epsilon)
+    head_dim = setting("head_dim") or config.hidden_size // config.num_attention_heads
+    if arch == "deepseek2":
+        writer.add_kv_lora_rank(config.kv_lora_rank)
+        if config.q_lora_rank:
+            writer.add_q_lora_rank(config.q_lora_rank)
+        writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+        writer.add_value_length(config.kv_lora_rank)
+        writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        writer.add_value_length_mla(config.v_head_dim)
+        head_dim = config.qk_rope_head_dim
+    elif head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if rope:
+    # Gemma 2's converter leaves out what is the default.
+    if rope and arch != "gemma2":
         writer.add_rope_freq_base(rope["rope_theta"])
+    if rope and not arch.startswith("gemma"):
         writer.add_rope_dimension_count(int(head_dim * (rope.get("partial_rotary_factor") or 1)))
-        if rope["rope_type"] in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-            writer.add_rope_scaling_factor(rope["factor"])
-        if rope["rope_type"] == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if windowed:
+        writer.add_rope_freq_base_swa(windowed["rope_theta"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, add in [("beta_fast", writer.add_rope_scaling_yarn_beta_fast), ("beta_slow", writer.add_rope_scaling_yarn_beta_slow)]:
+            if key in rope:
+                add(rope[key])
+    if arch == "deepseek2" and rope.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if rope.get("rope_type") == "longrope":
+        original = rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
     if arch == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
+    if arch in ("gemma2", "gemma3", "gpt-oss", "phi3"):
+        writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    experts = next((setting(name) for name in ("num_local_experts", "num_experts", "n_routed_experts") if setting(name)), None)
+    if not experts:
+        return
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    width = setting("moe_intermediate_size") or (inner if arch == "gpt-oss" else None)
+    if width:
+        writer.add_expert_feed_forward_length(width)
+    if arch in ("deepseek2", "dots1"):
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+        sigmoid = config.model_type != "deepseek_v2"
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX)
 
 
 def make_model(name, options, directory):
@@ -255,9 +474,9 @@ def make_model(name, options, directory):
     if config["model_type"] != "gpt2":
         config["max_position_embeddings"] = POSITIONS
     config = AutoConfig.for_model(**config, bos_token_id=1, eos_token_id=2)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
     directory.mkdir(parents=True)
-    writer = gguf.GGUFWriter(directory / "model.gguf", arch)
+    writer = gguf.GGUFWriter(directory / "model.gguf", arch, split_max_tensors=options.get("split", 0))
     settings(writer, arch, config)
     if "tokenizer" in options:
         add_tokenizer(writer, TOKENIZERS[options["tokenizer"]])
@@ -267,9 +486,7 @@ def make_model(name, options, directory):
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
 
-    number = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3,
-              "gpt2": gguf.MODEL_ARCH.GPT2, "gptneox": gguf.MODEL_ARCH.GPTNEOX}[arch]
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(ARCHES[arch], config.num_hidden_layers)
     heads = config.num_attention_heads
     stored = {}
     for key, tensor in model.state_dict().items():
@@ -277,23 +494,18 @@ def make_model(name, options, directory):
             continue
         noise = np.random.default_rng(seed_of(name, key)).standard_normal(tuple(tensor.shape), dtype=np.float32)
         is_norm = tensor.ndim == 1 and key.endswith("weight")
+        # Gemma's norms are stored less 1, but not in this format.
+        offset = np.float32(is_norm and arch.startswith("gemma"))
         values = 1 + 0.3 * noise if is_norm else noise * (0.3 if config.hidden_size < 100 else 0.12)
-        to = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        assert to, key
-        reorder = None
-        if arch == "llama" and ("q_proj" in key or "k_proj" in key):
-            count = heads if "q_proj" in key else config.num_key_value_heads
-            reorder = lambda rows, count=count: interleave(rows, count)
-        if arch == "gptneox" and "query_key_value" in key:
-            reorder = lambda rows: by_kind(rows, heads)
-        transposed = arch == "gpt2" and any(part in key for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        written = values.T.copy() if transposed else values
-        written = reorder(written) if reorder else written
-        kind = T.F32 if tensor.ndim == 1 else options["types"].get(to.split(".")[-2], options["types"].get("default"))
-        data, rounded = encode(np.ascontiguousarray(written), kind, seed_of(name, to))
-        writer.add_tensor(to, data, raw_dtype=kind)
-        rounded = inverse(rounded, reorder) if reorder else rounded
-        stored[key] = torch.from_numpy(np.ascontiguousarray(rounded.T if transposed else rounded))
+        flat = np.empty(values.size, dtype=np.float32)
+        places = parts(key, np.arange(values.size).reshape(values.shape), arch, config, names)
+        for (to, written), (_, place) in zip(parts(key, values, arch, config, names), places):
+            is_vector = written.ndim == 1 or to.endswith(".bias")
+            kind = T.F32 if is_vector else options["types"].get(to.split(".")[-2], options["types"].get("default"))
+            data, rounded = encode(np.ascontiguousarray(written), kind, seed_of(name, to))
+            writer.add_tensor(to, data, raw_dtype=kind)
+            flat[place.reshape(-1)] = (rounded - offset).reshape(-1)
+        stored[key] = torch.from_numpy(flat.reshape(values.shape))
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "llama3":
         width = config.hidden_size // heads
@@ -301,6 +513,8 @@ def make_model(name, options, directory):
         with Exact():
             scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config)
         writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy(), raw_dtype=T.F32)
+    for length in ("long", "short") if rope.get("rope_type") == "longrope" else ():
+        writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32), raw_dtype=T.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -309,8 +523,8 @@ def make_model(name, options, directory):
     missing, unexpected = model.load_state_dict(stored, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
-    # It knows no GPT-NeoX in this format, no divisors of frequencies, and fails at BF16.
-    if name not in ("gpt_neox", "llama3") and T.BF16 not in options["types"].values():
+    # It knows few architectures in this format, no divisors of frequencies, and fails at BF16.
+    if name in ("llama", "qwen2", "llama_linear", "llama_yarn", "gpt2"):
         # It takes the length of GPT-2's texts for granted, unless the configuration is given.
         given = dict(config=config) if arch == "gpt2" else {}
         read = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", dtype=torch.float32, **given)
@@ -318,16 +532,24 @@ def make_model(name, options, directory):
         for key, tensor in stored.items():
             assert torch.equal(read[key].float(), tensor), f"transformers reads another {key}"
     model = model.double()
-    rotary = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
     tokens = torch.randint(3, config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(seed_of(name)))
     with Exact():
         for module in rotary:
-            init = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(module.rope_type, module.compute_default_rope_parameters)
-            module.inv_freq = init(config)[0]
+            functions = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
+            if isinstance(module.rope_type, dict):
+                # A base for each kind of layers.
+                for kind, rope_type in module.rope_type.items():
+                    init = functions.get(rope_type, module.compute_default_rope_parameters)
+                    setattr(module, f"{kind}_inv_freq", init(config, layer_type=kind)[0])
+            else:
+                init = functions.get(module.rope_type, module.compute_default_rope_parameters)
+                module.inv_freq = init(config)[0]
         logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     save_file(dict(tokens=tokens.int(), logits=logits.float()), directory / "expected.safetensors")
     if options.get("checkpoint"):
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    if options.get("checkpoint") or list(MODELS).index(name) >= list(MODELS).index("mixtral"):
         (directory / "config.json").write_text(config.to_json_string())
     return dict(name=name, logits_std=round(logits.std().item(), 3))
 
@@ -340,10 +562,22 @@ TEMPLATE = (
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
+DEEPSEEK_LETTERS = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+DEEPSEEK_MARKS = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
+DEEPSEEK_SCRIPTS = "[一-龥\u0800-一가-\ud7ff]+"
+
 # Those that transformers doesn't know, as `llama-vocab.cpp` has them: each splits what the one before has left whole.
 LLAMA_CPP_SPLITS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "smollm": [r"\p{N}", GPT2_SPLIT],
+    "deepseek-llm": [
+        r"[\r\n]", DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_SCRIPTS, r"\p{N}+",
+    ],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_SCRIPTS, r"\p{N}"],
+    "deepseek-v3": [
+        r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
 }
 
 
@@ -386,6 +620,10 @@ def make_vocabularies():
         ("tekken", "tekken", 400, ["<unk>", "<s>", "</s>"], dict(bos="<s>", eos="</s>", unknown="<unk>")),
         ("default", "default", 400, ["<|endoftext|>"], dict(bos="<|endoftext|>", eos="<|endoftext|>")),
         ("smollm", "smollm", 400, ["<|im_end|>"], dict(bos="<|im_end|>", eos="<|im_end|>")),
+        ("gpt_4o", "gpt-4o", 400, ["<|startoftext|>", "<|return|>", "<|call|>", "<|end|>"], dict(bos="<|startoftext|>", eos="<|return|>")),
+        ("deepseek_llm", "deepseek-llm", 400, ["<｜end▁of▁sentence｜>"], dict(eos="<｜end▁of▁sentence｜>")),
+        ("deepseek_coder", "deepseek-coder", 400, ["<|EOT|>"], dict(eos="<|EOT|>")),
+        ("deepseek_v3", "deepseek-v3", 400, ["<｜end▁of▁sentence｜>"], dict(eos="<｜end▁of▁sentence｜>")),
     ]:
         known = mapping.GGUF_PRE_TOKENIZER_SPLITS.get(pre)
         tokens, merges = bpe(LLAMA_CPP_SPLITS.get(pre) or ([known] if known else []), size, specials)
@@ -440,11 +678,11 @@ def make_tokenizers(directory):
                 tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(m.split(" ")) for m in vocabulary["merges"]])
                 tokenizer.add_special_tokens({"additional_special_tokens": specials[:3]}, replace_extra_special_tokens=False)
                 tokenizer.add_tokens(specials[3:])
-            elif name in LLAMA_CPP_SPLITS:
+            elif vocabulary["pre"] in LLAMA_CPP_SPLITS:
                 vocab = {token: i for i, token in enumerate(vocabulary["tokens"])}
                 model = models.BPE(vocab=vocab, merges=[tuple(m.split(" ")) for m in vocabulary["merges"]])
                 tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
-                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(LLAMA_CPP_SPLITS[name])
+                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(LLAMA_CPP_SPLITS[vocabulary["pre"]])
                 tokenizer.backend_tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
             else:
                 tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=path.name)
@@ -462,13 +700,17 @@ def make_blocks(path):
         if kind in SCALES:
             data = random_blocks(kind, blocks, 1e-3, seed_of(kind.name))
             data[-1] = noise.integers(0, 256, data.shape[1], dtype=np.uint8)
-            for at in SCALES[kind]:
+            for at in SCALES[kind][0]:
                 data[-1, at : at + 2] = np.array([-0.37], dtype=np.float16).view(np.uint8)
         else:
             data = gguf.quants.quantize(noise.standard_normal((blocks, 32), dtype=np.float32), kind)
             # Codes that quantisation doesn't make, and a subnormal scale.
             data[-1] = noise.integers(0, 256, data.shape[1], dtype=np.uint8)
-            data[-1, 0:2] = np.array([3e-6], dtype=np.float16).view(np.uint8)
+            if kind == T.MXFP4:
+                # The smallest exponents, whose scales are subnormal, and about the largest whose values are finite.
+                data[-3:, 0] = [0, 1, 251]
+            else:
+                data[-1, 0:2] = np.array([3e-6], dtype=np.float16).view(np.uint8)
             if kind in (T.Q4_1, T.Q5_1):
                 data[-1, 2:4] = np.array([-1.5], dtype=np.float16).view(np.uint8)
         values = gguf.quants.dequantize(data, kind).astype(np.float32)
@@ -483,26 +725,31 @@ def main():
     default = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "gguf"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=default, help="where the fixtures go")
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="*", metavar="MODEL", choices=list(MODELS), help="make these, and leave the rest as it is")
+    options = parser.parse_args()
+    out, only = options.out, options.only
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # README.md stays.
-    for name in ["tokenizers", *MODELS]:
+    for name in only or ["tokenizers", *MODELS]:
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     TOKENIZERS = make_vocabularies()
-    make_blocks(out / "blocks.safetensors")
-    make_tokenizers(out / "tokenizers")
+    if not only:
+        make_blocks(out / "blocks.safetensors")
+        make_tokenizers(out / "tokenizers")
     for name, options in MODELS.items():
+        if only and name not in only:
+            continue
         print(json.dumps(make_model(name, options, out / name)), flush=True)
     for path in out.rglob("*.*"):
         if path.is_file():
             path.chmod(0o644)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(json.dumps(dict(bytes=size, torch=torch.__version__, transformers=transformers.__version__)))
-    assert size < 800_000
+    assert size < 1_400_000
 
 
 if __name__ == "__main__":

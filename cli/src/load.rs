@@ -19,7 +19,7 @@ use crate::template::ChatTemplate;
 /// Which model, and how it is kept.
 #[derive(Clone, clap::Args)]
 pub(crate) struct LoadOptions {
-    /// Folder with config.json, tokenizer.json and safetensors, or a .gguf file [default: the story model of this repository]
+    /// Folder with config.json, tokenizer.json and safetensors, or a .gguf file, of several the first [default: the story model of this repository]
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<PathBuf>,
     /// Leave the model's chat template out: text goes in as it is

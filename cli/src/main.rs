@@ -17,8 +17,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 /// Language models on any GPU: chat with one, or serve it over HTTP
 ///
-/// Runs Hugging Face checkpoints (Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2, GPT-NeoX, GPT-2) through wgpu:
-/// Vulkan, Metal, DX12, or a software adapter. Without --model it is the small story model that comes with folio.
+/// Runs Hugging Face checkpoints and GGUF files (Llama, Mistral, Mixtral, Qwen2, Qwen3 with or without experts, Gemma 2 and 3, Phi-3, gpt-oss,
+/// DeepSeek-V2 and V3, dots.llm1, SmolLM3, OLMo 2, GPT-NeoX, GPT-2) through wgpu: Vulkan, Metal, DX12, or a software adapter. Without --model it is the small story model that comes with folio.
 #[derive(Parser)]
 #[command(name = "folio", version)]
 struct Cli {

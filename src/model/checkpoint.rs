@@ -72,7 +72,8 @@ struct Entry {
 
 impl Checkpoint {
     /// Opens a directory with `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards. A path to a
-    /// `.safetensors` file or to an index opens that one, with the `config.json` beside it; a path to a `.gguf` file (version 2 or 3) opens that alone.
+    /// `.safetensors` file or to an index opens that one, with the `config.json` beside it; a path to a `.gguf` file (version 2 or 3) opens that alone, and
+    /// a path to the first of several, `<name>-00001-of-00003.gguf`, all of them.
     ///
     /// Reads configuration and headers, no weights.
     ///
@@ -125,22 +126,25 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path) -> ModelResult<Self> {
-        let header = Header::read(path)?;
+        let header = Header::read_model(path)?;
         let Described { config, architecture, interleaved } = gguf::describe(&header)?;
-        let Header { file, bytes, tensors, .. } = header;
+        let Header { parts, tensors, .. } = header;
         let entry = |tensor: gguf::Tensor| {
-            let gguf::Tensor { kind, shape, start, end } = tensor;
-            Entry { shard: 0, kind, shape, start, end }
+            let gguf::Tensor { kind, shape, part, start, end } = tensor;
+            Entry { shard: part, kind, shape, start, end }
         };
         let tensors = tensors.into_iter().map(|(name, tensor)| (name, entry(tensor))).collect();
         let names = path.to_owned();
-        let shards = vec![Shard { path: names.clone(), file, bytes }];
+        let shard = |gguf::Part { path, file, bytes }| Shard { path, file, bytes };
+        let shards = parts.into_iter().map(shard).collect();
         let checkpoint = Self { config, architecture, interleaved, names, shards, tensors, mapped: Mutex::new(None) };
         // No setting tells of parts that an architecture doesn't have: a tensor that nothing uses does.
         let weights = checkpoint.weights()?;
         if let Some(tensor) = checkpoint.unused(&weights).first() {
             let need = format!("only tensors that {} has", checkpoint.config.model_type);
             let got = "a tensor that is not known".to_owned();
+            let entry = checkpoint.tensors.get(*tensor);
+            let path = entry.map_or(path, |entry| &checkpoint.shards[entry.shard].path);
             return Err(ModelError::Tensor { path: path.to_owned(), tensor: (*tensor).to_owned(), got, need });
         }
         Ok(checkpoint)

@@ -9,13 +9,13 @@ use crate::gguf::fixture;
 
 /// A file in parts, so that each can be damaged.
 #[derive(Clone)]
-struct File {
+pub(crate) struct File {
     magic: [u8; 4],
     version: u32,
     /// What is announced; `None`: as many as there are.
     num_tensors: Option<u64>,
     num_settings: Option<u64>,
-    settings: Vec<(String, Vec<u8>)>,
+    pub(crate) settings: Vec<(String, Vec<u8>)>,
     tensors: Vec<Tensor>,
     data: usize,
 }
@@ -28,7 +28,7 @@ struct Tensor {
     offset: u64,
 }
 
-fn text(text: &str) -> Vec<u8> {
+pub(crate) fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
@@ -37,32 +37,32 @@ fn typed(kind: u32, value: &[u8]) -> Vec<u8> {
     [&kind.to_le_bytes()[..], value].concat()
 }
 
-fn u32_value(n: u32) -> Vec<u8> {
+pub(crate) fn u32_value(n: u32) -> Vec<u8> {
     typed(4, &n.to_le_bytes())
 }
 
-fn f32_value(n: f32) -> Vec<u8> {
+pub(crate) fn f32_value(n: f32) -> Vec<u8> {
     typed(6, &n.to_le_bytes())
 }
 
-fn text_value(value: &str) -> Vec<u8> {
+pub(crate) fn text_value(value: &str) -> Vec<u8> {
     typed(8, &text(value))
 }
 
-fn list(kind: u32, len: u64, elements: &[u8]) -> Vec<u8> {
+pub(crate) fn list(kind: u32, len: u64, elements: &[u8]) -> Vec<u8> {
     typed(9, &[&kind.to_le_bytes()[..], &len.to_le_bytes(), elements].concat())
 }
 
-fn texts(values: &[&str]) -> Vec<u8> {
+pub(crate) fn texts(values: &[&str]) -> Vec<u8> {
     list(8, values.len() as u64, &values.iter().flat_map(|value| text(value)).collect::<Vec<_>>())
 }
 
-fn floats(values: &[f32]) -> Vec<u8> {
+pub(crate) fn floats(values: &[f32]) -> Vec<u8> {
     list(6, values.len() as u64, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())
 }
 
 impl File {
-    fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = self.magic.to_vec();
         bytes.extend(self.version.to_le_bytes());
         bytes.extend(self.num_tensors.unwrap_or(self.tensors.len() as u64).to_le_bytes());
@@ -82,7 +82,7 @@ impl File {
         bytes
     }
 
-    fn set(&mut self, key: &str, value: Vec<u8>) {
+    pub(crate) fn set(&mut self, key: &str, value: Vec<u8>) {
         match self.settings.iter_mut().find(|(own, _)| own == key) {
             Some((_, own)) => *own = value,
             None => self.settings.push((key.to_owned(), value)),
@@ -99,7 +99,7 @@ impl File {
 }
 
 /// A small Llama with a tokenizer, all F32.
-fn good() -> File {
+pub(crate) fn good() -> File {
     let mut settings = vec![("general.architecture".to_owned(), text_value("llama"))];
     for (key, n) in [
         ("block_count", 1),
@@ -148,7 +148,7 @@ fn open(path: &Path) -> Result<(), ModelError> {
 }
 
 #[track_caller]
-fn refused(bytes: &[u8], parts: &[&str]) {
+pub(crate) fn refused(bytes: &[u8], parts: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, bytes).unwrap();
@@ -266,8 +266,8 @@ fn settings_that_are_wrong() {
     changed(|file| file.remove("general.architecture"), &["general.architecture", "got nothing", "llama, qwen2"]);
     changed(|file| file.set("general.architecture", text_value("mamba")), &["general.architecture", "mamba"]);
     changed(|file| file.set("general.architecture", u32_value(1)), &["general.architecture", "a text"]);
-    changed(|file| file.set("split.count", u32_value(3)), &["split.count", "3 parts", "--merge"]);
-    changed(|file| file.set("llama.expert_count", u32_value(8)), &["llama.expert_count", "8"]);
+    changed(|file| file.set("split.count", u32_value(3)), &["split.count", "got 3", "-00001-of-00003.gguf"]);
+    changed(|file| file.set("llama.expert_count", u32_value(8)), &["llama.expert_used_count", "got nothing"]);
     for key in ["llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length"] {
         changed(|file| file.remove(key), &[key, "got nothing"]);
         changed(|file| file.set(key, u32_value(0)), &[key, "got 0"]);
@@ -294,7 +294,11 @@ fn settings_that_are_wrong() {
     );
     changed(
         |file| file.set("llama.rope.scaling.type", text_value("longrope")),
-        &["llama.rope.scaling.type", "longrope"],
+        &["rope_factors_short.weight", "got nothing"],
+    );
+    changed(
+        |file| file.set("llama.rope.scaling.type", text_value("wide")),
+        &["llama.rope.scaling.type", "wide", "longrope"],
     );
     let linear = |factor: f32| {
         move |file: &mut File| {
@@ -341,11 +345,13 @@ fn tensors_that_are_wrong() {
     }
     changed(|file| file.tensor(name).dimensions = vec![8, 16], &[name, "[16, 8]", "[16, 16]"]);
     changed(|file| file.tensor(name).dimensions = vec![1 << 20, 1 << 30], &[name, "within the file"]);
-    for (kind, text) in [(10, "Q2_K"), (16, "IQ2_XXS"), (39, "MXFP4"), (4, "unknown"), (u32::MAX, "unknown")] {
+    for (kind, text) in [(9, "Q8_1"), (16, "IQ2_XXS"), (40, "NVFP4"), (4, "unknown"), (u32::MAX, "unknown")] {
         changed(|file| file.tensor(name).kind = kind, &[name, text, "Q4_K"]);
     }
     // 16 in a row are no whole block.
     changed(|file| file.tensor(name).kind = 8, &[name, "rows of 16 in Q8_0", "a multiple of 32"]);
+    changed(|file| file.tensor(name).kind = 39, &[name, "rows of 16 in MXFP4", "a multiple of 32"]);
+    changed(|file| file.tensor(name).kind = 10, &[name, "rows of 16 in Q2_K", "a multiple of 256"]);
     changed(|file| file.tensor(name).offset += 4, &[name, "a multiple of the alignment, 32"]);
     for offset in [1 << 20, u64::MAX - 31, 1 << 63] {
         changed(|file| file.tensor(name).offset = offset, &[name, &format!("from {offset} on")]);
@@ -425,9 +431,11 @@ fn changed_bytes_never_end_the_program() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let mut random = fastrand::Rng::with_seed(11);
-    let fixture = std::fs::read(fixture("qwen2/model.gguf")).unwrap();
-    let header = fixture.len() - 22_000;
-    for whole in [good().bytes(), fixture] {
+    // Their headers, as far as they go: behind it all bytes are fine.
+    let read = |name: &str, header| (std::fs::read(fixture(name).join("model.gguf")).unwrap(), header);
+    let small = good().bytes();
+    let files = [read("qwen2", 9_500), read("gpt_oss", 3_456), read("deepseek_v2", 3_456), read("phi3", 1_696)];
+    for (whole, header) in std::iter::once((small, usize::MAX)).chain(files) {
         let mut fine = 0;
         for round in 0..600 {
             let mut bytes = whole.clone();

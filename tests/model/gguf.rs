@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use folio::model::{
-    Checkpoint, Decoder, DecoderOptions, GgufMetadata, LogitRows, Model, ModelError, ModelOptions, ModelResult,
-    TensorSource, Tokenizer, WeightFormat, WeightSource,
+    Checkpoint, Decoder, DecoderOptions, GgufMetadata, LayerKind, LayerPattern, LogitRows, Model, ModelConfig,
+    ModelError, ModelOptions, ModelResult, TensorSource, Tokenizer, WeightFormat, WeightSource,
 };
 use folio::{Gpu, KvFormat};
 use safetensors::SafeTensors;
@@ -16,8 +16,55 @@ use serde_json::Value;
 use crate::adapter;
 use crate::common::with;
 
-const MODELS: [&str; 8] = ["gpt2", "gpt_neox", "llama", "llama3", "llama_linear", "llama_yarn", "qwen2", "qwen3"];
-const TOKENIZERS: [&str; 7] = ["default", "gpt2", "llama_bpe", "llama_spm", "qwen2", "smollm", "tekken"];
+const MODELS: [&str; 19] = [
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "llama3",
+    "llama_linear",
+    "llama_yarn",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3moe",
+    "gpt_oss",
+    "dots1",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+    "deepseek_v2",
+    "deepseek_v3",
+];
+
+/// Those with a `config.json` of the same model.
+const WITH_CONFIG: [&str; 11] = [
+    "mixtral",
+    "qwen3moe",
+    "gpt_oss",
+    "dots1",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+    "deepseek_v2",
+    "deepseek_v3",
+];
+const TOKENIZERS: [&str; 11] = [
+    "deepseek_coder",
+    "deepseek_llm",
+    "deepseek_v3",
+    "default",
+    "gpt2",
+    "gpt_4o",
+    "llama_bpe",
+    "llama_spm",
+    "qwen2",
+    "smollm",
+    "tekken",
+];
 
 /// Deviation from transformers' logits, relative to their standard deviation: that of F32 in `parity.rs`.
 const TOLERANCE: f64 = 2e-4;
@@ -29,6 +76,12 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 fn words(file: &SafeTensors<'_>, name: &str) -> Vec<u32> {
     let tensor = file.tensor(name).unwrap();
     tensor.data().chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+/// The file of a model, or the first of several.
+fn model_file(name: &str) -> PathBuf {
+    let whole = fixture(name).join("model.gguf");
+    if whole.exists() { whole } else { fixture(name).join("model-00001-of-00003.gguf") }
 }
 
 /// Logits of all tokens.
@@ -64,11 +117,51 @@ fn logits_are_those_of_transformers() {
         let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let expected: Vec<_> = words(&file, "logits").into_iter().map(f32::from_bits).collect();
-        let logits = logits(&gpu, &fixture(name).join("model.gguf"), WeightFormat::F32, &words(&file, "tokens"));
+        let logits = logits(&gpu, &model_file(name), WeightFormat::F32, &words(&file, "tokens"));
         let deviation = deviation(&logits, &expected);
         println!("{name}: logits deviate by {deviation:.1e} standard deviations");
         assert!(deviation < TOLERANCE, "{name}: {deviation}");
     }
+}
+
+#[test]
+fn settings_are_those_of_config_json() {
+    for name in WITH_CONFIG {
+        let checkpoint = Checkpoint::open(model_file(name)).unwrap();
+        let weights = checkpoint.weights().unwrap();
+        assert_eq!(checkpoint.unused(&weights), [""; 0], "{name}");
+        let mut config = checkpoint.config().clone();
+        let expected = ModelConfig::from_dir(fixture(name)).unwrap();
+        // Gemma's norms are stored as they are applied.
+        assert_eq!(config.norm.weight_offset, 0.0, "{name}");
+        config.norm.weight_offset = expected.norm.weight_offset;
+        assert_eq!(without_rounding(config), without_rounding(expected), "{name}");
+    }
+}
+
+/// Numbers of the rotary embedding with the digits that f32 has, in which the format stores them, and the rest as it is.
+fn without_rounding(mut config: ModelConfig) -> (ModelConfig, String) {
+    let rounded = |pattern: &LayerPattern, layers: u32| {
+        let ropes = (0..layers).map(|layer| pattern.kind(layer)).map(|kind| {
+            let rope = kind.rope.as_ref().map(|rope| {
+                let frequencies: Vec<_> = rope.inverse_frequencies().iter().map(|f| format!("{f:.5e}")).collect();
+                let sizes = (rope.rotary_dim, rope.rotary_start, rope.layout);
+                format!("{sizes:?} {:.5} {}", rope.attention_factor(), frequencies.join(" "))
+            });
+            format!("{:?} {rope:?}", kind.window)
+        });
+        ropes.collect::<Vec<_>>().join("\n")
+    };
+    let layers = config.num_layers;
+    let mut text = rounded(&config.layers, layers);
+    if let Some(long) = config.long_context.take() {
+        text += &format!("\nlong, {}:\n{}", long.max_positions, rounded(&long.layers, layers));
+    }
+    // The default, whether it is said or not.
+    let scale = config.softmax_scale.take().unwrap_or((config.head_dim as f32).powf(-0.5));
+    text += &format!("\n{scale:.6}");
+    config.layers = LayerPattern::uniform(LayerKind::new(None, None));
+    (config, text)
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod translate;
 
 mod bad_files;
 mod bad_gguf;
+mod bad_gguf_models;
 mod bad_tokenizers;
 mod buffers;
 mod checkpoint_files;

@@ -6,8 +6,8 @@ use crate::load::LoadOptions;
 
 /// Talk with a model, or let it go on with a text
 ///
-/// Streams text from a Hugging Face checkpoint (Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, SmolLM3, OLMo 2, GPT-NeoX,
-/// GPT-2) through folio's paged KV cache. For a model with a chat template, what is said are the turns of a conversation; any other goes on with the text.
+/// Streams text from a Hugging Face checkpoint or a GGUF file (Llama, Mistral, Mixtral, Qwen2, Qwen3 with or without experts, Gemma 2 and 3, Phi-3,
+/// gpt-oss, DeepSeek-V2 and V3, dots.llm1, SmolLM3, OLMo 2, GPT-NeoX, GPT-2) through folio's paged KV cache. For a model with a chat template, what is said are the turns of a conversation; any other goes on with the text.
 ///
 /// On a terminal it reads prompts until an empty line or Ctrl-D. Piped text is taken as prompts, one per line. With neither, the story model
 /// of this repository holds a short fixed conversation. Ctrl-C ends an answer; pressed twice, it ends the program.

@@ -66,6 +66,9 @@ pub(crate) enum ExpertTensors {
     /// Tensors of all experts: `[experts, 2 * intermediate_size, hidden_size]`, all rows of the gate and then all of up, and
     /// `[experts, hidden_size, intermediate_size]`. Nothing is appended to the names.
     Packed([&'static str; 2]),
+    /// Tensors of all experts: gate and up, each `[experts, intermediate_size, hidden_size]`, and down, `[experts, hidden_size, intermediate_size]`.
+    /// `.weight` and, if there are biases, `.bias` is appended.
+    Stacked { names: [&'static str; 3], bias: bool },
     /// Tensors of all experts, of transposed matrices: `[experts, hidden_size, 2 * intermediate_size]` with gate and up in alternation, and
     /// `[experts, intermediate_size, hidden_size]`, and with `_bias` appended their biases.
     Interleaved([&'static str; 2]),
@@ -78,6 +81,7 @@ impl ExpertNames {
     fn first(&self, build: &Build<'_>, layer: u32) -> String {
         match self.tensors {
             ExpertTensors::Each([gate, ..]) => format!("{}.weight", build.name(&of_expert(gate, 0), layer)),
+            ExpertTensors::Stacked { names: [gate, ..], .. } => format!("{}.weight", build.name(gate, layer)),
             ExpertTensors::Packed([gate_up, _]) | ExpertTensors::Interleaved([gate_up, _]) => {
                 build.name(gate_up, layer)
             }
@@ -151,6 +155,24 @@ impl Build<'_> {
                     LinearWeights { weight: TensorSource { pieces: vec![piece], columns }, bias: None }
                 };
                 [all(gate_up, 2 * inner, hidden), all(down, hidden, inner)]
+            }
+            ExpertTensors::Stacked { names: [gate, up, down], bias } => {
+                let all = |names: &[&str], end: &str, out: usize, columns: usize| {
+                    let shape =
+                        if columns == 1 { vec![count as usize, out] } else { vec![count as usize, out, columns] };
+                    let names: Vec<_> = names.iter().map(|name| format!("{}.{end}", self.name(name, layer))).collect();
+                    let rows = |e: usize, name: &String| {
+                        let piece = Piece::row(name.clone(), shape.clone());
+                        Piece { rows: out, first: e * out, run: out, stride: out, ..piece }
+                    };
+                    let pieces = (0..count as usize).flat_map(|e| names.iter().map(move |name| rows(e, name)));
+                    TensorSource { pieces: pieces.collect(), columns }
+                };
+                let of = |names: &[&str], out, columns| LinearWeights {
+                    weight: all(names, "weight", out, columns),
+                    bias: bias.then(|| all(names, "bias", out, 1)),
+                };
+                [of(&[gate, up], inner, hidden), of(&[down], hidden, inner)]
             }
             ExpertTensors::Interleaved([gate_up, down]) => {
                 let of = |name: &str, parts: usize, out: usize, columns: usize| {

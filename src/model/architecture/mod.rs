@@ -200,10 +200,19 @@ pub(crate) struct LatentNames {
     pub(crate) q_a: &'static str,
     pub(crate) q_a_norm: &'static str,
     pub(crate) q_b: &'static str,
-    /// The latent of keys and values with the rotated elements beside it; then for each head its key without those, and its value.
+    /// The latent of keys and values with the rotated elements beside it.
     pub(crate) kv_a: &'static str,
     pub(crate) kv_a_norm: &'static str,
-    pub(crate) kv_b: &'static str,
+    pub(crate) kv_b: FromLatents,
+}
+
+/// How the projections from latents to keys, without the rotated elements, and to values are stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum FromLatents {
+    /// One tensor: for each head its key, then its value.
+    PerHead(&'static str),
+    /// Tensors of all heads: `[heads, kv_rank, key]` and `[heads, value, kv_rank]`.
+    Split([&'static str; 2]),
 }
 
 /// How the MLP's first projection is stored.

@@ -1,8 +1,8 @@
 //! The table of architectures.
 
 use super::{
-    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, GroupKeys, LatentKeys, LatentNames, Optional,
-    Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
+    Architecture, ConfigKeys, ExpertNames, ExpertTensors, Experts, Flag, FromLatents, GroupKeys, LatentKeys,
+    LatentNames, Optional, Positions, Qkv, RopeKeys, SizeDefault, TensorNames, Up, Window, WindowedLayers,
 };
 use crate::model::config::QkNorm;
 use crate::model::ops::{GroupScore, NormKind, Scoring};
@@ -249,7 +249,7 @@ const DEEPSEEK_V3: Architecture = Architecture {
             q_b: "layers.{i}.self_attn.q_b_proj",
             kv_a: "layers.{i}.self_attn.kv_a_proj_with_mqa",
             kv_a_norm: "layers.{i}.self_attn.kv_a_layernorm",
-            kv_b: "layers.{i}.self_attn.kv_b_proj",
+            kv_b: FromLatents::PerHead("layers.{i}.self_attn.kv_b_proj"),
         }),
         ..LLAMA_TENSORS
     },

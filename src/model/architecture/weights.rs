@@ -1,7 +1,7 @@
 //! Where the parameters of a model lie in its checkpoint.
 
 use super::experts::{ExpertNames, ExpertWeights};
-use super::{LatentNames, Qkv, TensorNames, Up};
+use super::{FromLatents, LatentNames, Qkv, TensorNames, Up};
 use crate::model::config::{ExpertsConfig, ModelConfig, QkNorm};
 use crate::model::ops::NormKind;
 use crate::model::{ModelError, ModelResult};
@@ -367,8 +367,8 @@ impl Build<'_> {
         let latent = config.latent.as_ref();
         let latent = latent.ok_or_else(|| ModelError::argument("latent", "none", "sizes of the model's latents"))?;
         let [rank, rope, value] = [latent.kv_rank, latent.rope_dim, latent.value_dim].map(|size| size as usize);
-        // Of a head, what makes its key of a latent, and what makes its value.
-        let made = (config.head_dim as usize).saturating_sub(rope) + value;
+        // Of a head, what makes its key of a latent.
+        let key = (config.head_dim as usize).saturating_sub(rope);
         let (q_latent, q_norm, q) = match latent.q_rank.map(|rank| rank as usize) {
             None => (None, None, self.linear(names.q, config.q_width(), hidden, false, layer)),
             Some(rank) => (
@@ -378,7 +378,23 @@ impl Build<'_> {
             ),
         };
         let k = self.linear(names.kv_a, rank + rope, hidden, config.qkv_bias, layer);
-        let v = self.linear(names.kv_b, config.num_q_heads as usize * made, rank, false, layer);
+        let heads = config.num_q_heads as usize;
+        let v = match names.kv_b {
+            FromLatents::PerHead(name) => self.linear(name, heads * (key + value), rank, false, layer),
+            FromLatents::Split(names) => {
+                let [k, v] = names.map(|name| format!("{}.weight", self.name(name, layer)));
+                let of_head = |head: usize| {
+                    let k = Piece::row(k.clone(), vec![heads, rank, key]);
+                    let v = Piece::row(v.clone(), vec![heads, value, rank]);
+                    [
+                        Piece { transposed: true, matrix: head, rows: key, run: key, stride: key, ..k },
+                        Piece { rows: value, first: head * value, run: value, stride: value, ..v },
+                    ]
+                };
+                let weight = TensorSource { pieces: (0..heads).flat_map(of_head).collect(), columns: rank };
+                LinearWeights { weight, bias: None }
+            }
+        };
         let norms = [q_norm, Some(self.norm(names.kv_a_norm, rank, layer))];
         Ok(Projections { q_latent, parts: [q, k, v], norms })
     }

@@ -73,6 +73,11 @@ impl LayerPattern {
         &self.kinds
     }
 
+    /// Changes every kind.
+    pub(crate) fn for_each_kind(&mut self, mut change: impl FnMut(&mut LayerKind)) {
+        self.kinds.iter_mut().for_each(&mut change);
+    }
+
     /// Which of [`LayerPattern::kinds`] a layer is.
     #[must_use]
     pub fn index(&self, layer: u32) -> usize {

@@ -28,13 +28,29 @@ pub(crate) enum BlockType {
     Q5_1,
     /// 32 elements: `d * q`, q from -128 to 127.
     Q8_0,
+    /// 256 elements, in groups of 16: `d * scale * q - dmin * min`, q of 2 bits, scale and min of 4.
+    Q2K,
+    /// 256 elements, in groups of 16: `d * (scale - 32) * (q - 4)`, q of 3 bits, scale of 6.
+    Q3K,
     /// 256 elements, in groups of 32: `d * scale * q - dmin * min`, q of 4 bits, scale and min of 6.
     Q4K,
     /// The same with q of 5 bits.
     Q5K,
     /// 256 elements, in groups of 16: `d * scale * (q - 32)`, q of 6 bits, scale from -128 to 127.
     Q6K,
+    /// 32 elements: `d * value`, values by 4 bits out of [`IQ4_VALUES`].
+    Iq4Nl,
+    /// 256 elements, in groups of 32: `d * (scale - 32) * value`, scale of 6 bits, values as before.
+    Iq4Xs,
+    /// 32 elements: `2^(e - 128) * value`, values by 4 bits out of [`MXFP4_VALUES`], which are twice those of the standard.
+    Mxfp4,
 }
+
+/// Values of codes, not equally far apart, so that more lie where weights are dense.
+const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// E2M1, doubled to be whole.
+const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 impl fmt::Display for BlockType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,9 +60,14 @@ impl fmt::Display for BlockType {
             Self::Q5_0 => "Q5_0",
             Self::Q5_1 => "Q5_1",
             Self::Q8_0 => "Q8_0",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::Iq4Xs => "IQ4_XS",
+            Self::Mxfp4 => "MXFP4",
         })
     }
 }
@@ -72,8 +93,8 @@ impl BlockType {
     /// Elements of a block.
     pub(crate) const fn len(self) -> usize {
         match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => MAX_LEN,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Mxfp4 => 32,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => MAX_LEN,
         }
     }
 
@@ -86,11 +107,21 @@ impl BlockType {
             Self::Q5_0 => 2 + 4 + 16,
             Self::Q5_1 => 4 + 4 + 16,
             Self::Q8_0 => 2 + 32,
+            // 16 bytes of scales, 256 times 2 bits, two halfs.
+            Self::Q2K => 16 + 64 + 4,
+            // 256 times 1 bit and 2 bits, 12 bytes of scales, a half.
+            Self::Q3K => 32 + 64 + 12 + 2,
             // Two halfs and 12 bytes of scales; 256 times 4 bits, and the fifth.
             Self::Q4K => 4 + 12 + 128,
             Self::Q5K => 4 + 12 + 32 + 128,
             // 256 times 4 bits and 2 bits, 16 scales, a half.
             Self::Q6K => 128 + 64 + 16 + 2,
+            // A half; 32 times 4 bits.
+            Self::Iq4Nl => 2 + 16,
+            // A half, the upper 2 bits of 8 scales, the lower 4; 256 times 4 bits.
+            Self::Iq4Xs => 2 + 2 + 4 + 128,
+            // The exponent; 32 times 4 bits.
+            Self::Mxfp4 => 1 + 16,
         }
     }
 
@@ -121,6 +152,24 @@ impl BlockType {
                     *out = d * f32::from(q.cast_signed());
                 }
             }
+            Self::Q2K => {
+                let (scales, codes, d, dmin) = (&block[..16], &block[16..80], half_at(block, 80), half_at(block, 82));
+                for (i, out) in out.iter_mut().enumerate() {
+                    let (scale, min) = (f32::from(scales[i / 16] & 15), f32::from(scales[i / 16] >> 4));
+                    *out = d * scale * f32::from(two_bits(codes, i)) - dmin * min;
+                }
+            }
+            Self::Q3K => {
+                let (third, codes, scales, d) = (&block[..32], &block[32..96], &block[96..108], half_at(block, 108));
+                for (i, out) in out.iter_mut().enumerate() {
+                    let group = i / 16;
+                    let low = scales[group % 8] >> (group / 8 * 4) & 15;
+                    let high = scales[8 + group % 4] >> (group / 4 * 2) & 3;
+                    let scale = f32::from(low | high << 4) - 32.0;
+                    let q = two_bits(codes, i) | (third[i % 32] >> (i / 32) & 1) << 2;
+                    *out = d * scale * (f32::from(q) - 4.0);
+                }
+            }
             Self::Q4K | Self::Q5K => {
                 let (d, dmin, scales) = (half_at(block, 0), half_at(block, 2), &block[4..16]);
                 let (fifth, nibbles) =
@@ -146,6 +195,21 @@ impl BlockType {
                     *out = d * f32::from(scales[i / 16].cast_signed()) * q;
                 }
             }
+            Self::Iq4Nl => decode_by_table(&block[2..], &IQ4_VALUES, half_at(block, 0), &mut out[..32]),
+            Self::Iq4Xs => {
+                let (d, high, low) = (half_at(block, 0), u16::from_le_bytes([block[2], block[3]]), &block[4..8]);
+                for (j, (codes, out)) in block[8..].chunks(16).zip(out.chunks_mut(32)).enumerate() {
+                    let low = u16::from(low[j / 2] >> (j % 2 * 4) & 15);
+                    let scale = f32::from(low | (high >> (2 * j) & 3) << 4) - 32.0;
+                    decode_by_table(codes, &IQ4_VALUES, d * scale, out);
+                }
+            }
+            Self::Mxfp4 => {
+                // 2^(e - 128): the exponent of f32 has a bias of 127, and 2^-128 and 2^-127 are subnormal.
+                let e = u32::from(block[0]);
+                let scale = f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 });
+                decode_by_table(&block[1..], &MXFP4_VALUES, scale, &mut out[..32]);
+            }
         }
     }
 
@@ -163,6 +227,10 @@ impl BlockType {
                     Some(WeightGrid { scale: d * scale, min: -(half_at(block, 2) * min) })
                 }
                 Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Q5K | Self::Q6K => return,
+                // Groups of 16 have values of their own.
+                Self::Q2K | Self::Q3K => return,
+                // Values are not equally far apart.
+                Self::Iq4Nl | Self::Iq4Xs | Self::Mxfp4 => return,
             };
         }
     }
@@ -183,5 +251,18 @@ fn decode_small(
         let low = block[nibbles + i % 16] >> (i / 16 * 4) & 15;
         let high = fifth.map_or(0, |at| block[at + i / 8] >> (i % 8) & 1);
         *out = d * (f32::from(low | high << 4) - f32::from(zero)) + m;
+    }
+}
+
+/// Code `i` of 2 bits: of each 32 bytes, first the lowest bits of all, then the next ones.
+fn two_bits(codes: &[u8], i: usize) -> u8 {
+    codes[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3
+}
+
+/// 32 codes of 4 bits, in order as for [`decode_small`], that stand for values of a table.
+fn decode_by_table(codes: &[u8], values: &[i8; 16], scale: f32, out: &mut [f32]) {
+    for (i, out) in out.iter_mut().enumerate() {
+        let code = codes[i % 16] >> (i / 16 * 4) & 15;
+        *out = scale * f32::from(values[usize::from(code)]);
     }
 }

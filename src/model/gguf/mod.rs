@@ -1,8 +1,8 @@
 //! GGUF, llama.cpp's file format: weights, settings and tokenizer in one file.
 //!
 //! Specified in [ggml's documentation](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); what names and settings mean is what llama.cpp
-//! makes of them. The parts: [`reader`] reads the header, [`blocks`] converts elements, [`architecture`] turns names and settings into those of an
-//! [`Architecture`](super::Architecture), [`tokenizer`] makes a `tokenizer.json`.
+//! makes of them. The parts: [`reader`] reads a header and [`parts`] those of several files, [`blocks`] converts elements, [`known`] lists architectures,
+//! [`architecture`] and [`settings`] turn names and settings into those of an [`Architecture`](super::Architecture), [`tokenizer`] makes a `tokenizer.json`.
 //!
 //! # Why a reader of its own
 //! Of the crates that read the format (November 2026), `candle-core` is a tensor library with its own kernels; `gguf-rs` brings a command line, a logger and an
@@ -11,8 +11,11 @@
 
 mod architecture;
 mod blocks;
+mod known;
 mod metadata;
+mod parts;
 mod reader;
+mod settings;
 mod tokenizer;
 
 use std::path::Path;
@@ -20,7 +23,7 @@ use std::path::Path;
 pub(super) use architecture::{Described, describe, undo_interleaving};
 pub(crate) use blocks::BlockType;
 pub use metadata::GgufMetadata;
-pub(super) use reader::{Header, Tensor};
+pub(super) use reader::{Header, Part, Tensor};
 pub(super) use tokenizer::tokenizer_json;
 
 /// Whether a path is taken for a GGUF file: by its end, and because it is no folder.

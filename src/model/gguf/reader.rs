@@ -13,6 +13,7 @@ use safetensors::Dtype;
 use super::super::elements::ElementType;
 use super::super::{ModelError, ModelResult};
 use super::blocks::BlockType;
+use super::parts;
 use crate::files::{self, Fault};
 
 /// The longest header that is read. Those with the largest vocabularies, 262 144 tokens with merges, have some 20 MB.
@@ -31,7 +32,7 @@ const MAX_NAME_BYTES: u64 = (1 << 16) - 1;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
 /// GGML's numbers of the types that are read.
-const TYPES: [(u32, ElementType); 11] = [
+const TYPES: [(u32, ElementType); 16] = [
     (0, ElementType::Plain(Dtype::F32)),
     (1, ElementType::Plain(Dtype::F16)),
     (30, ElementType::Plain(Dtype::BF16)),
@@ -40,32 +41,37 @@ const TYPES: [(u32, ElementType); 11] = [
     (6, ElementType::Blocks(BlockType::Q5_0)),
     (7, ElementType::Blocks(BlockType::Q5_1)),
     (8, ElementType::Blocks(BlockType::Q8_0)),
+    (10, ElementType::Blocks(BlockType::Q2K)),
+    (11, ElementType::Blocks(BlockType::Q3K)),
     (12, ElementType::Blocks(BlockType::Q4K)),
     (13, ElementType::Blocks(BlockType::Q5K)),
     (14, ElementType::Blocks(BlockType::Q6K)),
+    (20, ElementType::Blocks(BlockType::Iq4Nl)),
+    (23, ElementType::Blocks(BlockType::Iq4Xs)),
+    (39, ElementType::Blocks(BlockType::Mxfp4)),
 ];
 
 /// Those that are not, for the message.
 const OTHER_TYPES: [(u32, &str); 19] = [
     (9, "Q8_1"),
-    (10, "Q2_K"),
-    (11, "Q3_K"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (24, "I8"),
     (25, "I16"),
     (26, "I32"),
+    (27, "I64"),
     (28, "F64"),
+    (29, "IQ1_M"),
     (34, "TQ1_0"),
     (35, "TQ2_0"),
-    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (41, "Q1_0"),
+    (42, "Q2_0"),
 ];
 
 /// A setting.
@@ -106,28 +112,50 @@ pub(crate) struct Tensor {
     pub(crate) kind: ElementType,
     /// The dimension whose elements lie side by side comes last, as in safetensors and unlike the file.
     pub(crate) shape: Vec<usize>,
+    /// The file: see [`Header::parts`].
+    pub(crate) part: usize,
     /// Bytes from the start of the file.
     pub(crate) start: usize,
     pub(crate) end: usize,
 }
 
-/// The header of an open file.
+/// An open file.
 #[derive(Debug)]
-pub(crate) struct Header {
+pub(crate) struct Part {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     /// Length of the file.
     pub(crate) bytes: u64,
+}
+
+/// The header of an open file, or what those of several files together say.
+#[derive(Debug)]
+pub(crate) struct Header {
+    /// The file with the settings.
+    pub(crate) path: PathBuf,
+    /// Where tensors lie. The first is that with the settings.
+    pub(crate) parts: Vec<Part>,
     pub(crate) settings: BTreeMap<String, Value>,
     pub(crate) tensors: BTreeMap<String, Tensor>,
 }
 
 impl Header {
+    /// The header of a model's file, or of the first of several.
+    ///
     /// # Errors
     /// [`ModelError::File`] for a file that is missing, no regular one, truncated, or no GGUF of version 2 or 3 in little-endian order;
     /// [`ModelError::Config`] for a setting that is there twice or can't be read; [`ModelError::Tensor`] for a tensor that is there twice, has a type or
     /// shape that can't be read, or doesn't lie within the file, aligned and apart from the others.
     pub(crate) fn read(path: &Path) -> ModelResult<Self> {
+        let header = Self::read_part(path)?;
+        if let Some(number) = header.u32(parts::NUMBER)?.filter(|number| *number > 0) {
+            return Err(header.error(parts::NUMBER, number, "0: the first of the files, which has the settings"));
+        }
+        Ok(header)
+    }
+
+    /// The header of any of a model's files.
+    pub(super) fn read_part(path: &Path) -> ModelResult<Self> {
         let (file, bytes) = files::open(path).map_err(|fault| ModelError::fault(path, fault))?;
         let mut source = Source { path, reader: BufReader::new(file), position: 0, bytes, elements: 0 };
         let magic = source.array::<4>("the file's first word")?;
@@ -180,7 +208,9 @@ impl Header {
         // At most MAX_HEADER_BYTES so far.
         let data = source.position.next_multiple_of(alignment);
         let tensors = place(path, described, data, alignment, bytes)?;
-        Ok(Self { path: path.to_owned(), file: source.reader.into_inner(), bytes, settings, tensors })
+        let path = path.to_owned();
+        let part = Part { path: path.clone(), file: source.reader.into_inner(), bytes };
+        Ok(Self { path, parts: vec![part], settings, tensors })
     }
 
     /// The error of a setting.
@@ -306,7 +336,7 @@ fn place(
             ));
         };
         ranges.push((start, end, name.clone()));
-        tensors.insert(name, Tensor { kind, shape, start, end });
+        tensors.insert(name, Tensor { kind, shape, part: 0, start, end });
     }
     ranges.sort_unstable();
     for pair in ranges.windows(2) {

@@ -98,6 +98,38 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
         add_start: true,
     },
     PreTokenizer {
+        names: &["gpt-4o", "llama4"],
+        splits: &[GPT_4O],
+        gpt2: false,
+        composed: false,
+        whole_pieces: false,
+        add_start: false,
+    },
+    PreTokenizer {
+        names: &["deepseek-llm"],
+        splits: &[r"[\r\n]", DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_SCRIPTS, r"\p{N}+"],
+        gpt2: false,
+        composed: false,
+        whole_pieces: false,
+        add_start: false,
+    },
+    PreTokenizer {
+        names: &["deepseek-coder"],
+        splits: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_SCRIPTS, r"\p{N}"],
+        gpt2: false,
+        composed: false,
+        whole_pieces: false,
+        add_start: false,
+    },
+    PreTokenizer {
+        names: &["deepseek-v3"],
+        splits: &[r"\p{N}{1,3}", "[一-龥\u{3040}-ゟ゠-ヿ]+", DEEPSEEK_V3],
+        gpt2: false,
+        composed: false,
+        whole_pieces: false,
+        add_start: false,
+    },
+    PreTokenizer {
         names: &["smollm", "starcoder", "refact", "command-r"],
         splits: &[r"\p{N}"],
         gpt2: true,
@@ -129,11 +161,25 @@ const QWEN_2: &str =
 /// Mistral's: words also end where a capital follows.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// OpenAI's: the endings of English belong to the word before.
+const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// DeepSeek's: letters of alphabets with capitals, marks, and what has neither.
+const DEEPSEEK_LETTERS: &str = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
+const DEEPSEEK_MARKS: &str = r"\s?[!-/:-~！-／：-～‘-‟　-。]+";
+const DEEPSEEK_SCRIPTS: &str = "[一-龥\u{800}-一가-\u{d7ff}]+";
+const DEEPSEEK_V3: &str = r#"[!"\#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"#;
+
+/// Tokens of OpenAI's harmony. Where the first two end an answer, the third ends a message only.
+const HARMONY: [&str; 3] = ["<|return|>", "<|call|>", "<|end|>"];
+
 /// Tokens that end an answer, where the file names no other: those that llama.cpp looks for.
-const ENDS: [&str; 9] = [
+const ENDS: [&str; 11] = [
     "<|eot_id|>",
     "<|im_end|>",
-    "<|end|>",
+    HARMONY[0],
+    HARMONY[1],
+    HARMONY[2],
     "<end_of_turn>",
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -171,10 +217,16 @@ impl Specials {
                 ends.push(end);
             }
         }
-        for (i, token) in (0..).zip(header.texts(TOKENS)?.unwrap_or_default()) {
+        let tokens = header.texts(TOKENS)?.unwrap_or_default();
+        for (i, token) in (0..).zip(tokens) {
             if ENDS.contains(&token.as_str()) && !ends.contains(&i) && kind(header, i as usize)? == Kind::Control {
                 ends.push(i);
             }
+        }
+        let of_harmony =
+            HARMONY.map(|name| ends.iter().position(|id| tokens.get(*id as usize).is_some_and(|t| t == name)));
+        if let [Some(_), Some(_), Some(end)] = of_harmony {
+            ends.remove(end);
         }
         Ok(Self { bos, eos, ends })
     }
