@@ -42,8 +42,39 @@ fn main() -> Result<(), Box<dyn Error>> {
     let instance = wgpu::Instance::default();
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
     let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()))?;
-    let buffers = HostBuffers::new(&device);
-    let (before, after) = (buffers.pipeline(&device, "before"), buffers.pipeline(&device, "after"));
+    let buffer = |values: &[f32]| {
+        device.create_buffer_init(&BufferInitDescriptor {
+            label: None,
+            contents: bytemuck::cast_slice(values),
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+        })
+    };
+    let states: Vec<f32> = (0..LEN).map(|i| (i as f32 * 0.37).sin()).collect();
+    let hidden = buffer(&states);
+    let [q, k, v, attended] = std::array::from_fn(|_| buffer(&vec![0.0; LEN as usize]));
+    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+        label: Some("host shaders"),
+        source: wgpu::ShaderSource::Wgsl(SHADERS.into()),
+    });
+    let pipeline = |entry_point, buffers: &[(u32, &wgpu::Buffer)]| {
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(entry_point),
+            layout: None,
+            module: &module,
+            entry_point: Some(entry_point),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let mut entries = Vec::new();
+        for (binding, buffer) in buffers {
+            entries.push(wgpu::BindGroupEntry { binding: *binding, resource: buffer.as_entire_binding() });
+        }
+        let (label, layout, entries) = (None, &pipeline.get_bind_group_layout(0), &entries[..]);
+        let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout, entries });
+        (pipeline, bind_group)
+    };
+    let before = pipeline("before", &[(0, &hidden), (1, &q), (2, &k), (3, &v)]);
+    let after = pipeline("after", &[(0, &hidden), (4, &attended)]);
 
     let gpu = Gpu::from_parts(device.clone(), queue.clone())?;
     let config =
@@ -57,108 +88,33 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("host frame") });
     {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        pass.set_pipeline(&before);
-        pass.set_bind_group(0, &buffers.bind_group, &[]);
-        pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
-
-        cache.append(&mut pass, &step, 0, &buffers.k, &buffers.v, None)?;
-        attention.attend(&mut pass, &plan, 0, &buffers.q, &buffers.attended)?;
-
-        pass.set_pipeline(&after);
-        pass.set_bind_group(0, &buffers.bind_group, &[]);
-        pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
+        let dispatch = |pass: &mut wgpu::ComputePass<'_>, (pipeline, bind_group): &(_, wgpu::BindGroup)| {
+            pass.set_pipeline(pipeline);
+            pass.set_bind_group(0, bind_group, &[]);
+            pass.dispatch_workgroups(LEN.div_ceil(64), 1, 1);
+        };
+        dispatch(&mut pass, &before);
+        cache.append(&mut pass, &step, 0, &k, &v, None)?;
+        attention.attend(&mut pass, &plan, 0, &q, &attended)?;
+        dispatch(&mut pass, &after);
     }
     queue.submit([encoder.finish()]);
     cache.commit(step)?;
 
-    let got = gpu.read_blocking(&buffers.hidden)?;
-    let error = worst_error(&got)?;
-    println!("adapter: {}", gpu.adapter_info().name);
+    let error = worst_error(&states, &gpu.read_blocking(&hidden)?)?;
     println!("{TOKENS} tokens through the host's shader, folio and the host's shader in one submit");
     println!("worst error against the f64 oracle: {error:.2e}");
     if error < 1e-5 { Ok(()) } else { Err("the result is wrong".into()) }
 }
 
-fn hidden_states() -> Vec<f32> {
-    (0..LEN).map(|i| (i as f32 * 0.37).sin()).collect()
-}
-
 /// The same computation on the host, in f64 where it matters.
-fn worst_error(got: &[f32]) -> Result<f64, Box<dyn Error>> {
-    let hidden = hidden_states();
-    let q: Vec<f32> = hidden.iter().map(|x| 2.0 * x).collect();
-    let k: Vec<f32> = hidden.iter().map(|x| 1.0 - x).collect();
-    let v: Vec<f32> = hidden.iter().map(|x| x * x).collect();
+fn worst_error(hidden: &[f32], got: &[f32]) -> Result<f64, Box<dyn Error>> {
+    let side = |of: fn(f32) -> f32| hidden.iter().map(|x| of(*x)).collect::<Vec<_>>();
+    let (q, k, v) = (side(|x| 2.0 * x), side(|x| 1.0 - x), side(|x| x * x));
+    let (q, k, v, options) = (&q[..], &k[..], &v[..], reference::Options::default());
     let (heads, head_dim) = (NUM_HEADS as usize, HEAD_DIM as usize);
-    let options = reference::Options::default();
-    let (q, k, v) = (&q[..], &k[..], &v[..]);
     let problem = Problem { num_q_heads: heads, num_kv_heads: heads, head_dim, value_dim: head_dim, q, k, v, options };
     let out = reference::attention(&problem)?.out;
     let want = hidden.iter().zip(&out).map(|(&x, out)| f64::from(x) + out);
     Ok(got.iter().zip(want).map(|(&got, want)| (f64::from(got) - want).abs()).fold(0.0, f64::max))
-}
-
-struct HostBuffers {
-    hidden: wgpu::Buffer,
-    q: wgpu::Buffer,
-    k: wgpu::Buffer,
-    v: wgpu::Buffer,
-    attended: wgpu::Buffer,
-    layout: wgpu::BindGroupLayout,
-    bind_group: wgpu::BindGroup,
-}
-
-impl HostBuffers {
-    fn new(device: &wgpu::Device) -> Self {
-        let buffer = |values: &[f32]| {
-            device.create_buffer_init(&BufferInitDescriptor {
-                label: None,
-                contents: bytemuck::cast_slice(values),
-                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
-            })
-        };
-        let empty = vec![0.0; LEN as usize];
-        let hidden = buffer(&hidden_states());
-        let [q, k, v, attended] = std::array::from_fn(|_| buffer(&empty));
-        let entry = |binding| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty: wgpu::BufferBindingType::Storage { read_only: false },
-                has_dynamic_offset: false,
-                min_binding_size: None,
-            },
-            count: None,
-        };
-        let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-            label: None,
-            entries: &[entry(0), entry(1), entry(2), entry(3), entry(4)],
-        });
-        let resources = [&hidden, &q, &k, &v, &attended].map(|buffer| buffer.as_entire_binding());
-        let entries: Vec<_> =
-            (0..).zip(resources).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
-        let bind_group =
-            device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries });
-        Self { hidden, q, k, v, attended, layout, bind_group }
-    }
-
-    fn pipeline(&self, device: &wgpu::Device, entry_point: &str) -> wgpu::ComputePipeline {
-        let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-            label: None,
-            bind_group_layouts: &[Some(&self.layout)],
-            immediate_size: 0,
-        });
-        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some("host shaders"),
-            source: wgpu::ShaderSource::Wgsl(SHADERS.into()),
-        });
-        device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: Some(entry_point),
-            layout: Some(&layout),
-            module: &module,
-            entry_point: Some(entry_point),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
-            cache: None,
-        })
-    }
 }
