@@ -21,6 +21,8 @@ mod gpu;
 mod ids;
 pub mod kernel;
 mod layout;
+#[cfg(all(feature = "measure", not(target_arch = "wasm32")))]
+pub mod measure;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod plan;

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each module uses only those before it.
-const ORDER: [&str; 11] =
-    ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention", "tune"];
+const ORDER: [&str; 12] =
+    ["ids", "error", "format", "layout", "sequence", "plan", "kernel", "gpu", "cache", "attention", "measure", "tune"];
 /// Those that use all of them. `engine` also uses `model` and `schedule`.
 const TOP: [&str; 3] = ["model", "engine", "verify"];
 /// Modules that stand beside the order, and what they may use. Only `tune` and `verify`, which judge kernels, may use `reference`: it shares no

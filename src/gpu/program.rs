@@ -235,6 +235,7 @@ fn create_module(gpu: &Gpu, source: &Source) -> wgpu::ShaderModule {
         // - To which experts rows go depends on activations. `select_experts` finds numbers of experts whatever the logits are, `sort_routes` clamps
         //   them, and the linear kernels clamp the rows that its list names and skip experts that their binding doesn't hold. How many tiles there are
         //   follows from how many rows go to each expert, and the host has bound room for the most that there can be.
+        // - Plain loops (`measure`) count up to a constant of their text, and their buffers are checked to have all that they index.
         // - Texels are those of whole rows of a matrix, and the host makes textures that hold all of their rows' texels.
         // - Every loop counts up to a bound that is read before it starts.
         ShaderChecks::Trusted => unsafe {

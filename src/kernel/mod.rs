@@ -24,5 +24,7 @@ pub(crate) use states::STATES_WORKGROUP_SIZE;
 pub use states::merge_states_source;
 pub use target::{AdapterClass, MatrixSize, Profile, ShaderFeatures, Source, Target, Vendor};
 #[cfg(feature = "model")]
-pub(crate) use template::{region_context, render};
+pub(crate) use template::region_context;
+#[cfg(any(feature = "model", feature = "measure"))]
+pub(crate) use template::render;
 pub use variant::{AttendFlags, Kernel, MAX_DECODE_GROUP, RopeShape, Variant, max_decode_group};

@@ -6,7 +6,6 @@
 
 mod check;
 pub(crate) mod race;
-mod timer;
 mod workload;
 
 use std::fmt;
@@ -17,8 +16,8 @@ use crate::gpu::Gpu;
 use crate::kernel::Kernel;
 use crate::kernel::tuning::{Sizes, TunedKernel, TunedShape, TunedSplit, Tuning};
 use crate::layout::KvCacheConfig;
+pub use crate::measure::{Sample, Timer, median};
 use race::Race;
-pub use timer::{Sample, Timer, median};
 use workload::Workload;
 
 /// A shape of attention to tune for, and how it is used.

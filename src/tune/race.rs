@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::timer::{Sample, Timer, median};
 use crate::error::Result;
 use crate::gpu::Gpu;
+use crate::measure::{Sample, Timer, median};
 
 /// Records one run into a pass.
 pub(crate) type Run = Box<dyn Fn(&mut wgpu::ComputePass<'_>) -> Result<()>>;

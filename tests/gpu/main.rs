@@ -27,6 +27,8 @@ mod invariance;
 mod isolation;
 mod lost;
 mod matrix;
+#[cfg(feature = "measure")]
+mod measure;
 mod model_based;
 mod movable;
 mod packed;
