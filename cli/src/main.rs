@@ -5,6 +5,7 @@ mod chat;
 mod files;
 mod fit;
 mod load;
+mod report;
 mod serve;
 mod template;
 mod verify;
@@ -33,6 +34,7 @@ enum Command {
     Bench(Box<bench::Options>),
     Fit(Box<fit::Options>),
     Verify(Box<verify::Options>),
+    Report(Box<report::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
         /// The shell
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::main(*options),
         Command::Fit(options) => fit::run(&options),
         Command::Verify(options) => verify::run(&options),
+        Command::Report(options) => report::run(&options),
         Command::Completions { shell } => completions(shell),
     }
 }
