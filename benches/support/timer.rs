@@ -1,14 +1,14 @@
-//! The library's [`Timer`](folio::tune::Timer), for a program that stops where it can't measure.
+//! The library's [`Timer`](folio::measure::Timer), for a program that stops where it can't measure.
 
 use folio::{Gpu, wgpu};
 
-pub(crate) use folio::tune::{Sample, median};
+pub(crate) use folio::measure::{Sample, median};
 
-pub(crate) struct Timer(folio::tune::Timer);
+pub(crate) struct Timer(folio::measure::Timer);
 
 impl Timer {
     pub(crate) fn new(gpu: &Gpu) -> Self {
-        Self(folio::tune::Timer::new(gpu).expect("the device is there"))
+        Self(folio::measure::Timer::new(gpu).expect("the device is there"))
     }
 
     pub(crate) fn gpu(&self) -> &Gpu {
@@ -19,12 +19,12 @@ impl Timer {
         self.0.clock()
     }
 
-    pub(crate) fn check_timestamps(&mut self, pass: impl Fn(&mut wgpu::ComputePass<'_>)) {
-        let pass = |recorded: &mut wgpu::ComputePass<'_>| {
-            pass(recorded);
-            Ok(())
-        };
-        self.0.check_timestamps(pass).expect("the device is there");
+    pub(super) fn inner(&self) -> &folio::measure::Timer {
+        &self.0
+    }
+
+    pub(super) fn inner_mut(&mut self) -> &mut folio::measure::Timer {
+        &mut self.0
     }
 
     pub(crate) fn measure(&self, record: impl FnOnce(&mut wgpu::ComputePass<'_>)) -> Sample {
