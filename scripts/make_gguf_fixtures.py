@@ -281,6 +281,19 @@ MODELS = {
         ),
         types=dict(ffn_gate_inp=T.F32, default=T.F16),
     ),
+    # As old files have latents: in one piece, with the sizes of keys and values as they are made of them. No layer has experts.
+    "deepseek_old": dict(
+        arch="deepseek2",
+        config=dict(
+            model_type="deepseek_v2", vocab_size=32, hidden_size=16, num_attention_heads=2, num_key_value_heads=2,
+            num_hidden_layers=1, intermediate_size=24, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2,
+            n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=False, routed_scaling_factor=1.0, q_lora_rank=None,
+            kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=20, n_group=1, topk_group=1,
+            topk_method="greedy", tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        types=dict(default=T.F16),
+        old_latents=True,
+    ),
     # Groups of experts, latents of queries, matrices of keys in blocks.
     "deepseek_v3": dict(
         arch="deepseek2",
@@ -363,7 +376,7 @@ def by_kind(values, heads):
     return values[order]
 
 
-def parts(key, values, arch, config, names):
+def parts(key, values, arch, config, names, old_latents):
     """A tensor as converters for llama.cpp store it: names, and its elements in their order."""
     heads = config.num_attention_heads
     block, end = key.split(".")[2:3], ".".join(key.split(".")[3:])
@@ -376,7 +389,7 @@ def parts(key, values, arch, config, names):
         else:
             pieces = np.split(values, len(to), axis=1) if len(to) > 1 else [values]
         return list(zip(to, pieces))
-    if end == "self_attn.kv_b_proj.weight":
+    if end == "self_attn.kv_b_proj.weight" and not old_latents:
         rows = values.reshape(heads, -1, values.shape[1])
         key_rows, value_rows = rows[:, : config.qk_nope_head_dim], rows[:, config.qk_nope_head_dim :]
         return [(f"blk.{block[0]}.attn_k_b.weight", np.swapaxes(key_rows, 1, 2)), (f"blk.{block[0]}.attn_v_b.weight", value_rows)]
@@ -391,7 +404,7 @@ def parts(key, values, arch, config, names):
     return [(to, values)]
 
 
-def settings(writer, arch, config):
+def settings(writer, arch, config, old_latents):
     rope = getattr(config, "rope_parameters", None) or {}
     windowed, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
     setting = lambda name: getattr(config, name, None)
@@ -402,7 +415,7 @@ def settings(writer, arch, config):
     writer.add_feed_forward_length(inner)
     writer.add_head_count(config.num_attention_heads)
     if hasattr(config, "num_key_value_heads"):
-        writer.add_head_count_kv(1 if arch == "deepseek2" else config.num_key_value_heads)
+        writer.add_head_count_kv(1 if arch == "deepseek2" and not old_latents else config.num_key_value_heads)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
@@ -412,10 +425,15 @@ def settings(writer, arch, config):
         writer.add_kv_lora_rank(config.kv_lora_rank)
         if config.q_lora_rank:
             writer.add_q_lora_rank(config.q_lora_rank)
-        writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
-        writer.add_value_length(config.kv_lora_rank)
-        writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
-        writer.add_value_length_mla(config.v_head_dim)
+        made = [config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim]
+        if old_latents:
+            writer.add_key_length(made[0])
+            writer.add_value_length(made[1])
+        else:
+            writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+            writer.add_value_length(config.kv_lora_rank)
+            writer.add_key_length_mla(made[0])
+            writer.add_value_length_mla(made[1])
         head_dim = config.qk_rope_head_dim
     elif head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_dim)
@@ -477,7 +495,8 @@ def make_model(name, options, directory):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
     directory.mkdir(parents=True)
     writer = gguf.GGUFWriter(directory / "model.gguf", arch, split_max_tensors=options.get("split", 0))
-    settings(writer, arch, config)
+    old_latents = options.get("old_latents", False)
+    settings(writer, arch, config, old_latents)
     if "tokenizer" in options:
         add_tokenizer(writer, TOKENIZERS[options["tokenizer"]])
         writer.add_chat_template(TEMPLATE)
@@ -498,8 +517,8 @@ def make_model(name, options, directory):
         offset = np.float32(is_norm and arch.startswith("gemma"))
         values = 1 + 0.3 * noise if is_norm else noise * (0.3 if config.hidden_size < 100 else 0.12)
         flat = np.empty(values.size, dtype=np.float32)
-        places = parts(key, np.arange(values.size).reshape(values.shape), arch, config, names)
-        for (to, written), (_, place) in zip(parts(key, values, arch, config, names), places):
+        places = parts(key, np.arange(values.size).reshape(values.shape), arch, config, names, old_latents)
+        for (to, written), (_, place) in zip(parts(key, values, arch, config, names, old_latents), places):
             is_vector = written.ndim == 1 or to.endswith(".bias")
             kind = T.F32 if is_vector else options["types"].get(to.split(".")[-2], options["types"].get("default"))
             data, rounded = encode(np.ascontiguousarray(written), kind, seed_of(name, to))

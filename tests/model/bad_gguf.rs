@@ -16,16 +16,16 @@ pub(crate) struct File {
     num_tensors: Option<u64>,
     num_settings: Option<u64>,
     pub(crate) settings: Vec<(String, Vec<u8>)>,
-    tensors: Vec<Tensor>,
-    data: usize,
+    pub(crate) tensors: Vec<Tensor>,
+    pub(crate) data: usize,
 }
 
 #[derive(Clone)]
-struct Tensor {
-    name: String,
-    dimensions: Vec<u64>,
-    kind: u32,
-    offset: u64,
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) dimensions: Vec<u64>,
+    pub(crate) kind: u32,
+    pub(crate) offset: u64,
 }
 
 pub(crate) fn text(text: &str) -> Vec<u8> {
@@ -93,7 +93,7 @@ impl File {
         self.settings.retain(|(own, _)| own != key);
     }
 
-    fn tensor(&mut self, name: &str) -> &mut Tensor {
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut Tensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 }

@@ -1,8 +1,8 @@
 //! GGUF files of models with windows, experts or latents, and of several files, that are damaged.
 
-use folio::model::Checkpoint;
+use folio::model::{Checkpoint, TensorSource};
 
-use crate::bad_gguf::{File, f32_value, floats, good, list, refused, text, text_value, texts, u32_value};
+use crate::bad_gguf::{File, Tensor, f32_value, floats, good, list, refused, text, text_value, texts, u32_value};
 use crate::gguf::fixture;
 
 /// The same file as another architecture.
@@ -66,6 +66,57 @@ fn without_windows_all_layers_are_alike() {
     };
     assert_eq!(kinds(patched("gemma3", &[])), [(10_000.0, Some(6)), (1_000_000.0, None)]);
     assert_eq!(kinds(patched("gemma3", &[("gemma3.attention.sliding_window", 0)])), [(1_000_000.0, None)]);
+}
+
+/// Tensors that a converter may also write as one, which lie one after another in the small file.
+#[test]
+fn what_is_stacked_has_the_same_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let rows = |file: &File| {
+        let mut bytes = file.bytes();
+        // Data that differs from row to row.
+        let start = bytes.len() - file.data;
+        for (i, out) in (0_u16..).zip(bytes[start..].chunks_exact_mut(4)) {
+            out.copy_from_slice(&f32::from(i).to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let weights = checkpoint.weights().unwrap();
+        let read = |source: &TensorSource| {
+            let mut out = vec![0.0; source.shape().iter().product()];
+            checkpoint.rows(source, 0, &mut out).unwrap();
+            out
+        };
+        weights.sources().map(read).collect::<Vec<_>>()
+    };
+    let stack = |file: &mut File, parts: &[&str], name: &str, dimensions: &[u64]| {
+        let first = file.tensor(parts[0]);
+        (first.name, first.dimensions) = (name.to_owned(), dimensions.to_vec());
+        file.tensors.retain(|tensor| !parts.contains(&tensor.name.as_str()));
+    };
+    let mut file = good();
+    let apart = rows(&file);
+    let parts = ["blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"];
+    stack(&mut file, &parts, "blk.0.attn_qkv.weight", &[16, 32]);
+    assert!(rows(&file) == apart);
+
+    // A mixture of one expert: its gate and up lie one after another in both forms. The router comes last.
+    let mut file = good();
+    for key in ["llama.expert_count", "llama.expert_used_count"] {
+        file.set(key, u32_value(1));
+    }
+    for (name, dimensions) in [("gate", [16, 24, 1]), ("up", [16, 24, 1]), ("down", [24, 16, 1])] {
+        let tensor = file.tensor(&format!("blk.0.ffn_{name}.weight"));
+        (tensor.name, tensor.dimensions) = (format!("blk.0.ffn_{name}_exps.weight"), dimensions.to_vec());
+    }
+    let (name, offset) = ("blk.0.ffn_gate_inp.weight".to_owned(), file.data as u64);
+    file.tensors.push(Tensor { name, dimensions: vec![16, 1], kind: 0, offset });
+    file.data += 64;
+    let apart = rows(&file);
+    let parts = ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"];
+    stack(&mut file, &parts, "blk.0.ffn_gate_up_exps.weight", &[16, 48, 1]);
+    assert!(rows(&file) == apart);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::adapter;
 use crate::common::with;
 
-const MODELS: [&str; 19] = [
+const MODELS: [&str; 20] = [
     "gpt2",
     "gpt_neox",
     "llama",
@@ -36,10 +36,11 @@ const MODELS: [&str; 19] = [
     "gemma3",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_old",
 ];
 
 /// Those with a `config.json` of the same model.
-const WITH_CONFIG: [&str; 11] = [
+const WITH_CONFIG: [&str; 12] = [
     "mixtral",
     "qwen3moe",
     "gpt_oss",
@@ -51,6 +52,7 @@ const WITH_CONFIG: [&str; 11] = [
     "gemma3",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_old",
 ];
 const TOKENIZERS: [&str; 11] = [
     "deepseek_coder",
