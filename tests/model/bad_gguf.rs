@@ -174,6 +174,13 @@ fn a_small_file_is_fine() {
         std::fs::write(&path, File { version, ..good() }.bytes()).unwrap();
         open(&path).unwrap();
     }
+    // What is 0 is not there.
+    let mut file = good();
+    file.set("llama.expert_count", u32_value(0));
+    file.set("llama.attention.sliding_window", u32_value(0));
+    file.set("llama.rope.scaling.factor", f32_value(0.0));
+    std::fs::write(&path, file.bytes()).unwrap();
+    open(&path).unwrap();
     let ids = Tokenizer::from_file(&path).unwrap().encode("a ab", true).unwrap();
     assert_eq!(ids, [1, 5, 5, 6]);
 }

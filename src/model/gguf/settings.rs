@@ -68,7 +68,9 @@ impl Settings<'_> {
                 map.insert(key.to_owned(), Json::Null);
             }
         }
-        if let (Some(key), true) = (self.known.expert_length, map.contains_key(EXPERTS)) {
+        // Without experts in any layer it may be missing, too.
+        let has_experts = self.architecture.experts.is_some() && map.contains_key(EXPERTS);
+        if let Some(key) = self.known.expert_length.filter(|_| has_experts) {
             self.needed(key)?;
         }
         self.windows(&mut map)?;
