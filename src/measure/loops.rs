@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use minijinja::{Value, context};
 
-use super::{Sample, Spread, Timer, interleave};
+use super::{Rounds, Sample, Spread, Timer, interleave};
 use crate::error::{Error, Result};
 use crate::gpu::{Dispatch, Gpu, Program, Recorder};
 use crate::kernel::{Access, AdapterClass, Binding, Profile, ShaderFeatures, Source, render};
@@ -69,11 +69,11 @@ impl PlainLoop {
         timer.measure(|pass| self.record(pass))
     }
 
-    /// Work per second over some rounds, after one in which the driver compiles.
+    /// Work per second over some runs, after one in which the driver compiles.
     ///
     /// # Errors
     /// Those of [`Timer::measure`].
-    pub fn rate(&self, timer: &Timer, rounds: usize) -> Result<Spread> {
+    pub fn rate(&self, timer: &Timer, rounds: impl Into<Rounds>) -> Result<Spread> {
         let spreads = interleave(1, rounds, |_| Ok::<_, Error>(self.measure(timer)?.time()))?;
         Ok(spreads[0].rate(self.work))
     }

@@ -20,7 +20,7 @@ mod work;
 pub use filled::{AttentionShape, FilledCache, MeasuredCall};
 pub use loops::{PlainLoop, copy_loop, multiply_add_loop, read_loop, workgroup_loop};
 pub use roofs::{Roof, RoofLoops, Roofs};
-pub use spread::{Spread, interleave};
+pub use spread::{Rounds, Spread, interleave};
 pub use timer::{Sample, Timer, median};
 pub use work::Work;
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::{PlainLoop, Spread, Timer, copy_loop, interleave, multiply_add_loop, read_loop, workgroup_loop};
+use super::{PlainLoop, Rounds, Spread, Timer, copy_loop, interleave, multiply_add_loop, read_loop, workgroup_loop};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 
@@ -80,11 +80,12 @@ impl RoofLoops {
         })
     }
 
-    /// Measures them over `rounds` rounds in which they take turns. **Submits and waits.**
+    /// Measures them in rounds in which they take turns. **Submits and waits.**
     ///
     /// # Errors
     /// [`Error::Wgpu`]; [`Error::DeviceLost`].
-    pub fn measure(&self, timer: &Timer, rounds: usize) -> Result<Roofs> {
+    pub fn measure(&self, timer: &Timer, rounds: impl Into<Rounds>) -> Result<Roofs> {
+        let rounds = rounds.into();
         let loops = [&self.read, &self.copy, &self.multiply_add, &self.workgroup];
         let spreads = interleave(loops.len(), rounds, |i| Ok::<_, Error>(loops[i].measure(timer)?.time()))?;
         let roof = |i: usize| Roof { per_second: spreads[i].rate(loops[i].work()), by: loops[i].name().to_owned() };

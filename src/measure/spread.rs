@@ -46,24 +46,48 @@ impl Spread {
     }
 }
 
-/// Runs contestants in turns for a number of rounds, after a run of each that doesn't count, in which drivers compile. `contestant(i)` runs the `i`-th of
+/// How often contestants take turns. A number stands for exactly so many rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rounds {
+    /// At least so many.
+    pub least: usize,
+    /// At most so many.
+    pub most: usize,
+    /// More than `least` only while all that was timed is less than this: short runs need more rounds, and long ones take more time.
+    pub budget: Duration,
+}
+
+impl From<usize> for Rounds {
+    fn from(rounds: usize) -> Self {
+        Self { least: rounds, most: rounds, budget: Duration::ZERO }
+    }
+}
+
+/// Runs contestants in turns, after a run of each that doesn't count, in which drivers compile. `contestant(i)` runs the `i`-th of
 /// `count` once and says how long it took. Nobody comes always after the same neighbour.
 ///
 /// # Errors
 /// The first that a contestant returns.
 pub fn interleave<E>(
     count: usize,
-    rounds: usize,
+    rounds: impl Into<Rounds>,
     mut contestant: impl FnMut(usize) -> Result<Duration, E>,
 ) -> Result<Vec<Spread>, E> {
-    let mut samples = vec![Vec::with_capacity(rounds); count];
+    let Rounds { least, most, budget } = rounds.into();
+    let mut samples = vec![Vec::new(); count];
     for i in 0..count {
         contestant(i)?;
     }
-    for round in 0..rounds {
+    let mut spent = Duration::ZERO;
+    for round in 0..most {
+        if round >= least && spent >= budget {
+            break;
+        }
         for i in 0..count {
             let i = (i + round) % count;
-            samples[i].push(contestant(i)?.as_secs_f64());
+            let time = contestant(i)?;
+            spent = spent.saturating_add(time);
+            samples[i].push(time.as_secs_f64());
         }
     }
     Ok(samples.into_iter().map(Spread::of).collect())
@@ -97,5 +121,15 @@ mod tests {
         );
         assert_eq!(interleave(2, 2, |i| if i == 1 { Err(i) } else { Ok(Duration::ZERO) }), Err(1));
         assert_eq!(interleave(0, 2, |_| Ok::<_, ()>(Duration::ZERO)), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn short_runs_have_more_rounds() {
+        let rounds = Rounds { least: 3, most: 20, budget: Duration::from_secs(10) };
+        let of = |seconds| {
+            let spreads = interleave(2, rounds, |_| Ok::<_, ()>(Duration::from_secs(seconds)));
+            spreads.map(|all| all.iter().map(|spread| spread.rounds).collect::<Vec<_>>())
+        };
+        assert_eq!((of(100), of(1), of(0)), (Ok(vec![3, 3]), Ok(vec![5, 5]), Ok(vec![20, 20])));
     }
 }

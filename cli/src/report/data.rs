@@ -14,6 +14,8 @@ const VERSION: u32 = 1;
 pub(super) struct Report {
     /// Of this document.
     pub(super) version: u32,
+    /// Of the library's results within it: of roofs, work and spreads.
+    pub(super) measure_version: u32,
     /// Version of folio.
     pub(super) folio: &'static str,
     /// When it was made: RFC 3339.
@@ -33,6 +35,7 @@ impl Report {
         let made = jiff::Zoned::now().timestamp().round(jiff::Unit::Second);
         Self {
             version: VERSION,
+            measure_version: folio::measure::VERSION,
             folio: env!("CARGO_PKG_VERSION"),
             made: made.map_or_else(|_| String::new(), |made| made.to_string()),
             quick,
@@ -87,7 +90,7 @@ pub(super) struct Limit {
 }
 
 /// A compiled kernel.
-#[derive(Clone, PartialEq, Serialize)]
+#[derive(Serialize)]
 #[cfg_attr(test, derive(JsonSchema), schemars(deny_unknown_fields))]
 pub(super) struct ChosenKernel {
     pub(super) kernel: &'static str,
@@ -102,6 +105,16 @@ pub(super) struct ChosenKernel {
     pub(super) workgroup_bytes: u32,
     /// Why it is made so.
     pub(super) reason: String,
+}
+
+impl ChosenKernel {
+    /// Whether another kernel differs in its cache only.
+    pub(super) fn is_alike(&self, other: &Self) -> bool {
+        let of = |kernel: &Self| {
+            (kernel.kernel, kernel.workgroup_size, kernel.tile_q, kernel.tile_kv, kernel.workgroup_bytes)
+        };
+        of(self) == of(other) && self.reason == other.reason
+    }
 }
 
 /// What to know before a number is believed.

@@ -177,28 +177,35 @@ fn holes_table(memory: &Memory) -> Block {
 
 pub(super) fn time(time: &Time) -> Result<Section> {
     let mut blocks = Vec::new();
-    for (heading, title, measured) in [
-        ("A whole model", "Time of a token against the text before it, a whole model", &time.model),
-        ("One layer", "Time of a token against the text before it, one layer", &time.layer),
-    ] {
+    for (heading, measured) in [("A whole model", &time.model), ("One layer", &time.layer)] {
         blocks.push(Block::Heading { text: heading });
         blocks.push(text(measured.what.clone()));
-        let series = measured.curves.iter().map(|curve| {
-            let points = curve.points.iter().map(|point| (f64::from(point.context), point.seconds.median));
-            Series::new(curve.name.clone(), Style::Measured, points.collect())
-        });
-        let plot = Plot {
-            title: title.into(),
-            x: Axis { label: "tokens of the text", unit: count, log: Some(2.0) },
-            y: Axis { label: "time per token", unit: seconds, log: Some(10.0) },
-            series: series.collect(),
-        };
-        let caption = "Medians of rounds in which the caches take turns; both axes logarithmic. Prompts: time of the whole prompt, divided by its tokens.";
-        blocks.push(figure(&plot, caption)?);
-        blocks.push(times(measured));
+        let tokens = format!("{heading}: time of a token against the text before it");
+        let turns = "Medians of rounds in which all caches take turns; both axes logarithmic.";
+        blocks.push(times_figure(measured, tokens, turns, |kind| kind != "prefill")?);
         blocks.push(Block::List { items: measured.crossings.iter().map(crossing).collect() });
+        let prompts = format!("{heading}: time of a prompt per token against its length");
+        let divided =
+            "The time of the whole prompt, from an empty cache in F16, divided by its tokens; both axes logarithmic.";
+        blocks.push(times_figure(measured, prompts, divided, |kind| kind == "prefill")?);
+        blocks.push(times(measured));
     }
     Ok(Section { id: "time", title: "How time grows", blocks })
+}
+
+/// Curves of some kinds.
+fn times_figure(measured: &TimeFigure, title: String, caption: &str, has: fn(&str) -> bool) -> Result<Block> {
+    let series = measured.curves.iter().filter(|curve| has(curve.kind)).map(|curve| {
+        let points = curve.points.iter().map(|point| (f64::from(point.context), point.seconds.median));
+        Series::new(curve.name.clone(), Style::Measured, points.collect())
+    });
+    let plot = Plot {
+        title,
+        x: Axis { label: "tokens of the text", unit: count, log: Some(2.0) },
+        y: Axis { label: "time per token", unit: seconds, log: Some(10.0) },
+        series: series.collect(),
+    };
+    figure(&plot, caption)
 }
 
 fn times(measured: &TimeFigure) -> Block {

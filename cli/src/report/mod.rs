@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use folio::measure::Timer;
+use folio::measure::{Rounds, Timer};
 use folio::{Gpu, GpuOptions, ShaderChecks};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -96,13 +96,18 @@ fn open(options: &Options) -> Result<Gpu> {
 struct Effort {
     quick: bool,
     /// Of whatever takes turns.
-    rounds: usize,
+    rounds: Rounds,
 }
 
 impl Effort {
     const fn new(quick: bool) -> Self {
-        // The median holds as long as fewer than half of the rounds are disturbed.
-        Self { quick, rounds: if quick { 5 } else { 11 } }
+        // The median holds as long as fewer than half of the rounds are disturbed. Calls of a millisecond are disturbed more easily, and get more rounds.
+        let rounds = if quick {
+            Rounds { least: 5, most: 25, budget: Duration::from_millis(200) }
+        } else {
+            Rounds { least: 11, most: 101, budget: Duration::from_secs(2) }
+        };
+        Self { quick, rounds }
     }
 }
 

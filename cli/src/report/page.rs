@@ -6,29 +6,52 @@ use minijinja::{Environment, context};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 
-use super::data::{Adapter, PREDICTION_GOAL, Point, Report, Roofline};
+use super::data::{Adapter, ChosenKernel, PREDICTION_GOAL, Point, Report, Roofline};
 use super::growth;
 use super::plot::{self, Axis, Plot, Series, Style, bytes, count, percent, seconds, si};
 
 /// The page as HTML, which names the file with its figures.
 pub(super) fn render(report: &Report, json: &str) -> Result<String> {
-    let sections = vec![
+    let sections = [
         adapter(&report.adapter),
         roofs(&report.roofline),
         kernels(&report.roofline)?,
         growth::memory(&report.memory)?,
         growth::time(&report.time)?,
     ];
+    let head = Head {
+        adapter: format!("{} ({})", report.adapter.name, report.adapter.backend),
+        made: &report.made,
+        folio: report.folio,
+        quick: report.quick,
+        seconds: seconds(report.seconds),
+        json,
+        json_link: utf8_percent_encode(json, NON_ALPHANUMERIC).to_string(),
+    };
+    html(&head, &sections)
+}
+
+/// What stands above the sections.
+#[derive(Serialize)]
+struct Head<'a> {
+    adapter: String,
+    made: &'a str,
+    folio: &'a str,
+    quick: bool,
+    seconds: String,
+    /// Name of the file with the figures, and the same within a link.
+    json: &'a str,
+    json_link: String,
+}
+
+fn html(head: &Head<'_>, sections: &[Section]) -> Result<String> {
     let mut environment = Environment::new();
     // Its name says that values are escaped: all but figures, which the template marks as safe.
     environment.add_template("page.html", include_str!("page.html"))?;
     let hex = |colour: plotters::style::RGBColor| format!("#{:02X}{:02X}{:02X}", colour.0, colour.1, colour.2);
     let page = environment.get_template("page.html")?.render(context! {
-        report => context! { made => &report.made, folio => report.folio, quick => report.quick, seconds => seconds(report.seconds) },
-        adapter => format!("{} ({})", report.adapter.name, report.adapter.backend),
-        json,
-        json_link => utf8_percent_encode(json, NON_ALPHANUMERIC).to_string(),
-        sections => Value::from(Serde(&sections)),
+        head => Value::from(Serde(head)),
+        sections => Value::from(Serde(sections)),
         colours => plot::COLOURS.map(hex),
         ink => hex(plot::INK),
         grid => hex(plot::GRID),
@@ -135,16 +158,25 @@ fn adapter(adapter: &Adapter) -> Section {
     ];
     let limits =
         adapter.limits.iter().map(|limit| [limit.name.to_owned(), limit.value.to_string(), limit.webgpu.to_string()]);
-    let kernels = adapter.kernels.iter().map(|kernel| {
+    // Most formats have kernels of the same making.
+    let mut groups: Vec<(&ChosenKernel, Vec<&str>)> = Vec::new();
+    for kernel in &adapter.kernels {
+        match groups.iter_mut().find(|(first, _)| first.is_alike(kernel)) {
+            Some((_, caches)) => caches.push(&kernel.cache),
+            None => groups.push((kernel, vec![&kernel.cache])),
+        }
+    }
+    let kernels = groups.into_iter().map(|(kernel, caches)| {
         let tile = |len: u32| if len == 0 { "–".to_owned() } else { len.to_string() };
-        let numbers = [
+        [
+            kernel.kernel.to_owned(),
+            caches.join(", "),
+            kernel.reason.clone(),
             kernel.workgroup_size.to_string(),
             tile(kernel.tile_q),
             tile(kernel.tile_kv),
             bytes(kernel.workgroup_bytes.into()),
-        ];
-        let [workgroup, tile_q, tile_kv, memory] = numbers;
-        [kernel.kernel.to_owned(), kernel.cache.clone(), kernel.reason.clone(), workgroup, tile_q, tile_kv, memory]
+        ]
     });
     let header = ["kernel", "cache", "why", "workgroup", "queries of a tile", "keys of a tile", "workgroup memory"];
     Section {
@@ -295,4 +327,38 @@ fn kernels(roofline: &Roofline) -> Result<Section> {
             table("How far predictions are off", ["kernel", "goal", "median error", "worst error"], 2, verdicts),
         ],
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+    use super::*;
+
+    /// Drivers choose the names of adapters, and users those of files.
+    #[test]
+    fn names_are_escaped_wherever_they_stand() {
+        const HOSTILE: &str = "<script>\"&'</script>";
+        let axis = || Axis { label: "x", unit: count, log: None };
+        let series = vec![Series::new(HOSTILE, Style::Measured, vec![(1.0, 1.0)])];
+        let plot = Plot { title: HOSTILE.into(), x: axis(), y: axis(), series };
+        let blocks = vec![
+            text(HOSTILE),
+            Block::List { items: vec![HOSTILE.into()] },
+            figure(&plot, HOSTILE).unwrap(),
+            table(HOSTILE, [HOSTILE, ""], 1, [[HOSTILE.to_owned(), HOSTILE.repeat(4)]]),
+        ];
+        let head = Head {
+            adapter: HOSTILE.into(),
+            made: HOSTILE,
+            folio: "0",
+            quick: true,
+            seconds: "1 s".into(),
+            json: HOSTILE,
+            json_link: utf8_percent_encode(HOSTILE, NON_ALPHANUMERIC).to_string(),
+        };
+        let page = html(&head, &[Section { id: "a", title: "A", blocks }]).unwrap();
+        assert!(!page.contains("<script") && !page.contains("</script"), "{page}");
+        assert!(page.matches("&lt;script&gt;").count() >= 10 && page.contains("href=\"%3Cscript"), "{page}");
+    }
 }

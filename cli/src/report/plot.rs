@@ -86,7 +86,7 @@ impl Plot {
         {
             let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
             let (x, y) = (self.range(|point| point.0, &self.x), self.range(|point| point.1, &self.y));
-            let drawn = match (self.x.log, self.y.log) {
+            let drawn = match (base(&self.x, &x), base(&self.y, &y)) {
                 (None, None) => self.draw(&area, x, y),
                 (None, Some(base)) => self.draw(&area, x, y.log_scale().base(base)),
                 (Some(base), None) => self.draw(&area, x.log_scale().base(base), y),
@@ -169,6 +169,11 @@ impl Plot {
         }
         Ok(())
     }
+}
+
+/// The base of a logarithmic axis: 2 where there are too few powers of its own within the range to read it by.
+fn base(axis: &Axis, range: &std::ops::Range<f64>) -> Option<f64> {
+    axis.log.map(|base| if range.end / range.start < base * base { 2.0 } else { base })
 }
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {

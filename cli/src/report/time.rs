@@ -86,7 +86,10 @@ fn paged_name(format: KvFormat) -> String {
     format!("paged {format}")
 }
 
-const RECOMPUTE: &str = "no cache: all again";
+/// Rounds of whole prompts of a layer, in many small chunks.
+const FEW_ROUNDS: usize = 5;
+
+const RECOMPUTE: &str = "no cache (all again)";
 
 /// The story model in caches of every format. Steps by the host's clock, sampling and readback included.
 fn model(gpu: &Gpu, plan: &Plan, effort: Effort, part: &Part<'_>) -> Result<TimeFigure> {
@@ -241,8 +244,7 @@ fn layer(timer: &Timer, plan: &Plan, effort: Effort, part: &Part<'_>) -> Result<
         }
         part.next(format!("time: a layer, prompts of {context} tokens"));
         let sizes: Vec<_> = plan.layer_chunks.iter().copied().filter(|&chunk| chunk <= context).collect();
-        let spreads =
-            interleave(sizes.len(), effort.rounds.min(5), |i| prompt(timer, &mut prompts, context, sizes[i]))?;
+        let spreads = interleave(sizes.len(), FEW_ROUNDS, |i| prompt(timer, &mut prompts, context, sizes[i]))?;
         for (i, spread) in spreads.into_iter().enumerate() {
             curves.push(1 + caches.len() + i, context, spread.scaled(1.0 / f64::from(context)));
         }
