@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use folio::kernel::{Access, AttendFlags, Kernel, Target, Variant, Vendor, max_decode_group, tuning};
 use folio::plan::{AppendGrids, PARAM_BLOCK_WORDS, PlanShape, Stage, StepPlan, append_words};
-use folio::sequence::{Manager, Reservation};
+use folio::sequence::{Manager, Reservation, ReservedGroup};
 use folio::{AdapterClass, AttentionConfig, Error, KvCacheConfig, KvFormat, Profile, Result, Segments, SequenceId};
 use serde_json::{Value, json};
 
@@ -152,7 +152,8 @@ impl Host {
     }
 
     fn describe(&self, reservation: &Reservation) -> Result<Value> {
-        let Reservation { batch, slots, copies, .. } = reservation;
+        // One group of layers. A cache whose layers keep different tokens has several, each with a step of its own.
+        let ReservedGroup { batch, slots, copies, .. } = &reservation.groups[0];
         // Of every new token, in the order of the batch.
         let positions: Vec<u32> = batch.entries.iter().flat_map(|entry| entry.context_len..entry.seq_len()).collect();
         let (append, copy_blocks) = (self.variant(Kernel::Append), self.variant(Kernel::CopyBlocks));

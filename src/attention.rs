@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cache::{KvCache, Layers, Step, StepTicket, check_lse};
+use crate::cache::{KvCache, Layers, StepGroup, StepTicket, check_lse};
 use crate::error::{Error, Result};
 use crate::gpu::{BufferRef, Gpu, Recorder, Upload, VariantProgram, params_binding};
 use crate::kernel::tuning::{self, Tuning};
@@ -75,7 +75,7 @@ impl<'a> AttentionCall<'a> {
     }
 }
 
-/// The work of one attention call of a step. Use it for every layer of that step.
+/// The work of one attention call of a step. Use it for every layer of the group that it was planned for.
 #[derive(Debug)]
 pub struct AttentionPlan {
     plan: StepPlan,
@@ -83,6 +83,8 @@ pub struct AttentionPlan {
     /// [`Attention::identity`] of the one that made it: its items fit no other kernel's tiles.
     attention: Arc<()>,
     layers: Arc<Layers>,
+    /// Of layers, whose block tables it has.
+    group: u32,
     num_tokens: u32,
     upload: Upload,
     workspace: wgpu::Buffer,
@@ -210,16 +212,19 @@ impl Attention {
         self.decode.iter().chain([&self.prefill, &self.merge])
     }
 
-    /// Plans a step: who computes what. Host only; the same plan serves every layer.
+    /// Plans a step: who computes what. Host only; the same plan serves every layer of a group. `&step` stands for the first [group of
+    /// layers](KvCacheConfig::groups), which is the only one unless layers keep different tokens; others have plans of their own, by
+    /// [`Step::group`](crate::Step::group).
     ///
     /// # Errors
-    /// [`Error::Stale`]; [`Error::Argument`] for a step with trees without [`AttentionConfig::trees`], or if the step's cache has another shape than this attention was made for, or the step is too
-    /// large; [`Error::Unsupported`] if the work lists don't fit into a binding; [`Error::Wgpu`].
-    pub fn plan(&self, step: &Step) -> Result<AttentionPlan> {
+    /// [`Error::Stale`]; [`Error::Argument`] for a step with trees without [`AttentionConfig::trees`], or if the step's cache has another shape than this
+    /// attention was made for, the group keeps less than the attention sees, or the step is too large; [`Error::Unsupported`] if the work lists don't fit
+    /// into a binding; [`Error::Wgpu`].
+    pub fn plan<'s>(&self, step: impl Into<StepGroup<'s>>) -> Result<AttentionPlan> {
         if self.config.custom_mask {
             return Err(Error::argument("custom_mask", "plan", "plan_with_masks, which gives the masks"));
         }
-        self.plan_any(step, None, &[])
+        self.plan_any(step.into(), None, &[])
     }
 
     /// [`Attention::plan`] with a kernel for each sequence of the step. With [`AttentionConfig::deterministic`] a token's result then has the same
@@ -227,7 +232,12 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Attention::plan`], and [`Error::Argument`] for another number of kernels.
-    pub fn plan_with_kernels(&self, step: &Step, kernels: &[QueryKernel]) -> Result<AttentionPlan> {
+    pub fn plan_with_kernels<'s>(
+        &self,
+        step: impl Into<StepGroup<'s>>,
+        kernels: &[QueryKernel],
+    ) -> Result<AttentionPlan> {
+        let step = step.into();
         if self.config.custom_mask {
             return Err(Error::argument("custom_mask", "plan_with_kernels", "plan_with_masks, which gives the masks"));
         }
@@ -244,28 +254,31 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Attention::plan`], and [`Error::Argument`] for a mask of another length.
-    pub fn plan_with_masks(&self, step: &Step, masks: &[&[u32]]) -> Result<AttentionPlan> {
+    pub fn plan_with_masks<'s>(&self, step: impl Into<StepGroup<'s>>, masks: &[&[u32]]) -> Result<AttentionPlan> {
         if !self.config.custom_mask {
             return Err(Error::argument("custom_mask", false, "true, to plan with masks"));
         }
-        self.plan_any(step, None, masks)
+        self.plan_any(step.into(), None, masks)
     }
 
-    fn plan_any(&self, step: &Step, kernels: Option<&[QueryKernel]>, masks: &[&[u32]]) -> Result<AttentionPlan> {
+    fn plan_any(
+        &self,
+        group: StepGroup<'_>,
+        kernels: Option<&[QueryKernel]>,
+        masks: &[&[u32]],
+    ) -> Result<AttentionPlan> {
+        let step = group.step();
         let ticket = step.ticket();
         ticket.check()?;
         if *step.config() != self.cache {
-            let got = format!("a step of {:?}", step.config());
-            return Err(Error::argument(
-                "step",
-                got,
-                format!("a step of a cache like the attention's, {:?}", self.cache),
-            ));
+            let rule = format!("a step of a cache like the attention's, {:?}", self.cache);
+            return Err(Error::argument("step", format!("a step of {:?}", step.config()), rule));
         }
+        self.config.check_kept(self.cache.groups.get(group.index()))?;
         if step.batch().has_trees() && !self.config.trees {
             return Err(Error::argument("step", "one with a tree", "AttentionConfig::trees set, to attend over trees"));
         }
-        let mut batch = Cow::Borrowed(step.batch());
+        let mut batch = Cow::Borrowed(group.batch());
         if let Some(kernels) = kernels {
             batch.to_mut().entries.iter_mut().zip(kernels).for_each(|(entry, &kernel)| entry.kernel = kernel);
         }
@@ -278,6 +291,7 @@ impl Attention {
             ticket,
             attention: Arc::clone(&self.identity),
             layers: Arc::clone(step.shared_layers()),
+            group: group.index(),
             num_tokens: batch.num_tokens(),
             upload,
             workspace,
@@ -346,8 +360,8 @@ impl Attention {
     /// command buffer.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a layer that isn't there, a range that doesn't fit, a plan of another attention, or if
-    /// [`AttentionConfig::lse`] is set; [`Error::Stale`] if the plan's step is over; [`Error::Wgpu`].
+    /// [`Error::Argument`] for a layer that isn't there or is of another group than the plan, a range that doesn't fit, a plan of another attention, or
+    /// if [`AttentionConfig::lse`] is set; [`Error::Stale`] if the plan's step is over; [`Error::Wgpu`].
     pub fn attend<'a>(
         &self,
         recorder: impl Into<Recorder<'a>>,
@@ -460,6 +474,11 @@ impl Attention {
         self.check_own(plan)?;
         self.check_call(&call)?;
         let storage = plan.layers.get(layer)?;
+        let group = self.cache.group_of(layer);
+        if group != plan.group {
+            let rule = format!("a layer of the group that was planned, {}", plan.group);
+            return Err(Error::argument("layer", format!("{layer}, of group {group}"), rule));
+        }
         let rows = u64::from(plan.num_tokens) * u64::from(self.config.num_q_heads);
         let Variant { q_rows, out_rows, .. } = &self.prefill.variant;
         let q = call.q.check_rows(&self.gpu, "q", q_rows, plan.num_tokens)?;

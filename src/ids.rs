@@ -41,7 +41,7 @@ pub struct BlockId(pub(crate) u32);
 
 impl BlockId {
     /// Stands in a block table where a block has returned to the pool, because its tokens have left the window
-    /// ([`KvCacheConfig::window`](crate::KvCacheConfig::window)). No pool is so large that it has a block of this index.
+    /// ([`KvCacheConfig::with_window`](crate::KvCacheConfig::with_window)). No pool is so large that it has a block of this index.
     pub const NULL: Self = Self(u32::MAX);
 
     /// The index, below `num_blocks`; that of [`BlockId::NULL`] is 2^32 - 1.

@@ -1,10 +1,10 @@
 //! [`KvLayout`]: the only place where a size or an offset in the cache is computed.
 
+mod groups;
 mod retention;
 mod rows;
 
-use std::ops::Range;
-
+pub use groups::{LayerGroup, LayerGroups};
 pub use retention::Retention;
 pub use rows::{HostRows, RowElement, RowLayout};
 
@@ -31,7 +31,7 @@ pub const MAX_POOL_BYTES: u64 = 1 << 47;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct KvCacheConfig {
-    /// Transformer layers, each with its own K and V: 1 to 65536.
+    /// Transformer layers, each with its own K and V: 1 to 65536, a multiple of the number of [groups](Self::groups).
     pub num_layers: u32,
     /// Heads of K and V: 1 to 65535.
     pub num_kv_heads: u32,
@@ -41,7 +41,7 @@ pub struct KvCacheConfig {
     pub value_dim: Option<u32>,
     /// Tokens of a block, 1 to 256; in a contiguous cache the tokens that a sequence has room for.
     pub block_size: u32,
-    /// Blocks of the pool, shared by all sequences; every layer has room for each of them.
+    /// Blocks of the pool, shared by all sequences and by all groups of layers. A block has room in each layer of the group that has it.
     pub num_blocks: u32,
     /// How K is stored.
     pub k_format: KvFormat,
@@ -51,11 +51,8 @@ pub struct KvCacheConfig {
     pub contiguous: bool,
     /// There is no V side: values are the first `value_dim` elements of the keys.
     pub latent: bool,
-    /// A promise that no attention sees further back than this many newest tokens, besides the first [`sink_tokens`](Self::sink_tokens): blocks that
-    /// no later token can see return to the pool. At least 1; not in a contiguous cache. `None`: every token is kept.
-    pub window: Option<u32>,
-    /// First tokens of every sequence that are kept beside the window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
-    pub sink_tokens: u32,
+    /// Which layers keep which tokens. With `n` groups layer `l` is in group `l / (num_layers / n)`, and one group, the default, keeps all.
+    pub groups: LayerGroups,
 }
 
 impl KvCacheConfig {
@@ -73,8 +70,7 @@ impl KvCacheConfig {
             v_format: KvFormat::F16,
             contiguous: false,
             latent: false,
-            window: None,
-            sink_tokens: 0,
+            groups: LayerGroups::one(LayerGroup::ALL),
         }
     }
 
@@ -126,16 +122,38 @@ impl KvCacheConfig {
     }
 
     /// The same cache for attention that sees no more than the newest `window` tokens, the query's own included: blocks that no later token can see
-    /// return to the pool when their sequence goes on. A sequence of any length then takes at most [`most_blocks`](Self::most_blocks).
+    /// return to the pool when their sequence goes on. A sequence of any length then takes at most [`most_blocks`](Self::most_blocks). In a cache of
+    /// several groups it holds for all of them.
     #[must_use]
     pub const fn with_window(self, window: u32) -> Self {
-        Self { window: Some(window), ..self }
+        Self { groups: self.groups.with_window(Some(window)), ..self }
     }
 
-    /// The same cache that keeps the first tokens of every sequence beside its window ([`sink_tokens`](Self::sink_tokens)).
+    /// The same cache that keeps the first tokens of every sequence beside its window ([`LayerGroup::sink_tokens`]).
     #[must_use]
     pub const fn with_sink_tokens(self, sink_tokens: u32) -> Self {
-        Self { sink_tokens, ..self }
+        Self { groups: self.groups.with_sink_tokens(sink_tokens), ..self }
+    }
+
+    /// The same cache with layers that keep different tokens: see [`groups`](Self::groups).
+    #[must_use]
+    pub const fn with_groups(self, groups: LayerGroups) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// Layers of a group.
+    #[must_use]
+    pub const fn layers_per_group(&self) -> u32 {
+        self.num_layers / self.groups.count()
+    }
+
+    /// The group of a layer.
+    #[must_use]
+    pub const fn group_of(&self, layer: u32) -> u32 {
+        match layer.checked_div(self.layers_per_group()) {
+            Some(group) => group,
+            None => 0,
+        }
     }
 
     /// Elements of a value.
@@ -181,12 +199,7 @@ impl KvCacheConfig {
         if self.num_blocks == 0 {
             return Err(Error::argument("num_blocks", 0, "at least 1"));
         }
-        if let Some(window) = self.window
-            && (window == 0 || self.contiguous)
-        {
-            let got = if self.contiguous { "some in a contiguous cache".to_owned() } else { window.to_string() };
-            return Err(Error::argument("window", got, "at least 1 in a paged cache, or None"));
-        }
+        self.validate_groups()?;
         // Slots (block * block_size + offset) and rows (slots of all KV heads) are numbered with u32 in the kernels, over all segments of a
         // side. What lies within a segment (elements, words) is bounded by the segment's bytes; see `storage`.
         let slots = u64::from(self.num_blocks) * u64::from(self.block_size);
@@ -202,6 +215,31 @@ impl KvCacheConfig {
         if pool_bytes > MAX_POOL_BYTES {
             let got = format!("{} ({pool_bytes} bytes over {} layers)", self.num_blocks, self.num_layers);
             return Err(Error::argument("num_blocks", got, "a pool of at most 2^47 bytes"));
+        }
+        Ok(())
+    }
+
+    fn validate_groups(&self) -> Result<()> {
+        for window in self.groups.as_slice().iter().filter_map(|group| group.window) {
+            if window == 0 || self.contiguous {
+                let got = if self.contiguous { "some in a contiguous cache".to_owned() } else { window.to_string() };
+                return Err(Error::argument("window", got, "at least 1 in a paged cache, or None"));
+            }
+        }
+        let count = self.groups.count();
+        if count == 1 {
+            return Ok(());
+        }
+        if !self.num_layers.is_multiple_of(count) {
+            return Err(Error::argument("num_layers", self.num_layers, format!("a multiple of the {count} groups")));
+        }
+        if self.contiguous {
+            return Err(Error::argument("groups", count, "1 in a contiguous cache"));
+        }
+        // Layers of several groups share a buffer, which has room for one table of scales.
+        if self.k_format.has_channel_scales() {
+            let rule = format!("a format without scales per channel in a cache of {count} groups");
+            return Err(Error::argument("k_format", self.k_format, rule));
         }
         Ok(())
     }
@@ -251,56 +289,63 @@ impl KvCacheConfig {
         rows.saturating_mul(self.sides().map(|side| side.token_row_bytes()).sum())
     }
 
-    /// Bytes that one block takes over all layers, K and V.
+    /// Bytes that one block takes over all layers of a group, K and V.
     #[must_use]
     pub fn block_bytes(&self) -> u64 {
         let block = self.sides().fold(0_u64, |bytes, side| bytes.saturating_add(side.block_bytes()));
-        block.saturating_mul(self.num_layers.into())
+        block.saturating_mul(self.layers_per_group().into())
     }
 
-    /// Bytes of the whole pool over all layers, tables of channel scales included.
+    /// Bytes of the whole pool, tables of channel scales included.
     #[must_use]
     pub fn pool_bytes(&self) -> u64 {
-        let tables = self.k_layout().channel_table_bytes().saturating_mul(self.num_layers.into());
+        let tables = self.k_layout().channel_table_bytes().saturating_mul(self.layers_per_group().into());
         self.block_bytes().saturating_mul(self.num_blocks.into()).saturating_add(tables)
     }
 
-    /// Blocks that the rows of `seq_len` tokens take. A block size of 0, which is not valid, counts as 1. Of these a cache with a
-    /// [window](Self::window) doesn't need the [hidden](Self::hidden_blocks) ones.
+    /// Blocks that the rows of `seq_len` tokens take in all groups. A block size of 0, which is not valid, counts as 1. Of these a cache with
+    /// windows doesn't need those that are [hidden](Retention::hidden_blocks) in their groups.
     #[must_use]
     pub fn blocks_for(&self, seq_len: u32) -> u32 {
-        self.retention().blocks_for(seq_len)
+        self.groups.blocks_for(self.block_size, seq_len)
     }
 
-    /// What of a sequence is kept, in blocks.
+    /// What a group keeps of a sequence, in blocks.
     #[must_use]
-    pub const fn retention(&self) -> Retention {
-        Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
+    pub fn retention(&self, group: u32) -> Retention {
+        self.groups.get(group).retention(self.block_size)
+    }
+
+    /// [`Self::retention`] of each group.
+    pub fn retentions(&self) -> impl Iterator<Item = Retention> + '_ {
+        self.groups.as_slice().iter().map(|group| group.retention(self.block_size))
     }
 
     /// Where a query at `position` stands if positions are counted within what is kept: sink tokens, then the window. Its distance from sink tokens
-    /// is that from there; see [`AttentionConfig::sink_queries`](crate::AttentionConfig::sink_queries).
+    /// is that from there; see [`AttentionConfig::sink_queries`](crate::AttentionConfig::sink_queries). Of several groups the first with sink tokens
+    /// counts.
     #[must_use]
     pub fn sink_position(&self, position: u32) -> u32 {
-        self.window.map_or(position, |window| position.min(self.sink_tokens.saturating_add(window - window.min(1))))
+        let LayerGroup { window, sink_tokens } = self.sink_group();
+        window.map_or(position, |window| position.min(sink_tokens.saturating_add(window - window.min(1))))
     }
 
-    /// [`Retention::hidden_blocks`] of this cache.
-    #[must_use]
-    pub fn hidden_blocks(&self, seq_len: u32) -> Range<u32> {
-        self.retention().hidden_blocks(seq_len)
+    /// The first group that keeps sink tokens, or the first of all.
+    pub(crate) fn sink_group(&self) -> LayerGroup {
+        let groups = self.groups.as_slice();
+        groups.iter().copied().find(|group| group.sink_tokens > 0).unwrap_or_else(|| self.groups.get(0))
     }
 
-    /// [`Retention::held_blocks`] of this cache.
+    /// [`Retention::held_blocks`] of this cache, over all groups.
     #[must_use]
     pub fn held_blocks(&self, seq_len: u32) -> u32 {
-        self.retention().held_blocks(seq_len)
+        self.groups.held_blocks(self.block_size, seq_len)
     }
 
-    /// [`Retention::most_blocks`] of this cache.
+    /// [`Retention::most_blocks`] of this cache, over all groups.
     #[must_use]
     pub fn most_blocks(&self, seq_len: u32, chunk: u32) -> u32 {
-        self.retention().most_blocks(seq_len, chunk)
+        self.groups.most_blocks(self.block_size, seq_len, chunk)
     }
 }
 

@@ -39,7 +39,7 @@ pub use attention::{Attention, AttentionCall, AttentionPlan, MergeStates, Sinks}
 #[cfg(feature = "wgpu")]
 pub use cache::{
     AppendLatent, AppendQkv, AppendRows, Defragment, HeadNorm, KvCache, KvRows, LatentNorm, PendingSnapshot, QkvRows,
-    Rope, SequenceSnapshot, Step, StepRows, SwapIn, SwapOut,
+    Rope, SequenceSnapshot, Step, StepGroup, StepRows, SwapIn, SwapOut,
 };
 pub use error::{BoxError, Error, ErrorKind, Holder, Result};
 pub use format::{KvFormat, KvFormats};
@@ -50,8 +50,8 @@ pub use gpu::{BufferRef, Gpu, Recorder, ShaderChecks, matrix_features, required_
 pub use ids::{BlockId, SequenceId};
 pub use kernel::{AdapterClass, MatrixSize, Profile, RopeConfig, RopeLayout, RopeScaling};
 pub use layout::{
-    HostRows, KvCacheConfig, KvLayout, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS, MAX_POOL_BYTES, Retention,
-    RowElement, RowLayout, Segments,
+    HostRows, KvCacheConfig, KvLayout, LayerGroup, LayerGroups, MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_NUM_LAYERS,
+    MAX_POOL_BYTES, Retention, RowElement, RowLayout, Segments,
 };
 pub use plan::{AttentionConfig, Cascade};
 pub use sequence::{

@@ -78,7 +78,9 @@ impl LoadOptions {
         options.k_format = self.cache.k;
         options.v_format = self.cache.v;
         let per_sequence = model.max_positions.div_ceil(self.block_size) + 1;
-        let affordable = MAX_BYTES / options.cache_config(model).block_bytes().max(1);
+        // A block of all layers has one for each group of them.
+        let cache = options.cache_config(model);
+        let affordable = MAX_BYTES / cache.block_bytes().saturating_mul(cache.groups.count().into()).max(1);
         let affordable = affordable.clamp(1, u64::from(u32::MAX)) as u32;
         options.num_blocks = self.blocks.unwrap_or(per_sequence.saturating_mul(sequences).min(affordable));
         options

@@ -1,5 +1,6 @@
 //! Accepting a path of a tree of new tokens: its rows move to the front, and the rest of the tree is taken back.
 
+use super::step::GroupWork;
 use super::{KvCache, Step};
 use crate::error::{Error, Result};
 use crate::gpu::{Recorder, Upload, params_binding};
@@ -39,14 +40,14 @@ impl KvCache {
                 return Err(Error::argument("paths", format!("{sequence} twice"), "each sequence once"));
             }
             let place = step.sequences.iter().position(|&known| known == sequence);
-            let of_step = place.and_then(|i| step.trees.get(i)?.as_ref().zip(step.batch.entries.get(i)));
-            let Some((tree, entry)) = of_step else {
+            let Some((place, tree)) = place.and_then(|i| Some((i, step.trees.get(i)?.as_ref()?))) else {
                 return Err(Error::argument("paths", sequence, "sequences of the step that have a tree"));
             };
             tree.check_path(path)?;
-            let moves = path_moves(&step.batch, entry, self.config.block_size, path);
-            if !moves.is_empty() {
-                lists.push(moves);
+            // Every buffer holds rows of a layer of each group.
+            for GroupWork { batch, .. } in &step.groups {
+                let moves = path_moves(batch, &batch.entries[place], self.config.block_size, path);
+                lists.extend((!moves.is_empty()).then_some(moves));
             }
         }
         let mut with_trees = step.sequences.iter().zip(&step.trees).filter(|(_, tree)| tree.is_some());

@@ -120,8 +120,15 @@ impl AppendQkv {
         head_norm: bool,
     ) -> Result<Self> {
         let config = cache.config();
-        if config.window.is_none() {
+        let group = config.sink_group();
+        if group.window.is_none() {
             return Err(Error::argument("cache", "one without a window", "one with a window and sink tokens"));
+        }
+        // The kernel has one place for queries of sink tokens.
+        let mut groups = config.groups.as_slice().iter();
+        if let Some(other) = groups.find(|other| other.sink_tokens > 0 && **other != group) {
+            let got = format!("groups that keep {group}, and {other}");
+            return Err(Error::argument("cache", got, "the same window in all groups with sink tokens"));
         }
         let [k, v] = cache.segments();
         // Queries twice, the lists, the frequencies and perhaps weights.
@@ -278,10 +285,11 @@ impl KvCache {
                 return Err(Error::argument("sink_q", "the buffer of rows", "a buffer of its own"));
             }
         }
-        let (upload, lease) = step.upload().buffer()?;
+        let work = step.of_layer(layer);
+        let (upload, lease) = work.upload.buffer()?;
         let mut dispatches = Vec::with_capacity(2);
-        if step.num_copies > 0 {
-            dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
+        if work.num_copies > 0 {
+            dispatches.push(self.copy_dispatch(storage, &upload, work.num_copies)?);
         }
         let (x, y) = kernel.program.variant.append_qkv_grid("rows", step.num_tokens())?;
         let mut resources = vec![range.binding()];

@@ -171,7 +171,7 @@ impl AppendRows {
         // An invocation rotates 4 pairs.
         let num_rows = u64::from(step.num_tokens()) * u64::from(rows.num_heads);
         let (width, height) = program.grid(argument, num_rows * u64::from(rope.rotary_dim.div_ceil(8)))?;
-        let (lists, lease) = step.upload().buffer()?;
+        let (lists, lease) = step.positions().buffer()?;
         let params = params_binding::<CacheParams>(&lists, 0);
         let resources = vec![x.binding(), lists.as_entire_binding(), table.as_entire_binding(), params];
         let dispatch = program.dispatch(resources, [width, height, 1]);

@@ -24,8 +24,8 @@ pub use defragment::Defragment;
 pub use record::KvRows;
 pub use rope::Rope;
 pub use snapshot::{PendingSnapshot, SequenceSnapshot};
-pub use step::Step;
 pub(crate) use step::StepTicket;
+pub use step::{Step, StepGroup};
 pub(crate) use storage::{Layers, check_lse};
 pub use swap::{SwapIn, SwapOut};
 
@@ -39,11 +39,13 @@ use crate::plan::MAX_GRID;
 #[cfg(feature = "model")]
 use crate::sequence::WayBack;
 use crate::sequence::{
-    BatchEntry, BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, TokenTree,
+    BatchEntry, BlockUse, Manager, MemoryReport, PoolUsage, PrefixMatch, PrefixProbe, PrefixStats, ReservedGroup,
+    TokenTree,
 };
 use calibrate::KeyScales;
 use record::CacheKernels;
 use state::SharedState;
+use step::GroupWork;
 
 /// Whether queries may have so many heads over a cache's.
 fn check_q_heads(cache: &KvCacheConfig, num_q_heads: u32) -> Result<()> {
@@ -89,7 +91,7 @@ impl KvCache {
         config.validate()?;
         let segments = storage::segments(gpu, &config)?;
         let manager = Manager::new(config)?;
-        let layers = Arc::new(Layers::new(storage::allocate(gpu, &config, segments).await?));
+        let layers = Arc::new(Layers::new(storage::allocate(gpu, &config, segments).await?, config.num_layers));
         let kernels = CacheKernels::new(gpu, &config, segments).await?;
         Ok(Self {
             gpu: gpu.clone(),
@@ -140,7 +142,7 @@ impl KvCache {
         self.segments
     }
 
-    /// The buffers of a layer's K and V, one per [segment](Self::segments), laid out as [`KvLayout`](crate::KvLayout) says, for a host that wants to read
+    /// The buffers of a layer's K and V, which it shares with the layer at its place in each other [group](KvCacheConfig::groups), one per [segment](Self::segments), laid out as [`KvLayout`](crate::KvLayout) says, for a host that wants to read
     /// them in a shader of its own.
     ///
     /// # Errors
@@ -174,7 +176,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have left the
-    /// [window](KvCacheConfig::window) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [window](KvCacheConfig::groups) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork_at(&self, sequence: SequenceId, len: u32) -> Result<SequenceId> {
         self.state().fork_at(sequence, len)
     }
@@ -203,6 +205,8 @@ impl KvCache {
 
     /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty.
     /// The tokens from [`PrefixMatch::len`] on are the caller's to append.
+    ///
+    /// With [windows](KvCacheConfig::groups) the match ends where the next token finds all that it sees, in every group of layers.
     ///
     /// The match may cover all of `tokens`. A decoder that needs the logits of the last one passes all but that one.
     ///
@@ -241,12 +245,13 @@ impl KvCache {
         self.state().exclusive_blocks(sequence)
     }
 
-    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    /// Of how many of its last blocks, one per [group of layers](KvCacheConfig::groups), the next token of this sequence takes a copy: they are partly
+    /// filled, and others hold them, too.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
-    pub fn copies_last_block(&self, sequence: SequenceId) -> Result<bool> {
-        self.state().copies_last_block(sequence)
+    pub fn copied_blocks(&self, sequence: SequenceId) -> Result<u32> {
+        self.state().copied_blocks(sequence)
     }
 
     /// Drops all of the index's entries under a salt. Their blocks return to the pool, except those that others hold.
@@ -268,13 +273,13 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have left the
-    /// [window](KvCacheConfig::window) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [window](KvCacheConfig::groups) ([`KvCache::reaches_back`]); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn truncate(&self, sequence: SequenceId, len: u32) -> Result<()> {
         self.state().truncate(sequence, len)
     }
 
     /// Whether a sequence can be cut back to, or forked at, `len` tokens: it has as many, and all that the token behind them sees is still in the
-    /// cache. Without a [window](KvCacheConfig::window) the second is always so.
+    /// cache. Without a [window](KvCacheConfig::groups) the second is always so.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
@@ -289,6 +294,12 @@ impl KvCache {
     /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn release_hidden(&self, sequence: SequenceId) -> Result<u32> {
         self.state().release_hidden(sequence)
+    }
+
+    /// Fails if sequences can't grow by so many tokens in however many steps.
+    #[cfg(feature = "model")]
+    pub(crate) fn check_room(&self, requests: &[(SequenceId, u32)]) -> Result<()> {
+        self.state().check_room(requests)
     }
 
     /// Keeps what these lengths need until it is taken back by `None`: the sequence can be cut back to them whatever it grows to.
@@ -318,12 +329,20 @@ impl KvCache {
         Ok(self.state().table(sequence)?.len())
     }
 
-    /// Blocks of a sequence in the order of its tokens: [`BlockId::NULL`] for those that have left the [window](KvCacheConfig::window).
+    /// Blocks of a sequence in the first group of layers, in the order of its tokens: [`BlockId::NULL`] for those that have left the [window](KvCacheConfig::groups).
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn block_table(&self, sequence: SequenceId) -> Result<Vec<BlockId>> {
         Ok(self.state().table(sequence)?.blocks().to_vec())
+    }
+
+    /// [`KvCache::block_table`] of each [group of layers](KvCacheConfig::groups).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn block_tables(&self, sequence: SequenceId) -> Result<Vec<Vec<BlockId>>> {
+        Ok(self.state().tables(sequence)?.iter().map(|table| table.blocks().to_vec()).collect())
     }
 
     /// How full the pool is.
@@ -343,7 +362,7 @@ impl KvCache {
     /// The tokens of the batch stand one after another, in this order, in the k, v, q and out buffers of the step.
     ///
     /// If the pool has too few free blocks, the prefix index gives some up; they don't come back if the step is dropped. Nor do blocks that the
-    /// sequences' [windows](KvCacheConfig::window) have left, which return to the pool first.
+    /// sequences' [windows](KvCacheConfig::groups) have left, which return to the pool first.
     ///
     /// # Errors
     /// [`Error::OutOfBlocks`] if the pool has too few free blocks even so (retry after freeing some);
@@ -405,21 +424,27 @@ impl KvCache {
             (state.reserve(batch)?, state.epoch())
         };
         let trees: Vec<_> = trees.iter().map(|tree| tree.clone().map(Arc::new)).collect();
-        for (entry, tree) in reservation.batch.entries.iter_mut().zip(&trees) {
-            // A line is what a sequence appends without a tree, and is computed like that.
-            entry.tree = tree.clone().filter(|tree| !tree.is_line());
+        for group in &mut reservation.groups {
+            for (entry, tree) in group.batch.entries.iter_mut().zip(&trees) {
+                // A line is what a sequence appends without a tree, and is computed like that.
+                entry.tree = tree.clone().filter(|tree| !tree.is_line());
+            }
         }
         let indices: Vec<u32>;
         let positions = match positions {
             Some(positions) => positions,
             None => {
-                indices = reservation.batch.entries.iter().flat_map(BatchEntry::positions).collect();
+                let entries = reservation.groups.first().map(|group| &group.batch.entries);
+                indices = entries.into_iter().flatten().flat_map(BatchEntry::positions).collect();
                 &indices
             }
         };
-        let upload = self.kernels.upload(&self.gpu, &self.config, &reservation.slots, positions, &reservation.copies);
-        let upload = match upload {
-            Ok(upload) => upload,
+        let work = |ReservedGroup { batch, slots, copies, .. }: ReservedGroup| {
+            let upload = self.kernels.upload(&self.gpu, &self.config, &slots, positions, &copies)?;
+            Ok(GroupWork { batch, num_copies: copies.len() as u32, upload })
+        };
+        let groups = match reservation.groups.into_iter().map(work).collect::<Result<Vec<_>>>() {
+            Ok(groups) => groups,
             Err(error) => {
                 self.state().roll_back(reservation.pending);
                 return Err(error);
@@ -431,11 +456,9 @@ impl KvCache {
             epoch,
             config: self.config,
             sequences: batch.iter().map(|&(id, _)| id).collect(),
-            batch: reservation.batch,
+            groups,
             trees,
             pending: Some(reservation.pending),
-            num_copies: reservation.copies.len() as u32,
-            upload,
             status: Step::open_status(),
         })
     }

@@ -1,6 +1,6 @@
 //! Blocks of a sequence into staging buffers and back: what snapshots and swaps record.
 //!
-//! The stream is the sequence's blocks in the order of its tokens, of K, then of V, layer after layer. Blocks of a portion of the stream are packed
+//! The stream is the sequence's blocks of the layer's group in the order of its tokens, of K, then of V, layer after layer. Blocks of a portion of the stream are packed
 //! into one scratch buffer, and one copy moves them on to a buffer that the host can map; unpacking is the way back. A kernel packs scattered
 //! blocks, because a copy command for each would keep the host busy (131 000 of them for 32 768 tokens and 32 layers); long runs of
 //! neighbours are copied by commands.
@@ -39,7 +39,7 @@ struct Piece {
     layer: u32,
     /// 0: K, 1: V.
     side: usize,
-    /// Which of the sequence's blocks.
+    /// Which of the sequence's blocks in the layer's group.
     blocks: Range<usize>,
     /// Bytes of the portion before them.
     offset: u64,
@@ -52,11 +52,12 @@ struct Portion {
     pieces: Vec<Piece>,
 }
 
-/// Cuts the stream of `num_blocks` blocks into portions of up to `portion_bytes`, each of at least one block.
-fn portions(config: &KvCacheConfig, num_blocks: usize, portion_bytes: u64) -> Vec<Portion> {
+/// Cuts the stream of so many blocks of each group into portions of up to `portion_bytes`, each of at least one block.
+fn portions(config: &KvCacheConfig, num_blocks: &[usize], portion_bytes: u64) -> Vec<Portion> {
     let mut portions: Vec<Portion> = Vec::new();
     let mut portion = Portion::default();
     for layer in 0..config.num_layers {
+        let num_blocks = num_blocks[config.group_of(layer) as usize];
         for (side, layout) in config.sides().enumerate() {
             let mut start = 0;
             while start < num_blocks {
@@ -121,10 +122,10 @@ struct Packing<'p> {
     lease: Option<Lease>,
 }
 
-/// Bytes of the stream of `num_blocks` blocks, or `None` on overflow.
+/// Bytes of the stream of `num_blocks` blocks, of all groups, or `None` on overflow.
 pub(super) fn stream_bytes(config: &KvCacheConfig, num_blocks: u32) -> Option<u64> {
     let block = config.sides().try_fold(0_u64, |bytes, side| bytes.checked_add(side.block_bytes()))?;
-    block.checked_mul(num_blocks.into())?.checked_mul(config.num_layers.into())
+    block.checked_mul(num_blocks.into())?.checked_mul(config.layers_per_group().into())
 }
 
 /// Takes the end mark off a stream that was read back. Fails if the commands that write it were not submitted.
@@ -145,11 +146,12 @@ impl KvCache {
     }
 
     /// Makes everything that packing (or unpacking) these blocks needs.
-    fn packing(&self, blocks: &[BlockId], unpack: bool) -> Result<Packing<'_>> {
+    fn packing(&self, blocks: &[Vec<BlockId>], unpack: bool) -> Result<Packing<'_>> {
         let (gpu, config, kernel) = (&self.gpu, &self.config, &self.kernels.pack_blocks);
         let min_run = min_run_bytes(gpu.profile());
         // A block is never larger than a binding, because a side of one block isn't.
-        let plan = portions(config, blocks.len(), PORTION_BYTES.min(gpu.max_storage_bytes()));
+        let counts: Vec<_> = blocks.iter().map(Vec::len).collect();
+        let plan = portions(config, &counts, PORTION_BYTES.min(gpu.max_storage_bytes()));
         let mut portions: Vec<_> =
             plan.iter().map(|c| PackPortion { bytes: c.bytes, ..PackPortion::default() }).collect();
         // Of each dispatch: portion, buffer, parameters and grid.
@@ -158,6 +160,7 @@ impl KvCache {
         for (portion, piece) in plan.iter().enumerate().flat_map(|(i, c)| c.pieces.iter().map(move |p| (i, p))) {
             let Some(side) = self.layer(piece.layer)?.sides().nth(piece.side) else { continue };
             let block_bytes = side.block_bytes();
+            let blocks = &blocks[config.group_of(piece.layer) as usize];
             for (side, held) in side.parts(config.num_blocks) {
                 let runs = runs(&blocks[piece.blocks.clone()], &held);
                 let count: u32 = runs.iter().map(|run| run.len).sum();
@@ -220,9 +223,13 @@ impl KvCache {
         Ok(Packing { scratch, portions, lease: Some(lease) })
     }
 
-    /// Records the copy of these blocks into staging buffers: the stream and [`MARKER`], one part in each. Nothing for no blocks.
-    pub(super) fn record_pack(&self, encoder: &mut wgpu::CommandEncoder, blocks: &[BlockId]) -> Result<Vec<Readback>> {
-        if blocks.is_empty() {
+    /// Records the copy of these blocks, those of each group, into staging buffers: the stream and [`MARKER`], one part in each. Nothing for no blocks.
+    pub(super) fn record_pack(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        blocks: &[Vec<BlockId>],
+    ) -> Result<Vec<Readback>> {
+        if blocks.iter().all(Vec::is_empty) {
             return Ok(Vec::new());
         }
         let Packing { scratch, portions, lease } = self.packing(blocks, false)?;
@@ -247,14 +254,14 @@ impl KvCache {
         Ok(staging)
     }
 
-    /// Records the copy of a stream into these blocks.
+    /// Records the copy of a stream into these blocks, those of each group.
     pub(super) fn record_unpack(
         &self,
         encoder: &mut wgpu::CommandEncoder,
-        blocks: &[BlockId],
+        blocks: &[Vec<BlockId>],
         mut stream: &[u8],
     ) -> Result<()> {
-        if blocks.is_empty() {
+        if blocks.iter().all(Vec::is_empty) {
             return Ok(());
         }
         let Packing { scratch, portions, lease } = self.packing(blocks, true)?;
@@ -283,6 +290,7 @@ impl KvCache {
 mod tests {
     use super::*;
     use crate::format::KvFormat;
+    use crate::layout::{LayerGroup, LayerGroups};
 
     /// K blocks of 256 bytes, V blocks of 128.
     const CONFIG: KvCacheConfig =
@@ -290,30 +298,39 @@ mod tests {
 
     #[test]
     fn portions_are_the_stream_in_order() {
+        let two = LayerGroups::new(&[LayerGroup::windowed(9), LayerGroup::ALL]).expect("two groups");
+        let (one, two) = (CONFIG, KvCacheConfig { num_layers: 4, ..CONFIG }.with_groups(two));
         for portion_bytes in [1, 128, 255, 256, 300, 1000, 1 << 20] {
             for num_blocks in [0, 1, 2, 7, 70_000] {
-                let portions = portions(&CONFIG, num_blocks, portion_bytes);
-                let mut at = Vec::new();
-                for portion in &portions {
-                    let mut bytes = 0;
-                    for piece in &portion.pieces {
-                        assert_eq!(piece.offset, bytes);
-                        assert!((1..=65_535).contains(&piece.blocks.len()));
-                        bytes += piece.blocks.len() as u64 * [256, 128][piece.side];
-                        at.extend(piece.blocks.clone().map(|block| (piece.layer, piece.side, block)));
-                    }
-                    assert_eq!(portion.bytes, bytes);
-                    let one = portion.pieces.len() == 1 && portion.pieces[0].blocks.len() == 1;
-                    assert!(bytes <= portion_bytes || one, "{bytes} of {portion_bytes}");
+                for (config, counts) in [(&one, vec![num_blocks]), (&two, vec![num_blocks.min(3), num_blocks])] {
+                    check(config, &counts, portion_bytes);
                 }
-                let want: Vec<_> = (0..3)
-                    .flat_map(|layer| [0, 1].map(|side| (layer, side)))
-                    .flat_map(|(layer, side)| (0..num_blocks).map(move |block| (layer, side, block)))
-                    .collect();
-                assert!(at == want, "{num_blocks} blocks in portions of {portion_bytes}");
-                let total: u64 = portions.iter().map(|portion| portion.bytes).sum();
-                assert_eq!(Some(total), stream_bytes(&CONFIG, num_blocks as u32));
             }
         }
+    }
+
+    fn check(config: &KvCacheConfig, counts: &[usize], portion_bytes: u64) {
+        let portions = portions(config, counts, portion_bytes);
+        let mut at = Vec::new();
+        for portion in &portions {
+            let mut bytes = 0;
+            for piece in &portion.pieces {
+                assert_eq!(piece.offset, bytes);
+                assert!((1..=65_535).contains(&piece.blocks.len()));
+                bytes += piece.blocks.len() as u64 * [256, 128][piece.side];
+                at.extend(piece.blocks.clone().map(|block| (piece.layer, piece.side, block)));
+            }
+            assert_eq!(portion.bytes, bytes);
+            let one = portion.pieces.len() == 1 && portion.pieces[0].blocks.len() == 1;
+            assert!(bytes <= portion_bytes || one, "{bytes} of {portion_bytes}");
+        }
+        let size = config.num_layers as usize / counts.len();
+        let want: Vec<_> = (0..config.num_layers)
+            .flat_map(|layer| [0, 1].map(|side| (layer, side)))
+            .flat_map(|(layer, side)| (0..counts[layer as usize / size]).map(move |block| (layer, side, block)))
+            .collect();
+        assert!(at == want, "{counts:?} blocks in portions of {portion_bytes}");
+        let total: u64 = portions.iter().map(|portion| portion.bytes).sum();
+        assert_eq!(Some(total), stream_bytes(config, counts.iter().sum::<usize>() as u32));
     }
 }

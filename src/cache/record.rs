@@ -159,10 +159,11 @@ impl KvCache {
         self.layers.check_foreign("k", &k)?;
         let v = v.map(|v| v.check_rows(gpu, "v", v_rows, num_tokens)).transpose()?;
         v.iter().try_for_each(|v| self.layers.check_foreign("v", v))?;
-        let (upload, lease) = step.upload().buffer()?;
+        let work = step.of_layer(layer);
+        let (upload, lease) = work.upload.buffer()?;
         let mut dispatches = Vec::with_capacity(2);
-        if step.num_copies > 0 {
-            dispatches.push(self.copy_dispatch(storage, &upload, step.num_copies)?);
+        if work.num_copies > 0 {
+            dispatches.push(self.copy_dispatch(storage, &upload, work.num_copies)?);
         }
         let (x, y) = program.variant.append_grid("k", num_tokens)?;
         let mut resources = program.resources();
@@ -195,7 +196,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Argument`] for a layer that isn't there, a range that doesn't fit or a sequence some of whose tokens
-    /// have left the [window](crate::KvCacheConfig::window); [`Error::Wgpu`].
+    /// have left the [window](crate::KvCacheConfig::groups); [`Error::Wgpu`].
     pub fn record_gather<'a>(
         &self,
         recorder: impl Into<Recorder<'a>>,
@@ -208,7 +209,7 @@ impl KvCache {
         let (gpu, config) = (&self.gpu, &self.config);
         let (num_tokens, table) = {
             let state = self.state();
-            let table = state.table(sequence)?;
+            let table = &state.tables(sequence)?[config.group_of(layer) as usize];
             if table.blocks().len() > table.num_held() as usize {
                 let lost = (table.blocks().len() - table.num_held() as usize) * config.block_size as usize;
                 let got = format!("{sequence}, of which {lost} tokens have left the window");

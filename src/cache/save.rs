@@ -2,7 +2,8 @@
 //!
 //! A file is in the [safetensors](https://github.com/huggingface/safetensors) format, so that other tools can look into it: tensors
 //! `layers.{i}.k` and, unless the cache is latent, `layers.{i}.v`, U8 `[num_blocks, block_bytes]`; `layers.{i}.key_scales`, F32 `[2, num_kv_heads, head_dim]`, for formats
-//! with scales per channel of K; `tokens`, U32 `[len]` or `[len + 1]`, if they are known. The metadata say what it is, and hold a CRC-32 of everything else.
+//! with scales per channel of K; `tokens`, U32 `[len]` or `[len + 1]`, if they are known. With several groups of layers `num_blocks` is that of the
+//! layer's group. The metadata say what it is, and hold a CRC-32 of everything else.
 //!
 //! There is one right header for a snapshot: the loader reads the fields, builds that header, and compares. With the checksum over header and
 //! tensors, no byte of the file can change unnoticed.
@@ -18,15 +19,16 @@ use safetensors::SafeTensors;
 
 use super::SequenceSnapshot;
 use super::pack::stream_bytes;
+use super::snapshot::group_blocks;
 use crate::error::{Error, Result};
 use crate::files::{self, Fault};
 use crate::format::KvFormat;
-use crate::layout::KvCacheConfig;
+use crate::layout::{KvCacheConfig, LayerGroup, LayerGroups};
 
 /// What every file starts with, behind the 8 bytes of the header's length. The version is next.
 const START: &str = r#"{"__metadata__":{"format":"folio.sequence","version":""#;
-/// The version that is written, and the only one that is read.
-const VERSION: u32 = 1;
+/// The version of sequences of one group of layers, and that of several. Readers of the first one alone refuse the second by its number.
+const VERSIONS: [u32; 2] = [1, 2];
 /// Bytes of the length in front of the header.
 const LEN_BYTES: usize = 8;
 
@@ -65,10 +67,11 @@ impl Contents {
     ///
     /// Written here and not by the safetensors crate, because that one wants all tensors in memory a second time and shuffles the metadata.
     fn header(&self, crc: u32) -> Vec<u8> {
-        let KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, num_blocks, k_format, v_format, .. } =
+        let KvCacheConfig { num_layers, num_kv_heads, head_dim, block_size, k_format, v_format, groups, .. } =
             self.config;
+        let version = VERSIONS[usize::from(self.config.groups.count() > 1)];
         let mut text = format!(
-            r#"{START}{VERSION}","num_layers":"{num_layers}","num_kv_heads":"{num_kv_heads}","head_dim":"{head_dim}","#
+            r#"{START}{version}","num_layers":"{num_layers}","num_kv_heads":"{num_kv_heads}","head_dim":"{head_dim}","#
         );
         // Writing into a String can't fail.
         if let Some(value_dim) = self.config.value_dim {
@@ -77,8 +80,15 @@ impl Contents {
         if self.config.latent {
             text.push_str(r#""latent":"true","#);
         }
-        if let Some(window) = self.config.window {
-            let _ = write!(text, r#""window":"{window}","sink_tokens":"{}","#, self.config.sink_tokens);
+        match groups.as_slice() {
+            [LayerGroup { window: Some(window), sink_tokens }] => {
+                let _ = write!(text, r#""window":"{window}","sink_tokens":"{sink_tokens}","#);
+            }
+            [_] => {}
+            groups => {
+                let groups: Vec<_> = groups.iter().map(group_text).collect();
+                let _ = write!(text, r#""groups":"{}","#, groups.join(","));
+            }
         }
         let _ = write!(
             text,
@@ -91,7 +101,9 @@ impl Contents {
             let _ = write!(text, r#","{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{at},{end}]}}"#);
             at = end;
         };
+        let counts = group_blocks(&self.config, self.len);
         for layer in 0..num_layers {
+            let num_blocks = counts[self.config.group_of(layer) as usize];
             for (side, layout) in ["k", "v"].into_iter().zip(self.config.sides()) {
                 let block = layout.block_bytes();
                 let (name, shape) = (format!("layers.{layer}.{side}"), format!("{num_blocks},{block}"));
@@ -124,8 +136,10 @@ impl Contents {
         let version: Vec<u8> =
             bytes[LEN_BYTES + START.len()..].iter().copied().take_while(|&b| b != b'"').take(10).collect();
         let version = String::from_utf8_lossy(&version);
-        if version != VERSION.to_string() {
-            return Err(format!("version {version:?} of the format; this folio reads version {VERSION}"));
+        let [one_group, several] = VERSIONS;
+        if version != one_group.to_string() && version != several.to_string() {
+            let need = format!("versions {one_group} and {several}");
+            return Err(format!("version {version:?} of the format; this folio reads {need}"));
         }
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("truncated or damaged: {e}"))?;
         let fields = header.metadata().as_ref().ok_or("damaged: no metadata")?;
@@ -140,12 +154,15 @@ impl Contents {
         }
         // Nor do files of caches that keep all tokens.
         if fields.contains_key("window") {
-            (config.window, config.sink_tokens) = (Some(number(fields, "window")?), number(fields, "sink_tokens")?);
+            config = config.with_window(number(fields, "window")?).with_sink_tokens(number(fields, "sink_tokens")?);
+        }
+        if fields.contains_key("groups") {
+            config.groups = groups_of(field(fields, "groups")?)?;
         }
         config.latent = fields.get("latent").is_some_and(|latent| latent == "true");
         // Blocks of any size that a cache can have, paged or contiguous. A snapshot says nothing about which it was.
         // A window goes with paged blocks only.
-        config.contiguous = config.window.is_none();
+        config.contiguous = config.groups == LayerGroups::default();
         config.validate().map_err(|e| format!("damaged: {e}"))?;
         config.contiguous = false;
         let len = number(fields, "len")?;
@@ -197,6 +214,24 @@ fn number(fields: &HashMap<String, String>, name: &str) -> Result<u32, String> {
 fn format_of(fields: &HashMap<String, String>, name: &str) -> Result<KvFormat, String> {
     let text = field(fields, name)?;
     text.parse().map_err(|_| format!("damaged: {name} is {text:?}"))
+}
+
+/// A group in a header: the sizes of its window and sinks, or that it has no window.
+fn group_text(group: &LayerGroup) -> String {
+    group.window.map_or_else(|| "all".to_owned(), |window| format!("{window}+{}", group.sink_tokens))
+}
+
+fn groups_of(text: &str) -> Result<LayerGroups, String> {
+    let group = |text: &str| {
+        if text == "all" {
+            return Some(LayerGroup::ALL);
+        }
+        let (window, sinks) = text.split_once('+')?;
+        Some(LayerGroup { window: Some(window.parse().ok()?), sink_tokens: sinks.parse().ok()? })
+    };
+    let groups: Option<Vec<_>> = text.split(',').map(group).collect();
+    let groups = groups.and_then(|groups| LayerGroups::new(&groups).ok());
+    groups.ok_or_else(|| format!("damaged: groups is {text:?}"))
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
@@ -354,212 +389,4 @@ fn file_error(path: &Path, fault: Fault) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn snapshot(len: u32, key_scales: bool) -> SequenceSnapshot {
-        let config =
-            KvCacheConfig::new(2, 2, 8).with_blocks(len.div_ceil(4), 4).with_formats(KvFormat::F32, KvFormat::F16);
-        let bytes = stream_bytes(&config, config.num_blocks).unwrap_or(0);
-        let data = (0..bytes).map(|i| (i * 37 % 251) as u8).collect();
-        let scales = |layer: u32| (0..32).map(|i| (i + 100 * layer) as f32 * 0.37).collect();
-        let key_scales = key_scales.then(|| (0..2).map(scales).collect());
-        SequenceSnapshot { config, len, data, key_scales, origin: None }
-    }
-
-    #[test]
-    fn what_is_saved_is_what_is_loaded() {
-        for len in [0, 1, 4, 9] {
-            for key_scales in [false, true] {
-                let snapshot = snapshot(len, key_scales);
-                for count in [0, len, len + 1] {
-                    let tokens: Vec<u32> = (0..count).map(|i| i * 1000).collect();
-                    let bytes = snapshot.to_bytes(&tokens).expect("bytes");
-                    assert_eq!(
-                        SequenceSnapshot::from_bytes(&bytes).expect("sound"),
-                        (snapshot.clone(), tokens.clone())
-                    );
-                    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
-                    let (k, v) = snapshot.layer_bytes(1).expect("layer");
-                    assert_eq!(tensors.tensor("layers.1.k").expect("k").data(), k);
-                    assert_eq!(tensors.tensor("layers.1.v").expect("v").data(), v);
-                    assert_eq!(tensors.tensor("tokens").is_ok(), !tokens.is_empty());
-                }
-            }
-        }
-    }
-
-    /// Files of version 1 exist: another header or checksum needs another version.
-    #[test]
-    fn version_1_stays_as_it_is() {
-        let bytes = snapshot(1, false).to_bytes(&[7]).expect("bytes");
-        let want = concat!(
-            r#"{"__metadata__":{"format":"folio.sequence","version":"1","num_layers":"2","num_kv_heads":"2","head_dim":"8","#,
-            r#""block_size":"4","k_format":"F32","v_format":"F16","len":"1","crc32":"5f33bae8"},"#,
-            r#""layers.0.k":{"dtype":"U8","shape":[1,256],"data_offsets":[0,256]},"#,
-            r#""layers.0.v":{"dtype":"U8","shape":[1,128],"data_offsets":[256,384]},"#,
-            r#""layers.1.k":{"dtype":"U8","shape":[1,256],"data_offsets":[384,640]},"#,
-            r#""layers.1.v":{"dtype":"U8","shape":[1,128],"data_offsets":[640,768]},"#,
-            r#""tokens":{"dtype":"U32","shape":[1],"data_offsets":[768,772]}}"#,
-        );
-        assert_eq!(String::from_utf8_lossy(&bytes[8..8 + want.len()]), want);
-    }
-
-    /// Whatever happens to a file: it is refused, with the reason, and nothing panics.
-    fn refused(bytes: &[u8]) -> String {
-        match SequenceSnapshot::from_bytes(bytes) {
-            Err(Error::File { file, reason, .. }) => {
-                assert_eq!(file, IN_MEMORY);
-                reason
-            }
-            other => unreachable!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn every_flipped_bit_and_every_truncation_is_noticed() {
-        let sound = snapshot(5, true).to_bytes(&[1, 2, 3, 4, 5]).expect("bytes");
-        assert!(SequenceSnapshot::from_bytes(&sound).is_ok());
-        for at in 0..sound.len() {
-            for bit in 0..8 {
-                let mut bytes = sound.clone();
-                bytes[at] ^= 1 << bit;
-                refused(&bytes);
-            }
-            refused(&sound[..at]);
-        }
-        for extra in [&[0][..], &[0; 8], &sound] {
-            refused(&[&sound, extra].concat());
-        }
-    }
-
-    /// Nothing but a regular file is replaced, and nothing is left behind.
-    #[cfg(unix)]
-    #[test]
-    fn only_regular_files_are_replaced() {
-        use std::os::unix::fs::{FileTypeExt, symlink};
-        use std::os::unix::net::UnixListener;
-
-        let folder = tempfile::tempdir().expect("folder");
-        let at = |name: &str| folder.path().join(name);
-        let snapshot = snapshot(5, false);
-        fs::write(at("file"), "old").expect("file");
-        fs::create_dir(at("directory")).expect("directory");
-        symlink("file", at("link")).expect("link");
-        symlink("nowhere", at("dangling")).expect("link");
-        symlink("/dev/null", at("null")).expect("link");
-        let pipe = std::process::Command::new("mkfifo").arg(at("pipe")).status();
-        assert!(pipe.expect("mkfifo").success());
-        drop(UnixListener::bind(at("socket")).expect("socket"));
-        let names = || {
-            let mut names: Vec<_> =
-                fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.file_name()).collect();
-            names.sort_unstable();
-            names
-        };
-        let before = names();
-        for (name, what) in [
-            ("directory", "a directory"),
-            ("link", "a symbolic link"),
-            ("dangling", "a symbolic link"),
-            ("null", "a symbolic link"),
-            ("pipe", "a pipe"),
-            ("socket", "a socket"),
-        ] {
-            let metadata = fs::symlink_metadata(at(name)).expect("metadata");
-            let error = snapshot.save(at(name), &[]).expect_err(name).to_string();
-            assert!(error.contains(name) && error.ends_with(&format!("got {what}, need a regular file")), "{error}");
-            assert_eq!(fs::symlink_metadata(at(name)).expect("as it was").file_type(), metadata.file_type());
-            assert_eq!(names(), before, "{name}");
-        }
-        assert!(fs::symlink_metadata("/dev/null").expect("null").file_type().is_char_device());
-        assert_eq!(fs::read(at("file")).expect("as it was"), b"old");
-        // A device under its own name. That the check is made is seen without the right to write there.
-        let error = snapshot.save("/dev/full", &[]).expect_err("a device").to_string();
-        assert!(error.contains("got a device"), "{error}");
-
-        snapshot.save(at("file"), &[]).expect("over a file");
-        snapshot.save(at("new"), &[]).expect("a new one");
-        assert_eq!(SequenceSnapshot::load(at("link")).expect("links are followed"), (snapshot, Vec::new()));
-        assert_eq!(names().len(), before.len() + 1);
-    }
-
-    /// An error at once, and with the system's own behind it.
-    #[cfg(unix)]
-    #[test]
-    fn only_regular_files_are_loaded() {
-        use std::error::Error as _;
-        let folder = tempfile::tempdir().expect("folder");
-        let pipe = folder.path().join("pipe");
-        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo").success());
-        for (path, what) in [(&*pipe, "a pipe"), (Path::new("/dev/zero"), "a device"), (folder.path(), "a directory")] {
-            let (sender, receiver) = std::sync::mpsc::channel();
-            let opened = path.to_owned();
-            std::thread::spawn(move || drop(sender.send(SequenceSnapshot::load(opened))));
-            let loaded = receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("an end");
-            let error = loaded.expect_err(what).to_string();
-            assert!(error.ends_with(&format!("got {what}, need a regular file")), "{error}");
-        }
-        let missing = SequenceSnapshot::load(folder.path().join("nowhere")).expect_err("nothing");
-        let cause = missing.source().and_then(|cause| cause.downcast_ref::<std::io::Error>()).expect("a cause");
-        assert_eq!(cause.kind(), ErrorKind::NotFound);
-    }
-
-    /// A file with a valid checksum, whatever its header says.
-    fn forged(header: &str, tensors: usize) -> Vec<u8> {
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend_from_slice(header.as_bytes());
-        bytes.resize(bytes.len() + tensors, 0);
-        bytes
-    }
-
-    #[test]
-    fn absurd_and_foreign_headers_are_refused() {
-        let sound = snapshot(5, false).to_bytes(&[]).expect("bytes");
-        let text = String::from_utf8_lossy(
-            &sound[8..8 + u64::from_le_bytes(sound[..8].try_into().unwrap_or_default()) as usize],
-        )
-        .into_owned();
-        let newer = forged(&text.replacen(r#""version":"1""#, r#""version":"2""#, 1), sound.len() - 8 - text.len());
-        assert!(refused(&newer).contains("version \"2\""));
-        let large = u32::MAX.to_string();
-        for (from, to) in [
-            (r#""num_layers":"2""#, format!(r#""num_layers":"{large}""#)),
-            (r#""num_layers":"2""#, r#""num_layers":"0""#.to_owned()),
-            (r#""num_kv_heads":"2""#, r#""num_kv_heads":"65535""#.to_owned()),
-            (r#""head_dim":"8""#, r#""head_dim":"7""#.to_owned()),
-            (r#""len":"5""#, format!(r#""len":"{large}""#)),
-            (r#""len":"5""#, r#""len":"2147483647""#.to_owned()),
-            (r#""len":"5""#, r#""len":"6""#.to_owned()),
-            (r#""len":"5""#, r#""len":"-5""#.to_owned()),
-            (r#""len":"5""#, r#""len":"+5""#.to_owned()),
-            (r#""k_format":"F32""#, r#""k_format":"f32""#.to_owned()),
-            (r#""k_format":"F32""#, r#""k_format":"F16""#.to_owned()),
-            (r#""data_offsets":[0,"#, r#""data_offsets":[18446744073709551615,"#.to_owned()),
-            (r#""shape":[2,"#, r#""shape":[9223372036854775807,"#.to_owned()),
-        ] {
-            let changed = text.replacen(from, &to, 1);
-            assert_ne!(changed, text, "{from}");
-            refused(&forged(&changed, sound.len() - 8 - text.len()));
-        }
-        for layers in [1 << 20, u32::MAX] {
-            // No tokens, so no bytes: only the number of tensors is wrong.
-            let empty = snapshot(0, false).to_bytes(&[]).expect("bytes");
-            let text = String::from_utf8_lossy(&empty[8..]).replacen(
-                r#""num_layers":"2""#,
-                &format!(r#""num_layers":"{layers}""#),
-                1,
-            );
-            refused(&forged(&text, 0));
-        }
-        let model = r#"{"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
-        for foreign in [Vec::new(), vec![0; 7], vec![0; 8], vec![0xff; 4096], forged(model, 4), forged("{}", 0)] {
-            assert!(refused(&foreign).contains("not a sequence"));
-        }
-        for n in [u64::MAX, 1 << 62, 99_999_999] {
-            let mut bytes = sound.clone();
-            bytes[..8].copy_from_slice(&n.to_le_bytes());
-            refused(&bytes);
-        }
-    }
-}
+mod tests;

@@ -8,7 +8,8 @@ use super::pack::{stream_bytes, strip_marker};
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, Readback};
 use crate::ids::SequenceId;
-use crate::layout::{KvCacheConfig, KvLayout};
+use crate::layout::{KvCacheConfig, KvLayout, Retention};
+use crate::sequence::BlockTable;
 
 /// A sequence's K and V of all layers on the host: the bytes of its blocks, as the cache's formats store them, in the order of its tokens.
 ///
@@ -40,7 +41,7 @@ pub struct SequenceSnapshot {
     /// `num_blocks` is the sequence's.
     pub(super) config: KvCacheConfig,
     pub(super) len: u32,
-    /// The blocks of K, then of V, layer after layer.
+    /// The blocks of K, then of V, layer after layer; of each those of its group.
     pub(super) data: Vec<u8>,
     /// For formats with scales per channel of K: of each layer, `[2, num_kv_heads, head_dim]`.
     pub(super) key_scales: Option<Vec<Vec<f32>>>,
@@ -78,8 +79,8 @@ impl SequenceSnapshot {
         self.len == 0
     }
 
-    /// Geometry and formats. `num_blocks` is the number of blocks of the sequence, 0 for an empty one, and not the size of the pool it
-    /// comes from; `contiguous` is never set. With a window it has no blocks that [no later token sees](KvCacheConfig::hidden_blocks).
+    /// Geometry and formats. `num_blocks` is the number of blocks of the sequence in all groups of layers, 0 for an empty one, and not the size of the
+    /// pool it comes from; `contiguous` is never set. With a window it has no blocks that [no later token sees](crate::Retention::hidden_blocks).
     #[must_use]
     pub fn config(&self) -> &KvCacheConfig {
         &self.config
@@ -91,18 +92,24 @@ impl SequenceSnapshot {
         self.data.len() as u64
     }
 
-    /// The K and V blocks of a layer, `[num_blocks, block_bytes]` each, a block laid out as [`KvLayout`] says. A latent cache has none of V.
+    /// The K and V blocks of a layer, `[num_blocks, block_bytes]` each, a block laid out as [`KvLayout`] says; as many as the sequence
+    /// [holds](crate::Retention::held_blocks) in the layer's group. A latent cache has none of V.
     ///
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there.
     pub fn layer_bytes(&self, layer: u32) -> Result<(&[u8], &[u8])> {
-        if layer >= self.config.num_layers {
-            let need = format!("below num_layers, {}", self.config.num_layers);
+        let config = &self.config;
+        if layer >= config.num_layers {
+            let need = format!("below num_layers, {}", config.num_layers);
             return Err(Error::argument("layer", layer, need));
         }
-        let len = self.data.len() / self.config.num_layers as usize;
-        let k = side_len(&self.config.k_layout(), self.config.num_blocks);
-        Ok(self.data[layer as usize * len..][..len].split_at(k))
+        let sides = |num_blocks| config.sides().map(|side| side_len(&side, num_blocks)).sum::<usize>();
+        let (group, size) = (config.group_of(layer) as usize, config.layers_per_group() as usize);
+        let counts = group_blocks(config, self.len);
+        let before: usize = counts[..group].iter().map(|&count| size * sides(count)).sum();
+        let own = sides(counts[group]);
+        let start = before + layer as usize % size * own;
+        Ok(self.data[start..][..own].split_at(side_len(&config.k_layout(), counts[group])))
     }
 
     /// The scales of a layer's keys, `[2, num_kv_heads, head_dim]`, in formats with scales per channel: what
@@ -121,14 +128,18 @@ impl SequenceSnapshot {
             return Err(Error::argument("snapshot", format!("{} tokens", self.len), need));
         }
         let own = &self.config;
-        let (lacks, hidden) = (self.hidden_blocks(), cache.hidden_blocks(self.len));
-        if !lacks.is_empty() && (lacks.start < hidden.start || lacks.end > hidden.end) {
-            let of = |config: &KvCacheConfig| match config.window {
-                Some(window) => format!("a window of {window} and {} sink tokens", config.sink_tokens),
-                None => "all tokens".to_owned(),
-            };
-            let got = format!("{} tokens of a cache that keeps {}", self.len, of(own));
-            return Err(Error::argument("snapshot", got, format!("what the cache keeps, {}", of(cache))));
+        let groups = |config: &KvCacheConfig| config.groups.count();
+        if groups(own) != groups(cache) {
+            let got = format!("{} groups of layers", groups(own));
+            return Err(Error::argument("snapshot", got, format!("the cache's, {}", groups(cache))));
+        }
+        for (group, (retention, lacks)) in (0..).zip(cache.retentions().zip(self.hidden_blocks())) {
+            let hidden = retention.hidden_blocks(self.len);
+            if !lacks.is_empty() && (lacks.start < hidden.start || lacks.end > hidden.end) {
+                let of = |config: &KvCacheConfig| config.groups.get(group);
+                let got = format!("{} tokens of a cache that keeps {}", self.len, of(own));
+                return Err(Error::argument("snapshot", got, format!("what the cache keeps, {}", of(cache))));
+            }
         }
         for (what, own, cache) in [
             ("num_layers", own.num_layers.to_string(), cache.num_layers.to_string()),
@@ -154,9 +165,9 @@ impl SequenceSnapshot {
         Ok(())
     }
 
-    /// Which places of its block table have no block, because no token behind the last one sees them.
-    pub(super) fn hidden_blocks(&self) -> Range<u32> {
-        self.config.hidden_blocks(self.len)
+    /// Which places of its block table of each group have no block, because no token behind the last one sees them.
+    pub(super) fn hidden_blocks(&self) -> Vec<Range<u32>> {
+        self.config.retentions().map(|retention| retention.hidden_blocks(self.len)).collect()
     }
 
     /// Zeroes the slots of the last block that hold no token: they may be anything, also what another sequence left.
@@ -166,10 +177,11 @@ impl SequenceSnapshot {
             return;
         }
         let mut rest = &mut self.data[..];
-        for _ in 0..self.config.num_layers {
+        let counts = group_blocks(&self.config, self.len);
+        for layer in 0..self.config.num_layers {
             for layout in self.config.sides() {
                 let side;
-                (side, rest) = rest.split_at_mut(side_len(&layout, self.config.num_blocks));
+                (side, rest) = rest.split_at_mut(side_len(&layout, counts[self.config.group_of(layer) as usize]));
                 blank_rows(side, &layout, used);
             }
         }
@@ -190,6 +202,11 @@ fn blank_rows(side: &mut [u8], layout: &KvLayout, used: u32) {
         }
     }
     block[(layout.token_row_bytes() * layout.block_rows()) as usize..].fill(0);
+}
+
+/// Blocks of a sequence of `len` tokens in each group.
+pub(super) fn group_blocks(config: &KvCacheConfig, len: u32) -> Vec<u32> {
+    config.retentions().map(|retention| retention.held_blocks(len)).collect()
 }
 
 /// Bytes of a side of a layer. They are in memory, so they fit a `usize`.
@@ -251,14 +268,18 @@ impl KvCache {
     pub fn record_snapshot(&self, encoder: &mut wgpu::CommandEncoder, sequence: SequenceId) -> Result<PendingSnapshot> {
         let (len, blocks) = {
             let state = self.state();
-            let table = state.table(sequence)?;
-            // Also blocks that are still there would go when the sequence goes on.
-            let hidden = self.config.hidden_blocks(table.len());
-            let places = (0..).zip(table.blocks());
-            let blocks: Vec<_> = places.filter(|(i, _)| !hidden.contains(i)).map(|(_, &block)| block).collect();
-            (table.len(), blocks)
+            let tables = state.tables(sequence)?;
+            let len = state.table(sequence)?.len();
+            let kept = |(retention, table): (Retention, &BlockTable)| {
+                // Also blocks that are still there would go when the sequence goes on.
+                let hidden = retention.hidden_blocks(len);
+                let places = (0..).zip(table.blocks());
+                places.filter(|(i, _)| !hidden.contains(i)).map(|(_, &block)| block).collect()
+            };
+            (len, self.config.retentions().zip(tables).map(kept).collect::<Vec<Vec<_>>>())
         };
-        let config = KvCacheConfig { num_blocks: blocks.len() as u32, contiguous: false, ..self.config };
+        let num_blocks = blocks.iter().map(Vec::len).sum::<usize>() as u32;
+        let config = KvCacheConfig { num_blocks, contiguous: false, ..self.config };
         let staging = self.record_pack(encoder, &blocks)?;
         Ok(PendingSnapshot { config, len, gpu: self.gpu.clone(), staging, key_scales: self.all_key_scales() })
     }

@@ -59,6 +59,49 @@ impl StepTicket {
     }
 }
 
+/// What the layers of a group do in a step.
+#[derive(Debug)]
+pub(super) struct GroupWork {
+    pub(super) batch: Batch,
+    pub(super) num_copies: u32,
+    /// Parameters, slot and position of every token, and (source, destination) of every block to copy; see `cache::record`.
+    pub(super) upload: Upload,
+}
+
+/// A step as the layers of one [group](KvCacheConfig::groups) see it: with their block tables. From [`Step::group`]; a step itself stands for its first
+/// group, which is the only one unless layers keep different tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct StepGroup<'a> {
+    step: &'a Step,
+    group: u32,
+}
+
+impl<'a> StepGroup<'a> {
+    /// The step.
+    #[must_use]
+    pub fn step(&self) -> &'a Step {
+        self.step
+    }
+
+    /// Which group.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.group
+    }
+
+    /// Query lengths, context lengths and the group's block tables, as plain data.
+    #[must_use]
+    pub fn batch(&self) -> &'a Batch {
+        &self.step.groups[self.group as usize].batch
+    }
+}
+
+impl<'a> From<&'a Step> for StepGroup<'a> {
+    fn from(step: &'a Step) -> Self {
+        Self { step, group: 0 }
+    }
+}
+
 /// New tokens of some sequences, with the blocks reserved that they need. Made by [`KvCache::begin_step`](super::KvCache::begin_step).
 ///
 /// Nothing changes for a sequence until [`KvCache::commit`](super::KvCache::commit). Dropping the step instead rolls back: the
@@ -71,14 +114,12 @@ pub struct Step {
     pub(super) layers: Arc<Layers>,
     pub(super) config: KvCacheConfig,
     pub(super) sequences: Vec<SequenceId>,
-    pub(super) batch: Batch,
+    /// Of each group of layers; never empty.
+    pub(super) groups: Vec<GroupWork>,
     /// How the new tokens of each sequence branch; lines as well, if they were given as trees.
     pub(super) trees: Vec<Option<Arc<TokenTree>>>,
     /// What commit does to each sequence; taken by commit and by drop.
     pub(super) pending: Option<Pending>,
-    pub(super) num_copies: u32,
-    /// Parameters, slot and position of every token, and (source, destination) of every block to copy; see `cache::record`.
-    pub(super) upload: Upload,
     pub(super) status: StepStatus,
 }
 
@@ -93,28 +134,45 @@ impl Step {
         &self.sequences
     }
 
-    /// Query lengths, context lengths and block tables, as plain data.
+    /// Query lengths, context lengths and block tables, as plain data; the tables are those of the first group of layers.
     #[must_use]
     pub fn batch(&self) -> &Batch {
-        &self.batch
+        &self.groups[0].batch
+    }
+
+    /// The step as the layers of a group see it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a group that isn't there.
+    pub fn group(&self, group: u32) -> Result<StepGroup<'_>> {
+        let count = self.config.groups.count();
+        if group >= count {
+            return Err(Error::argument("group", group, format!("below the number of groups of layers, {count}")));
+        }
+        Ok(StepGroup { step: self, group })
+    }
+
+    /// What the group of a layer of the cache does.
+    pub(super) fn of_layer(&self, layer: u32) -> &GroupWork {
+        &self.groups[self.config.group_of(layer) as usize]
     }
 
     /// Tokens of all sequences: the first axis of q, k, v and out.
     #[must_use]
     pub fn num_tokens(&self) -> u32 {
-        self.batch.num_tokens()
+        self.batch().num_tokens()
     }
 
     /// Exclusive prefix sum of the query lengths: the tokens of sequence `i` are `query_start[i] .. query_start[i + 1]`.
     #[must_use]
     pub fn query_start(&self) -> Vec<u32> {
-        self.batch.query_start()
+        self.batch().query_start()
     }
 
     /// Shared blocks that this step replaces by copies (copy-on-write).
     #[must_use]
     pub fn num_copies(&self) -> u32 {
-        self.num_copies
+        self.groups.iter().map(|group| group.num_copies).sum()
     }
 
     /// Fails unless the step is open and belongs to the cache of this state.
@@ -163,8 +221,9 @@ impl Step {
         &self.layers
     }
 
-    pub(crate) fn upload(&self) -> &Upload {
-        &self.upload
+    /// An upload with the positions of the tokens, which are the same for all layers.
+    pub(crate) fn positions(&self) -> &Upload {
+        &self.groups[0].upload
     }
 
     /// Ends it. Returns what committing does.

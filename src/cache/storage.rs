@@ -1,4 +1,4 @@
-//! The GPU buffers of all layers.
+//! The GPU buffers of the layers. Those at the same place of their groups share them: a block belongs to one group at a time.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -47,7 +47,7 @@ impl SideStorage {
     }
 }
 
-/// One layer's K and V.
+/// K and V of one layer of each group.
 #[derive(Debug)]
 pub(crate) struct LayerStorage {
     pub(crate) k: SideStorage,
@@ -192,7 +192,7 @@ pub(crate) async fn allocate(gpu: &Gpu, config: &KvCacheConfig, segments: [Segme
             };
             SideStorage { buffers: (0..segments.count).map(buffer).collect(), layout, segments }
         };
-        (0..config.num_layers)
+        (0..config.layers_per_group())
             .map(|layer| LayerStorage {
                 k: side("K", layer, config.k_layout(), segments[0]),
                 v: (!config.latent).then(|| side("V", layer, config.v_layout(), segments[1])),
@@ -213,19 +213,22 @@ pub(crate) async fn allocate(gpu: &Gpu, config: &KvCacheConfig, segments: [Segme
 /// The storage of all layers.
 #[derive(Debug)]
 pub(crate) struct Layers {
+    /// Of the layers of a group; those of the others have the same.
     all: Vec<LayerStorage>,
+    num_layers: u32,
     /// The buffers of all of them: each call of each layer asks whether the host's ranges are in one.
     buffers: HashSet<wgpu::Buffer>,
 }
 
 #[allow(clippy::mutable_key_type, reason = "a buffer is hashed by its identity")]
 impl Layers {
-    pub(super) fn new(all: Vec<LayerStorage>) -> Self {
+    pub(super) fn new(all: Vec<LayerStorage>, num_layers: u32) -> Self {
         let buffers =
             all.iter().flat_map(LayerStorage::sides).flat_map(|side| side.buffers().iter().cloned()).collect();
-        Self { all, buffers }
+        Self { all, num_layers, buffers }
     }
 
+    /// Each buffer once.
     pub(super) fn iter(&self) -> impl Iterator<Item = &LayerStorage> {
         self.all.iter()
     }
@@ -235,8 +238,9 @@ impl Layers {
     /// # Errors
     /// [`Error::Argument`] for a layer that isn't there.
     pub(crate) fn get(&self, layer: u32) -> Result<&LayerStorage> {
-        let rule = || format!("below num_layers, {}", self.all.len());
-        self.all.get(layer as usize).ok_or_else(|| Error::argument("layer", layer, rule()))
+        let place = layer as usize % self.all.len().max(1);
+        let storage = self.all.get(place).filter(|_| layer < self.num_layers);
+        storage.ok_or_else(|| Error::argument("layer", layer, format!("below num_layers, {}", self.num_layers)))
     }
 
     /// Fails if a range that should be the host's lies in a buffer of the cache.

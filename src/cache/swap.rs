@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::KvCache;
-use super::snapshot::{PendingSnapshot, SequenceSnapshot};
+use super::snapshot::{PendingSnapshot, SequenceSnapshot, group_blocks};
 use super::state::{SharedState, lock};
 use crate::error::{Error, Holder, Result};
 use crate::ids::{BlockId, SequenceId};
@@ -68,8 +68,8 @@ pub struct SwapIn {
     epoch: u64,
     blocks: Vec<BlockId>,
     len: u32,
-    /// Places of the block table without a block.
-    hidden: Range<u32>,
+    /// Places of the block table of each group without a block.
+    hidden: Vec<Range<u32>>,
     /// Which sequence it was, if it was swapped out.
     origin: Option<SequenceId>,
     is_open: bool,
@@ -81,7 +81,7 @@ impl SwapIn {
     /// # Errors
     /// [`Error::Stale`] after [`KvCache::clear`].
     pub fn commit(mut self) -> Result<SequenceId> {
-        let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len, self.hidden.clone())?;
+        let id = lock(&self.state).commit_swap_in(self.epoch, &self.blocks, self.len, &self.hidden)?;
         self.is_open = false;
         Ok(id)
     }
@@ -92,8 +92,7 @@ impl SwapIn {
     /// [`Error::Argument`] if the snapshot was taken or loaded and not swapped out, if another cache swapped it out, or if the sequence has come
     /// back already (a snapshot can be swapped in several times); [`Error::Stale`] after [`KvCache::clear`]. The blocks return to the pool.
     pub fn restore(mut self) -> Result<SequenceId> {
-        let hidden = self.hidden.clone();
-        let id = lock(&self.state).restore_swap_in(self.epoch, &self.blocks, self.len, hidden, self.origin)?;
+        let id = lock(&self.state).restore_swap_in(self.epoch, &self.blocks, self.len, &self.hidden, self.origin)?;
         self.is_open = false;
         Ok(id)
     }
@@ -136,7 +135,7 @@ impl KvCache {
     /// block, if that is larger).
     ///
     /// # Errors
-    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's, or the snapshot lacks blocks that the cache's window shows;
+    /// [`Error::Argument`] if geometry, formats or key scales are not the cache's, or the snapshot lacks blocks that a window of the cache shows;
     /// [`Error::OutOfBlocks`]; [`Error::Unsupported`] if the
     /// list of blocks doesn't fit into a binding; [`Error::Wgpu`], for example if memory is short. Nothing has changed then.
     pub fn swap_in(&self, encoder: &mut wgpu::CommandEncoder, snapshot: &SequenceSnapshot) -> Result<SwapIn> {
@@ -148,7 +147,14 @@ impl KvCache {
         // From here on, dropping it gives the blocks back.
         let (len, hidden, origin) = (snapshot.len, snapshot.hidden_blocks(), snapshot.origin);
         let swap = SwapIn { state: Arc::clone(&self.state), epoch, blocks, len, hidden, origin, is_open: true };
-        self.record_unpack(encoder, &swap.blocks, &snapshot.data)?;
+        let mut rest = &swap.blocks[..];
+        let group = |count: u32| {
+            let own;
+            (own, rest) = rest.split_at((count as usize).min(rest.len()));
+            own.to_vec()
+        };
+        let blocks: Vec<_> = group_blocks(&snapshot.config, snapshot.len).into_iter().map(group).collect();
+        self.record_unpack(encoder, &blocks, &snapshot.data)?;
         Ok(swap)
     }
 }

@@ -207,14 +207,15 @@ impl Memory for CacheView<'_> {
     fn copied_blocks(&self, request: RequestId) -> u32 {
         let sequences = self.requests.get(&request).into_iter().flat_map(Active::sequences);
         let cache = self.decoder.cache();
-        sequences.filter(|&sequence| cache.copies_last_block(sequence).unwrap_or(false)).count() as u32
+        sequences.map(|sequence| cache.copied_blocks(sequence).unwrap_or(0)).sum()
     }
 
     fn beam_blocks(&self, request: RequestId) -> u32 {
         let Some(request) = self.requests.get(&request) else { return 0 };
         let shared = (request.usage.prompt_tokens / self.decoder.options().block_size) as usize;
-        let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_table(sequence).ok());
+        let tables = request.sequences().filter_map(|sequence| self.decoder.cache().block_tables(sequence).ok());
         tables
+            .flatten()
             .flat_map(|table| table.into_iter().skip(shared))
             .filter(|block| !block.is_null())
             .collect::<HashSet<_>>()
@@ -231,9 +232,10 @@ impl Memory for CacheView<'_> {
         // The index has more than the prompt where an answer is computed again.
         match self.fork_of(request).filter(|&(_, tokens)| tokens >= probe.len) {
             Some((_, tokens)) => {
-                // The last block is shared, unless it is full, and copied by the next token.
+                // The last block (of each group of layers) is shared, unless it is full, and copied by the next token.
                 let copies = !tokens.is_multiple_of(self.decoder.options().block_size);
-                PrefixHit { tokens, free_blocks: u32::from(copies) }
+                let num_groups = self.decoder.cache().config().groups.count();
+                PrefixHit { tokens, free_blocks: if copies { num_groups } else { 0 } }
             }
             None => PrefixHit { tokens: probe.len, free_blocks: probe.reclaimable_blocks },
         }

@@ -113,17 +113,17 @@ impl Engine {
     /// A request, and its mark on its blocks.
     fn inspect_request(&self, id: RequestId, blocks: &mut [BlockState]) -> Option<RequestState> {
         let request = self.requests.get(&id)?;
-        let table = request.sequence.and_then(|sequence| self.decoder.cache().block_table(sequence).ok());
+        let tables = request.sequence.and_then(|sequence| self.decoder.cache().block_tables(sequence).ok());
         let (known, cached) = self.scheduler.progress(id)?;
-        let phase = match (&table, request.sequence) {
+        let phase = match (&tables, request.sequence) {
             (Some(_), _) if known - cached > 1 => RequestPhase::Prompt,
             (Some(_), _) => RequestPhase::Decode,
             (None, Some(_)) => RequestPhase::Swapped,
             (None, None) => RequestPhase::Waiting,
         };
-        let others = request.sequences().skip(1).filter_map(|other| self.decoder.cache().block_table(other).ok());
-        let tables = table.into_iter().chain(others).flat_map(|table| table.into_iter().enumerate());
-        for (i, block) in tables {
+        let others = request.sequences().skip(1).filter_map(|other| self.decoder.cache().block_tables(other).ok());
+        let tables = tables.into_iter().chain(others).flatten();
+        for (i, block) in tables.flat_map(|table| table.into_iter().enumerate()) {
             let left = cached.saturating_sub(i as u32 * self.decoder.options().block_size);
             let tokens = left.min(self.decoder.options().block_size);
             if let Some(state) = blocks.get_mut(block.index() as usize) {

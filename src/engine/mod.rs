@@ -76,9 +76,9 @@ impl Default for EngineOptions {
 impl EngineOptions {
     fn scheduler(&self, decoder: &Decoder) -> SchedulerConfig {
         let options = decoder.options();
-        let mut config = SchedulerConfig::new(options.num_blocks, options.block_size);
         let cache = decoder.cache().config();
-        (config.window, config.sink_tokens) = (cache.window, cache.sink_tokens);
+        let mut config = SchedulerConfig::new(cache.num_blocks, cache.block_size);
+        config.groups = cache.groups;
         config.max_step_tokens = self.max_step_tokens.unwrap_or(options.max_step_tokens).min(options.max_step_tokens);
         config.max_running = self.max_running;
         config.max_queued = self.max_queued;

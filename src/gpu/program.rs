@@ -224,8 +224,8 @@ fn create_module(gpu: &Gpu, source: &Source) -> wgpu::ShaderModule {
         // - Work items, block tables, slots, copy lists and requests are computed by folio (`sequence`, `plan`, `Sampler`) and reach the GPU in
         //   an `Upload` only. Nobody else gets hold of its buffer, and its lease (see `gpu::upload`) keeps it from being written again
         //   while commands that read it may still run, in whatever order and however late the host submits them.
-        // - An upload is used with the cache that its step began in, and with the attention that planned it: the recording calls check
-        //   both, and that the step is open.
+        // - An upload is used with the cache that its step began in, with the attention that planned it, and for layers of the group whose block tables
+        //   it has: the recording calls check all three, and that the step is open.
         // - The host's buffers hold every row of the step: `BufferRef::check` and `Rows::check`, before anything is recorded. A wgpu buffer
         //   never changes its size; one that the host destroys makes the submit fail.
         // - Block ids are clamped to the pool on the GPU as well, so even a damaged table stays inside the cache's buffers.

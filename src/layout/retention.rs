@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// Which blocks of a sequence are kept while it grows: all, or those that its window and its sink tokens need.
+/// Which blocks of a sequence a group of layers keeps while it grows: all, or those that its window and its sink tokens need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Retention {
     /// Tokens of a block. A size of 0, which is not valid, counts as 1.

@@ -9,7 +9,7 @@ use super::layer::qkv_widths;
 use super::linear::Linear;
 use super::progress::Progress;
 use super::rows::Rows;
-use super::transformer::{Append, KindContext, StepContext};
+use super::transformer::{Append, LayerContext, StepContext};
 use crate::layout::Region;
 use crate::{Error, Gpu, LatentNorm, Result};
 
@@ -182,9 +182,9 @@ impl LatentLayer {
         config: &ModelConfig,
         buffers: LatentBuffers<'a>,
         context: &StepContext<'_>,
-        (index, kind): (u32, &KindContext<'_>),
+        own: &LayerContext<'_>,
     ) -> Result<Rows<'a>> {
-        let Some(Append::Latent(append)) = kind.append else {
+        let Some(Append::Latent(append)) = own.append else {
             return Err(Error::argument("layers", "a kind that appends no latents", "one that does"));
         };
         let (LatentBuffers { qkv, scratch, attended }, rows) = (buffers, context.rows);
@@ -203,8 +203,8 @@ impl LatentLayer {
         let attended = of_heads(attended, self.values.config().x_width());
         let values = of_heads(&scratch.heads, self.values.config().y_width());
         self.absorbed.record(&mut *pass, queries, absorbed, Some(context.positions))?;
-        context.cache.append_normed_latent(&mut *pass, context.step, index, append, latents.range(), &self.norm)?;
-        kind.attention.attend(&mut *pass, kind.plan, index, absorbed.range(), attended.range())?;
+        context.cache.append_normed_latent(&mut *pass, context.step, own.place, append, latents.range(), &self.norm)?;
+        own.attention.attend(&mut *pass, own.plan, own.place, absorbed.range(), attended.range())?;
         self.values.record(&mut *pass, attended, values, None)?;
         Ok(values)
     }

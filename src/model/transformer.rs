@@ -172,10 +172,7 @@ impl Scratch {
 /// What the layers of one step share.
 pub(crate) struct StepContext<'a> {
     pub(crate) cache: &'a KvCache,
-    /// For each of the model's kinds of layers.
-    pub(crate) kinds: Vec<KindContext<'a>>,
-    /// Of each layer, if the model has them.
-    pub(crate) sinks: &'a [Sinks],
+    pub(crate) layers: Vec<LayerContext<'a>>,
     pub(crate) step: &'a Step,
     /// Token id of each row.
     pub(crate) ids: BufferRef<'a>,
@@ -184,12 +181,16 @@ pub(crate) struct StepContext<'a> {
     pub(crate) rows: u32,
 }
 
-/// What the layers of one kind share in a step.
-pub(crate) struct KindContext<'a> {
+/// What a layer takes in a step.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerContext<'a> {
+    /// Which layer of the cache it is.
+    pub(crate) place: u32,
     pub(crate) attention: &'a Attention,
     pub(crate) plan: &'a AttentionPlan,
     /// For layers with rotary embeddings.
     pub(crate) append: Option<&'a Append>,
+    pub(crate) sinks: Option<&'a Sinks>,
     /// Where its queries for sink tokens go, if it has any.
     pub(crate) sink_q: Option<BufferRef<'a>>,
 }
@@ -383,8 +384,8 @@ impl Model {
         if let Some(positions) = &self.position_embedding {
             positions.record(&mut *pass, hidden, context.positions)?;
         }
-        for (index, layer) in (0..).zip(&self.layers) {
-            self.record_layer(pass, scratch, context, index, layer)?;
+        for (layer, own) in self.layers.iter().zip(&context.layers) {
+            self.record_layer(pass, scratch, context, own, layer)?;
         }
         Ok(())
     }
@@ -394,24 +395,21 @@ impl Model {
         pass: &mut wgpu::ComputePass<'_>,
         scratch: &Scratch,
         context: &StepContext<'_>,
-        index: u32,
+        own: &LayerContext<'_>,
         layer: &Layer,
     ) -> Result<()> {
         let (config, rows) = (&self.config, context.rows);
         let hidden = Rows::new(&scratch.hidden, rows, config.hidden_size);
         let qkv = Rows::new(&scratch.qkv, rows, layer.qkv.config().y_width());
 
-        let kind = context.kinds.get(config.layers.index(index));
-        let kind = kind.ok_or_else(|| Error::argument("layers", "a kind without attention", "one for each kind"))?;
-
         let x = self.normed(pass, scratch, layer.attention_norm.as_ref(), hidden)?;
         layer.qkv.record(&mut *pass, x, qkv)?;
         let attended = match (&layer.latent, &scratch.latent) {
-            (Some(latent), Some(own)) => {
-                let buffers = LatentBuffers { qkv: &scratch.qkv, scratch: own, attended: &scratch.attended };
-                latent.record(pass, config, buffers, context, (index, kind))?
+            (Some(latent), Some(of_latents)) => {
+                let buffers = LatentBuffers { qkv: &scratch.qkv, scratch: of_latents, attended: &scratch.attended };
+                latent.record(pass, config, buffers, context, own)?
             }
-            _ => self.attend(pass, scratch, context, (index, kind), &layer.qk_norm)?,
+            _ => self.attend(pass, scratch, context, own, &layer.qk_norm)?,
         };
 
         let post_attention = layer.post_attention_norm.as_ref();
@@ -491,7 +489,7 @@ impl Model {
         pass: &mut wgpu::ComputePass<'_>,
         scratch: &'a Scratch,
         context: &StepContext<'_>,
-        (index, kind): (u32, &KindContext<'_>),
+        own: &LayerContext<'_>,
         qk_norm: &QkNormWeights,
     ) -> Result<Rows<'a>> {
         let (config, rows) = (&self.config, context.rows);
@@ -509,19 +507,19 @@ impl Model {
             _ => {}
         }
         let (cache, step) = (context.cache, context.step);
-        match (kind.append, kind.sink_q) {
+        match (own.append, own.sink_q) {
             (Some(Append::Heads(append)), Some(sink_q)) => {
-                cache.append_qkv_with_sinks(&mut *pass, step, index, append, heads, head_norm, sink_q)?;
+                cache.append_qkv_with_sinks(&mut *pass, step, own.place, append, heads, head_norm, sink_q)?;
             }
             (Some(Append::Heads(append)), None) => {
-                cache.append_qkv(&mut *pass, step, index, append, heads, head_norm)?;
+                cache.append_qkv(&mut *pass, step, own.place, append, heads, head_norm)?;
             }
             (Some(Append::Latent(_)), _) => return Err(Error::argument("latent", "none", "the model's latents")),
-            (None, _) => cache.append(&mut *pass, step, index, heads.k(), heads.v(), None)?,
+            (None, _) => cache.append(&mut *pass, step, own.place, heads.k(), heads.v(), None)?,
         }
         let mut call = AttentionCall::new(heads.q(), attended.range());
-        (call.sink_q, call.sinks) = (kind.sink_q, context.sinks.get(index as usize));
-        kind.attention.attend_call(&mut *pass, kind.plan, index, call)?;
+        (call.sink_q, call.sinks) = (own.sink_q, own.sinks);
+        own.attention.attend_call(&mut *pass, own.plan, own.place, call)?;
         Ok(attended)
     }
 

@@ -5,7 +5,7 @@ use super::cascade::CascadePolicy;
 use super::items::LOGIT_FLOOR;
 use super::params::{AttendParams, NO_WINDOW};
 use crate::error::{Error, Result};
-use crate::layout::{KvCacheConfig, RowLayout};
+use crate::layout::{KvCacheConfig, LayerGroup, RowLayout};
 
 /// When blocks that sequences share are read once for all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -38,7 +38,7 @@ pub struct AttentionConfig {
     /// A query sees the newest `window` keys, its own position included; blocks wholly outside are not read. At least 1. `None`: all.
     pub window: Option<u32>,
     /// First tokens of a sequence that a query sees besides its window, as attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453); see
-    /// also [`KvCacheConfig::sink_tokens`]. 0: none. Needs a window; not with `custom_mask`, nor with `trees`.
+    /// also [`LayerGroup::sink_tokens`]. 0: none. Needs a window; not with `custom_mask`, nor with `trees`.
     pub sink_tokens: u32,
     /// Queries for the sink tokens are rows of their own, rotated by other positions: calls give them by `AttentionCall::sink_q`. Needs
     /// `sink_tokens`; not with `alibi_slopes`, whose distances are those in the text.
@@ -129,15 +129,12 @@ impl AttentionConfig {
         if self.window == Some(0) {
             return Err(Error::argument("window", 0, "at least 1, or None"));
         }
-        if let Some(kept) = cache.window
-            && self.window.is_none_or(|window| window > kept)
+        let mut checked = cache.groups.as_slice().iter().map(|group| self.check_kept(*group));
+        // One group that keeps enough will do.
+        if let Some(Err(error)) = checked.next()
+            && !checked.any(|checked| checked.is_ok())
         {
-            let got = self.window.map_or_else(|| "None".to_owned(), |window| window.to_string());
-            return Err(Error::argument("window", got, format!("at most what the cache keeps, {kept}")));
-        }
-        if cache.window.is_some() && self.sink_tokens > cache.sink_tokens {
-            let rule = format!("at most what the cache keeps, {}", cache.sink_tokens);
-            return Err(Error::argument("sink_tokens", self.sink_tokens, rule));
+            return Err(error);
         }
         if self.sink_tokens > 0 && (self.window.is_none() || self.custom_mask || self.trees) {
             let beside = match self.window {
@@ -185,14 +182,32 @@ impl AttentionConfig {
         small("softcap", cap, log2_units(cap))?;
         self.sinks.iter().flatten().try_for_each(|&sink| small("sinks", sink, log2_units(sink)))?;
         // A text whose blocks return to the pool may be longer than that, up to the longest there is.
-        let longest = match cache.window {
-            Some(_) => f64::from(i32::MAX),
-            None => f64::from(cache.num_blocks) * f64::from(cache.block_size),
+        let longest = if cache.groups.has_windows() {
+            f64::from(i32::MAX)
+        } else {
+            f64::from(cache.num_blocks) * f64::from(cache.block_size)
         };
         let slopes = self.alibi_slopes.iter().flatten();
         slopes
             .copied()
             .try_for_each(|slope| small("alibi_slopes", slope, log2_units(slope) * longest + log2_units(cap)))
+    }
+
+    /// Checks that a group of a cache's layers keeps all that this attention sees.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a window that is larger than the group's, or more sink tokens.
+    pub fn check_kept(&self, group: LayerGroup) -> Result<()> {
+        let Some(kept) = group.window else { return Ok(()) };
+        if self.window.is_none_or(|window| window > kept) {
+            let got = self.window.map_or_else(|| "None".to_owned(), |window| window.to_string());
+            return Err(Error::argument("window", got, format!("at most what the cache keeps, {kept}")));
+        }
+        if self.sink_tokens > group.sink_tokens {
+            let rule = format!("at most what the cache keeps, {}", group.sink_tokens);
+            return Err(Error::argument("sink_tokens", self.sink_tokens, rule));
+        }
+        Ok(())
     }
 
     /// [`SplitPolicy::cascade`](super::SplitPolicy::cascade) by the option, unless another one forbids it. `pays` is when it pays on the adapter.

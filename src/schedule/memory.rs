@@ -11,7 +11,7 @@ pub struct PrefixHit {
     pub free_blocks: u32,
 }
 
-/// The cache, as a [`Scheduler`](super::Scheduler) has to know it while it plans a step.
+/// The cache, as a [`Scheduler`](super::Scheduler) has to know it while it plans a step. Blocks are those of all groups of layers.
 pub trait Memory {
     /// Blocks that can be taken: free ones, and those that only the prefix index holds.
     fn free_blocks(&self) -> u32;
@@ -19,7 +19,7 @@ pub trait Memory {
     /// Blocks that are free when this running request is gone. Those that others hold, too, don't count.
     fn exclusive_blocks(&self, request: RequestId) -> u32;
 
-    /// Copies of partly filled, shared blocks that this running request's next token takes: one at most, or one per beam.
+    /// Copies of partly filled, shared blocks that this running request's next token takes: in each group of layers one at most, or one per beam.
     fn copied_blocks(&self, request: RequestId) -> u32 {
         let _ = request;
         0

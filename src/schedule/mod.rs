@@ -27,7 +27,7 @@ pub use memory::{Memory, PrefixHit};
 pub use scheduler::Scheduler;
 
 use crate::error::{Error, Result};
-use crate::layout::Retention;
+use crate::layout::{LayerGroup, LayerGroups};
 
 /// A request of one [`Scheduler`]. Numbers rise in the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,11 +55,9 @@ pub struct SchedulerConfig {
     pub num_blocks: u32,
     /// Tokens of a block.
     pub block_size: u32,
-    /// Newest tokens of a request whose blocks stay in the cache, if the cache gives others back; see [`Retention`]. The caller gives them back after
-    /// each step.
-    pub window: Option<u32>,
-    /// First tokens that stay besides.
-    pub sink_tokens: u32,
+    /// What each group of layers keeps of a request; a token takes a slot in every group. The caller gives blocks that have left a window back after each
+    /// step.
+    pub groups: LayerGroups,
     /// Tokens of a step, at most. More give a higher throughput, fewer a shorter time between the tokens of an answer.
     pub max_step_tokens: u32,
     /// Requests that have tokens in the cache at the same time, at most.
@@ -94,8 +92,7 @@ impl SchedulerConfig {
         Self {
             num_blocks,
             block_size,
-            window: None,
-            sink_tokens: 0,
+            groups: LayerGroups::one(LayerGroup::ALL),
             max_step_tokens: 512,
             max_running: 256,
             max_queued: 1024,
@@ -125,23 +122,29 @@ impl SchedulerConfig {
         Ok(())
     }
 
-    const fn retention(&self) -> Retention {
-        Retention { block_size: self.block_size, window: self.window, sink_tokens: self.sink_tokens }
+    /// Blocks that the rows of so many tokens take in all groups, those among them that have been given back included.
+    pub(crate) fn blocks(&self, tokens: u32) -> u32 {
+        self.groups.blocks_for(self.block_size, tokens)
     }
 
-    /// Blocks that the rows of so many tokens take, those among them that have been given back included.
-    pub(crate) fn blocks(&self, tokens: u32) -> u32 {
-        self.retention().blocks_for(tokens)
+    /// Blocks, of all groups, that these tokens fill.
+    pub(crate) fn full_blocks(&self, tokens: u32) -> u32 {
+        (tokens / self.block_size).saturating_mul(self.groups.count())
+    }
+
+    /// Tokens that so many blocks have room for, those of a request that has given none back.
+    pub(crate) fn room(&self, blocks: u32) -> u32 {
+        (blocks / self.groups.count()).saturating_mul(self.block_size)
     }
 
     /// Blocks that a request of so many tokens has between two steps.
     pub(crate) fn held_blocks(&self, tokens: u32) -> u32 {
-        self.retention().held_blocks(tokens)
+        self.groups.held_blocks(self.block_size, tokens)
     }
 
     /// Blocks that a request has at most on its way to so many tokens.
     pub(crate) fn most_blocks(&self, tokens: u32) -> u32 {
-        self.retention().most_blocks(tokens, self.max_step_tokens)
+        self.groups.most_blocks(self.block_size, tokens, self.max_step_tokens)
     }
 }
 
@@ -173,16 +176,16 @@ impl Demand {
         self.prompt_tokens.saturating_add(self.max_new_tokens).saturating_sub(1)
     }
 
-    /// Blocks at most: full blocks of the prompt are shared by all beams, and a block that several have copied is there until the step
+    /// Blocks at most: full blocks of the prompt are shared by all beams, and a block (of each group) that several have copied is there until the step
     /// ends.
     pub(crate) fn max_blocks(&self, config: &SchedulerConfig) -> u64 {
         let most = u64::from(config.most_blocks(self.max_cached()));
         if self.beams <= 1 {
             return most;
         }
-        let shared = u64::from(self.prompt_tokens / config.block_size);
+        let shared = u64::from(config.full_blocks(self.prompt_tokens));
         let own = u64::from(config.blocks(self.max_cached())).saturating_sub(shared).min(most);
-        shared.min(most) + u64::from(self.beams) * own + 1
+        shared.min(most) + u64::from(self.beams) * own + u64::from(config.groups.count())
     }
 }
 

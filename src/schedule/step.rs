@@ -69,8 +69,8 @@ impl Scheduler {
             return need;
         }
         // Beams that end make room for copies: they never have more than this together.
-        let own = self.config.blocks(to) - request.demand.prompt_tokens / self.config.block_size;
-        let most = own.saturating_mul(request.demand.beams).saturating_add(1);
+        let own = self.config.blocks(to) - self.config.full_blocks(request.demand.prompt_tokens);
+        let most = own.saturating_mul(request.demand.beams).saturating_add(self.config.groups.count());
         need.min(most.saturating_sub(memory.beam_blocks(request.rank.1)))
     }
 }
@@ -148,14 +148,15 @@ impl<M: Memory> Planner<'_, M> {
     /// Lets waiting requests start, and swapped ones come back, strictly by rank: where the first one finds no room, nobody behind it gets it.
     fn admit(&mut self, running: &mut Vec<Running>) {
         let waiting = self.scheduler.ranked(|phase| phase != Phase::Running);
-        // What running requests are sure to take soon, and a block more for each, so that an admission is no reason for a preemption.
+        // What running requests are sure to take soon, and a block more for each and each group, so that an admission is no reason for a preemption.
+        let spare = self.scheduler.config.groups.count();
         let promised = |running: &[Running], this: &Self| -> u32 {
             let soon = |kept: &Running| {
                 let request = this.request(kept.id);
                 let now = this.scheduler.growth(request, request.cached + kept.reserved, this.memory);
                 let soon = this.scheduler.growth(request, request.soon(), this.memory);
                 let most = u32::try_from(request.demand.max_blocks(&this.scheduler.config)).unwrap_or(u32::MAX);
-                soon.saturating_sub(now).min(most) + 1
+                soon.saturating_sub(now).min(most) + spare
             };
             running.iter().map(soon).fold(0, u32::saturating_add)
         };
@@ -197,7 +198,7 @@ impl<M: Memory> Planner<'_, M> {
             let reserved = self.start(id, hit_tokens, hit.free_blocks);
             let request = self.request(id);
             let rest = self.scheduler.blocks_soon(request, request.cached + reserved);
-            promised_blocks = promised_blocks.saturating_add(rest + 1);
+            promised_blocks = promised_blocks.saturating_add(rest + spare);
             running.push(Running { id, reserved });
             num_running += 1;
         }
@@ -265,7 +266,7 @@ impl<M: Memory> Planner<'_, M> {
             let config = &self.scheduler.config;
             let end = request.cached + 1;
             let blocks = config.blocks(end);
-            let room = blocks.saturating_add(self.free).saturating_mul(config.block_size).saturating_sub(end);
+            let room = config.room(blocks.saturating_add(self.free)).saturating_sub(end);
             chunk.drafts = request.drafts.min(left).min(room);
             self.free -= config.blocks(end + chunk.drafts) - blocks;
             left -= chunk.drafts;
@@ -313,12 +314,11 @@ impl<M: Memory> Planner<'_, M> {
     /// Takes blocks for a chunk of up to `share` tokens. Returns how many tokens it gets.
     fn fill(&mut self, kept: &Running, share: u32) -> u32 {
         let request = self.request(kept.id);
-        let block_size = self.scheduler.config.block_size;
-        let reserved_blocks = self.scheduler.config.blocks(request.cached + kept.reserved);
-        let room = (reserved_blocks.saturating_add(self.free)).saturating_mul(block_size) - request.cached;
+        let config = &self.scheduler.config;
+        let reserved_blocks = config.blocks(request.cached + kept.reserved);
+        let room = config.room(reserved_blocks.saturating_add(self.free)) - request.cached;
         let tokens = request.remaining().min(share).min(room).max(kept.reserved);
-        let taken = self.scheduler.config.blocks(request.cached + tokens) - reserved_blocks;
-        self.free -= taken;
+        self.free -= config.blocks(request.cached + tokens) - reserved_blocks;
         tokens
     }
 

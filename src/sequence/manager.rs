@@ -1,12 +1,11 @@
 //! Sequences over the pool: everything about the cache that needs no GPU.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use super::batch::{Batch, BatchEntry, QueryKernel};
 use super::pool::BlockPool;
 use super::prefix::{PrefixIndex, PrefixMatch, PrefixProbe, PrefixStats};
 use super::report::MemoryReport;
-use super::table::{BlockTable, Growth};
+use super::table::BlockTable;
 use super::window::WayBack;
 use crate::error::{Error, Holder, Result};
 use crate::ids::{BlockId, SequenceId};
@@ -43,56 +42,19 @@ pub struct BlockUse {
 
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
-    pub(super) table: BlockTable,
+    /// One for each group of layers, all of the same length.
+    pub(super) tables: Vec<BlockTable>,
     /// Nobody else may change it.
     pub(super) held_by: Option<Holder>,
     /// Where it may be cut back to, beside where its window lets it.
     pub(super) way_back: Option<WayBack>,
 }
 
-/// What committing a reservation does. It fits only the manager that made it, and is void once that has been cleared.
-#[derive(Debug)]
-pub struct Pending {
-    epoch: u64,
-    changes: Vec<Change>,
-}
-
-/// What committing a step does to one sequence.
-#[derive(Debug)]
-struct Change {
-    sequence: SequenceId,
-    /// The copy that replaces the shared last block.
-    replacement: Option<BlockId>,
-    new_blocks: Vec<BlockId>,
-    len: u32,
-    /// Tokens that are new, and those of them, the first ones, that stay.
-    query_len: u32,
-    kept: u32,
-}
-
-impl Pending {
-    /// Committing keeps the first `count` of a sequence's new tokens (all, if there aren't as many) and takes the others back: what a path of
-    /// a tree leaves when its rows have moved to the front. Does nothing for a sequence that is not in the step.
-    pub fn keep(&mut self, sequence: SequenceId, count: u32) {
-        if let Some(change) = self.changes.iter_mut().find(|change| change.sequence == sequence) {
-            change.kept = count.min(change.query_len);
-        }
+impl Sequence {
+    /// Tokens.
+    pub(super) fn len(&self) -> u32 {
+        self.tables.first().map_or(0, BlockTable::len)
     }
-}
-
-/// A reserved step: blocks are taken, and nothing else has changed. It ends with [`Manager::commit`] or [`Manager::roll_back`].
-#[derive(Debug)]
-#[must_use = "its blocks are taken until it is committed or rolled back"]
-#[non_exhaustive]
-pub struct Reservation {
-    /// Query lengths, context lengths and block tables.
-    pub batch: Batch,
-    /// What committing it does.
-    pub pending: Pending,
-    /// Slot (`block * block_size + offset`) of every new token.
-    pub slots: Vec<u32>,
-    /// Blocks to copy before anything is appended: source, destination.
-    pub copies: Vec<[u32; 2]>,
 }
 
 /// Sequences, their tables, the pool and the prefix index: everything that a cache knows without a device.
@@ -123,7 +85,7 @@ impl Manager {
         Ok(Self {
             config,
             pool: BlockPool::try_new(config.num_blocks)?,
-            prefixes: PrefixIndex::default(),
+            prefixes: PrefixIndex::new(&config.groups),
             sequences: HashMap::new(),
             next_id: SequenceId::first(),
             epoch: 0,
@@ -179,39 +141,47 @@ impl Manager {
     /// Where the pool's bytes are, in all and for each sequence. Costs O(blocks).
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
-        let tables = self.sequences.iter().map(|(&id, sequence)| (id, &sequence.table));
+        let tables = self.sequences.iter().map(|(&id, sequence)| (id, &sequence.tables[..]));
         MemoryReport::new(&self.config, &self.pool, self.usage(), self.prefix_stats(), tables)
     }
 
     /// Whether nothing is cached and nothing is under way.
     pub(crate) fn is_empty(&self) -> bool {
-        let is_idle = |sequence: &Sequence| sequence.table.is_empty() && sequence.held_by.is_none();
+        let is_idle = |sequence: &Sequence| sequence.len() == 0 && sequence.held_by.is_none();
         self.open_moves == 0 && self.pool.num_indexed() == 0 && self.sequences.values().all(is_idle)
     }
 
     /// A new, empty sequence. Takes no block.
     pub fn create(&mut self) -> SequenceId {
-        self.insert(BlockTable::default())
+        self.insert(vec![BlockTable::default(); self.config.groups.count() as usize])
     }
 
-    pub(super) fn insert(&mut self, table: BlockTable) -> SequenceId {
+    pub(super) fn insert(&mut self, tables: Vec<BlockTable>) -> SequenceId {
         let id = self.next_id;
         self.next_id = id.next();
-        self.insert_as(id, table);
+        self.insert_as(id, tables);
         id
     }
 
     /// Under an id that was given out before and that no sequence has.
-    pub(super) fn insert_as(&mut self, id: SequenceId, table: BlockTable) {
-        self.sequences.insert(id, Sequence { table, held_by: None, way_back: None });
+    pub(super) fn insert_as(&mut self, id: SequenceId, tables: Vec<BlockTable>) {
+        self.sequences.insert(id, Sequence { tables, held_by: None, way_back: None });
     }
 
-    /// The blocks of a sequence, and its length; open steps not counted.
+    /// The blocks of a sequence in the first group of layers, and its length; open steps not counted.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn table(&self, id: SequenceId) -> Result<&BlockTable> {
-        self.sequences.get(&id).map(|s| &s.table).ok_or(Error::UnknownSequence(id))
+        self.tables(id)?.first().ok_or(Error::UnknownSequence(id))
+    }
+
+    /// The blocks of a sequence in each group of layers, in the order of [`KvCacheConfig::groups`]; open steps not counted.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn tables(&self, id: SequenceId) -> Result<&[BlockTable]> {
+        self.sequences.get(&id).map(|s| &s.tables[..]).ok_or(Error::UnknownSequence(id))
     }
 
     /// Fails if the sequence is unknown or held.
@@ -258,55 +228,46 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have
-    /// [left the window](KvCacheConfig::window); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [left a window](KvCacheConfig::groups); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn fork_at(&mut self, id: SequenceId, len: u32) -> Result<SequenceId> {
         let block_size = self.config.block_size;
         self.check_way_back(id, len)?;
-        let table = self.sequences[&id].table.fork_at(len, block_size, &mut self.pool);
+        let tables = self.sequences[&id].tables.iter();
+        let tables = tables.map(|table| table.fork_at(len, block_size, &mut self.pool)).collect();
         self.settle();
-        Ok(self.insert(table))
+        Ok(self.insert(tables))
     }
 
-    /// Makes the full blocks of a sequence's first tokens findable. Returns the number of blocks that were not in the index yet. Of a sequence
-    /// with a window those count that lie before the first one which is neither held nor in the index.
+    /// Makes the full blocks of a sequence's first tokens findable. Returns the number of blocks that were not in the index yet, those of all groups
+    /// of layers together. Blocks that have left a window are not there to be found; the others are.
     ///
     /// # Errors
     /// [`Error::Argument`] for more tokens than the sequence has; [`Error::UnknownSequence`].
     pub fn publish_prefix(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
         // Full blocks of an open step's sequence are not written to, so there is no need to wait for the step.
-        let table = &self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?.table;
-        if tokens.len() as u64 > u64::from(table.len()) {
+        let sequence = self.sequences.get(&id).ok_or(Error::UnknownSequence(id))?;
+        if tokens.len() as u64 > u64::from(sequence.len()) {
             let got = format!("{} tokens", tokens.len());
-            return Err(Error::argument("tokens", got, format!("at most the sequence's length, {}", table.len())));
+            return Err(Error::argument("tokens", got, format!("at most the sequence's length, {}", sequence.len())));
         }
-        let added = self.prefixes.publish(tokens, salt, self.config.block_size, table.blocks(), &mut self.pool);
+        let added = self.prefixes.publish(tokens, salt, self.config.block_size, &sequence.tables, &mut self.pool);
         self.settle();
         Ok(added)
     }
 
-    /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty.
+    /// A new sequence that begins with the longest indexed run of full blocks of `tokens` under this salt; it may be empty. With windows the run ends
+    /// where the next token finds all that it sees: before the longest one, if blocks of a group are missing there.
     pub fn match_prefix(&mut self, tokens: &[u32], salt: u64) -> PrefixMatch {
-        let table = self.find_prefix(tokens, salt);
-        let len = table.len();
-        PrefixMatch { sequence: self.insert(table), len }
+        let (tables, len) = self.find_prefix(tokens, salt);
+        PrefixMatch { sequence: self.insert(tables), len }
     }
 
-    /// A table of the longest indexed run, of the blocks that the next token sees.
-    fn find_prefix(&mut self, tokens: &[u32], salt: u64) -> BlockTable {
-        let mut blocks = self.prefixes.find(tokens, salt, self.config.block_size);
-        // At most the length of a sequence that was published.
-        let len = blocks.len() as u32 * self.config.block_size;
-        self.blank_hidden(&mut blocks, len);
-        let table = BlockTable::share(&blocks, len, &mut self.pool);
+    /// Tables of the longest indexed run, of the blocks that the next token sees.
+    fn find_prefix(&mut self, tokens: &[u32], salt: u64) -> (Vec<BlockTable>, u32) {
+        let found = self.prefixes.find(tokens, salt, &self.config);
+        let tables = found.tables.iter().map(|blocks| BlockTable::share(blocks, found.len, &mut self.pool)).collect();
         self.settle();
-        table
-    }
-
-    /// Puts null in the places of blocks that a sequence of these tokens needs no more.
-    fn blank_hidden(&self, blocks: &mut [BlockId], len: u32) {
-        let hidden = self.config.hidden_blocks(len);
-        let len = blocks.len();
-        blocks[(hidden.start as usize).min(len)..(hidden.end as usize).min(len)].fill(BlockId::NULL);
+        (tables, found.len)
     }
 
     /// [`Manager::match_prefix`] for a sequence that is there and empty. Returns how many tokens it has then.
@@ -314,14 +275,13 @@ impl Manager {
     /// # Errors
     /// [`Error::Argument`] if the sequence has tokens; [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn match_prefix_into(&mut self, id: SequenceId, tokens: &[u32], salt: u64) -> Result<u32> {
-        let have = self.check_idle(id)?.table.len();
+        let have = self.check_idle(id)?.len();
         if have > 0 {
             return Err(Error::argument("sequence", format!("{id} of {have} tokens"), "an empty one"));
         }
-        let table = self.find_prefix(tokens, salt);
-        let len = table.len();
+        let (tables, len) = self.find_prefix(tokens, salt);
         if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.table = table;
+            sequence.tables = tables;
         }
         Ok(len)
     }
@@ -329,11 +289,10 @@ impl Manager {
     /// What a match of `tokens` would find, without a match.
     #[must_use]
     pub fn probe_prefix(&self, tokens: &[u32], salt: u64) -> PrefixProbe {
-        let mut blocks = self.prefixes.look(tokens, salt, self.config.block_size);
-        let len = blocks.len() as u32 * self.config.block_size;
-        self.blank_hidden(&mut blocks, len);
+        let found = self.prefixes.look(tokens, salt, &self.config);
         let is_reclaimable = |block: &&BlockId| !block.is_null() && self.pool.num_holders(**block) == 0;
-        PrefixProbe { len, reclaimable_blocks: blocks.iter().filter(is_reclaimable).count() as u32 }
+        let reclaimable_blocks = found.tables.iter().flatten().filter(is_reclaimable).count() as u32;
+        PrefixProbe { len: found.len, reclaimable_blocks }
     }
 
     /// Blocks that are free or reclaimable when this sequence is gone: those that no other sequence or open step holds.
@@ -341,17 +300,18 @@ impl Manager {
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn exclusive_blocks(&self, id: SequenceId) -> Result<u32> {
-        let blocks = self.table(id)?.blocks();
-        Ok(blocks.iter().filter(|&&block| self.pool.num_holders(block) == 1).count() as u32)
+        let blocks = self.tables(id)?.iter().flat_map(BlockTable::blocks);
+        Ok(blocks.filter(|&&block| self.pool.num_holders(block) == 1).count() as u32)
     }
 
-    /// Whether the next token of this sequence takes a copy of its last block: that is partly filled, and others hold it, too.
+    /// Of how many of its last blocks, one per group of layers, the next token of this sequence takes a copy: they are partly filled, and others hold
+    /// them, too.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
-    pub fn copies_last_block(&self, id: SequenceId) -> Result<bool> {
-        let partial = self.table(id)?.partial_block(self.config.block_size);
-        Ok(partial.is_some_and(|block| self.pool.ref_count(block) > 1))
+    pub fn copied_blocks(&self, id: SequenceId) -> Result<u32> {
+        let partial = self.tables(id)?.iter().filter_map(|table| table.partial_block(self.config.block_size));
+        Ok(partial.filter(|&block| self.pool.ref_count(block) > 1).count() as u32)
     }
 
     /// Drops all of the index's entries under a salt. Returns their number.
@@ -373,11 +333,12 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::Argument`] if `len` is more than the sequence has, or blocks that its next token would see have
-    /// [left the window](KvCacheConfig::window); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
+    /// [left a window](KvCacheConfig::groups); [`Error::UnknownSequence`]; [`Error::SequenceBusy`].
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         self.check_way_back(id, len)?;
         if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.table.truncate(len, self.config.block_size, &mut self.pool);
+            let tables = sequence.tables.iter_mut();
+            tables.for_each(|table| table.truncate(len, self.config.block_size, &mut self.pool));
         }
         self.settle();
         Ok(())
@@ -400,166 +361,6 @@ impl Manager {
         self.sequences.clear();
         self.open_moves = 0;
         self.epoch += 1;
-    }
-
-    /// Reserves a step of new tokens, `(sequence, query_len)` each: checks the batch, then takes all blocks that it needs, or none.
-    ///
-    /// With a [window](KvCacheConfig::window), blocks that the sequences' new tokens don't see return to the pool first. They don't come back if the
-    /// step is dropped: the sequences keep what lets them go on from the length that they have now.
-    ///
-    /// # Errors
-    /// [`Error::OutOfBlocks`]; [`Error::SequenceFull`]; [`Error::Argument`] for an empty batch, a sequence that occurs twice or a `query_len` of 0;
-    /// [`Error::UnknownSequence`]; [`Error::SequenceBusy`]. Nothing has changed then.
-    pub fn reserve(&mut self, requests: &[(SequenceId, u32)]) -> Result<Reservation> {
-        let block_size = self.config.block_size;
-        if requests.is_empty() {
-            return Err(Error::argument("batch", "no sequences", "at least one (sequence, query_len)"));
-        }
-        let mut seen = HashSet::with_capacity(requests.len());
-        let mut num_tokens = 0_u32;
-        for &(id, query_len) in requests {
-            let len = self.check_idle(id)?.table.len();
-            if !seen.insert(id) {
-                return Err(Error::argument("batch", format!("{id} twice"), "each sequence once"));
-            }
-            if query_len == 0 {
-                return Err(Error::argument("query_len", format!("0 for {id}"), "at least 1"));
-            }
-            // Positions are compared as i32 by hosts' frameworks and as u32 sums by the kernels: keep both safe.
-            let fits = len.checked_add(query_len).is_some_and(|len| len <= i32::MAX as u32);
-            if !fits {
-                let got = format!("{query_len} for {id} of {len} tokens");
-                return Err(Error::argument("query_len", got, "a sequence length below 2^31"));
-            }
-            if let Some(max_seq_len) = self.config.max_seq_len()
-                && len + query_len > max_seq_len
-            {
-                let need = u64::from(len) + u64::from(query_len);
-                return Err(Error::SequenceFull { sequence: id, need, max_seq_len });
-            }
-            num_tokens = num_tokens
-                .checked_add(query_len)
-                .filter(|&n| n <= i32::MAX as u32)
-                .ok_or_else(|| Error::argument("batch", "2^31 or more new tokens", "fewer than 2^31 in all"))?;
-        }
-
-        // Of several sequences that write into the same shared block, the last one may have it when all others take copies
-        // and nobody else holds it. But not if another one's tokens reach further: should this step be submitted and then
-        // dropped, that sequence keeps the block, and its tokens must still be there. Holder count and furthest length:
-        let mut leaving: HashMap<BlockId, (u32, u32)> = HashMap::new();
-        let mut growths = Vec::with_capacity(requests.len());
-        let mut need = 0_u64;
-        for &(id, query_len) in requests {
-            let table = &self.sequences[&id].table;
-            let last = table.partial_block(block_size);
-            let shared = last.is_some_and(|block| {
-                let (count, furthest) = leaving.get(&block).copied().unwrap_or_default();
-                self.pool.ref_count(block) - count > 1 || furthest > table.len()
-            });
-            let growth = table.growth(query_len, block_size, shared);
-            if let (true, Some(block)) = (growth.copy_last, last) {
-                let (count, furthest) = leaving.entry(block).or_default();
-                *count += 1;
-                *furthest = (*furthest).max(table.len());
-            }
-            need += u64::from(growth.blocks());
-            growths.push(growth);
-        }
-        self.release_for(requests.iter().map(|&(id, _)| id), need)?;
-        let taken = self.take_blocks(need)?;
-        Ok(self.reserve_blocks(requests, &growths, taken, num_tokens))
-    }
-
-    /// The part of [`Manager::reserve`] that can't fail.
-    fn reserve_blocks(
-        &mut self,
-        requests: &[(SequenceId, u32)],
-        growths: &[Growth],
-        taken: Vec<BlockId>,
-        num_tokens: u32,
-    ) -> Reservation {
-        let block_size = self.config.block_size;
-        let mut taken = taken.into_iter();
-        let mut reservation = Reservation {
-            batch: Batch::default(),
-            pending: Pending { epoch: self.epoch, changes: Vec::with_capacity(requests.len()) },
-            slots: Vec::with_capacity(num_tokens as usize),
-            copies: Vec::new(),
-        };
-        for (&(id, query_len), growth) in requests.iter().zip(growths) {
-            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            sequence.held_by = Some(Holder::Step);
-            let table = &sequence.table;
-            let context_len = table.len();
-            let len = context_len + query_len;
-            let replacement = if growth.copy_last { taken.next() } else { None };
-            let new_blocks: Vec<_> = taken.by_ref().take(growth.new_blocks as usize).collect();
-
-            let tables = &mut reservation.batch.tables;
-            let start = tables.len();
-            tables.extend(table.blocks().iter().map(|b| b.0));
-            if let (Some(copy), Some(last)) = (replacement, tables.last_mut()) {
-                reservation.copies.push([*last, copy.0]);
-                *last = copy.0;
-            }
-            tables.extend(new_blocks.iter().map(|b| b.0));
-            let range = start..tables.len();
-            let blocks = &tables[range.clone()];
-            reservation.slots.extend(
-                (context_len..len)
-                    .map(|position| blocks[(position / block_size) as usize] * block_size + position % block_size),
-            );
-            let kernel = QueryKernel::default();
-            reservation.batch.entries.push(BatchEntry { query_len, context_len, table: range, kernel, tree: None });
-            reservation.pending.changes.push(Change {
-                sequence: id,
-                replacement,
-                new_blocks,
-                len,
-                query_len,
-                kept: query_len,
-            });
-        }
-        reservation
-    }
-
-    /// Ends a reserved step: lengths advance, new blocks join their tables, replaced blocks lose a holder. Nothing happens, and false is
-    /// returned, if the cache has been cleared since it was reserved, or the reservation is another manager's.
-    pub fn commit(&mut self, pending: Pending) -> bool {
-        let changes = self.changes_of(pending);
-        let is_valid = !changes.is_empty();
-        for change in changes {
-            let Some(sequence) = self.sequences.get_mut(&change.sequence) else { continue };
-            sequence.held_by = None;
-            if let Some(replaced) = sequence.table.grow(change.replacement, &change.new_blocks, change.len) {
-                self.pool.release(replaced);
-            }
-            let kept = change.len - (change.query_len - change.kept);
-            sequence.table.truncate(kept, self.config.block_size, &mut self.pool);
-        }
-        self.settle();
-        is_valid
-    }
-
-    /// Undoes a reserved step: gives its blocks back. Nothing happens if the cache has been cleared since: its pool is another one.
-    pub fn roll_back(&mut self, pending: Pending) {
-        // In reverse, so that the next step takes the same blocks in the same order.
-        for change in self.changes_of(pending).into_iter().rev() {
-            for &block in change.new_blocks.iter().rev().chain(&change.replacement) {
-                self.pool.release(block);
-            }
-            if let Some(sequence) = self.sequences.get_mut(&change.sequence) {
-                sequence.held_by = None;
-            }
-        }
-        self.settle();
-    }
-
-    /// The changes of a reservation, if it is this manager's and not void.
-    fn changes_of(&self, pending: Pending) -> Vec<Change> {
-        // A sequence in a step can't be freed, so it is there. Ids of other managers are not.
-        let is_own = |change: &Change| self.sequences.contains_key(&change.sequence);
-        if pending.epoch == self.epoch && pending.changes.iter().all(is_own) { pending.changes } else { Vec::new() }
     }
 }
 

@@ -8,16 +8,18 @@ mod moves;
 mod pool;
 mod prefix;
 mod report;
+mod reserve;
 mod table;
 mod tree;
 mod window;
 
 pub use batch::{Batch, BatchEntry, QueryKernel};
-pub use manager::{BlockUse, Manager, Pending, PoolUsage, Reservation};
+pub use manager::{BlockUse, Manager, PoolUsage};
 pub(crate) use moves::Moves;
 pub use pool::BlockPool;
 pub use prefix::{PrefixMatch, PrefixProbe, PrefixStats};
 pub use report::{MemoryReport, SequenceMemory};
+pub use reserve::{Pending, Reservation, ReservedGroup};
 pub use table::{BlockTable, Growth};
 pub use tree::TokenTree;
 #[cfg(feature = "model")]

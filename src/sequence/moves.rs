@@ -42,17 +42,17 @@ impl Manager {
         Ok(blocks)
     }
 
-    /// `blocks` are those of the sequence's places in order, but for `hidden` ones, which it had given back.
+    /// `blocks` are those of the sequence's places in order, group after group, but for `hidden` ones of each group, which it had given back.
     pub(crate) fn commit_swap_in(
         &mut self,
         epoch: u64,
         blocks: &[BlockId],
         len: u32,
-        hidden: Range<u32>,
+        hidden: &[Range<u32>],
     ) -> Result<SequenceId> {
         self.check_epoch(epoch, "swap-in")?;
         self.open_moves -= 1;
-        Ok(self.insert(table_of(blocks, len, hidden)))
+        Ok(self.insert(tables_of(blocks, len, hidden, self.config().block_size)))
     }
 
     /// [`Manager::commit_swap_in`] under the id that the sequence had before it was swapped out.
@@ -61,7 +61,7 @@ impl Manager {
         epoch: u64,
         blocks: &[BlockId],
         len: u32,
-        hidden: Range<u32>,
+        hidden: &[Range<u32>],
         origin: Option<SequenceId>,
     ) -> Result<SequenceId> {
         self.check_epoch(epoch, "swap-in")?;
@@ -75,7 +75,7 @@ impl Manager {
             return Err(refused(format!("{id}, which has come back already")));
         }
         self.open_moves -= 1;
-        self.insert_as(id, table_of(blocks, len, hidden));
+        self.insert_as(id, tables_of(blocks, len, hidden, self.config().block_size));
         Ok(id)
     }
 
@@ -91,11 +91,19 @@ impl Manager {
     }
 }
 
-fn table_of(blocks: &[BlockId], len: u32, hidden: Range<u32>) -> BlockTable {
-    let (front, back) = blocks.split_at((hidden.start as usize).min(blocks.len()));
-    let nulls = std::iter::repeat_n(BlockId::NULL, hidden.len());
-    // Sink tokens may be more than there are tokens: then nothing is hidden.
-    BlockTable::of(front.iter().copied().chain(nulls).chain(back.iter().copied()).collect(), len)
+/// A table for each group.
+fn tables_of(mut blocks: &[BlockId], len: u32, hidden: &[Range<u32>], block_size: u32) -> Vec<BlockTable> {
+    let num_places = len.div_ceil(block_size.max(1));
+    let table = |hidden: &Range<u32>| {
+        // Sink tokens may be more than there are tokens: then nothing is hidden.
+        let hidden = hidden.start.min(num_places)..hidden.end.min(num_places);
+        let (own, rest) = blocks.split_at((num_places as usize - hidden.len()).min(blocks.len()));
+        blocks = rest;
+        let (front, back) = own.split_at((hidden.start as usize).min(own.len()));
+        let nulls = std::iter::repeat_n(BlockId::NULL, hidden.len());
+        BlockTable::of(front.iter().copied().chain(nulls).chain(back.iter().copied()).collect(), len)
+    };
+    hidden.iter().map(table).collect()
 }
 
 /// What an open defragmentation has reserved.
@@ -121,7 +129,7 @@ impl Manager {
         }
         let used = self.pool.num_blocks() - self.pool.num_free();
         // The sequences' blocks in the order of their tokens, then those that only an index holds.
-        let tables = ids.iter().flat_map(|id| self.sequences[id].table.blocks());
+        let tables = ids.iter().flat_map(|id| &self.sequences[id].tables).flat_map(BlockTable::blocks);
         let all = (used..self.pool.num_blocks()).map(BlockId);
         let mut seen = HashSet::new();
         let from: Vec<_> = tables
@@ -174,7 +182,7 @@ impl Manager {
         let targets: HashMap<_, _> = moves.iter().copied().collect();
         let target = |block| targets.get(&block).copied().unwrap_or(block);
         for sequence in self.sequences.values_mut() {
-            sequence.table.rename(target);
+            sequence.tables.iter_mut().for_each(|table| table.rename(target));
         }
         for &(from, to) in moves {
             self.prefixes.rename(from, to);
@@ -245,9 +253,10 @@ mod tests {
             match self.manager.reserve(&[(id, count)]) {
                 Ok(reservation) => {
                     assert!(!frozen);
-                    reservation.copies.iter().for_each(|&[from, to]| self.copy(from, to));
-                    let tokens: Vec<_> = reservation.slots.iter().map(|_| rng.u32(..)).collect();
-                    for (&slot, &token) in reservation.slots.iter().zip(&tokens) {
+                    let [group] = &reservation.groups[..] else { unreachable!("one group of layers") };
+                    group.copies.iter().for_each(|&[from, to]| self.copy(from, to));
+                    let tokens: Vec<_> = group.slots.iter().map(|_| rng.u32(..)).collect();
+                    for (&slot, &token) in group.slots.iter().zip(&tokens) {
                         self.memory[slot as usize] = token;
                     }
                     if rng.bool() {
@@ -278,7 +287,7 @@ mod tests {
                 self.manager.roll_back_swap_in(epoch, &blocks);
                 self.swapped.push(tokens);
             } else {
-                let id = self.manager.commit_swap_in(epoch, &blocks, len, 0..0).expect("same epoch");
+                let id = self.manager.commit_swap_in(epoch, &blocks, len, &[Range::default()]).expect("same epoch");
                 self.model.push((id, tokens));
             }
         }
@@ -342,7 +351,8 @@ mod tests {
         m.commit(pending);
         let refused = |m: &mut Manager, origin: Option<SequenceId>, got: &str| {
             let (before, blocks) = (m.usage(), m.begin_swap_in(3).expect("room"));
-            let error = m.restore_swap_in(m.epoch(), &blocks, 7, 0..0, origin).expect_err(got).to_string();
+            let error =
+                m.restore_swap_in(m.epoch(), &blocks, 7, &[Range::default()], origin).expect_err(got).to_string();
             assert!(error.contains(got), "{error}");
             m.roll_back_swap_in(m.epoch(), &blocks);
             assert_eq!(m.usage(), before);
@@ -355,7 +365,7 @@ mod tests {
         let unborn = m.next_id;
         refused(&mut m, Some(unborn), "of another cache");
         let blocks = m.begin_swap_in(3).expect("room");
-        assert_eq!(m.restore_swap_in(0, &blocks, 7, 0..0, Some(id)).expect("gone"), id);
+        assert_eq!(m.restore_swap_in(0, &blocks, 7, &[Range::default()], Some(id)).expect("gone"), id);
         assert_eq!((m.table(id).expect("back").len(), m.usage().used), (7, 3));
         refused(&mut m, Some(id), "which has come back already");
         // Ids go on behind it, and nothing is open.
@@ -364,7 +374,7 @@ mod tests {
         m.roll_back_defragment(0, &moves);
         let blocks = m.begin_swap_in(3).expect("room");
         m.clear();
-        assert!(matches!(m.restore_swap_in(0, &blocks, 7, 0..0, Some(id)), Err(Error::Stale { .. })));
+        assert!(matches!(m.restore_swap_in(0, &blocks, 7, &[Range::default()], Some(id)), Err(Error::Stale { .. })));
     }
 
     #[test]
@@ -405,7 +415,7 @@ mod tests {
         manager.freeze(id, Holder::SwapOut).expect("idle");
         manager.clear();
         let blocks = manager.begin_swap_in(2).expect("room");
-        manager.restore_swap_in(manager.epoch(), &blocks, 5, 0..0, Some(id)).expect("it left");
+        manager.restore_swap_in(manager.epoch(), &blocks, 5, &[Range::default()], Some(id)).expect("it left");
         let step = manager.reserve(&[(id, 1)]).expect("room");
         manager.thaw(old_epoch, id, Holder::SwapOut);
         assert!(matches!(manager.reserve(&[(id, 1)]), Err(Error::SequenceBusy { holder: Holder::Step, .. })));

@@ -1,7 +1,7 @@
 //! [`MemoryReport`]: where the pool's bytes are.
 
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use super::manager::PoolUsage;
 use super::pool::BlockPool;
@@ -13,15 +13,18 @@ use crate::layout::KvCacheConfig;
 /// Where a pool's bytes are, at one moment: in all, and for each sequence. From `KvCache::memory` or [`Manager::memory`](super::Manager::memory);
 /// prints as a table.
 ///
-/// Bytes are those of K and V in all layers. What an open step has reserved counts as used, but not as a token.
+/// Bytes are those of K and V in all layers. What an open step has reserved counts as used, but not as a token. With several
+/// [groups of layers](KvCacheConfig::groups) blocks are counted over all of them, and a token has a slot in each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryReport {
     /// Tokens of a block.
     pub block_size: u32,
-    /// Bytes of a block: what a sequence takes from the pool for every `block_size` tokens.
+    /// Groups of layers: a sequence takes so many blocks from the pool for every `block_size` tokens.
+    pub num_groups: u32,
+    /// Bytes of a block, in all layers of its group.
     pub block_bytes: u64,
-    /// Bytes of a token's rows and scales: the growth per token.
+    /// Bytes of a token's rows and scales in all layers: the growth per token.
     pub token_bytes: u64,
     /// Blocks: of the pool, free, used, shared, reclaimable; and sequences.
     pub usage: PoolUsage,
@@ -29,17 +32,17 @@ pub struct MemoryReport {
     pub prefixes: PrefixStats,
     /// Used blocks that open steps have reserved and neither a sequence nor the prefix index holds.
     pub reserved_blocks: u32,
-    /// Tokens of the sequences, each slot counted once however many share it.
+    /// Slots of the sequences that hold a token, each counted once however many share it: with one group of layers, tokens.
     pub cached_tokens: u64,
     /// Tokens of all sequences: what would be cached if nothing were shared and nothing had left a window.
     pub sequence_tokens: u64,
-    /// Those of them whose blocks have returned to the pool, because they have left the window.
+    /// Slots of theirs whose blocks have returned to the pool, because their tokens have left a window: with one group of layers, tokens.
     pub released_tokens: u64,
     /// The sequences, the oldest first.
     pub sequences: Vec<SequenceMemory>,
 }
 
-/// The blocks of one sequence.
+/// The blocks of one sequence, of all groups of layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SequenceMemory {
@@ -49,13 +52,13 @@ pub struct SequenceMemory {
     pub len: u32,
     /// Blocks it holds, alone or with others.
     pub blocks: u32,
-    /// Blocks that it has given back, because their tokens have left the window. It would hold `blocks + released_blocks` without one.
+    /// Blocks that it has given back, because their tokens have left a window. It would hold `blocks + released_blocks` without one.
     pub released_blocks: u32,
     /// Those that other sequences hold, too.
     pub shared_blocks: u32,
     /// Bytes of its blocks.
     pub bytes: u64,
-    /// Bytes of the slots of its last block that it doesn't use.
+    /// Bytes of the slots of its last block (one per group of layers) that it doesn't use.
     pub wasted_bytes: u64,
     /// Bytes that its next token takes from the pool: those of a block if the last one is full, or has other holders (the
     /// prefix index among them) and must be copied; otherwise 0.
@@ -68,43 +71,46 @@ impl MemoryReport {
         pool: &BlockPool,
         usage: PoolUsage,
         prefixes: PrefixStats,
-        tables: impl Iterator<Item = (SequenceId, &'t BlockTable)>,
+        tables: impl Iterator<Item = (SequenceId, &'t [BlockTable])>,
     ) -> Self {
-        let block_size = config.block_size;
+        let (block_size, num_groups) = (config.block_size, config.groups.count());
         let (block_bytes, token_bytes) = (config.block_bytes(), config.token_bytes());
         // How far the holder that reaches furthest has filled each block.
         let mut filled: HashMap<BlockId, u32> = HashMap::new();
         let mut sequences: Vec<_> = tables
-            .map(|(sequence, table)| {
-                let (len, blocks) = (table.len(), table.blocks());
-                let mut left = len;
-                for &block in blocks {
-                    let own = left.min(block_size);
-                    left -= own;
-                    if block.is_null() {
-                        continue;
+            .map(|(sequence, tables)| {
+                let len = tables.first().map_or(0, BlockTable::len);
+                let mut memory = SequenceMemory { len, ..SequenceMemory::none(sequence) };
+                for table in tables {
+                    let blocks = table.blocks();
+                    let mut left = len;
+                    for &block in blocks {
+                        let own = left.min(block_size);
+                        left -= own;
+                        if block.is_null() {
+                            continue;
+                        }
+                        let furthest = filled.entry(block).or_default();
+                        *furthest = (*furthest).max(own);
                     }
-                    let furthest = filled.entry(block).or_default();
-                    *furthest = (*furthest).max(own);
+                    memory.blocks += table.num_held();
+                    memory.released_blocks += blocks.len() as u32 - table.num_held();
+                    memory.shared_blocks += blocks.iter().filter(|&&block| pool.num_holders(block) > 1).count() as u32;
+                    let in_place = table.partial_block(block_size).is_some_and(|block| pool.ref_count(block) == 1);
+                    memory.next_token_bytes =
+                        memory.next_token_bytes.saturating_add(if in_place { 0 } else { block_bytes });
                 }
-                let (num_blocks, released_blocks) = (table.num_held(), blocks.len() as u32 - table.num_held());
-                let in_place = table.partial_block(block_size).is_some_and(|block| pool.ref_count(block) == 1);
-                let unused = blocks.len() as u64 * u64::from(block_size) - u64::from(len);
-                SequenceMemory {
-                    sequence,
-                    len,
-                    blocks: num_blocks,
-                    released_blocks,
-                    shared_blocks: blocks.iter().filter(|&&block| pool.num_holders(block) > 1).count() as u32,
-                    bytes: u64::from(num_blocks).saturating_mul(block_bytes),
-                    wasted_bytes: unused.saturating_mul(token_bytes),
-                    next_token_bytes: if in_place { 0 } else { block_bytes },
-                }
+                // The same in each group.
+                let unused = u64::from(len.div_ceil(block_size)) * u64::from(block_size) - u64::from(len);
+                memory.wasted_bytes = unused.saturating_mul(token_bytes);
+                memory.bytes = u64::from(memory.blocks).saturating_mul(block_bytes);
+                memory
             })
             .collect();
         sequences.sort_unstable_by_key(|s| s.sequence);
         Self {
             block_size,
+            num_groups,
             block_bytes,
             token_bytes,
             usage,
@@ -116,6 +122,12 @@ impl MemoryReport {
             released_tokens: sequences.iter().map(|s| u64::from(s.released_blocks) * u64::from(block_size)).sum(),
             sequences,
         }
+    }
+
+    /// Bytes of a token's rows and scales in the layers of a group.
+    #[must_use]
+    pub fn slot_bytes(&self) -> u64 {
+        self.token_bytes / u64::from(self.num_groups.max(1))
     }
 
     /// Bytes of the whole pool, which are taken on the device from the beginning.
@@ -159,20 +171,21 @@ impl MemoryReport {
     #[must_use]
     pub fn wasted_bytes(&self) -> u64 {
         let slots = u64::from(self.sequence_blocks()) * u64::from(self.block_size);
-        slots.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
+        slots.saturating_sub(self.cached_tokens).saturating_mul(self.slot_bytes())
     }
 
     /// Bytes that sharing saves: those of the tokens that are counted more than once in the sequences' lengths, unless they have been released.
     #[must_use]
     pub fn saved_bytes(&self) -> u64 {
-        let held = self.sequence_tokens.saturating_sub(self.released_tokens);
-        held.saturating_sub(self.cached_tokens).saturating_mul(self.token_bytes)
+        let slots = self.sequence_tokens.saturating_mul(self.num_groups.into());
+        let held = slots.saturating_sub(self.released_tokens);
+        held.saturating_sub(self.cached_tokens).saturating_mul(self.slot_bytes())
     }
 
-    /// Bytes of the tokens whose blocks have returned to the pool, because they have left the window.
+    /// Bytes of the slots whose blocks have returned to the pool, because their tokens have left a window.
     #[must_use]
     pub fn released_bytes(&self) -> u64 {
-        self.released_tokens.saturating_mul(self.token_bytes)
+        self.released_tokens.saturating_mul(self.slot_bytes())
     }
 
     /// The part of the used slots that hold a token, of a sequence or in a reclaimable block (which is full); 1 if nothing is
@@ -183,6 +196,22 @@ impl MemoryReport {
         let slots = u64::from(self.usage.used) * block_size;
         let tokens = self.cached_tokens + u64::from(self.usage.reclaimable) * block_size;
         if slots == 0 { 1.0 } else { tokens as f64 / slots as f64 }
+    }
+}
+
+impl SequenceMemory {
+    /// Of a sequence without blocks.
+    const fn none(sequence: SequenceId) -> Self {
+        Self {
+            sequence,
+            len: 0,
+            blocks: 0,
+            released_blocks: 0,
+            shared_blocks: 0,
+            bytes: 0,
+            wasted_bytes: 0,
+            next_token_bytes: 0,
+        }
     }
 }
 
@@ -226,10 +255,13 @@ impl MemoryReport {
             lines.push(("reserved", Some(self.reserved_blocks), bytes, "by open steps".to_owned()));
         }
         if self.released_tokens > 0 {
-            lines.push(("released", None, self.released_bytes(), "of tokens that have left the window".to_owned()));
+            lines.push(("released", None, self.released_bytes(), "of tokens that have left a window".to_owned()));
         }
         lines.push(("wasted", None, self.wasted_bytes(), "in last blocks".to_owned()));
-        let block = format!("{} per block of {} tokens", Bytes(self.block_bytes), self.block_size);
+        let mut block = format!("{} per block of {} tokens", Bytes(self.block_bytes), self.block_size);
+        if self.num_groups > 1 {
+            let _ = write!(block, ", one for each of {} groups of layers", self.num_groups);
+        }
         lines.push(("a token", None, self.token_bytes, block));
         lines
     }

@@ -105,7 +105,7 @@ impl Workload {
         };
         self.check.attention(&tuning)?;
         let attention = self.gpu.block_on(Attention::build(cache, self.attention.clone(), Some(&tuning)))?;
-        let plan = attention.plan(step)?;
+        let plan = attention.plan(&**step)?;
         // The plan is good for as long as its step.
         let (q, out, step) = (q.clone(), out.clone(), Arc::clone(step));
         Ok(Box::new(move |pass| {

@@ -21,6 +21,7 @@ mod combinations;
 mod contiguous;
 mod encoded;
 mod formats;
+mod groups;
 mod hidden;
 mod host_rows;
 mod invariance;

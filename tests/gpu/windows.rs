@@ -1,6 +1,9 @@
 //! Sequences whose blocks leave the pool: results, and what is refused.
 
-use folio::{Attention, AttentionConfig, BlockId, ErrorKind, KvCache, KvCacheConfig, KvFormat, SequenceSnapshot};
+use folio::{
+    Attention, AttentionConfig, BlockId, ErrorKind, KvCache, KvCacheConfig, KvFormat, LayerGroup, LayerGroups,
+    SequenceSnapshot,
+};
 
 use crate::adapter;
 use crate::case::{Case, Rows, append, poison, shuffle};
@@ -15,9 +18,8 @@ fn tokens(case: &Case, rows: &Rows, from: u32, to: u32) -> (Vec<f32>, Vec<f32>) 
 fn cache(gpu: &folio::Gpu, case: &Case, num_blocks: u32) -> KvCache {
     let mut config = KvCacheConfig::new(1, case.num_kv_heads, case.head_dim)
         .with_blocks(num_blocks, case.block_size)
-        .with_formats(case.k_format, case.v_format)
-        .with_sink_tokens(case.config.sink_tokens);
-    config.window = case.config.window;
+        .with_formats(case.k_format, case.v_format);
+    config.groups = LayerGroups::one(LayerGroup { window: case.config.window, sink_tokens: case.config.sink_tokens });
     let cache = KvCache::new_blocking(gpu, config).expect("cache");
     poison(&cache);
     shuffle(&cache, case.seed);
@@ -139,7 +141,7 @@ fn sequences_with_gaps_move() {
         // A cache that keeps more has no use for it.
         for (window, sink_tokens) in [(None, 0), (Some(51), 0), (Some(50), 50)] {
             let mut config = *cache.config();
-            (config.window, config.sink_tokens) = (window, sink_tokens);
+            config.groups = LayerGroups::one(LayerGroup { window, sink_tokens });
             let other = KvCache::new_blocking(&gpu, config).expect("cache");
             let mut encoder = gpu.device().create_command_encoder(&Default::default());
             let fits = other.swap_in(&mut encoder, &snapshot);

@@ -30,6 +30,7 @@ mod experts_config;
 mod experts_files;
 mod forward;
 mod gguf;
+mod groups;
 mod head_linear;
 mod kinds_of_layers;
 mod latent;

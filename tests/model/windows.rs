@@ -53,7 +53,8 @@ fn texts_are_the_same_in_flat_memory() {
         assert_eq!(all.usage().used, 36_u32.saturating_add(n as u32).div_ceil(4));
 
         let mut flat = decoder(&model, options(num_blocks, false));
-        assert!(all.cache().config().window.is_none() && flat.cache().config().window.is_some());
+        let has_windows = |decoder: &Decoder| decoder.cache().config().groups.has_windows();
+        assert!(!has_windows(&all) && has_windows(&flat));
         let sequence = flat.create_sequence();
         assert_eq!(go_on(&mut flat, sequence, &prompt, n), text, "{name}");
         flat.release_hidden(sequence).unwrap();
@@ -179,15 +180,6 @@ fn known_prompts_are_found_with_the_window_that_they_need() {
     let config = *decoder.cache().config();
     assert_eq!((found.len, decoder.memory().sequences[1].blocks), (60, config.held_blocks(60)));
     assert_eq!(go_on(&mut decoder, found.sequence, &prompt[60..], 12), text);
-}
-
-/// Layers that see everything need every block.
-#[test]
-fn a_layer_without_a_window_keeps_all() {
-    let Some(gpu) = adapter::open(adapter::DEFAULT) else { return };
-    for name in ["gemma2", "gemma3", "llama"] {
-        assert_eq!(options(9, false).cache_config(model(&gpu, name).config()).window, None, "{name}");
-    }
 }
 
 fn streaming(window: u32, sink_tokens: u32) -> Streaming {

@@ -25,8 +25,8 @@ pub(super) struct Fit {
     head_dim: u32,
     /// One row per token and layer is key and value.
     latent: bool,
-    /// The window of all layers, beyond which the cache keeps nothing.
-    window: Option<u32>,
+    /// What layers keep of a text in the cache.
+    keeps: Vec<Keeps>,
     max_positions: u32,
     context: u32,
     block_size: u32,
@@ -35,6 +35,41 @@ pub(super) struct Fit {
     caches: Vec<Cache>,
     fits: Vec<Fitting>,
     adapter: Option<Adapter>,
+}
+
+/// Layers that keep the same.
+#[derive(Debug, Serialize)]
+pub(super) struct Keeps {
+    layers: u32,
+    /// Their newest tokens; `None`: all.
+    window: Option<u32>,
+}
+
+impl Keeps {
+    /// Of all layers of a model with such a cache.
+    pub(super) fn of(config: &ModelConfig, cache: &KvCacheConfig) -> Vec<Self> {
+        if let [group] = cache.groups.as_slice() {
+            return vec![Self { layers: config.num_layers, window: group.window }];
+        }
+        let mut all: Vec<Self> = Vec::new();
+        for layer in 0..config.num_layers {
+            let window = config.layers.kind(layer).window.filter(|&window| window < config.max_positions);
+            match all.iter_mut().find(|keeps| keeps.window == window) {
+                Some(keeps) => keeps.layers += 1,
+                None => all.push(Self { layers: 1, window }),
+            }
+        }
+        all
+    }
+}
+
+impl fmt::Display for Keeps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.window {
+            Some(window) => write!(f, "{} layers keep the newest {window}", self.layers),
+            None => write!(f, "{} layers keep all", self.layers),
+        }
+    }
 }
 
 /// Weights in one format.
@@ -150,7 +185,7 @@ impl Fit {
             }
         });
         Ok(Self {
-            version: 1,
+            version: 2,
             model: name.to_owned(),
             architecture: config.architecture()?.model_type(),
             parameters: weights.first().map_or(0, |&(_, parameters)| parameters),
@@ -159,7 +194,7 @@ impl Fit {
             kv_heads: shape.num_kv_heads,
             head_dim: shape.head_dim,
             latent: shape.latent,
-            window: shape.window,
+            keeps: Keeps::of(config, &shape),
             max_positions: config.max_positions,
             context,
             block_size: options.block_size,
@@ -184,7 +219,8 @@ impl Adapter {
         let most_tokens = decoders.iter().map(|decoder| {
             let cache = decoder.cache_config(config);
             let blocks = KvCache::largest_pool(gpu, &cache);
-            u64::from(blocks) * u64::from(cache.block_size)
+            // A token has a slot in each group of layers.
+            u64::from(blocks / cache.groups.count()) * u64::from(cache.block_size)
         });
         Self { name: format!("{} ({:?})", info.name, info.backend), binding, most_tokens: most_tokens.collect() }
     }
@@ -213,8 +249,8 @@ impl fmt::Display for Fit {
             self.head_dim,
             if self.latent { ", latents" } else { "" },
         )?;
-        let window = self.window.map_or_else(String::new, |window| format!(", of which it sees the newest {window}"));
-        writeln!(f, "texts of up to {} tokens{window}\n", self.max_positions)?;
+        let keeps: Vec<_> = self.keeps.iter().map(Keeps::to_string).collect();
+        writeln!(f, "texts of up to {} tokens, of which {}\n", self.max_positions, keeps.join(" and "))?;
         let rows = self.weights.iter().map(|weights| vec![weights.format.clone(), bytes(weights.bytes)]);
         writeln!(f, "{}\n", table(["weights", "bytes"].map(str::to_owned), rows))?;
         let header = ["cache".to_owned(), "of a token".to_owned(), format!("of {} tokens", self.context)];

@@ -4,7 +4,7 @@ use folio::model::{Model, ModelConfig, ModelOptions, WeightFormat};
 use folio::{Gpu, GpuOptions, KvCache, KvFormat, KvFormats};
 
 use super::known;
-use super::size::{cache_of, decoder_options};
+use super::size::{Keeps, cache_of, decoder_options};
 
 fn config(name: &str) -> ModelConfig {
     ModelConfig::from_json(known::find(name).unwrap().unwrap().config.get()).unwrap()
@@ -53,7 +53,8 @@ fn caches_have_the_size_that_is_said() {
             let options = decoder_options(KvFormats { k: format, v: format }, 16);
             let said = cache_of(options, &config, 100);
             let cache = KvCache::new_blocking(&gpu, said).unwrap();
-            let buffers = (0..2).flat_map(|layer| {
+            // Layers of different groups share buffers.
+            let buffers = (0..said.layers_per_group()).flat_map(|layer| {
                 let (k, v) = cache.layer_buffers(layer).unwrap();
                 // Where values are keys they are read from the same buffers.
                 let v = if said.latent { &[] } else { v };
@@ -62,6 +63,28 @@ fn caches_have_the_size_that_is_said() {
             assert_eq!(buffers.sum::<u64>(), said.pool_bytes(), "{name} {format}");
         }
     }
+}
+
+/// By hand: groups with a window, and those without, each with its blocks of a layer.
+#[test]
+fn layers_keep_what_they_see() {
+    let options = decoder_options(KvFormats { k: KvFormat::F16, v: KvFormat::F16 }, 16);
+    for (name, heads, [windowed, full], keeps) in [
+        ("gemma-3-1b", 1, [6 * 4, 4], "22 layers keep the newest 512, 4 layers keep all"),
+        ("gemma-3-270m", 1, [5 * 3, 3], "15 layers keep the newest 512, 3 layers keep all"),
+    ] {
+        let config = config(name);
+        let cache = cache_of(options, &config, 32_768);
+        // 512 tokens of a window and 512 of a step that ends anywhere.
+        let blocks = windowed * (64 + 1) + full * 2048;
+        let layer_block = heads * 256 * 16 * 2 * 2;
+        assert_eq!(cache.pool_bytes(), blocks * layer_block, "{name}");
+        let said: Vec<_> = Keeps::of(&config, &cache).iter().map(Keeps::to_string).collect();
+        assert_eq!(said.join(", "), keeps);
+    }
+    let llama = config("llama-3-8b");
+    let said: Vec<_> = Keeps::of(&llama, &cache_of(options, &llama, 100)).iter().map(Keeps::to_string).collect();
+    assert_eq!(said, ["32 layers keep all"]);
 }
 
 /// Weights that are loaded have the bytes that were said.

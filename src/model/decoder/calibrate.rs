@@ -107,7 +107,8 @@ impl Decoder {
     /// Those of [`step`](Self::step).
     pub async fn warm_up_with(&mut self, mut progress: impl FnMut(WarmUp)) -> ModelResult<()> {
         self.kernels.warm_up()?;
-        let room = self.usage().free.saturating_mul(self.options.block_size).min(self.max_len());
+        let free = self.usage().free / self.cache.config().groups.count();
+        let room = free.saturating_mul(self.options.block_size).min(self.max_len());
         let most = self.options.max_step_tokens.min(room);
         let (greedy, draw) = (Sampling::greedy(), Sampling::default());
         let penalty = |sampling| Sampling { repetition_penalty: 1.5, ..sampling };

@@ -1,9 +1,10 @@
 //! What the kinds of layers of a model need beside its weights.
 
-use super::{DecoderOptions, Streaming, storage};
+use super::groups::{CacheLayers, seen};
+use super::{DecoderOptions, storage};
 use crate::model::ModelResult;
 use crate::model::config::QkNorm;
-use crate::model::transformer::{Append, KindContext, Model};
+use crate::model::transformer::{Append, LayerContext, Model};
 use crate::{
     AppendLatent, AppendQkv, Attention, AttentionConfig, AttentionPlan, BufferRef, KvCache, QueryKernel, Result,
     RopeConfig, Sinks, Step,
@@ -14,21 +15,24 @@ use crate::{
 pub(super) struct LayerKernels {
     attentions: Vec<Attention>,
     appends: Vec<Append>,
-    /// Which of both each kind takes.
-    kinds: Vec<(usize, Option<usize>)>,
+    /// Plans of a step: of which attention, for which group of the cache's layers.
+    plans: Vec<(usize, u32)>,
+    /// Of each layer.
+    layers: Vec<LayerKernel>,
     /// Of each layer, if the model has them.
     sinks: Vec<Sinks>,
     /// Queries for sink tokens of a step, if there are any, and the bytes of a token's.
     sink_q: Option<(wgpu::Buffer, u64)>,
 }
 
-/// What a kind of layer sees: its window, and whether it sees sink tokens besides.
-fn seen(window: Option<u32>, streaming: Option<Streaming>) -> (Option<u32>, u32) {
-    match (window, streaming) {
-        (Some(own), Some(streaming)) if own <= streaming.window => (Some(own), 0),
-        (_, Some(streaming)) => (Some(streaming.window), streaming.sink_tokens),
-        (window, None) => (window, 0),
-    }
+/// What a layer takes.
+#[derive(Clone, Copy, Debug)]
+struct LayerKernel {
+    /// The layer of the cache.
+    place: u32,
+    attention: usize,
+    plan: usize,
+    append: Option<usize>,
 }
 
 impl LayerKernels {
@@ -36,6 +40,7 @@ impl LayerKernels {
     pub(super) async fn new(
         model: &Model,
         cache: &KvCache,
+        layers: &CacheLayers,
         options: &DecoderOptions,
         trees: bool,
     ) -> ModelResult<Self> {
@@ -48,6 +53,14 @@ impl LayerKernels {
             (index_of(&mut windows, (window, sinks, sinks > 0 && rope.is_some())), rope)
         });
         let kinds: Vec<_> = kinds.collect();
+        let mut plans = Vec::new();
+        let of_layer = |layer| {
+            let place = layers.place(layer);
+            let (attention, append) = kinds[config.layers.index(layer)];
+            let plan = index_of(&mut plans, (attention, cache.config().group_of(place)));
+            LayerKernel { place, attention, plan, append }
+        };
+        let of_layers = (0..config.num_layers).map(of_layer).collect();
         let mut attentions = Vec::with_capacity(windows.len());
         for (window, sink_tokens, sink_queries) in windows {
             let mut attention = AttentionConfig::new(config.num_q_heads);
@@ -77,36 +90,36 @@ impl LayerKernels {
         let bytes = row_bytes * u64::from(options.max_step_tokens);
         let sink_q =
             if has_sinks { Some((storage(model.gpu(), "folio sink queries", bytes)?, row_bytes)) } else { None };
-        Ok(Self { attentions, appends, kinds, sinks, sink_q })
+        Ok(Self { attentions, appends, plans, layers: of_layers, sinks, sink_q })
     }
 
-    /// Plans a step: one plan for each attention.
+    /// Plans a step: one plan for each attention and each group of layers that it is used in.
     pub(super) fn plan(&self, step: &Step, kernels: Option<&[QueryKernel]>) -> Result<Vec<AttentionPlan>> {
-        let plan = |attention: &Attention| match kernels {
-            Some(kernels) => attention.plan_with_kernels(step, kernels),
-            None => attention.plan(step),
+        let plan = |&(attention, group): &(usize, u32)| {
+            let (attention, step) = (&self.attentions[attention], step.group(group)?);
+            match kernels {
+                Some(kernels) => attention.plan_with_kernels(step, kernels),
+                None => attention.plan(step),
+            }
         };
-        self.attentions.iter().map(plan).collect()
+        self.plans.iter().map(plan).collect()
     }
 
-    /// What layers of each kind take in a step with these plans.
-    pub(super) fn contexts<'a>(&'a self, plans: &'a [AttentionPlan], rows: u32) -> Vec<KindContext<'a>> {
+    /// What each layer takes in a step with these plans.
+    pub(super) fn contexts<'a>(&'a self, plans: &'a [AttentionPlan], rows: u32) -> Vec<LayerContext<'a>> {
         let sink_q = |attention: &Attention| {
             let (buffer, row_bytes) = self.sink_q.as_ref().filter(|_| attention.config().sink_queries)?;
             Some(BufferRef::new(buffer, 0, u64::from(rows) * row_bytes))
         };
-        let context = |&(attention, append): &(usize, Option<usize>)| KindContext {
-            attention: &self.attentions[attention],
-            plan: &plans[attention],
-            append: append.map(|append| &self.appends[append]),
-            sink_q: sink_q(&self.attentions[attention]),
+        let context = |(layer, kernel): (usize, &LayerKernel)| LayerContext {
+            place: kernel.place,
+            attention: &self.attentions[kernel.attention],
+            plan: &plans[kernel.plan],
+            append: kernel.append.map(|append| &self.appends[append]),
+            sinks: self.sinks.get(layer),
+            sink_q: sink_q(&self.attentions[kernel.attention]),
         };
-        self.kinds.iter().map(context).collect()
-    }
-
-    /// Those of each layer.
-    pub(super) fn sinks(&self) -> &[Sinks] {
-        &self.sinks
+        self.layers.iter().enumerate().map(context).collect()
     }
 
     pub(super) fn warm_up(&self) -> Result<()> {

@@ -309,8 +309,8 @@ impl Decoder {
     fn adopt_key_scales(&self, snapshot: &SequenceSnapshot) -> ModelResult<()> {
         let own = *self.cache.config();
         let usage = self.usage();
-        let KvCacheConfig { num_blocks, window, sink_tokens, .. } = own;
-        let fits = KvCacheConfig { num_blocks, window, sink_tokens, ..*snapshot.config() } == own
+        let KvCacheConfig { num_blocks, groups, .. } = own;
+        let fits = KvCacheConfig { num_blocks, groups, ..*snapshot.config() } == own
             && snapshot.config().num_blocks <= usage.free + usage.reclaimable;
         if fits && (0..own.num_layers).all(|layer| self.cache.key_scales(layer).is_none()) {
             for layer in 0..own.num_layers {

@@ -2,12 +2,14 @@
 
 mod calibrate;
 mod feed;
+mod groups;
 mod input;
 mod kernels;
 mod life_cycle;
 mod rollback;
 mod step;
 
+use groups::CacheLayers;
 pub use input::{Drawn, Input, LogitRows, TokenLogprob};
 use kernels::LayerKernels;
 
@@ -29,7 +31,8 @@ use crate::{
 pub struct DecoderOptions {
     /// Tokens per block of the cache.
     pub block_size: u32,
-    /// Blocks of the cache, shared by all sequences.
+    /// Blocks of the cache, shared by all sequences: their memory, as blocks of all layers. If layers keep different tokens, each block is one for
+    /// each group of layers instead, so that the cache has several times as many ([`KvCacheConfig::groups`]).
     pub num_blocks: u32,
     /// How keys are stored. With scales per channel they must be calibrated before anything else: [`Decoder::calibrate_keys`].
     pub k_format: KvFormat,
@@ -41,9 +44,10 @@ pub struct DecoderOptions {
     /// Whether the decoder looks for the beginning of every new sequence among what it has computed before, and keeps full blocks of ended
     /// sequences for that until their room is needed. A prompt then costs only what follows the longest known beginning, in whole blocks.
     pub prefix_cache: bool,
-    /// Keeps every token's keys and values, also where each layer has a window and no later token can see them. [`Decoder::truncate`] and
-    /// [`Decoder::fork_at`] then reach back to any length, and memory grows with the text. Otherwise blocks that have left the largest window return
-    /// to the pool, so that a text of any length takes about a window.
+    /// Keeps every token's keys and values, also in layers with a window, where no later token can see them. [`Decoder::truncate`] and
+    /// [`Decoder::fork_at`] then reach back to any length, and the memory of all layers grows with the text. Otherwise blocks that have left the window
+    /// of their layers return to the pool, so that these take about a window for a text of any length. (With a key format with scales per channel
+    /// layers keep what the one with the widest window does, or all if there is one without.)
     pub keep_all_blocks: bool,
     /// Text of any length in the memory of a window, by attention sinks; see [`Streaming`]. `None`: attention is what the model was trained with.
     pub streaming: Option<Streaming>,
@@ -98,24 +102,14 @@ impl Default for DecoderOptions {
 }
 
 impl DecoderOptions {
-    /// The cache that a decoder with these options makes for a model. One of latents has one format: both must be the same.
+    /// The cache that a decoder with these options makes for a model, unless the device can't bind it so: then all layers keep the same. One of latents
+    /// has one format: both must be the same.
+    ///
+    /// Layers that keep the same tokens form groups of equal size, the last of which may have layers that are not the model's. The size is such that
+    /// there are few groups, and that this padding takes little of a text's memory: a seventh at most, and next to nothing if the text is long.
     #[must_use]
     pub fn cache_config(&self, model: &ModelConfig) -> KvCacheConfig {
-        let cache = match &model.latent {
-            Some(latent) => KvCacheConfig::latent(model.num_layers, latent.row_dim(), latent.kv_rank),
-            None => KvCacheConfig::new(model.num_layers, model.num_kv_heads, model.head_dim),
-        };
-        let cache = cache.with_blocks(self.num_blocks, self.block_size).with_formats(self.k_format, self.v_format);
-        // One pool has the blocks of all layers: what the widest window shows must stay. A layer without one sees everything.
-        if let Some(Streaming { window, sink_tokens }) = self.streaming {
-            return cache.with_window(window).with_sink_tokens(sink_tokens);
-        }
-        let widest = model.layers.kinds().iter().try_fold(0, |widest, kind| Some(kind.window?.max(widest)));
-        match widest {
-            // No text is longer.
-            Some(window) if window < model.max_positions && !self.keep_all_blocks => cache.with_window(window),
-            _ => cache,
-        }
+        CacheLayers::new(self, model).cache_config(self, model)
     }
 }
 
@@ -138,6 +132,8 @@ pub struct Decoder {
     model: Arc<Model>,
     options: DecoderOptions,
     cache: Arc<KvCache>,
+    /// Where the model's layers are in it.
+    layers: CacheLayers,
     kernels: LayerKernels,
     /// Made with the first step that has a tree.
     tree_kernels: Option<LayerKernels>,
@@ -217,8 +213,17 @@ impl Decoder {
         if let Some(streaming) = &options.streaming {
             streaming.check(&config)?;
         }
-        let cache = KvCache::new(&gpu, options.cache_config(&config)).await?;
-        let kernels = LayerKernels::new(&model, &cache, &options, false).await?;
+        let mut layers = CacheLayers::new(&options, &config);
+        let mut cache_config = layers.cache_config(&options, &config);
+        // Groups share buffers, which are larger by as much.
+        let is_bindable =
+            |cache: &KvCacheConfig| cache.validate().is_ok() && KvCache::largest_pool(&gpu, cache) >= cache.num_blocks;
+        if layers.num_groups() > 1 && !is_bindable(&cache_config) {
+            layers = CacheLayers::whole(&options, &config);
+            cache_config = layers.cache_config(&options, &config);
+        }
+        let cache = KvCache::new(&gpu, cache_config).await?;
+        let kernels = LayerKernels::new(&model, &cache, &layers, &options, false).await?;
         let sampler = Sampler::new(&gpu, config.vocab_size).await?;
         let scratch = Scratch::new(&gpu, &config, options.max_step_tokens)?;
         Ok(Self {
@@ -228,6 +233,7 @@ impl Decoder {
             texts: HashMap::new(),
             swapped: HashMap::new(),
             cache: Arc::new(cache),
+            layers,
             model,
             options,
             kernels,
@@ -301,13 +307,26 @@ impl Decoder {
         self.swapped.values().map(SequenceSnapshot::num_bytes).sum()
     }
 
+    /// The layer of the [cache](Self::cache) that has the keys and values of a layer of the model. They are the same, unless layers keep different
+    /// tokens: then the cache has those that keep the same side by side.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a layer that isn't there.
+    pub fn cache_layer(&self, layer: u32) -> ModelResult<u32> {
+        let num_layers = self.model.config().num_layers;
+        if layer >= num_layers {
+            return Err(ModelError::argument("layer", layer, format!("below the model's number, {num_layers}")));
+        }
+        Ok(self.layers.place(layer))
+    }
+
     /// Bytes of the keys and values of one token, all layers.
     #[must_use]
     pub fn bytes_per_token(&self) -> u64 {
         self.cache.config().token_bytes()
     }
 
-    /// Bytes of a block of the cache, all layers.
+    /// Bytes of a block of the cache, in all layers of a group: of what [`usage`](Self::usage) counts.
     #[must_use]
     pub fn bytes_per_block(&self) -> u64 {
         self.cache.config().block_bytes()

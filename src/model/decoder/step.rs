@@ -249,9 +249,13 @@ impl Decoder {
         let left = feeds.iter().map(|feed| (feed.sequence, (feed.tokens.len() - feed.done) as u32));
         let left: Vec<_> = left.filter(|&(_, count)| count > 0).collect();
         let count: usize = left.iter().map(|&(_, count)| count as usize).sum();
-        if count > self.options.max_step_tokens as usize && self.cache.config().window.is_none() {
-            // One step for all would take the blocks that several will: without room for it nothing is computed. (With a window several take fewer.)
-            drop(self.cache.begin_step(&left)?);
+        if count > self.options.max_step_tokens as usize {
+            // Without room for all steps nothing is computed. One step for all would take the blocks that several will; with windows these take fewer.
+            if self.cache.config().groups.has_windows() {
+                self.cache.check_room(&left)?;
+            } else {
+                drop(self.cache.begin_step(&left)?);
+            }
         }
         let limits = StepLimits {
             tokens: self.options.max_step_tokens as usize,
@@ -274,7 +278,7 @@ impl Decoder {
 
     /// Makes the blocks that a feed has filled so far findable, if the next step may give some of them back.
     fn publish_ahead(&self, feed: &Feed<'_>) {
-        let has_window = self.cache.config().window.is_some();
+        let has_window = self.cache.config().groups.has_windows();
         if !(self.options.prefix_cache && has_window && feed.done < feed.tokens.len()) {
             return;
         }
@@ -345,7 +349,8 @@ impl Decoder {
         let batch: Vec<_> = chunks.iter().map(|chunk| (chunk.sequence, chunk.tokens.len() as u32)).collect();
         let has_trees = chunks.iter().any(|chunk| chunk.tree.is_some());
         if has_trees && self.tree_kernels.is_none() {
-            self.tree_kernels = Some(LayerKernels::new(&self.model, &self.cache, &self.options, true).await?);
+            self.tree_kernels =
+                Some(LayerKernels::new(&self.model, &self.cache, &self.layers, &self.options, true).await?);
         }
         let mut step = if has_trees {
             let trees: Vec<_> = chunks.iter().map(|chunk| chunk.tree.cloned()).collect();
@@ -427,8 +432,7 @@ impl Decoder {
             lease.hold_in(&pass);
             let context = StepContext {
                 cache: &self.cache,
-                kinds: self.layer_kernels(has_trees).contexts(&plans, rows),
-                sinks: self.layer_kernels(has_trees).sinks(),
+                layers: self.layer_kernels(has_trees).contexts(&plans, rows),
                 step: &step,
                 ids,
                 positions,

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
+use crate::layout::{LayerGroup, LayerGroups};
+
 use super::{Costs, Demand, Memory, Preemption, PrefixHit, Refusal, RequestId, Scheduler, SchedulerConfig};
 use world::{Pool, TICK, World};
 
@@ -21,15 +23,20 @@ fn random_config(rng: &mut Rng) -> SchedulerConfig {
     config
 }
 
+fn random_group(rng: &mut Rng, config: &SchedulerConfig) -> LayerGroup {
+    let window = rng.u32(1..=config.num_blocks * config.block_size);
+    LayerGroup { window: Some(window), sink_tokens: rng.u32(..5) * rng.u32(..10) }
+}
+
 fn random_demand(rng: &mut Rng, config: &SchedulerConfig) -> Demand {
     // With a window a text may be longer than the cache.
-    let most = config.num_blocks * config.block_size * if config.window.is_some() { 3 } else { 1 };
+    let most = config.room(config.num_blocks) * if config.groups.has_windows() { 3 } else { 1 };
     let prompt = if rng.bool() { rng.u32(1..=most.min(20)) } else { rng.u32(1..=most) };
     let new = rng.u32(1..=(most + 1 - prompt).min(60));
     let demand = Demand { priority: rng.i32(-2..3), ..Demand::new(prompt, new) };
     let wide = Demand { beams: rng.u32(2..5), ..demand };
     // The model of the cache knows no beams with windows.
-    let fits = config.window.is_none()
+    let fits = !config.groups.has_windows()
         && wide.max_blocks(config) <= u64::from(config.num_blocks)
         && wide.beams <= config.max_step_tokens;
     if fits && rng.u32(..6) == 0 { wide } else { demand }
@@ -45,8 +52,14 @@ fn random_workloads_finish_within_memory_and_budget() {
         let mut rng = Rng::with_seed(seed);
         let mut config = random_config(&mut rng);
         if seed >= 1500 {
-            config.window = Some(rng.u32(1..=config.num_blocks * config.block_size));
-            config.sink_tokens = rng.u32(..5) * rng.u32(..10);
+            config.groups = LayerGroups::one(random_group(&mut rng, &config));
+        }
+        if seed >= 1700 {
+            let groups: Vec<_> = (0..rng.u32(2..5))
+                .map(|_| if rng.bool() { LayerGroup::ALL } else { random_group(&mut rng, &config) })
+                .collect();
+            config.groups = LayerGroups::new(&groups).expect("a few");
+            config.num_blocks *= config.groups.count();
         }
         let mut world = World::new(config);
         world.drafts = rng.bool().then(|| rng.fork());
@@ -56,7 +69,7 @@ fn random_workloads_finish_within_memory_and_budget() {
             let demand = random_demand(&mut rng, &config);
             match world.submit(demand, rng.u32(1..60)) {
                 Ok(_) => accepted += 1,
-                Err(Refusal::TooLong { need, .. }) => assert!(config.window.is_some() && need > config.num_blocks),
+                Err(Refusal::TooLong { need, .. }) => assert!(config.groups.has_windows() && need > config.num_blocks),
                 Err(refusal) => assert!(matches!(refusal, Refusal::QueueFull(waiting) if waiting >= config.max_queued)),
             }
             for _ in 0..rng.u32(0..4) {
@@ -73,7 +86,7 @@ fn random_workloads_finish_within_memory_and_budget() {
         assert_eq!(world.finished.len() + cancelled, accepted, "seed {seed}");
         assert!(world.max_preemptions_seen <= config.max_preemptions, "seed {seed}");
         total += accepted;
-        longest = longest.max(if config.window.is_some() { world.longest } else { 0 });
+        longest = longest.max(if config.groups.has_windows() { world.longest } else { 0 });
         preempted += usize::from(world.max_preemptions_seen > 0);
         num_right += world.num_accepted;
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::layout::Retention;
+use crate::layout::LayerGroups;
 
 use super::super::{
     Demand, Memory, Preemption, Refusal, RequestId, ScheduledChunk, Scheduler, SchedulerConfig, StepSchedule,
@@ -19,7 +19,7 @@ pub(super) struct Pool {
     pub(super) num_blocks: u32,
     pub(super) block_size: u32,
     /// What between two steps and within one is left of a request: by its tokens, and those that it had when the step began.
-    pub(super) retention: Option<Retention>,
+    pub(super) groups: LayerGroups,
     pub(super) cached: BTreeMap<RequestId, u32>,
     pub(super) swapped: BTreeMap<RequestId, u32>,
     /// Requests with more than one beam: tokens of the prompt, and beams.
@@ -33,17 +33,16 @@ impl Pool {
         self.blocks_since(request, tokens, tokens)
     }
 
-    /// The same within a step that began with so many tokens, whose window lies further back.
+    /// The same within a step that began with so many tokens, whose windows lie further back.
     fn blocks_since(&self, request: RequestId, tokens: u32, began_with: u32) -> u32 {
+        let retentions = self.groups.as_slice().iter().map(|group| group.retention(self.block_size));
         let blocks = tokens.div_ceil(self.block_size);
-        let gone = self.retention.map_or(0, |retention| retention.hidden_blocks(began_with).len() as u32);
-        let blocks = blocks - gone;
         match self.beams.get(&request) {
-            Some(&(prompt, beams)) if tokens > prompt && self.retention.is_none() => {
+            Some(&(prompt, beams)) if tokens > prompt && !self.groups.has_windows() => {
                 let shared = prompt / self.block_size;
-                shared + beams * (blocks - shared)
+                (shared + beams * (blocks - shared)) * self.groups.count()
             }
-            _ => blocks,
+            _ => retentions.map(|retention| blocks - retention.hidden_blocks(began_with).len() as u32).sum(),
         }
     }
 
@@ -63,12 +62,14 @@ impl Memory for Pool {
 
     /// As many as there can be.
     fn copied_blocks(&self, request: RequestId) -> u32 {
-        self.beams.get(&request).map_or(0, |&(prompt, beams)| if self.cached[&request] >= prompt { beams } else { 0 })
+        let of = |&(prompt, beams)| if self.cached[&request] >= prompt { beams * self.groups.count() } else { 0 };
+        self.beams.get(&request).map_or(0, of)
     }
 
     fn beam_blocks(&self, request: RequestId) -> u32 {
         self.beams.get(&request).map_or(0, |&(prompt, _)| {
-            self.blocks(request, self.cached[&request]).saturating_sub(prompt / self.block_size)
+            let shared = prompt / self.block_size * self.groups.count();
+            self.blocks(request, self.cached[&request]).saturating_sub(shared)
         })
     }
 }
@@ -92,9 +93,8 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(config: SchedulerConfig) -> Self {
-        let SchedulerConfig { num_blocks, block_size, window, sink_tokens, .. } = config;
-        let retention = window.map(|_| Retention { block_size, window, sink_tokens });
-        let pool = Pool { num_blocks, block_size, retention, ..Pool::default() };
+        let SchedulerConfig { num_blocks, block_size, groups, .. } = config;
+        let pool = Pool { num_blocks, block_size, groups, ..Pool::default() };
         Self {
             scheduler: Scheduler::new(config).expect("a valid configuration"),
             pool,

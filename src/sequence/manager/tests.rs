@@ -5,7 +5,10 @@ mod model;
 mod ops;
 mod window;
 
+use std::collections::HashSet;
+
 use super::super::prefix;
+use super::super::reserve::{Pending, Reservation, ReservedGroup};
 use super::*;
 use crate::error::ErrorKind;
 use crate::format::KvFormat;
@@ -23,7 +26,7 @@ impl Manager {
     fn extend(&mut self, id: SequenceId, count: u32) -> Result<Vec<[u32; 2]>> {
         let reservation = self.reserve(&[(id, count)])?;
         self.commit(reservation.pending);
-        Ok(reservation.copies)
+        Ok(reservation.groups.into_iter().flat_map(|group| group.copies).collect())
     }
 
     /// A new sequence of `len` tokens.
@@ -48,8 +51,7 @@ impl Manager {
 
     /// Tokens that are found, without a trace of the look-up.
     fn found(&mut self, tokens: &[u32], salt: u64) -> u32 {
-        let blocks = self.prefixes.find(tokens, salt, self.config.block_size);
-        blocks.len() as u32 * self.config.block_size
+        self.prefixes.find(tokens, salt, &self.config).len
     }
 
     fn refused<T: std::fmt::Debug>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>, kind: ErrorKind, part: &str) {
@@ -169,7 +171,8 @@ fn an_indexed_block_is_not_written_to() {
     // The same for a fork, and for one that is dropped.
     let fork = m.fork_at(s, 3).unwrap();
     let step = m.reserve(&[(fork, 1)]).unwrap();
-    assert_eq!((step.copies.len(), step.copies[0][0]), (1, indexed[0].0));
+    let copies = &step.groups[0].copies;
+    assert_eq!((copies.len(), copies[0][0]), (1, indexed[0].0));
     m.roll_back(step.pending);
     assert_eq!(m.blocks(fork), indexed[..1]);
     let hit = m.match_prefix(&[0, 1, 2, 3, 4, 5, 6, 7], 0);
@@ -179,7 +182,7 @@ fn an_indexed_block_is_not_written_to() {
 #[test]
 fn every_hash_may_collide() {
     let mut m = manager(2, 32);
-    m.prefixes = prefix::tests::colliding();
+    m.prefixes = m.prefixes.colliding();
     // The same tokens after different ones, as a first block, and under another salt.
     let chains: [(u64, &[u32]); 5] =
         [(0, &[1, 1, 2, 2, 3, 3]), (0, &[2, 2, 2, 2, 3, 3]), (0, &[3, 3, 2, 2]), (7, &[1, 1, 2, 2]), (8, &[2, 2])];
@@ -344,7 +347,7 @@ fn hits_are_counted_in_tokens() {
 fn forking_and_matching_take_as_many_iterations_as_there_are_blocks() {
     let (block_size, len) = (16, 32_768);
     let mut m = manager(block_size, 2 * len / block_size);
-    m.prefixes = prefix::tests::counting();
+    m.prefixes = m.prefixes.counting();
     let tokens: Vec<u32> = (0..len).map(|i| i * 7 % 50_000).collect();
     let s = m.sequence(len - 5);
     let fork = m.fork(s).unwrap();

@@ -12,20 +12,22 @@ thread_local! {
     static NUM_HASHES: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Every hash is the same.
-pub(in crate::sequence) fn colliding() -> PrefixIndex {
-    PrefixIndex::with_hash(|_, _, _| 7)
+impl PrefixIndex {
+    /// The same index, empty, with equal hashes for everything.
+    pub(in crate::sequence) fn colliding(&self) -> Self {
+        Self::with_hash(self.needs_all.clone(), |_, _, _| 7)
+    }
+
+    /// The same index, empty, that counts its work.
+    pub(in crate::sequence) fn counting(&self) -> Self {
+        Self::with_hash(self.needs_all.clone(), |keys, parent, tokens| {
+            NUM_HASHES.set(NUM_HASHES.get() + 1);
+            chain_hash(keys, parent, tokens)
+        })
+    }
 }
 
-/// Counts its work.
-pub(in crate::sequence) fn counting() -> PrefixIndex {
-    PrefixIndex::with_hash(|keys, parent, tokens| {
-        NUM_HASHES.set(NUM_HASHES.get() + 1);
-        chain_hash(keys, parent, tokens)
-    })
-}
-
-/// Hashes that a [`counting`] index has computed on this thread since the last call.
+/// Hashes that a [`PrefixIndex::counting`] index has computed on this thread since the last call.
 pub(in crate::sequence) fn take_num_hashes() -> u32 {
     NUM_HASHES.replace(0)
 }
@@ -44,10 +46,10 @@ impl PrefixIndex {
         (salt, blocks.concat())
     }
 
-    /// Every entry: its block, and since when it has been unused.
-    pub(in crate::sequence) fn snapshot(&self) -> BTreeMap<Key, (BlockId, Option<u64>)> {
-        let snapshot: BTreeMap<_, _> =
-            self.entries.values().map(|entry| (self.key(entry), (entry.block, entry.unused_since))).collect();
+    /// Every entry: its block of each group, and since when that has been unused.
+    pub(in crate::sequence) fn snapshot(&self) -> BTreeMap<Key, Vec<(BlockId, Option<u64>)>> {
+        let blocks = |entry: &Entry| entry.blocks.iter().map(|held| (held.block, held.unused_since)).collect();
+        let snapshot: BTreeMap<_, _> = self.entries.values().map(|entry| (self.key(entry), blocks(entry))).collect();
         assert_eq!(snapshot.len(), self.entries.len(), "two entries for the same tokens");
         snapshot
     }
@@ -57,7 +59,13 @@ impl PrefixIndex {
         let edges: BTreeSet<_> = self.entries.iter().map(|(&id, entry)| (entry.parent, id)).collect();
         assert_eq!(self.edges, edges);
         assert!(edges.iter().all(|(parent, child)| parent < child));
-        let by_block: BTreeSet<_> = self.entries.iter().map(|(&id, entry)| (entry.block, id)).collect();
+        let held = || {
+            let blocks = |(&id, entry): (&NodeId, &Entry)| {
+                entry.blocks.iter().copied().enumerate().map(|(group, held)| (id, group, held)).collect::<Vec<_>>()
+            };
+            self.entries.iter().flat_map(blocks).filter(|(.., held)| !held.block.is_null())
+        };
+        let by_block: BTreeSet<_> = held().map(|(id, _, held)| (held.block, id)).collect();
         assert_eq!(self.by_block, by_block);
         let mut hashed: Vec<_> = self.by_hash.values().flatten().copied().collect();
         hashed.sort_unstable();
@@ -66,11 +74,19 @@ impl PrefixIndex {
         assert_eq!(hashed, ids);
         for (id, entry) in &self.entries {
             assert!(self.by_hash[&entry.hash].contains(id));
-            assert_eq!(entry.unused_since.is_some(), pool.is_reclaimable(entry.block), "{entry:?}");
+            for (held, needs_all) in entry.blocks.iter().zip(&self.needs_all) {
+                assert_eq!(held.unused_since.is_some(), pool.is_reclaimable(held.block), "{entry:?}");
+                assert!(!needs_all || !held.block.is_null(), "{entry:?}");
+            }
+            assert!(!entry.is_empty() || self.first_child(*id).is_some(), "an entry that leads nowhere: {entry:?}");
         }
-        let line = |with_children: bool| -> BTreeSet<EvictionRank> {
-            let entries = self.entries.iter().filter(|&(&id, _)| self.first_child(id).is_some() == with_children);
-            entries.filter_map(|(&id, entry)| entry.unused_since.map(|since| (since, Reverse(id)))).collect()
+        let line = |is_inner: bool| -> BTreeSet<EvictionRank> {
+            let rank = |(id, group, held): (NodeId, usize, Held)| {
+                let needs_all = self.needs_all[group];
+                let own = (needs_all && self.first_child(id).is_some()) == is_inner;
+                held.unused_since.filter(|_| own).map(|since| (since, Reverse(id), needs_all, group))
+            };
+            held().filter_map(rank).collect()
         };
         assert_eq!((&self.leaves, &self.inner), (&line(false), &line(true)));
         let salts: BTreeSet<_> = self.entries.values().map(|entry| entry.salt).collect();

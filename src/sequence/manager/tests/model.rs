@@ -15,11 +15,11 @@ use super::*;
 /// All that a failed call must leave alone.
 #[derive(Debug, PartialEq)]
 pub(super) struct State {
-    sequences: BTreeMap<SequenceId, (BlockTable, bool)>,
+    sequences: BTreeMap<SequenceId, (Vec<BlockTable>, bool)>,
     /// References, and the index's among them apart.
     counts: Vec<(u32, u32)>,
     free: Vec<BlockId>,
-    index: BTreeMap<Key, (BlockId, Option<u64>)>,
+    index: BTreeMap<Key, Vec<(BlockId, Option<u64>)>>,
     stats: PrefixStats,
     next_id: SequenceId,
     epoch: u64,
@@ -29,7 +29,7 @@ impl State {
     pub(super) fn of(m: &Manager) -> Self {
         let blocks = (0..m.pool.num_blocks()).map(BlockId);
         Self {
-            sequences: m.sequences.iter().map(|(&id, s)| (id, (s.table.clone(), s.held_by.is_some()))).collect(),
+            sequences: m.sequences.iter().map(|(&id, s)| (id, (s.tables.clone(), s.held_by.is_some()))).collect(),
             counts: blocks.map(|block| (m.pool.ref_count(block), m.pool.num_holders(block))).collect(),
             free: m.pool.free_blocks().to_vec(),
             index: m.prefixes.snapshot(),
@@ -40,12 +40,14 @@ impl State {
     }
 }
 
-/// What the cache holds for a token. A row of K or V depends on all tokens before it, and so does this.
-type Value = u64;
+/// What the layers of each group hold for a token. A row of K or V depends on all tokens before it, and so does this. Groups differ where blocks of an
+/// index are of sequences that were published with other tokens than they have.
+type Value = [u64; 3];
 
 fn value(before: Option<&(u32, Value)>, token: u32) -> Value {
     // FNV-1a, a word at a time.
-    (before.map_or(0xcbf2_9ce4_8422_2325, |b| b.1) ^ u64::from(token + 1)).wrapping_mul(0x0100_0000_01b3)
+    let before = before.map_or([0xcbf2_9ce4_8422_2325; 3], |b| b.1);
+    before.map(|before| (before ^ u64::from(token + 1)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Tokens, and what the cache holds for them.
@@ -60,20 +62,23 @@ struct Open {
 /// An entry of the naive index.
 #[derive(Clone, Debug)]
 struct Entry {
-    block: BlockId,
+    /// Of each group of layers: the block, and the operation since which nobody but the index holds it.
+    blocks: Vec<(BlockId, Option<u32>)>,
     values: Vec<Value>,
-    /// The operation since which nobody but the index holds the block.
-    unused_since: Option<u32>,
 }
+
+/// Places in the tables of each group.
+type Places = Vec<BTreeSet<u32>>;
 
 struct World {
     m: Manager,
     block_size: u32,
-    memory: HashMap<(BlockId, u32), Value>,
+    /// With the group whose layers have written it.
+    memory: HashMap<(BlockId, u32), (usize, u64)>,
     sequences: Vec<(SequenceId, Tokens)>,
-    /// What the caches' attention sees, and which blocks of each sequence have left that.
-    window: Window,
-    lost: BTreeMap<SequenceId, BTreeSet<u32>>,
+    /// What attention of each group sees, and which blocks of each sequence have left that.
+    windows: Vec<Window>,
+    lost: BTreeMap<SequenceId, Places>,
     open: Vec<Open>,
     loose: Vec<BlockId>,
     /// What the host has of sequences that were swapped out.
@@ -83,31 +88,31 @@ struct World {
     stats: [u64; 4],
     /// What has happened: hits, evictions, evictions of entries in use, reservations without room, forks in the
     /// middle of a block, sequences swapped in, blocks that moved and were only the index's, blocks that left a window, ways back that were
-    /// not there any more, hits of which not all blocks are needed.
-    seen: [u64; 10],
+    /// not there any more, hits of which not all blocks are needed, hits that are shorter than what is known, blocks that were missing in the index.
+    seen: [u64; 12],
     time: u32,
 }
 
 impl World {
-    fn new(block_size: u32, num_blocks: u32, window: Option<(u32, u32)>, collide: bool) -> Self {
-        let window = Window { block_size, seen: window };
-        let mut m = Manager::new(window.config(num_blocks)).unwrap();
+    fn new(block_size: u32, num_blocks: u32, windows: &[Option<(u32, u32)>], collide: bool) -> Self {
+        let windows: Vec<_> = windows.iter().map(|&seen| Window { block_size, seen }).collect();
+        let mut m = Manager::new(Window::config_of(&windows, num_blocks)).unwrap();
         if collide {
-            m.prefixes = prefix::tests::colliding();
+            m.prefixes = m.prefixes.colliding();
         }
         Self {
             m,
             block_size,
             memory: HashMap::new(),
             sequences: Vec::new(),
-            window,
+            windows,
             lost: BTreeMap::new(),
             open: Vec::new(),
             loose: Vec::new(),
             swapped: Vec::new(),
             index: BTreeMap::new(),
             stats: [0; 4],
-            seen: [0; 10],
+            seen: [0; 12],
             time: 0,
         }
     }
@@ -135,14 +140,20 @@ impl World {
     }
 
     /// The blocks that a sequence has lost.
-    fn lost(&self, id: SequenceId) -> BTreeSet<u32> {
-        self.lost.get(&id).cloned().unwrap_or_default()
+    fn lost(&self, id: SequenceId) -> Places {
+        self.lost.get(&id).cloned().unwrap_or_else(|| vec![BTreeSet::new(); self.windows.len()])
+    }
+
+    /// What no token from this length on sees.
+    fn hidden(&self, len: u32) -> Places {
+        self.windows.iter().map(|window| window.hidden(len).collect()).collect()
     }
 
     /// Whether the sequence can be cut back to, or forked at, `len` tokens. If it can't the calls say so.
     fn reaches_back(&mut self, id: SequenceId, len: u32) -> bool {
         let lost = self.lost(id);
-        let reaches = self.window.needed(len).all(|block| !lost.contains(&block));
+        let mut groups = self.windows.iter().zip(&lost);
+        let reaches = groups.all(|(window, lost)| window.needed(len).all(|block| !lost.contains(&block)));
         assert_eq!(self.m.reaches_back(id, len).unwrap(), reaches);
         if !reaches && !self.is_open(id) {
             self.m.refused(|m| m.truncate(id, len), ErrorKind::Caller, "has left the window");
@@ -153,8 +164,8 @@ impl World {
     }
 
     /// Notes what `id` of so many tokens has lost.
-    fn set_lost(&mut self, id: SequenceId, len: usize, mut lost: BTreeSet<u32>) {
-        lost.retain(|&block| block < (len as u32).div_ceil(self.block_size));
+    fn set_lost(&mut self, id: SequenceId, len: usize, mut lost: Places) {
+        lost.iter_mut().for_each(|lost| lost.retain(|&block| block < (len as u32).div_ceil(self.block_size)));
         self.lost.insert(id, lost);
     }
 
@@ -162,9 +173,11 @@ impl World {
     fn leaving(&self, ids: &[SequenceId]) -> (BTreeSet<BlockId>, BTreeSet<BlockId>) {
         let mut leaving: BTreeMap<BlockId, u32> = BTreeMap::new();
         for &id in ids {
-            let (table, lost) = (self.m.table(id).unwrap(), self.lost(id));
-            for block in self.window.hidden(table.len()).filter(|block| !lost.contains(block)) {
-                *leaving.entry(table.blocks()[block as usize]).or_default() += 1;
+            let (tables, lost) = (self.m.tables(id).unwrap(), self.lost(id));
+            for ((table, hidden), lost) in tables.iter().zip(self.hidden(tables[0].len())).zip(lost) {
+                for block in hidden.difference(&lost) {
+                    *leaving.entry(table.blocks()[*block as usize]).or_default() += 1;
+                }
             }
         }
         let is_gone = |(block, count): (BlockId, u32)| (self.m.pool.num_holders(block) == count).then_some(block);
@@ -177,13 +190,16 @@ impl World {
         for &id in ids {
             let len = self.sequences.iter().find(|(s, _)| *s == id).unwrap().1.len();
             let mut lost = self.lost(id);
-            let before = lost.len();
-            lost.extend(self.window.hidden(len as u32));
-            self.seen[7] += (lost.len() - before) as u64;
+            for (lost, hidden) in lost.iter_mut().zip(self.hidden(len as u32)) {
+                let before = lost.len();
+                lost.extend(hidden);
+                self.seen[7] += (lost.len() - before) as u64;
+            }
             self.set_lost(id, len, lost);
         }
-        for entry in self.index.values_mut().filter(|entry| reclaimable.contains(&entry.block)) {
-            entry.unused_since.get_or_insert(self.time);
+        let held = self.index.values_mut().flat_map(|entry| &mut entry.blocks);
+        for (_, unused_since) in held.filter(|(block, _)| reclaimable.contains(block)) {
+            unused_since.get_or_insert(self.time);
         }
     }
 
@@ -323,23 +339,27 @@ impl World {
     fn swap_in(&mut self, commit: bool) {
         let Some(tokens) = self.swapped.pop() else { return };
         let (len, epoch) = (tokens.len() as u32, self.m.epoch());
-        let hidden = self.m.config.hidden_blocks(len);
-        let places: Vec<_> = (0..len.div_ceil(self.block_size)).filter(|place| !hidden.contains(place)).collect();
+        let hidden: Vec<_> = self.m.config.retentions().map(|retention| retention.hidden_blocks(len)).collect();
+        let all = 0..len.div_ceil(self.block_size);
+        let places = hidden.iter().enumerate();
+        let places =
+            places.flat_map(|(group, hidden)| all.clone().filter(|at| !hidden.contains(at)).map(move |at| (group, at)));
+        let places: Vec<_> = places.collect();
         let count = places.len() as u32;
         assert_eq!(count, self.m.config.held_blocks(len));
         let taken = self.take(count, Default::default(), |m| m.begin_swap_in(count));
         let Some(blocks) = taken else { return self.swapped.push(tokens) };
         for (i, &(_, value)) in (0..).zip(&tokens) {
-            if let Some(at) = places.iter().position(|&place| place == i / self.block_size) {
-                self.memory.insert((blocks[at], i % self.block_size), value);
+            for (&(group, _), &block) in places.iter().zip(&blocks).filter(|((_, at), _)| *at == i / self.block_size) {
+                self.memory.insert((block, i % self.block_size), (group, value[group]));
             }
         }
         if self.open.is_empty() {
             self.m.refused(Manager::begin_defragment, ErrorKind::Caller, "open swap-ins");
         }
         if commit {
-            let id = self.m.commit_swap_in(epoch, &blocks, len, hidden).unwrap();
-            self.set_lost(id, tokens.len(), self.window.hidden(len).collect());
+            let id = self.m.commit_swap_in(epoch, &blocks, len, &hidden).unwrap();
+            self.set_lost(id, tokens.len(), self.hidden(len));
             self.sequences.push((id, tokens));
             self.seen[5] += 1;
         } else {
@@ -363,12 +383,12 @@ impl World {
                 value.map(|value| self.memory.insert((to, offset), value));
             }
         }
-        for entry in self.index.values_mut() {
-            let Some(&(_, to)) = moves.blocks.iter().find(|(from, _)| *from == entry.block) else { continue };
+        for (block, unused_since) in self.index.values_mut().flat_map(|entry| &mut entry.blocks) {
+            let Some(&(_, to)) = moves.blocks.iter().find(|(from, _)| from == block) else { continue };
             // The move held the block: it is unused since now.
-            self.seen[6] += u64::from(entry.unused_since.take().is_some());
+            self.seen[6] += u64::from(unused_since.take().is_some());
             if commit {
-                entry.block = to;
+                *block = to;
             }
         }
         if !commit {
@@ -414,27 +434,42 @@ impl World {
 
     /// Blocks that were only the index's, and are not any more.
     fn count_evicted(&self) -> u32 {
-        let kept: BTreeSet<_> = self.m.prefixes.snapshot().values().map(|e| e.0).collect();
-        let unused: BTreeSet<_> = self.index.values().filter(|e| e.unused_since.is_some()).map(|e| e.block).collect();
+        let kept: BTreeSet<_> = self.m.prefixes.snapshot().into_values().flatten().map(|held| held.0).collect();
+        let held = self.index.values().flat_map(|entry| &entry.blocks);
+        let unused: BTreeSet<_> = held.filter(|held| held.1.is_some()).map(|held| held.0).collect();
         unused.difference(&kept).count() as u32
     }
 
-    /// Follows an eviction for `count` blocks in the naive index: nothing more than needed, and the right entries.
+    /// Follows an eviction for `count` blocks in the naive index: nothing more than needed, and the right blocks.
     fn evict(&mut self, count: u32, before: &PoolUsage) {
-        let freed = self.count_evicted();
-        assert_eq!(freed, count.saturating_sub(before.free), "evicted for {count} blocks, {before:?}");
+        let (freed, need) = (self.count_evicted(), count.saturating_sub(before.free));
+        // With the block of a group that needs all go those that the entry has of others.
+        let most = if need > 0 { need + self.windows.len() as u32 - 1 } else { 0 };
+        assert!((need..=most).contains(&freed), "evicted {freed} for {count} blocks, {before:?}");
         self.stats[3] += u64::from(freed);
         let kept = self.m.prefixes.snapshot();
         let old = std::mem::take(&mut self.index);
+        let needs_all: Vec<_> = self.windows.iter().map(|window| window.seen.is_none()).collect();
         let (mut gone, mut leaves) = (Vec::new(), Vec::new());
         for (key, entry) in &old {
             let is_leaf = !old
                 .keys()
                 .any(|(salt, tokens)| *salt == key.0 && tokens.len() > key.1.len() && tokens.starts_with(&key.1));
-            if !kept.contains_key(key) {
-                gone.push(entry.unused_since);
-            } else if let (true, Some(since)) = (is_leaf, entry.unused_since) {
-                leaves.push(since);
+            let kept = kept.get(key);
+            let blocks = entry.blocks.iter().zip(&needs_all).enumerate();
+            // Of an entry that goes with a group that needs all, nothing is said of the others.
+            let whole: Vec<_> =
+                entry.blocks.iter().zip(&needs_all).filter(|held| *held.1).map(|held| held.0.1).collect();
+            if kept.is_none() && !whole.is_empty() {
+                gone.push(whole.into_iter().flatten().min());
+                continue;
+            }
+            for (group, (&(block, since), needs_all)) in blocks {
+                if kept.is_none_or(|kept| kept[group].0 != block) {
+                    gone.extend((!block.is_null()).then_some(since));
+                } else if let (true, Some(since)) = (is_leaf || !needs_all, since) {
+                    leaves.push(since);
+                }
             }
         }
         // Unused leaves that were there all the time are not older than anything that went; entries in use go only when there
@@ -444,7 +479,16 @@ impl World {
         }
         self.seen[1] += u64::from(freed > 0);
         self.seen[2] += u64::from(gone.iter().any(Option::is_none));
-        self.index = old.into_iter().filter(|(key, _)| kept.contains_key(key)).collect();
+        let rest = old.into_iter().filter_map(|(key, mut entry)| {
+            for (held, kept) in entry.blocks.iter_mut().zip(kept.get(&key)?) {
+                // What was evicted.
+                if kept.0.is_null() {
+                    *held = (BlockId::NULL, None);
+                }
+            }
+            Some((key, entry))
+        });
+        self.index = rest.collect();
     }
 
     fn step(&mut self, batch: Vec<(usize, u32, u32)>, fate: Fate) {
@@ -461,7 +505,7 @@ impl World {
                 all.push((token, value(all.last(), token)));
             }
             let blocks = |len: usize| (len as u32).div_ceil(self.block_size);
-            min_blocks += blocks(all.len()) - blocks(tokens.len());
+            min_blocks += (blocks(all.len()) - blocks(tokens.len())) * self.windows.len() as u32;
             new.push((*id, all.split_off(tokens.len())));
         }
         let lens: Vec<_> = new.iter().map(|(s, tokens)| (*s, tokens.len() as u32)).collect();
@@ -470,34 +514,16 @@ impl World {
         }
         let ids: Vec<_> = lens.iter().map(|&(s, _)| s).collect();
         let Some(reservation) = self.take(min_blocks, &ids, |m| m.reserve(&lens)) else { return };
-        let Reservation { batch, pending, slots, copies } = reservation;
-        assert!(copies.len() <= new.len());
+        let Reservation { groups, pending } = reservation;
+        assert!(groups.len() == self.windows.len() && groups.iter().all(|group| group.copies.len() <= new.len()));
+        let changes = pending.changes.iter().flat_map(|change| &change.tables);
         let blocks: Vec<_> =
-            pending.changes.iter().flat_map(|p| p.replacement.iter().chain(&p.new_blocks)).copied().collect();
-        assert_eq!(blocks.len(), min_blocks as usize + copies.len());
+            changes.flat_map(|change| change.replacement.iter().chain(&change.new_blocks)).copied().collect();
+        let num_copies: usize = groups.iter().map(|group| group.copies.len()).sum();
+        assert_eq!(blocks.len(), min_blocks as usize + num_copies);
         if !matches!(fate, Fate::DropUnsubmitted) {
-            for &[from, to] in &copies {
-                for offset in 0..self.block_size {
-                    if let Some(&value) = self.memory.get(&(BlockId(from), offset)) {
-                        self.memory.insert((BlockId(to), offset), value);
-                    }
-                }
-            }
-            let values = new.iter().flat_map(|(_, tokens)| tokens);
-            assert_eq!(slots.len(), values.clone().count());
-            for (slot, &(_, value)) in slots.iter().zip(values) {
-                self.memory.insert((BlockId(slot / self.block_size), slot % self.block_size), value);
-            }
-            // What the step's attention reads.
-            for (entry, (id, tokens)) in batch.entries.iter().zip(&new) {
-                let before = self.sequences.iter().find(|(s, _)| s == id).unwrap();
-                assert_eq!((entry.context_len as usize, entry.query_len as usize), (before.1.len(), tokens.len()));
-                let table: Vec<_> = batch.tables[entry.table.clone()].iter().map(|&b| BlockId(b)).collect();
-                self.assert_holds(&table, before.1.iter().chain(tokens), &self.lost(*id));
-                let seen = |len: u32| self.window.needed(len);
-                assert!(
-                    (entry.context_len..entry.seq_len()).flat_map(seen).all(|block| !table[block as usize].is_null())
-                );
+            for (number, group) in groups.iter().enumerate() {
+                self.write(number, group, &new);
             }
         }
         let open = Open { pending, new, blocks };
@@ -505,6 +531,32 @@ impl World {
             Fate::Hold => self.open.push(open),
             Fate::Commit => self.end(open, true),
             Fate::Drop | Fate::DropUnsubmitted => self.end(open, false),
+        }
+    }
+
+    /// What a group's layers do in a step.
+    fn write(&mut self, number: usize, group: &ReservedGroup, new: &[(SequenceId, Tokens)]) {
+        let ReservedGroup { batch, slots, copies } = group;
+        for &[from, to] in copies {
+            for offset in 0..self.block_size {
+                if let Some(&value) = self.memory.get(&(BlockId(from), offset)) {
+                    self.memory.insert((BlockId(to), offset), value);
+                }
+            }
+        }
+        let values = new.iter().flat_map(|(_, tokens)| tokens);
+        assert_eq!(slots.len(), values.clone().count());
+        for (slot, &(_, value)) in slots.iter().zip(values) {
+            self.memory.insert((BlockId(slot / self.block_size), slot % self.block_size), (number, value[number]));
+        }
+        // What the step's attention reads.
+        for (entry, (id, tokens)) in batch.entries.iter().zip(new) {
+            let before = self.sequences.iter().find(|(s, _)| s == id).unwrap();
+            assert_eq!((entry.context_len as usize, entry.query_len as usize), (before.1.len(), tokens.len()));
+            let table: Vec<_> = batch.tables[entry.table.clone()].iter().map(|&b| BlockId(b)).collect();
+            self.assert_holds(number, &table, before.1.iter().chain(tokens), &self.lost(*id)[number]);
+            let seen = |len: u32| self.windows[number].needed(len);
+            assert!((entry.context_len..entry.seq_len()).flat_map(seen).all(|block| !table[block as usize].is_null()));
         }
     }
 
@@ -524,21 +576,32 @@ impl World {
         let (id, tokens) = &self.sequences[i];
         let tokens = &tokens[..len.min(tokens.len())];
         let said: Vec<_> = tokens.iter().map(|t| if lie { 1 - t.0 } else { t.0 }).collect();
-        let table = self.m.blocks(*id);
+        let tables = self.m.tables(*id).unwrap();
         let block_size = self.block_size as usize;
         let mut added = 0;
-        for (i, values) in tokens.chunks_exact(block_size).enumerate() {
+        let is_there = |i: &usize| tables.iter().any(|table| !table.blocks()[*i].is_null());
+        let last = (0..tokens.len() / block_size).rev().find(is_there);
+        for (i, values) in tokens.chunks_exact(block_size).enumerate().take(last.map_or(0, |last| last + 1)) {
             let key = (salt, said[..(i + 1) * block_size].to_vec());
-            if let Some(entry) = self.index.get_mut(&key) {
-                entry.unused_since = entry.unused_since.map(|_| self.time);
-                continue;
+            let is_known = self.index.contains_key(&key);
+            let empty = Entry {
+                blocks: vec![(BlockId::NULL, None); tables.len()],
+                values: values.iter().map(|t| t.1).collect(),
+            };
+            let entry = self.index.entry(key).or_insert(empty);
+            for (group, ((held, unused_since), table)) in entry.blocks.iter_mut().zip(tables).enumerate() {
+                let block = table.blocks()[i];
+                if block.is_null() {
+                    continue;
+                }
+                *unused_since = unused_since.map(|_| self.time);
+                if held.is_null() {
+                    *held = block;
+                    entry.values.iter_mut().zip(values).for_each(|(own, new)| own[group] = new.1[group]);
+                    added += 1;
+                    self.seen[11] += u64::from(is_known);
+                }
             }
-            if table[i].is_null() {
-                break;
-            }
-            let values = values.iter().map(|t| t.1).collect();
-            self.index.insert(key, Entry { block: table[i], values, unused_since: None });
-            added += 1;
         }
         assert_eq!(self.m.publish_prefix(*id, &said, salt).unwrap(), added);
     }
@@ -550,23 +613,46 @@ impl World {
         });
         query.extend(more);
         let mut found = Tokens::new();
-        let mut blocks = Vec::new();
+        let mut chain = Vec::new();
         for (i, tokens) in query.chunks_exact(self.block_size as usize).enumerate() {
             let key = (salt, query[..(i + 1) * self.block_size as usize].to_vec());
             let Some(entry) = self.index.get(&key) else { break };
-            blocks.push(entry.block);
+            chain.push(entry);
             found.extend(tokens.iter().copied().zip(entry.values.iter().copied()));
         }
-        let hidden: BTreeSet<_> = self.window.hidden(found.len() as u32).collect();
-        hidden.iter().for_each(|&block| blocks[block as usize] = BlockId::NULL);
+        let known = chain.len();
+        let is_good = |count: &usize| {
+            let seen = |(group, window): (usize, &Window)| {
+                window
+                    .needed(*count as u32 * self.block_size)
+                    .all(|block| !chain[block as usize].blocks[group].0.is_null())
+            };
+            self.windows.iter().enumerate().all(seen)
+        };
+        chain.truncate((0..=known).rev().find(is_good).unwrap());
+        self.seen[10] += u64::from(chain.len() < known);
+        found.truncate(chain.len() * self.block_size as usize);
+        let hidden = self.hidden(found.len() as u32);
+        let blocks: Vec<Vec<_>> = hidden
+            .iter()
+            .enumerate()
+            .map(|(group, hidden)| {
+                let block = |(i, entry): (u32, &&Entry)| {
+                    if hidden.contains(&i) { BlockId::NULL } else { entry.blocks[group].0 }
+                };
+                (0..).zip(&chain).map(block).collect()
+            })
+            .collect();
         let unused = |block: &&BlockId| !block.is_null() && self.m.pool.num_holders(**block) == 0;
-        let reclaimable_blocks = blocks.iter().filter(unused).count() as u32;
+        let reclaimable_blocks = blocks.iter().flatten().filter(unused).count() as u32;
         let probe = PrefixProbe { len: found.len() as u32, reclaimable_blocks };
         assert_eq!(self.m.probe_prefix(&query, salt), probe);
         let hit = self.m.match_prefix(&query, salt);
-        self.seen[9] += u64::from(!hidden.is_empty());
+        self.seen[9] += u64::from(hidden.iter().any(|hidden| !hidden.is_empty()));
         self.set_lost(hit.sequence, found.len(), hidden);
-        assert_eq!((hit.len as usize, self.m.blocks(hit.sequence)), (found.len(), blocks));
+        let tables = self.m.tables(hit.sequence).unwrap();
+        assert_eq!(hit.len as usize, found.len());
+        assert!(tables.iter().map(BlockTable::blocks).eq(blocks.iter().map(Vec::as_slice)));
         self.seen[0] += u64::from(hit.len > 0);
         for (stat, count) in self.stats.iter_mut().zip([1, query.len(), found.len()]) {
             *stat += count as u64;
@@ -610,6 +696,7 @@ impl World {
     /// The table has the tokens, but for those in blocks that are lost, for which it has null.
     fn assert_holds<'t>(
         &self,
+        group: usize,
         table: &[BlockId],
         tokens: impl Iterator<Item = &'t (u32, Value)>,
         lost: &BTreeSet<u32>,
@@ -618,7 +705,7 @@ impl World {
         for (i, &(_, value)) in (0..).zip(tokens) {
             let is_lost = lost.contains(&(i / self.block_size));
             assert_eq!(table[(i / self.block_size) as usize].is_null(), is_lost, "token {i} of {table:?}");
-            assert!(is_lost || read(i) == Some(value), "token {i} of {table:?}");
+            assert!(is_lost || read(i) == Some((group, value[group])), "token {i} of {table:?}");
         }
     }
 
@@ -627,32 +714,43 @@ impl World {
         let mut holders = vec![0; self.m.pool.num_blocks() as usize];
         assert_eq!(self.m.sequences.len(), self.sequences.len());
         for (id, tokens) in &self.sequences {
-            let table = self.m.table(*id).unwrap();
-            assert_eq!(table.len() as usize, tokens.len());
-            assert_eq!(table.blocks().len(), tokens.len().div_ceil(block_size as usize));
-            self.assert_holds(table.blocks(), tokens.iter(), &self.lost(*id));
-            assert_eq!(table.num_held() as usize, table.held().count());
+            let tables = self.m.tables(*id).unwrap();
+            assert_eq!(tables.len(), self.windows.len());
+            for (group, (table, lost)) in tables.iter().zip(self.lost(*id)).enumerate() {
+                assert_eq!(table.len() as usize, tokens.len());
+                assert_eq!(table.blocks().len(), tokens.len().div_ceil(block_size as usize));
+                self.assert_holds(group, table.blocks(), tokens.iter(), &lost);
+                assert_eq!(table.num_held() as usize, table.held().count());
+                table.held().for_each(|b| holders[b.0 as usize] += 1);
+            }
             assert_eq!(self.m.sequences[id].held_by.is_some(), self.is_open(*id));
-            table.held().for_each(|b| holders[b.0 as usize] += 1);
         }
         let others = self.open.iter().flat_map(|open| &open.blocks).chain(&self.loose);
         others.for_each(|b| holders[b.0 as usize] += 1);
 
-        for entry in self.index.values_mut() {
-            let unused = holders[entry.block.0 as usize] == 0;
-            entry.unused_since = unused.then(|| entry.unused_since.unwrap_or(self.time));
+        for (block, unused_since) in self.index.values_mut().flat_map(|entry| &mut entry.blocks) {
+            let unused = !block.is_null() && holders[block.0 as usize] == 0;
+            *unused_since = unused.then(|| unused_since.unwrap_or(self.time));
         }
         let index = self.m.prefixes.snapshot();
-        let naive = self.index.iter().map(|(key, entry)| (key, (entry.block, entry.unused_since.is_some())));
-        assert!(index.iter().map(|(key, entry)| (key, (entry.0, entry.1.is_some()))).eq(naive), "{index:?}");
+        let bare = |held: &[(BlockId, bool)]| held.to_vec();
+        let real =
+            index.iter().map(|(key, held)| (key, bare(&held.iter().map(|h| (h.0, h.1.is_some())).collect::<Vec<_>>())));
+        let naive =
+            self.index.iter().map(|(key, entry)| (key, entry.blocks.iter().map(|h| (h.0, h.1.is_some())).collect()));
+        assert!(real.eq(naive), "{index:?}");
         self.m.prefixes.check(&self.m.pool);
         for entry in self.index.values() {
-            let stored = (0..block_size).map(|offset| self.memory.get(&(entry.block, offset)));
-            assert!(stored.eq(entry.values.iter().map(Some)), "an indexed block holds its rows: {entry:?}");
+            for (group, (block, _)) in entry.blocks.iter().enumerate().filter(|(_, held)| !held.0.is_null()) {
+                let stored = (0..block_size).map(|offset| self.memory.get(&(*block, offset)).copied());
+                let rows = entry.values.iter().map(|&value| Some((group, value[group])));
+                assert!(stored.eq(rows), "an indexed block holds its rows: {entry:?}");
+            }
         }
 
         let mut references = holders.clone();
-        index.values().for_each(|(b, _)| references[b.0 as usize] += 1);
+        let indexed = || index.values().flatten().map(|held| held.0).filter(|block| !block.is_null());
+        indexed().for_each(|b| references[b.0 as usize] += 1);
         let blocks = || (0..self.m.pool.num_blocks()).map(BlockId);
         let pool = &self.m.pool;
         assert!(blocks().map(|b| pool.ref_count(b)).eq(references.iter().copied()));
@@ -661,7 +759,7 @@ impl World {
         free.sort_unstable();
         assert!(free.iter().copied().eq(blocks().filter(|b| references[b.0 as usize] == 0)), "{free:?}");
 
-        let indexed: BTreeSet<_> = index.values().map(|e| e.0).collect();
+        let indexed: BTreeSet<_> = indexed().collect();
         let reclaimable = indexed.iter().filter(|b| holders[b.0 as usize] == 0).count() as u32;
         let usage = PoolUsage {
             total: pool.num_blocks(),
@@ -691,12 +789,13 @@ impl World {
         let mut slots = BTreeSet::new();
         let mut blocks = BTreeSet::<BlockId>::new();
         for (id, tokens) in &self.sequences {
-            let table = self.m.table(*id).unwrap();
-            blocks.extend(table.held());
-            let slot = |i: usize| (table.blocks()[i / self.block_size as usize], i % self.block_size as usize);
-            slots.extend((0..tokens.len()).map(slot).filter(|(block, _)| !block.is_null()));
+            for table in self.m.tables(*id).unwrap() {
+                blocks.extend(table.held());
+                let slot = |i: usize| (table.blocks()[i / self.block_size as usize], i % self.block_size as usize);
+                slots.extend((0..tokens.len()).map(slot).filter(|(block, _)| !block.is_null()));
+            }
         }
-        let lost: usize = self.sequences.iter().map(|(id, _)| self.lost(*id).len()).sum();
+        let lost: usize = self.sequences.iter().flat_map(|(id, _)| self.lost(*id)).map(|lost| lost.len()).sum();
         assert_eq!(report.released_tokens, lost as u64 * u64::from(self.block_size));
         assert_eq!(report.cached_tokens, slots.len() as u64);
         assert_eq!(report.sequence_tokens, self.sequences.iter().map(|s| s.1.len() as u64).sum::<u64>());
@@ -708,11 +807,13 @@ impl World {
 #[test]
 fn random_operations_agree_with_plain_vectors() {
     let mut runner = TestRunner::new(Config { cases: 6000, failure_persistence: None, ..Config::default() });
-    let window = prop::option::of((1..9_u32, 0..4_u32));
-    let runs = (1..5_u32, 4..40_u32, window, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
-    let seen = std::cell::Cell::new([0; 10]);
-    let result = runner.run(&runs, |(block_size, num_blocks, window, collide, ops)| {
-        let mut world = World::new(block_size, num_blocks, window, collide);
+    let window = || prop::option::of((1..9_u32, 0..4_u32));
+    let windows = prop_oneof![prop::collection::vec(window(), 1), prop::collection::vec(window(), 2..4)];
+    let runs = (1..5_u32, 4..40_u32, windows, prop::bool::weighted(0.1), prop::collection::vec(op(), 1..100));
+    let seen = std::cell::Cell::new([0; 12]);
+    let result = runner.run(&runs, |(block_size, num_blocks, windows, collide, ops)| {
+        let num_blocks = num_blocks * windows.len() as u32;
+        let mut world = World::new(block_size, num_blocks, &windows, collide);
         for op in &ops {
             world.apply(op);
             world.check();

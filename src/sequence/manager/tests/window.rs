@@ -2,6 +2,7 @@
 
 use super::super::super::window::WayBack;
 use super::*;
+use crate::layout::{LayerGroup, LayerGroups};
 
 /// A window over blocks, by its definition.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,18 @@ impl Window {
     pub(super) fn config(self, num_blocks: u32) -> KvCacheConfig {
         let plain = config(self.block_size, num_blocks);
         self.seen.map_or(plain, |(window, sinks)| plain.with_window(window).with_sink_tokens(sinks))
+    }
+
+    /// A cache with a group for each of these.
+    pub(super) fn config_of(windows: &[Self], num_blocks: u32) -> KvCacheConfig {
+        let group = |window: &Self| match window.seen {
+            Some((window, sink_tokens)) => LayerGroup { window: Some(window), sink_tokens },
+            None => LayerGroup::ALL,
+        };
+        let groups = LayerGroups::new(&windows.iter().map(group).collect::<Vec<_>>()).unwrap();
+        let mut config = config(windows[0].block_size, num_blocks).with_groups(groups);
+        config.num_layers = groups.count();
+        config
     }
 
     /// Whether a token at `position` sees a token before it.
@@ -147,10 +160,17 @@ fn prefixes_are_found_after_their_blocks_have_left() {
     let hit = m.match_prefix(&tokens[..35], 0);
     assert_eq!((hit.len, m.table(hit.sequence).unwrap().num_held(), m.usage().reclaimable), (32, 3, 11));
     m.extend(hit.sequence, 9).unwrap();
-    // Who began to publish too late has no parents for its blocks.
+    // Who publishes late publishes what is still there: it is found where the next token sees no more than that.
     let late = m.sequence(40);
     m.release_hidden(late).unwrap();
-    assert_eq!(m.publish_prefix(late, &[7; 40], 0).unwrap(), 1);
+    assert_eq!(m.publish_prefix(late, &[7; 40], 0).unwrap(), 3);
+    for (len, found) in [(40, 40), (43, 40), (39, 4), (8, 4), (3, 0)] {
+        assert_eq!(m.found(&vec![7; len], 0), found, "{len}");
+    }
+    // A sequence that has what is missing adds it.
+    let whole = m.sequence(24);
+    assert_eq!((m.publish_prefix(whole, &[7; 24], 0).unwrap(), m.found(&[7; 24], 0)), (5, 24));
+    m.prefixes.check(&m.pool);
 }
 
 /// Sizes that no text has.
@@ -159,7 +179,7 @@ fn windows_of_any_size_are_counted() {
     for (window, sinks) in [(u32::MAX, 0), (u32::MAX, u32::MAX), (1, u32::MAX), (1, 0), (i32::MAX as u32, 5)] {
         let config = config(4, 10).with_window(window).with_sink_tokens(sinks);
         for len in [0, 1, 4, 9, u32::MAX] {
-            let (hidden, all) = (config.hidden_blocks(len), config.blocks_for(len));
+            let (hidden, all) = (config.retention(0).hidden_blocks(len), config.blocks_for(len));
             assert!(config.held_blocks(len) <= all && config.most_blocks(len, u32::MAX) <= all);
             assert!(hidden.is_empty() || hidden.end <= all);
         }
@@ -171,4 +191,69 @@ fn windows_of_any_size_are_counted() {
     for bad in [config(4, 10).with_window(0), KvCacheConfig::contiguous(1, 1, 8, 2, 64).with_window(9)] {
         assert!(Manager::new(bad).unwrap_err().to_string().starts_with("window: got"));
     }
+}
+
+/// Over 100 000 tokens, groups with a window hold what each of them needs, and the one without everything.
+#[test]
+fn groups_hold_what_each_of_them_needs() {
+    let seen = [Some((1000, 0)), None, Some((64, 5)), Some((64, 5))];
+    let windows = seen.map(|seen| Window { block_size: 16, seen });
+    let config = Window::config_of(&windows, 6700);
+    let mut m = Manager::new(config).unwrap();
+    let s = m.create();
+    let mut len = 0;
+    while len < 100_000 {
+        m.extend(s, 500).unwrap();
+        len += 500;
+        for (table, retention) in m.tables(s).unwrap().iter().zip(config.retentions()) {
+            assert!(table.num_held() <= retention.most_blocks(len, 500), "{retention:?} at {len}");
+            assert_eq!((table.len(), table.blocks().len() as u32), (len, retention.blocks_for(len)));
+        }
+        assert!(m.usage().used <= config.most_blocks(len, 500));
+    }
+    m.release_hidden(s).unwrap();
+    let held: Vec<_> = m.tables(s).unwrap().iter().map(BlockTable::num_held).collect();
+    assert_eq!((held, m.usage().used), (vec![63, 6250, 5, 5], config.held_blocks(len)));
+    let report = m.memory();
+    assert_eq!((report.sequences[0].blocks, report.num_groups), (6323, 4));
+    assert_eq!((report.released_tokens + report.cached_tokens, report.saved_bytes()), (400_000, 0));
+    // The group that keeps all may have what is free and what the others hold.
+    let most = (m.usage().free + 63 + 5 + 5) * 16;
+    m.check_room(&[(s, most)]).unwrap();
+    m.refused(|m| m.check_room(&[(s, most + 1)]), ErrorKind::Retry, "need 451, have 450 free of 6700");
+    // All groups or none.
+    let before = m.usage().free;
+    m.refused(|m| m.reserve(&[(s, before * 4 + 16)]), ErrorKind::Retry, "need");
+    m.extend(s, before / 4 * 16).unwrap();
+}
+
+/// Blocks that a window has left go first, and alone: what comes after them is found.
+#[test]
+fn windowed_blocks_are_evicted_alone() {
+    let windows = [Some((8, 0)), None].map(|seen| Window { block_size: 4, seen });
+    let mut m = Manager::new(Window::config_of(&windows, 40)).unwrap();
+    let tokens: Vec<u32> = (0..64).collect();
+    let s = m.create();
+    for end in (8..=64).step_by(8) {
+        m.extend(s, 8).unwrap();
+        assert_eq!(m.publish_prefix(s, &tokens[..end], 0).unwrap(), 4);
+    }
+    m.release_hidden(s).unwrap();
+    assert_eq!((m.usage().free, m.usage().reclaimable), (8, 14));
+    m.take_blocks(18).unwrap();
+    m.prefixes.check(&m.pool);
+    assert_eq!((m.prefix_stats().evicted_blocks, m.prefix_stats().indexed_blocks), (10, 22));
+    // Those of places 0 to 9 are gone.
+    for (len, found) in [(64, 64), (48, 48), (47, 0), (40, 0)] {
+        assert_eq!(m.found(&tokens[..len], 0), found, "{len}");
+    }
+    // Then the rest of these, and after them the end of the prefix in both groups.
+    m.free(s).unwrap();
+    m.take_blocks(4).unwrap();
+    assert_eq!(m.found(&tokens, 0), 64);
+    m.take_blocks(3).unwrap();
+    m.prefixes.check(&m.pool);
+    assert_eq!(m.found(&tokens, 0), 0);
+    assert_eq!((m.usage().reclaimable, m.forget_prefixes(0).unwrap()), (15, 15));
+    assert_eq!(m.usage().free, 15);
 }
