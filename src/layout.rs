@@ -347,6 +347,20 @@ impl KvCacheConfig {
     pub fn most_blocks(&self, seq_len: u32, chunk: u32) -> u32 {
         self.groups.most_blocks(self.block_size, seq_len, chunk)
     }
+
+    /// Tokens of the longest sequence that the whole pool has room for while it grows by up to `chunk` at a time: below 2^31, and as many as that
+    /// where all layers have windows that fit.
+    #[must_use]
+    pub fn longest_sequence(&self, chunk: u32) -> u32 {
+        // Longer sequences take no fewer blocks.
+        let (mut fits, mut too_long) = (0, 1_u32 << 31);
+        while too_long - fits > 1 {
+            let middle = fits + (too_long - fits) / 2;
+            let is_short = self.most_blocks(middle, chunk) <= self.num_blocks;
+            *if is_short { &mut fits } else { &mut too_long } = middle;
+        }
+        fits
+    }
 }
 
 /// Where the rows of one side (K or V) of a layer lie: `[block, kv_head, slot, dim]`.

@@ -1,7 +1,11 @@
 //! Sizes and offsets of the cache against numbers worked out by hand, and the rules of its configuration.
 
 use crate::common::with;
-use folio::{Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, MAX_HEAD_DIM, MAX_POOL_BYTES, Segments};
+use folio::sequence::Manager;
+use folio::{
+    Error, ErrorKind, KvCacheConfig, KvFormat, KvLayout, LayerGroup, LayerGroups, MAX_HEAD_DIM, MAX_POOL_BYTES,
+    Segments,
+};
 use proptest::prelude::*;
 
 /// 2 layers of 3 heads of 40 elements; K in f32 (160 bytes a row), V in f16 (80).
@@ -398,4 +402,28 @@ fn contiguous_configurations_are_checked() {
     assert_eq!(contiguous_refusal(|c| c.num_blocks = 0), "num_blocks: got 0, need at least 1");
     assert_eq!(KvCacheConfig::contiguous(1, 2, 64, 4, 1000).max_seq_len(), Some(1000));
     assert_eq!(KvCacheConfig::new(1, 2, 64).max_seq_len(), None);
+}
+
+/// The longest sequence that has room grows through the manager, token by token and in chunks, and one token more has none.
+#[test]
+fn the_longest_sequence_that_has_room() {
+    let base = KvCacheConfig::new(2, 1, 8).with_blocks(20, 4);
+    let groups = |all: &[LayerGroup]| base.with_groups(LayerGroups::new(all).unwrap());
+    assert_eq!(base.longest_sequence(7), 80);
+    assert_eq!(base.with_blocks(0, 4).longest_sequence(7), 0);
+    // A window of 9 tokens beside chunks of 7 takes 5 blocks, of whatever length the text is.
+    assert_eq!(base.with_window(9).longest_sequence(7), i32::MAX as u32);
+    let mixed = groups(&[LayerGroup::ALL, LayerGroup::windowed(9)]);
+    assert_eq!(mixed.longest_sequence(7), (20 - 5) * 4);
+    for (config, chunk) in
+        [(base, 7), (mixed, 7), (mixed, 1), (groups(&[LayerGroup::windowed(30), LayerGroup::ALL]), 3)]
+    {
+        let longest = config.longest_sequence(chunk);
+        let mut manager = Manager::new(config).unwrap();
+        let id = manager.create();
+        while manager.table(id).unwrap().len() < longest {
+            let step = manager.reserve(&[(id, chunk.min(longest - manager.table(id).unwrap().len()))]).unwrap();
+            assert!(manager.commit(step.pending));
+        }
+    }
 }

@@ -117,9 +117,9 @@ impl Session {
         let (finish, text) = match answers {
             Ok(answer) => answer,
             Err(error) if error.downcast_ref().is_some_and(is_full) => {
-                let (blocks, size) = (self.decoder.usage().total, self.decoder.options().block_size);
+                let room = self.decoder.cache().config().longest_sequence(self.decoder.options().max_step_tokens);
                 let len = asked.text.len();
-                return Ok(self.refuse(&format!("it has {len} tokens, and the cache {blocks} blocks of {size}")));
+                return Ok(self.refuse(&format!("it has {len} tokens, and the cache has room for {room}")));
             }
             Err(error) => return Err(error),
         };

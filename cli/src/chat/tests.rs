@@ -197,7 +197,7 @@ fn what_was_said_stays_when_the_cache_is_full() {
         assert!(second.ends_with(&first), "{second}");
         assert!(!session.turn(&"the silver key ".repeat(30)).unwrap());
         let refused = seen.take();
-        assert!(refused.contains("and the cache 4 blocks of 16]"), "{refused}");
+        assert!(refused.contains("and the cache has room for 64]"), "{refused}");
         session.report().unwrap();
         assert!(seen.take().contains("of 4 used"));
     }

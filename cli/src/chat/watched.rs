@@ -138,9 +138,9 @@ impl Watched {
 
     /// Tokens that prompt and answer may have together.
     fn room(&self) -> usize {
-        let usage = self.engine.decoder().usage();
-        let cache = usage.total as usize * self.engine.decoder().options().block_size as usize;
-        cache.min(self.engine.decoder().model().config().max_positions as usize)
+        let decoder = self.engine.decoder();
+        let cache = decoder.cache().config().longest_sequence(decoder.options().max_step_tokens);
+        cache.min(decoder.model().config().max_positions) as usize
     }
 
     /// Says something, and shows the answers as they come. False if it can't be said, which has been explained then.

@@ -93,7 +93,7 @@ fn grow(kind: &'static str, formats: KvFormats, config: KvCacheConfig) -> Result
         kind,
         cache: formats.to_string(),
         block_size,
-        window: config.window,
+        window: config.groups.get(0).window,
         token_bytes: config.token_bytes(),
         points,
     })

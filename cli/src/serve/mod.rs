@@ -184,8 +184,7 @@ fn serve(options: &Options) -> Result<()> {
 fn start(loaded: Loaded, options: &Options) -> Result<(Arc<Server>, EngineHandle)> {
     let Loaded { gpu, decoder, tokenizer, template, name, stop_tokens } = loaded;
     let max_positions = decoder.model().config().max_positions;
-    let usage = decoder.usage();
-    let max_cached_tokens = usage.total.saturating_mul(decoder.options().block_size);
+    let max_cached_tokens = decoder.cache().config().longest_sequence(decoder.options().max_step_tokens);
     let mut engine_options = EngineOptions::default();
     engine_options.max_running = options.max_running;
     engine_options.max_queued = options.max_queued;
