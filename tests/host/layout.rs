@@ -112,6 +112,30 @@ fn a_block_takes_what_its_tokens_take() {
     }
 }
 
+/// Of four layers in two groups a block has two, and a token all.
+#[test]
+fn groups_of_layers_share_a_pool() {
+    let groups = LayerGroups::new(&[LayerGroup { window: Some(12), sink_tokens: 2 }, LayerGroup::ALL]).expect("two");
+    let config = with(CONFIG, |c| c.num_layers = 4).with_groups(groups);
+    config.validate().expect("two layers each");
+    assert_eq!((config.layers_per_group(), [0, 1, 2, 3].map(|layer| config.group_of(layer))), (2, [0, 0, 1, 1]));
+    assert_eq!((config.token_bytes(), config.block_bytes(), config.pool_bytes()), (2880, 7200, 50_400));
+    // Of 9 blocks a token at 43 sees the first, for its sinks, and those from 32 on: 6 to 8. On the way a window, a chunk and a block more.
+    assert_eq!((config.retention(0).hidden_blocks(43), config.retention(1).hidden_blocks(43)), (1..6, 0..0));
+    assert_eq!((config.blocks_for(43), config.held_blocks(43), config.most_blocks(43, 5)), (18, 4 + 9, 6 + 9));
+    assert_eq!((config.sink_position(5), config.sink_position(40)), (5, 13));
+    // What holds for all groups.
+    let all = config.with_window(7).with_sink_tokens(0);
+    assert_eq!(all.groups.as_slice(), [LayerGroup::windowed(7); 2]);
+    assert_eq!((groups.count(), groups.get(1), groups.get(2)), (2, LayerGroup::ALL, LayerGroup::ALL));
+    assert_eq!(format!("{groups:?}").matches("LayerGroup ").count(), 2);
+    assert!(refusal(with(config, |c| c.num_layers = 3)).contains("num_layers: got 3, need a multiple of the 2 groups"));
+    let contiguous = with(KvCacheConfig::contiguous(2, 1, 8, 2, 64), |c| c.groups = all.groups);
+    assert!(refusal(contiguous).contains("window: got some in a contiguous cache"));
+    let contiguous = with(contiguous, |c| c.groups = LayerGroups::new(&[LayerGroup::ALL; 2]).expect("two"));
+    assert!(refusal(contiguous).contains("groups: got 2, need 1 in a contiguous cache"));
+}
+
 #[test]
 fn rows_of_a_head_are_adjacent_within_a_block() {
     let k = CONFIG.k_layout();

@@ -32,7 +32,7 @@ pub struct DecoderOptions {
     /// Tokens per block of the cache.
     pub block_size: u32,
     /// Blocks of the cache, shared by all sequences: their memory, as blocks of all layers. If layers keep different tokens, each block is one for
-    /// each group of layers instead, so that the cache has several times as many ([`KvCacheConfig::groups`]).
+    /// each group of layers instead, so that the cache has several times as many ([`KvCacheConfig::groups`]); the groups' padding comes on top.
     pub num_blocks: u32,
     /// How keys are stored. With scales per channel they must be calibrated before anything else: [`Decoder::calibrate_keys`].
     pub k_format: KvFormat,
