@@ -191,6 +191,11 @@ fn layers_have_places_in_the_cache() {
         (0..3).map(gather).collect::<Vec<_>>()
     });
     assert_eq!(rows[0], rows[1]);
+    // As many layers as no cache has.
+    let mut config = model.config().clone();
+    config.num_layers = u32::MAX;
+    let absurd = options(40, false).cache_config(&config);
+    assert_eq!((absurd.num_layers, absurd.groups.as_slice()), (u32::MAX, &[LayerGroup::ALL][..]));
     // Groups where they are of use, and where layers can have scales of their own.
     let groups = |name: &str, change: fn(&mut DecoderOptions)| {
         let config = self::model(&gpu, name).config().clone();

@@ -2,7 +2,7 @@
 
 use super::{DecoderOptions, Streaming};
 use crate::model::config::ModelConfig;
-use crate::{KvCacheConfig, LayerGroup, LayerGroups};
+use crate::{KvCacheConfig, LayerGroup, LayerGroups, MAX_NUM_LAYERS};
 
 /// Where a model's layers are in its cache.
 #[derive(Clone, Debug, PartialEq)]
@@ -10,7 +10,7 @@ pub(super) struct CacheLayers {
     groups: LayerGroups,
     /// Layers of a group.
     group_size: u32,
-    /// The layer of the cache for each of the model's. Others are padding, which nobody writes to.
+    /// The layer of the cache for each of the model's, unless they are the same. Others are padding, which nobody writes to.
     places: Vec<u32>,
 }
 
@@ -54,13 +54,15 @@ impl CacheLayers {
     pub(super) fn new(options: &DecoderOptions, model: &ModelConfig) -> Self {
         let kinds = kinds(options, model);
         let union = union(options, &kinds);
-        // Scales per channel are those of a buffer, which the layers of several groups would share.
-        if kinds.len() == 1 || options.k_format.has_channel_scales() {
+        // Scales per channel are those of a buffer, which the layers of several groups would share. No cache has more layers.
+        let is_alike = kinds.len() == 1 || options.k_format.has_channel_scales();
+        if is_alike || model.num_layers > MAX_NUM_LAYERS {
             return Self::one(union, model);
         }
-        // No text is longer. What streams keeps no more than it does of the widest window and its sinks.
+        // A text that streams has no end.
         let longest = if options.streaming.is_some() { u32::MAX } else { model.max_positions };
         let Some(size) = group_size(&kinds, longest) else { return Self::one(union, model) };
+        // Padding may take more than the windows save.
         let grouped = kinds.iter().map(|kind| padded(kind, size) * kind.tokens(longest)).sum::<f64>();
         let all = Kind { keeps: union, num_layers: model.num_layers };
         if grouped >= f64::from(model.num_layers) * all.tokens(longest) {
@@ -91,7 +93,7 @@ impl CacheLayers {
 
     fn one(group: LayerGroup, model: &ModelConfig) -> Self {
         let groups = LayerGroups::one(group);
-        Self { groups, group_size: model.num_layers, places: (0..model.num_layers).collect() }
+        Self { groups, group_size: model.num_layers, places: Vec::new() }
     }
 
     pub(super) fn num_groups(&self) -> u32 {
@@ -132,7 +134,8 @@ fn kept(options: &DecoderOptions, model: &ModelConfig, layer: u32) -> LayerGroup
 /// The kinds in the order of their first layers.
 fn kinds(options: &DecoderOptions, model: &ModelConfig) -> Vec<Kind> {
     let mut kinds: Vec<Kind> = Vec::new();
-    for layer in 0..model.num_layers {
+    // The pattern has repeated by then.
+    for layer in 0..model.num_layers.min(MAX_NUM_LAYERS) {
         let keeps = kept(options, model, layer);
         match kinds.iter_mut().find(|kind| kind.keeps == keeps) {
             Some(kind) => kind.num_layers += 1,
@@ -173,12 +176,15 @@ fn most_padding(kinds: &[Kind], size: u32, longest: u32) -> f64 {
 /// How many layers a group has: as many as make the fewest groups with little padding, or, if all sizes have much, those with the least. `None` if
 /// there would be too many groups whatever their size.
 fn group_size(kinds: &[Kind], longest: u32) -> Option<u32> {
+    if kinds.len() > LayerGroups::MAX as usize {
+        return None;
+    }
     let most = kinds.iter().map(|kind| kind.num_layers).max().unwrap_or(1);
-    let sizes = (1..=most).map(|size| {
+    let of = |size| {
         let num_groups = kinds.iter().map(|kind| kind.num_groups(size)).fold(0, u32::saturating_add);
-        (size, num_groups, most_padding(kinds, size, longest))
-    });
-    let sizes: Vec<_> = sizes.filter(|&(_, num_groups, _)| num_groups <= LayerGroups::MAX).collect();
+        (num_groups <= LayerGroups::MAX).then(|| (size, num_groups, most_padding(kinds, size, longest)))
+    };
+    let sizes: Vec<_> = (1..=most).filter_map(of).collect();
     let is_good = |&&(size, _, part): &&(u32, u32, f64)| {
         part <= MOST_PADDING && padding(kinds, size, longest) <= MOST_PADDING_OF_LONGEST
     };
