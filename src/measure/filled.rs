@@ -50,7 +50,7 @@ pub struct MeasuredCall<'a> {
 
 impl FilledCache {
     /// A cache of `batch` sequences without tokens. Of `config` the number of layers plays no part; `num_blocks` must hold what the sequences will have.
-    /// Compiles the kernels. Scales per channel, where K has them, come from random keys.
+    /// Compiles the kernels. Scales per channel, where K has them, come from random keys. Not for latents, which are appended otherwise.
     ///
     /// # Errors
     /// Those of [`KvCache::new`] and [`Attention::new`].

@@ -24,7 +24,7 @@ pub struct Work {
 }
 
 impl Work {
-    /// Of one layer's call of attention.
+    /// Of one layer's call of attention. What custom masks and trees hide counts as visible.
     #[must_use]
     pub fn of_attention(attention: &Attention, plan: &AttentionPlan) -> Self {
         let plan = plan.step_plan();
@@ -36,7 +36,10 @@ impl Work {
                 Kernel::Prefill => ([&lists.prefill, &lists.sink_prefill], variant.tile_q),
                 _ => continue,
             };
-            items.into_iter().flatten().for_each(|item| work.add_item(variant, item, tile_rows));
+            // Sink tokens are seen from beyond the window.
+            for (items, window) in items.into_iter().zip([attention.config().window, None]) {
+                items.iter().for_each(|item| work.add_item(variant, item, tile_rows, window));
+            }
         }
         let Some(merge) = attention.variants().find(|variant| variant.kernel == Kernel::Merge) else { return work };
         if plan.dispatches.iter().any(|dispatch| dispatch.stage == Stage::Merge) {
@@ -55,7 +58,8 @@ impl Work {
     #[must_use]
     pub fn of_append(cache: &KvCacheConfig, num_tokens: u32) -> Self {
         let tokens = u64::from(num_tokens);
-        let elements: u64 = cache.token_elements().iter().sum();
+        let [k, v] = cache.token_elements();
+        let elements = if cache.latent { k } else { k + v };
         let token_bytes = cache.token_bytes() / u64::from(cache.num_layers.max(1));
         Self {
             read_bytes: tokens * elements * 4,
@@ -65,10 +69,12 @@ impl Work {
         }
     }
 
-    fn add_item(&mut self, variant: &Variant, item: &WorkItem, tile_rows: u32) {
+    fn add_item(&mut self, variant: &Variant, item: &WorkItem, tile_rows: u32, window: Option<u32>) {
         let heads = u64::from(variant.num_kv_heads);
         let keys = u64::from(item.kv_end.saturating_sub(item.kv_begin));
-        let key_bytes = variant.k_layout().token_row_bytes() + variant.v_layout().token_row_bytes();
+        // The values of latents are the first elements of their keys.
+        let value_bytes = if variant.latent { 0 } else { variant.v_layout().token_row_bytes() };
+        let key_bytes = variant.k_layout().token_row_bytes() + value_bytes;
         // Two operations for each element of a key, and two for each of a value.
         let pair_flop = 2 * (u64::from(variant.head_dim) + u64::from(variant.value_dim)) * heads;
         let own_rows = (item.query_len * variant.group_size).saturating_sub(item.row_start).min(tile_rows);
@@ -80,11 +86,13 @@ impl Work {
         self.tile_flop += u64::from(tile_rows) * keys * pair_flop;
         let visible = |row: u32| {
             // Rows of several sequences stand behind the keys that they share.
-            if !variant.flags.causal || item.tokens_offset != 0 {
+            if item.tokens_offset != 0 {
                 return keys;
             }
-            let position = item.context_len + (item.row_start + row) / variant.group_size.max(1);
-            u64::from(item.kv_end.min(position + 1).saturating_sub(item.kv_begin))
+            let end = item.context_len + (item.row_start + row) / variant.group_size.max(1) + 1;
+            let begin = window.map_or(item.kv_begin, |window| item.kv_begin.max(end.saturating_sub(window)));
+            let end = if variant.flags.causal { item.kv_end.min(end) } else { item.kv_end };
+            u64::from(end.saturating_sub(begin))
         };
         self.flop += (0..own_rows).map(visible).sum::<u64>() * pair_flop;
     }

@@ -65,6 +65,14 @@ fn work_is_what_the_plan_says() {
     filled.empty().unwrap();
     assert!(filled.is_empty().unwrap());
 
+    // A window of 10 keys: that is what each of 9 tokens sees. No kernel runs.
+    let mut windowed = AttentionConfig::new(4);
+    windowed.window = Some(10);
+    let mut filled = FilledCache::new(&gpu, config(), windowed, 1).unwrap();
+    filled.fill(40).unwrap();
+    let work = filled.call(9).unwrap().work();
+    assert_eq!(work.flop, 9 * 10 * 4 * 32 * 4);
+
     let append = Work::of_append(filled.cache().config(), 10);
     assert_eq!((append.read_bytes, append.written_bytes), (10 * 2 * 2 * 32 * 4, 10 * 2 * 2 * 64));
 }

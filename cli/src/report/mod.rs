@@ -15,10 +15,12 @@ mod time;
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use folio::measure::{Rounds, Timer};
+use folio::model::Model;
 use folio::{Gpu, GpuOptions, ShaderChecks};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -62,9 +64,10 @@ fn report(options: &Options) -> Result<()> {
     // What can be refused is refused before anything is measured.
     let output = Output::create(&options.out)?;
     let gpu = open(options)?;
+    let stories = time::load(&gpu)?;
     let start = Instant::now();
     let progress = Progress::new();
-    let mut report = measure(&gpu, options.quick, &progress)?;
+    let mut report = measure(&gpu, &stories, options.quick, &progress)?;
     report.seconds = start.elapsed().as_secs_f64();
     drop(progress);
     let json = serde_json::to_string_pretty(&report)? + "\n";
@@ -111,7 +114,7 @@ impl Effort {
     }
 }
 
-fn measure(gpu: &Gpu, quick: bool, progress: &Progress) -> Result<Report> {
+fn measure(gpu: &Gpu, stories: &Arc<Model>, quick: bool, progress: &Progress) -> Result<Report> {
     let effort = Effort::new(quick);
     let mut timer = Timer::new(gpu)?;
     progress.part(1).next("roofs");
@@ -121,7 +124,7 @@ fn measure(gpu: &Gpu, quick: bool, progress: &Progress) -> Result<Report> {
     ensure!(!roofline.points.is_empty(), "no kernel could be measured");
     let adapter = adapter::describe(gpu, &timer, kernels);
     let memory = memory::measure(gpu, effort, progress)?;
-    let time = time::measure(&timer, effort, progress)?;
+    let time = time::measure(&timer, stories, effort, progress)?;
     Ok(Report::new(quick, adapter, roofline, memory, time))
 }
 

@@ -54,10 +54,16 @@ const QUICK: Plan = Plan {
     layer_chunks: &[64, 256],
 };
 
-pub(super) fn measure(timer: &Timer, effort: Effort, progress: &Progress) -> Result<Time> {
+/// The story model.
+pub(super) fn load(gpu: &Gpu) -> Result<Arc<Model>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
+    Ok(Arc::new(Model::load_blocking(gpu, folder, ModelOptions::new(WeightFormat::F16), |_| ())?))
+}
+
+pub(super) fn measure(timer: &Timer, stories: &Arc<Model>, effort: Effort, progress: &Progress) -> Result<Time> {
     let plan = if effort.quick { &QUICK } else { &FULL };
     let part = progress.part(plan.contexts.len() * 2 + plan.layer_contexts.len() * 2);
-    let model = model(timer.gpu(), plan, effort, &part)?;
+    let model = model(stories, plan, effort, &part)?;
     let layer = layer(timer, plan, effort, &part)?;
     Ok(Time { model, layer })
 }
@@ -92,10 +98,7 @@ const FEW_ROUNDS: usize = 5;
 const RECOMPUTE: &str = "no cache (all again)";
 
 /// The story model in caches of every format. Steps by the host's clock, sampling and readback included.
-fn model(gpu: &Gpu, plan: &Plan, effort: Effort, part: &Part<'_>) -> Result<TimeFigure> {
-    part.next("time: loading the story model");
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/stories");
-    let model = Arc::new(Model::load_blocking(gpu, folder, ModelOptions::new(WeightFormat::F16), |_| ())?);
+fn model(model: &Arc<Model>, plan: &Plan, effort: Effort, part: &Part<'_>) -> Result<TimeFigure> {
     let most = plan.contexts.iter().copied().max().unwrap_or(1);
     let mut decoders = Vec::new();
     for &format in plan.formats {
@@ -103,7 +106,7 @@ fn model(gpu: &Gpu, plan: &Plan, effort: Effort, part: &Part<'_>) -> Result<Time
         // The text of a decode, and one that is computed anew.
         options.num_blocks = 2 * (most.div_ceil(options.block_size) + 1);
         (options.k_format, options.v_format) = (format, format);
-        let decoder = Decoder::new_blocking(Arc::clone(&model), options)?;
+        let decoder = Decoder::new_blocking(Arc::clone(model), options)?;
         decoders.push(Text::new(decoder));
     }
     let names = plan.formats.iter().map(|&format| (paged_name(format), "decode"));
