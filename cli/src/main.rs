@@ -4,7 +4,9 @@ mod bench;
 mod chat;
 mod files;
 mod fit;
+mod formats;
 mod load;
+mod plot;
 mod report;
 mod serve;
 mod template;
@@ -34,6 +36,7 @@ enum Command {
     Bench(Box<bench::Options>),
     Fit(Box<fit::Options>),
     Verify(Box<verify::Options>),
+    Formats(Box<formats::Options>),
     Report(Box<report::Options>),
     /// Write a script of completions for a shell to stdout
     Completions {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::main(*options),
         Command::Fit(options) => fit::run(&options),
         Command::Verify(options) => verify::run(&options),
+        Command::Formats(options) => formats::run(&options),
         Command::Report(options) => report::run(&options),
         Command::Completions { shell } => completions(shell),
     }

@@ -1,4 +1,4 @@
-//! `folio report`, run as a child of the test.
+//! `folio report` and `folio formats`, which draw: run as children of the test.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use std::fs;
@@ -8,8 +8,24 @@ use std::process::{Command, Output};
 use folio::{Gpu, GpuOptions};
 use serde_json::Value;
 
+fn folio(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_folio")).args(arguments).output().unwrap()
+}
+
 fn report(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_folio")).arg("report").args(arguments).output().unwrap()
+    folio(&[&["report"], arguments].concat())
+}
+
+/// Whether there is an adapter. Without one a test is skipped, or fails if one is required.
+fn has_adapter() -> bool {
+    let mut options = GpuOptions::default();
+    options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
+    let opened = Gpu::open_blocking(options);
+    if let Err(error) = &opened {
+        assert!(std::env::var("FOLIO_REQUIRE_GPU").as_deref() != Ok("1"), "FOLIO_REQUIRE_GPU=1, but: {error}");
+        eprintln!("skipped: {error}");
+    }
+    opened.is_ok()
 }
 
 fn refused(arguments: &[&str]) -> String {
@@ -21,11 +37,7 @@ fn refused(arguments: &[&str]) -> String {
 /// The figures are what the schema says, they are plausible, and the page stands for itself.
 #[test]
 fn a_quick_report_holds_what_its_schema_says() {
-    let mut options = GpuOptions::default();
-    options.adapter_name = std::env::var("FOLIO_ADAPTER").ok();
-    if let Err(error) = Gpu::open_blocking(options) {
-        assert!(std::env::var("FOLIO_REQUIRE_GPU").as_deref() != Ok("1"), "FOLIO_REQUIRE_GPU=1, but: {error}");
-        eprintln!("skipped: {error}");
+    if !has_adapter() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -128,4 +140,35 @@ fn what_can_be_refused_is_refused_before_measuring() {
     assert!(refused(&["--out", page, "--quick=maybe"]).contains("--quick"));
     assert!(refused(&["--out", page, "--tuning", page]).contains("report.html"));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "something is left behind");
+}
+
+#[test]
+fn formats_are_compared_and_drawn() {
+    if !has_adapter() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let picture = folder.path().join("formats.svg");
+    let output =
+        folio(&["formats", "--quick", "--tokens", "40", "--pairs", "f16,int8", "--svg", picture.to_str().unwrap()]);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{errors}");
+    let table = String::from_utf8(output.stdout).unwrap();
+    // A token has 2 heads of 128 elements in K and in V: 2 bytes each, or 1 and 4 of a row.
+    for (format, bytes) in [("F16", "1024"), ("Int8", "528")] {
+        let line =
+            table.lines().find(|line| line.trim_start().starts_with(format)).unwrap_or_else(|| panic!("{table}"));
+        assert_eq!(line.split_whitespace().nth(1), Some(bytes), "{table}");
+    }
+    let svg = fs::read_to_string(picture).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("Int8") && svg.contains("mean error"), "{svg}");
+    for (arguments, message) in [
+        (["--svg", folder.path().to_str().unwrap()], "no regular file"),
+        (["--pairs", "f17"], "f17"),
+        (["--tokens", "3"], "--tokens"),
+    ] {
+        let output = folio(&[&["formats", "--quick"], &arguments[..]].concat());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && errors.contains(message), "{errors}");
+    }
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::data::{Crossing, Growth, Holes, Memory, Time, TimeFigure};
 use super::page::{Block, Section, figure, table, text};
-use super::plot::{Axis, Plot, Series, Style, bytes, count, percent, seconds};
+use crate::plot::{Axis, Plot, Series, Style, bytes, count, percent, seconds};
 
 const MIB: f64 = 1_048_576.0;
 

@@ -6,7 +6,6 @@ mod growth;
 mod memory;
 mod output;
 mod page;
-mod plot;
 mod roofline;
 #[cfg(test)]
 mod tests;

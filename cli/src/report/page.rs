@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::data::{Adapter, ChosenKernel, PREDICTION_GOAL, Point, Report, Roofline};
 use super::growth;
-use super::plot::{self, Axis, Plot, Series, Style, bytes, count, percent, seconds, si};
+use crate::plot::{self, Axis, Plot, Series, Style, bytes, count, percent, seconds, si};
 
 /// The page as HTML, which names the file with its figures.
 pub(super) fn render(report: &Report, json: &str) -> Result<String> {

@@ -7,7 +7,7 @@ use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 /// Colours of series in their order, and the marks that go with them: those of Okabe and Ito, which colour-blind people tell apart.
-pub(super) const COLOURS: [RGBColor; 8] = [
+pub(crate) const COLOURS: [RGBColor; 9] = [
     RGBColor(0x00, 0x72, 0xB2),
     RGBColor(0xD5, 0x5E, 0x00),
     RGBColor(0x00, 0x9E, 0x73),
@@ -16,26 +16,27 @@ pub(super) const COLOURS: [RGBColor; 8] = [
     RGBColor(0x56, 0xB4, 0xE9),
     RGBColor(0x8C, 0x56, 0x4B),
     RGBColor(0x7F, 0x7F, 0x7F),
+    RGBColor(0x54, 0x38, 0xA8),
 ];
 /// Text and axes.
-pub(super) const INK: RGBColor = RGBColor(0x1A, 0x1A, 0x1A);
+pub(crate) const INK: RGBColor = RGBColor(0x1A, 0x1A, 0x1A);
 /// Lines of the mesh.
-pub(super) const GRID: RGBColor = RGBColor(0xD9, 0xD9, 0xD9);
+pub(crate) const GRID: RGBColor = RGBColor(0xD9, 0xD9, 0xD9);
 
 /// How numbers of an axis are written.
-pub(super) type Unit = fn(f64) -> String;
+pub(crate) type Unit = fn(f64) -> String;
 
 /// One of two axes.
-pub(super) struct Axis {
-    pub(super) label: &'static str,
-    pub(super) unit: Unit,
+pub(crate) struct Axis {
+    pub(crate) label: &'static str,
+    pub(crate) unit: Unit,
     /// Logarithmic, with labels at powers of this base.
-    pub(super) log: Option<f64>,
+    pub(crate) log: Option<f64>,
 }
 
 /// How a series is drawn.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Style {
+pub(crate) enum Style {
     /// A line with a mark at each point: what was measured.
     Measured,
     /// A thin line: what follows from a formula. Without a name it is left out of the legend.
@@ -45,53 +46,62 @@ pub(super) enum Style {
 }
 
 /// Points that belong together.
-pub(super) struct Series {
-    pub(super) name: String,
+pub(crate) struct Series {
+    pub(crate) name: String,
     /// Which of [`COLOURS`], if not its place among the series.
-    pub(super) colour: Option<usize>,
-    pub(super) style: Style,
-    pub(super) points: Vec<(f64, f64)>,
+    pub(crate) colour: Option<usize>,
+    pub(crate) style: Style,
+    pub(crate) points: Vec<(f64, f64)>,
 }
 
 impl Series {
-    pub(super) fn new(name: impl Into<String>, style: Style, points: Vec<(f64, f64)>) -> Self {
+    pub(crate) fn new(name: impl Into<String>, style: Style, points: Vec<(f64, f64)>) -> Self {
         Self { name: name.into(), colour: None, style, points }
     }
 
-    pub(super) fn with_colour(self, colour: usize) -> Self {
+    pub(crate) fn with_colour(self, colour: usize) -> Self {
         Self { colour: Some(colour), ..self }
     }
 }
 
 /// A figure before it is drawn.
-pub(super) struct Plot {
+pub(crate) struct Plot {
     /// For links and for whoever can't see it.
-    pub(super) title: String,
-    pub(super) x: Axis,
-    pub(super) y: Axis,
-    pub(super) series: Vec<Series>,
+    pub(crate) title: String,
+    pub(crate) x: Axis,
+    pub(crate) y: Axis,
+    pub(crate) series: Vec<Series>,
 }
 
 const SIZE: (u32, u32) = (760, 380);
 
 impl Plot {
     /// The colour of a series.
-    pub(super) fn colour_of(&self, i: usize) -> usize {
+    pub(crate) fn colour_of(&self, i: usize) -> usize {
         self.series.get(i).and_then(|series| series.colour).unwrap_or(i) % COLOURS.len()
     }
 
-    /// The figure as an `svg` element, with its title in it.
-    pub(super) fn svg(&self) -> Result<String> {
+    /// The figure as an `svg` element, with its title in it. Its legend is the page's.
+    pub(crate) fn svg(&self) -> Result<String> {
+        self.render(false)
+    }
+
+    /// The figure as a file of its own: on white, with title and legend.
+    pub(crate) fn svg_alone(&self) -> Result<String> {
+        self.render(true)
+    }
+
+    fn render(&self, alone: bool) -> Result<String> {
         let mut text = String::new();
         {
             let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
             let (x, y) = (self.range(|point| point.0, &self.x), self.range(|point| point.1, &self.y));
             let drawn = match (base(&self.x, &x), base(&self.y, &y)) {
-                (None, None) => self.draw(&area, x, y),
-                (None, Some(base)) => self.draw(&area, x, y.log_scale().base(base)),
-                (Some(base), None) => self.draw(&area, x.log_scale().base(base), y),
+                (None, None) => self.draw(&area, alone, x, y),
+                (None, Some(base)) => self.draw(&area, alone, x, y.log_scale().base(base)),
+                (Some(base), None) => self.draw(&area, alone, x.log_scale().base(base), y),
                 (Some(x_base), Some(y_base)) => {
-                    self.draw(&area, x.log_scale().base(x_base), y.log_scale().base(y_base))
+                    self.draw(&area, alone, x.log_scale().base(x_base), y.log_scale().base(y_base))
                 }
             };
             drawn.and_then(|()| area.present().map_err(failed)).with_context(|| self.title.clone())?;
@@ -112,7 +122,13 @@ impl Plot {
         }
     }
 
-    fn draw<X, Y>(&self, area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, x: X, y: Y) -> Result<()>
+    fn draw<X, Y>(
+        &self,
+        area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+        alone: bool,
+        x: X,
+        y: Y,
+    ) -> Result<()>
     where
         X: AsRangedCoord<Value = f64>,
         Y: AsRangedCoord<Value = f64>,
@@ -120,7 +136,12 @@ impl Plot {
         Y::CoordDescType: ValueFormatter<f64>,
     {
         let text = ("sans-serif", 14).into_font().color(&INK);
-        let mut chart = ChartBuilder::on(area)
+        let mut builder = ChartBuilder::on(area);
+        if alone {
+            area.fill(&WHITE).map_err(failed)?;
+            builder.caption(&self.title, ("sans-serif", 18).into_font().color(&INK));
+        }
+        let mut chart = builder
             .margin(12)
             .margin_right(24)
             .x_label_area_size(44)
@@ -136,7 +157,7 @@ impl Plot {
             .x_label_formatter(&|value| (self.x.unit)(*value))
             .y_label_formatter(&|value| (self.y.unit)(*value))
             .label_style(text.clone())
-            .axis_desc_style(text)
+            .axis_desc_style(text.clone())
             .axis_style(INK)
             .bold_line_style(GRID)
             .light_line_style(TRANSPARENT)
@@ -149,23 +170,43 @@ impl Plot {
             let points: Vec<_> = points
                 .filter(|(x, y)| (self.x.log.is_none() || *x > 0.0) && (self.y.log.is_none() || *y > 0.0))
                 .collect();
+            let line = if series.style == Style::Formula { 1 } else { 2 };
             if series.style != Style::Marks {
-                let width = if series.style == Style::Formula { 1 } else { 2 };
-                let line = LineSeries::new(points.iter().copied(), ink.stroke_width(width));
+                let line = LineSeries::new(points.iter().copied(), ink.stroke_width(line));
                 chart.draw_series(line).map_err(failed)?;
             }
-            if series.style == Style::Formula {
-                continue;
-            }
+            let shape = (series.style != Style::Formula).then_some(colour % 4);
             // Shapes differ, too, for print in black and for who sees no colours.
             let marks = points.iter().copied();
-            match colour % 4 {
-                0 => chart.draw_series(marks.map(|point| Circle::new(point, 4, ink.filled()))).map(drop),
-                1 => chart.draw_series(marks.map(|point| TriangleMarker::new(point, 5, ink.filled()))).map(drop),
-                2 => chart.draw_series(marks.map(|point| Cross::new(point, 4, ink.stroke_width(2)))).map(drop),
-                _ => chart.draw_series(marks.map(|point| Circle::new(point, 4, ink.stroke_width(2)))).map(drop),
+            let drawn = match shape {
+                None => chart.draw_series(LineSeries::new([], ink)),
+                Some(0) => chart.draw_series(marks.map(|point| Circle::new(point, 4, ink.filled()))),
+                Some(1) => chart.draw_series(marks.map(|point| TriangleMarker::new(point, 5, ink.filled()))),
+                Some(2) => chart.draw_series(marks.map(|point| Cross::new(point, 4, ink.stroke_width(2)))),
+                Some(_) => chart.draw_series(marks.map(|point| Circle::new(point, 4, ink.stroke_width(2)))),
             }
             .map_err(failed)?;
+            if alone && !series.name.is_empty() {
+                drawn.label(&series.name).legend(move |(x, y)| {
+                    let at = (x + 10, y);
+                    match shape {
+                        None => PathElement::new([(x, y), (x + 20, y)], ink).into_dyn(),
+                        Some(0) => Circle::new(at, 4, ink.filled()).into_dyn(),
+                        Some(1) => TriangleMarker::new(at, 5, ink.filled()).into_dyn(),
+                        Some(2) => Cross::new(at, 4, ink.stroke_width(2)).into_dyn(),
+                        Some(_) => Circle::new(at, 4, ink.stroke_width(2)).into_dyn(),
+                    }
+                });
+            }
+        }
+        if alone {
+            let mut legend = chart.configure_series_labels();
+            legend
+                .position(SeriesLabelPosition::UpperRight)
+                .background_style(WHITE)
+                .border_style(GRID)
+                .label_font(text);
+            legend.draw().map_err(failed)?;
         }
         Ok(())
     }
@@ -189,7 +230,7 @@ fn escape(text: &str) -> Cow<'_, str> {
 }
 
 /// A number with an SI prefix and three digits: `1.53 G`, without a unit.
-pub(super) fn si(value: f64) -> String {
+pub(crate) fn si(value: f64) -> String {
     const PREFIXES: [(f64, &str); 8] =
         [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")];
     if value == 0.0 || !value.is_finite() {
@@ -214,21 +255,21 @@ fn digits(value: f64) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
-pub(super) fn seconds(value: f64) -> String {
+pub(crate) fn seconds(value: f64) -> String {
     si(value) + "s"
 }
 
-pub(super) fn bytes(value: f64) -> String {
+pub(crate) fn bytes(value: f64) -> String {
     indicatif::BinaryBytes(value.max(0.0).round() as u64).to_string()
 }
 
 /// A count without a unit.
-pub(super) fn count(value: f64) -> String {
+pub(crate) fn count(value: f64) -> String {
     if value.abs() < 1e5 { digits(value) } else { si(value) }.trim_end().to_owned()
 }
 
 /// A part of a whole.
-pub(super) fn percent(value: f64) -> String {
+pub(crate) fn percent(value: f64) -> String {
     format!("{} %", digits(100.0 * value))
 }
 
@@ -263,7 +304,9 @@ mod tests {
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
             assert!(svg.contains("role=\"img\"") && svg.contains("<title>a &lt; b</title>"), "{svg}");
             assert!(!svg.contains("NaN") && !svg.contains("inf") && !svg.contains("x & y"), "{svg}");
-            assert_eq!(plot.colour_of(2), 1);
+            assert_eq!(plot.colour_of(2), 0);
+            let alone = plot.svg_alone().unwrap();
+            assert!(alone.contains("&lt;a&gt;") && !svg.contains("&lt;a&gt;") && !alone.contains("<a>"), "{alone}");
         }
         let empty = Plot { title: String::new(), x: axis(Some(10.0)), y: axis(None), series: Vec::new() };
         assert!(empty.svg().unwrap().contains("</svg>"));

@@ -1,23 +1,29 @@
-//! What a cache format costs and what it loses: one long sequence is cached in each format, and a step of decode is timed and compared with
-//! the f64 oracle over the rows before they were stored, within the bound that follows from the format.
+//! `folio formats`: what a cache format costs and what it loses.
 //!
-//! `cargo run --release --example formats [-- --tokens 16384 --pairs f16:f16,f16 --quick]`
+//! One long sequence is cached in each format, and a step of decode is timed and compared with the f64 oracle over the rows before they were stored,
+//! within the bound that follows from the format.
 //!
 //! Keys have outliers in a few channels, as real models' keys have: large, of nearly the same value in all tokens. A scale per token has to
 //! span them; a scale per channel has not. Times are medians of rounds in which all formats take turns, so that whatever else slows the
 //! machine down meets all alike.
-#![allow(clippy::print_stdout, reason = "an example shows what it did")]
 
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use comfy_table::{CellAlignment, Table, presets};
 use fastrand::Rng;
-use folio::reference::{BoundedOutput, ErrorModel, Options, Problem, attention_with_bound, compare};
+use folio::measure::{Spread, interleave};
+use folio::reference::{BoundedOutput, ErrorModel, Options as OracleOptions, Problem, attention_with_bound, compare};
 use folio::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use folio::{
     Attention, AttentionConfig, AttentionPlan, Gpu, GpuOptions, KvCache, KvCacheConfig, KvFormat, KvFormats, Step, wgpu,
 };
+
+use crate::files::{check_target, write_texts};
+use crate::plot::{Axis, Plot, Series, Style, count};
 
 const NUM_Q_HEADS: u32 = 8;
 const NUM_KV_HEADS: u32 = 2;
@@ -30,21 +36,27 @@ const Q_ROW: usize = (NUM_Q_HEADS * HEAD_DIM) as usize;
 /// Query tokens whose outputs are compared, so that errors are those of many rows.
 const QUERIES: usize = 8;
 
-/// Caches one sequence in each format and compares bytes, decode time and error.
-#[derive(Parser)]
-struct Arguments {
+/// Compare the cache formats: bytes, decode time, error against an exact oracle
+///
+/// One sequence with outliers in a few channels of its keys, as real models have them, cached in each format. Every error is within the bound that follows
+/// from the format, or the command fails.
+#[derive(Clone, clap::Args)]
+pub(crate) struct Options {
     /// Keys of the sequence
     #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(16..=1 << 20), value_name = "N")]
     tokens: u32,
-    /// Formats of K and V, `k:v`, or one name for both; a table line each. F16 is always there.
+    /// Formats of K and V, `k:v`, or one name for both; a table line each. F16 is always there
     #[arg(long, value_delimiter = ',', default_value = DEFAULT_FORMATS, value_name = "K:V,...")]
     pairs: Vec<KvFormats>,
-    /// 2048 tokens and few rounds
+    /// At most 2048 tokens and few rounds
     #[arg(long)]
     quick: bool,
     /// Part of an adapter's name [default: the best adapter]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", env = "FOLIO_ADAPTER")]
     adapter: Option<String>,
+    /// Also draw errors against bytes, as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 /// Every format.
@@ -89,7 +101,7 @@ impl Data {
 
     /// The exact outputs, and how far a correct kernel may be from them. Every query sees all keys.
     fn attend(&self, pair: KvFormats, key_scales: Option<&[f32]>) -> Result<BoundedOutput> {
-        let mut options = Options::default();
+        let mut options = OracleOptions::default();
         options.causal = false;
         let problem = Problem {
             num_q_heads: NUM_Q_HEADS as usize,
@@ -116,7 +128,6 @@ struct Cached {
     attention: Attention,
     plan: AttentionPlan,
     out: wgpu::Buffer,
-    times: Vec<Duration>,
     /// The plan is good for as long as its step.
     _step: Step,
 }
@@ -151,7 +162,7 @@ impl Cached {
         };
         let plan = attention.plan(&step)?;
         let out = upload(gpu, &[f32::NAN; Q_ROW]);
-        Ok(Self { pair, cache, attention, plan, out, times: Vec::new(), _step: step })
+        Ok(Self { pair, cache, attention, plan, out, _step: step })
     }
 
     /// Attends `repeats` times in one pass, and waits.
@@ -179,12 +190,6 @@ impl Cached {
         }
         Ok(all)
     }
-
-    fn median(&self) -> Duration {
-        let mut times = self.times.clone();
-        times.sort();
-        times[times.len() / 2]
-    }
 }
 
 fn upload(gpu: &Gpu, values: &[f32]) -> wgpu::Buffer {
@@ -198,18 +203,27 @@ fn upload(gpu: &Gpu, values: &[f32]) -> wgpu::Buffer {
 /// Passes shorter than this measure the submit rather than the kernel.
 const MIN_PASS: Duration = Duration::from_millis(5);
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
-    let (tokens, rounds) = if arguments.quick { (arguments.tokens.min(2048), 7) } else { (arguments.tokens, 25) };
-    let mut pairs = arguments.pairs;
+pub(crate) fn run(options: &Options) -> ExitCode {
+    match compare_formats(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare_formats(options: &Options) -> Result<()> {
+    // Refused before anything is measured.
+    options.svg.as_deref().map_or(Ok(()), check_target).context("svg")?;
+    let (tokens, rounds) = if options.quick { (options.tokens.min(2048), 7) } else { (options.tokens, 25) };
+    let mut pairs = options.pairs.clone();
     if !pairs.contains(&F16) {
         pairs.insert(0, F16);
     }
-    let gpu = Gpu::open_blocking({
-        let mut options = GpuOptions::default();
-        options.adapter_name = arguments.adapter;
-        options
-    })?;
+    let mut gpu_options = GpuOptions::default();
+    gpu_options.adapter_name.clone_from(&options.adapter);
+    let gpu = Gpu::open_blocking(gpu_options)?;
 
     let data = Data::new(tokens as usize);
     let queries: Vec<_> = data.q.chunks(Q_ROW).map(|q| upload(&gpu, q)).collect();
@@ -217,7 +231,6 @@ fn main() -> Result<()> {
     for pair in pairs {
         all.push(Cached::new(&gpu, pair, &data).with_context(|| pair.to_string())?);
     }
-
     // The first pass of each compiles; F16's second says how many fill a pass.
     let mut repeats = 1;
     for cached in &all {
@@ -227,49 +240,93 @@ fn main() -> Result<()> {
             repeats = MIN_PASS.div_duration_f64(once).ceil().clamp(1.0, 1000.0) as u32;
         }
     }
-    for round in 0..rounds {
-        // Nobody comes always after the same neighbour.
-        let count = all.len();
-        for i in 0..count {
-            let cached = &mut all[(i + round) % count];
-            let time = cached.attend(&queries[round % QUERIES], repeats)?;
-            cached.times.push(time);
-        }
+    let mut round = 0;
+    let times = interleave(all.len(), rounds, |i| {
+        round += 1;
+        all[i].attend(&queries[round / all.len() % QUERIES], repeats)
+    })?;
+    let rows = all
+        .iter()
+        .zip(times)
+        .map(|(cached, time)| Row::new(cached, time, &data, &queries))
+        .collect::<Result<Vec<_>>>()?;
+    if let Some(file) = &options.svg {
+        write_texts(&[(file, &plot(&rows, tokens).svg_alone()?)])?;
     }
-    print_table(&gpu, tokens, &data, &all, &queries)
+    print(&gpu, tokens, &data, &rows)
 }
 
-fn print_table(gpu: &Gpu, tokens: u32, data: &Data, all: &[Cached], queries: &[wgpu::Buffer]) -> Result<()> {
-    println!("adapter: {}, {:?} kernels", gpu.adapter_info().name, gpu.profile());
-    let want = data.attend(F16, None)?.output.out;
-    let rms = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
-    println!(
-        "one token attends to {tokens}, {NUM_Q_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}; outputs are {rms:.3} (rms)\n"
-    );
-    let f16 = all.iter().find(|cached| cached.pair == F16).context("F16 is among the pairs")?;
-    let (f16_bytes, f16_time) = (f16.cache.config().token_bytes(), f16.median());
-    println!(
-        "{:<24} {:>12} {:>8} {:>10} {:>8} {:>12} {:>12} {:>8}",
-        "K / V", "bytes/token", "of F16", "decode ms", "of F16", "worst error", "mean error", "of bound"
-    );
-    for cached in all {
+/// What was found of a format.
+struct Row {
+    pair: KvFormats,
+    token_bytes: u64,
+    time: Spread,
+    worst_error: f64,
+    mean_error: f64,
+    /// The worst error of its bound: at most 1.
+    of_bound: f64,
+}
+
+impl Row {
+    fn new(cached: &Cached, time: Spread, data: &Data, queries: &[wgpu::Buffer]) -> Result<Self> {
         let got = cached.outputs(queries)?;
         let key_scales = cached.cache.key_scales(0);
         let expected = data.attend(cached.pair, key_scales.as_deref())?;
         let comparison = compare::out(&expected, &got);
         ensure!(comparison.is_within(), "{}: {comparison}", cached.pair);
         let errors = got.iter().zip(&expected.output.out).map(|(&got, want)| (f64::from(got) - want).abs());
-        let (bytes, time) = (cached.cache.config().token_bytes(), cached.median());
-        let worst = errors.clone().fold(0.0, f64::max);
-        let mean = errors.sum::<f64>() / got.len() as f64;
-        println!(
-            "{:<24} {bytes:>12} {:>8.3} {:>10.3} {:>8.3} {worst:>12.2e} {mean:>12.2e} {:>8.3}",
-            cached.pair,
-            bytes as f64 / f16_bytes as f64,
-            time.as_secs_f64() * 1e3,
-            time.div_duration_f64(f16_time),
-            comparison.badness(),
-        );
+        Ok(Self {
+            pair: cached.pair,
+            token_bytes: cached.cache.config().token_bytes(),
+            time,
+            worst_error: errors.clone().fold(0.0, f64::max),
+            mean_error: errors.sum::<f64>() / got.len() as f64,
+            of_bound: comparison.badness(),
+        })
     }
-    Ok(())
+}
+
+fn plot(rows: &[Row], tokens: u32) -> Plot {
+    let series = rows
+        .iter()
+        .map(|row| Series::new(row.pair.to_string(), Style::Marks, vec![(row.token_bytes as f64, row.mean_error)]));
+    Plot {
+        title: format!("Mean error of attention over {tokens} tokens against bytes of a token"),
+        x: Axis { label: "bytes of a token in a layer", unit: count, log: Some(2.0) },
+        y: Axis { label: "mean error", unit: |error| format!("{error:.0e}"), log: Some(10.0) },
+        series: series.collect(),
+    }
+}
+
+fn print(gpu: &Gpu, tokens: u32, data: &Data, rows: &[Row]) -> Result<()> {
+    let want = data.attend(F16, None)?.output.out;
+    let rms = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
+    let f16 = rows.iter().find(|row| row.pair == F16).context("F16 is among the pairs")?;
+    let mut table = Table::new();
+    let header = ["K / V", "bytes/token", "of F16", "decode ms", "of F16", "worst error", "mean error", "of bound"]
+        .map(str::to_owned);
+    let lines = rows.iter().map(|row| {
+        [
+            row.pair.to_string(),
+            row.token_bytes.to_string(),
+            format!("{:.3}", row.token_bytes as f64 / f16.token_bytes as f64),
+            format!("{:.3}", row.time.median * 1e3),
+            format!("{:.3}", row.time.median / f16.time.median),
+            format!("{:.2e}", row.worst_error),
+            format!("{:.2e}", row.mean_error),
+            format!("{:.3}", row.of_bound),
+        ]
+    });
+    table.load_preset(presets::NOTHING).set_header(header).add_rows(lines);
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    let text = format!(
+        "adapter: {}, {:?} kernels\none token attends to {tokens}, {NUM_Q_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}; outputs are {rms:.3} (rms)\n\n{table}\n",
+        gpu.adapter_info().name,
+        gpu.profile()
+    );
+    match io::stdout().write_all(text.as_bytes()) {
+        // Whoever read has had enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("stdout"),
+        _ => Ok(()),
+    }
 }
