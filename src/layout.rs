@@ -353,7 +353,7 @@ impl KvCacheConfig {
     #[must_use]
     pub fn longest_sequence(&self, chunk: u32) -> u32 {
         // Longer sequences take no fewer blocks.
-        let (mut fits, mut too_long) = (0, 1_u32 << 31);
+        let (mut fits, mut too_long) = (0, self.max_seq_len().unwrap_or(u32::MAX).min(i32::MAX as u32) + 1);
         while too_long - fits > 1 {
             let middle = fits + (too_long - fits) / 2;
             let is_short = self.most_blocks(middle, chunk) <= self.num_blocks;

@@ -435,6 +435,7 @@ fn the_longest_sequence_that_has_room() {
     let groups = |all: &[LayerGroup]| base.with_groups(LayerGroups::new(all).unwrap());
     assert_eq!(base.longest_sequence(7), 80);
     assert_eq!(base.with_blocks(0, 4).longest_sequence(7), 0);
+    assert_eq!(KvCacheConfig::contiguous(2, 1, 8, 2, 64).longest_sequence(5), 64);
     // A window of 9 tokens beside chunks of 7 takes 5 blocks, of whatever length the text is.
     assert_eq!(base.with_window(9).longest_sequence(7), i32::MAX as u32);
     let mixed = groups(&[LayerGroup::ALL, LayerGroup::windowed(9)]);
