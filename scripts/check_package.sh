@@ -10,6 +10,12 @@ folder=target/package/workspace
 rm -rf "$folder"
 mkdir -p "$folder"
 for name in folio folio-cli; do
+    # What crates.io takes.
+    bytes=$(stat -c %s "target/package/$name-$version.crate")
+    if [ "$bytes" -gt $((10 * 1000 * 1000)) ]; then
+        echo "$name: an archive of $bytes bytes, more than 10 MB" >&2
+        exit 1
+    fi
     # (With times of now, or cargo takes what it compiled of an older archive.)
     tar -xmf "target/package/$name-$version.crate" -C "$folder"
 done

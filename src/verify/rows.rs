@@ -84,14 +84,16 @@ pub(super) fn expected(gpu: &Gpu, case: &Case, rows: &[Rows]) -> Result<Vec<Boun
         model = model.with_key_scales(channels);
     }
     let of = |rows: &Rows| {
-        let mut options = Options::default();
-        options.causal = config.causal;
-        options.window = config.window;
-        options.sink_tokens = config.sink_tokens;
-        options.softcap = config.softcap.map(f64::from);
-        options.alibi_slopes.clone_from(&config.alibi_slopes);
-        options.sinks.clone_from(&config.sinks);
-        options.mask = config.custom_mask.then(|| rows.mask.clone());
+        let options = Options {
+            causal: config.causal,
+            softmax_scale: None,
+            softcap: config.softcap.map(f64::from),
+            window: config.window,
+            sink_tokens: config.sink_tokens,
+            alibi_slopes: config.alibi_slopes.clone(),
+            sinks: config.sinks.clone(),
+            mask: config.custom_mask.then(|| rows.mask.clone()),
+        };
         let problem = Problem {
             num_q_heads: case.num_q_heads as usize,
             num_kv_heads: case.num_kv_heads as usize,
