@@ -135,7 +135,7 @@ pub(super) fn page(reports: &[Report]) -> String {
     }
     for id in ids {
         let of_case = &by_id[id];
-        let worst = of_case.iter().fold(Some(0.0), |worst, (_, of)| larger(worst, of.worst));
+        let worst = of_case.iter().try_fold(0.0_f64, |worst, (_, of)| Some(worst.max(of.worst?)));
         let mean = of_case.iter().map(|(_, of)| of.mean.unwrap_or(f64::INFINITY)).sum::<f64>() / of_case.len() as f64;
         let bits = |family: &str| -> usize {
             let of_family = of_case.iter().filter(|(report, _)| report.kernels == family);
