@@ -36,8 +36,9 @@ fn the_page_is_that_of_the_reports() {
 #[test]
 fn what_is_wrong_is_said() {
     let mut report = table::read(&reports()[..1]).expect("a report").swap_remove(0);
-    let Outcome::Computed(accuracy) = &mut report.cases[3].outcome else { panic!("a failed case") };
-    (accuracy.num_beyond, accuracy.worst) = (7, None);
+    if let Outcome::Computed(accuracy) = &mut report.cases[3].outcome {
+        (accuracy.num_beyond, accuracy.worst) = (7, None);
+    }
     report.cases[5].outcome = Outcome::Failed("no such kernel".to_owned());
     assert!(!report.is_within());
     let summary = table::summary(&report);
