@@ -13,7 +13,7 @@ if [ -z "${FOLIO:-}" ]; then
     FOLIO=target/release/folio
 fi
 reports=docs/adapters/verify
-mkdir -p "$reports"
+mkdir -p "$reports" target
 failed=0
 
 # verify NAME ADAPTER OPTION...: one report, unless the adapter is not there or has no such thing.

@@ -11,6 +11,7 @@ mod fixtures;
 mod layout;
 mod plan;
 mod plan_only;
+mod plan_picture;
 mod pool;
 mod rope;
 mod shaders;
