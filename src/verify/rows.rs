@@ -124,7 +124,7 @@ pub(super) async fn computed(gpu: &Gpu, case: &Case, rows: &[Rows]) -> Result<(V
     let cache = KvCache::new(gpu, config).await?;
     let attention = Attention::new(&cache, case.attention()).await?;
     poison(&cache)?;
-    // (They lie in the pool.)
+    // Its table lies in the pool.
     if let Some(channels) = channels(case) {
         cache.set_key_scales(0, &channels)?;
     }
@@ -134,9 +134,12 @@ pub(super) async fn computed(gpu: &Gpu, case: &Case, rows: &[Rows]) -> Result<(V
         sequences.iter().copied().zip(lens.iter().map(new)).filter(|&(_, new)| new > 0).collect()
     };
     let rows_of = |part: fn(&(u32, u32)) -> std::ops::Range<u32>| {
-        let parts = rows.iter().zip(lens).map(|(rows, lens)| rows.part(case, part(lens)));
         let [mut k, mut v] = [Vec::new(), Vec::new()];
-        parts.for_each(|[of_k, of_v]| (k.extend_from_slice(of_k), v.extend_from_slice(of_v)).0);
+        for (rows, lens) in rows.iter().zip(lens) {
+            let [of_k, of_v] = rows.part(case, part(lens));
+            k.extend_from_slice(of_k);
+            v.extend_from_slice(of_v);
+        }
         [k, v]
     };
     let (step, _) = append(&cache, &batch(|lens| lens.0), &rows_of(|lens| 0..lens.0)).await?;
