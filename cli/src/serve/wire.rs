@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use axum::http::StatusCode;
 use folio::engine::Grammar;
 use folio::model::Sampling;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -28,16 +28,25 @@ pub(crate) struct Body {
     pub(crate) n: Option<u32>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
+    #[serde(default, deserialize_with = "float")]
     temperature: Option<f32>,
+    #[serde(default, deserialize_with = "float")]
     top_p: Option<f32>,
     top_k: Option<i64>,
+    #[serde(default, deserialize_with = "float")]
     min_p: Option<f32>,
+    #[serde(default, deserialize_with = "float")]
     repetition_penalty: Option<f32>,
     seed: Option<Seed>,
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
     logprobs: Option<WantedLogprobs>,
     top_logprobs: Option<u32>,
+}
+
+/// Any number of JSON. One beyond f32 is an infinity, which is refused with the field's name; serde_json may be built to refuse it without.
+fn float<'de, D: Deserializer<'de>>(number: D) -> Result<Option<f32>, D::Error> {
+    Ok(Option::<f64>::deserialize(number)?.map(|number| number as f32))
 }
 
 /// What to continue.
