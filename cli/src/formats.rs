@@ -7,7 +7,6 @@
 //! span them; a scale per channel has not. Times are medians of rounds in which all formats take turns, so that whatever else slows the
 //! machine down meets all alike.
 
-use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -24,6 +23,7 @@ use folio::{
 
 use crate::files::{check_target, write_texts};
 use crate::plot::{Axis, Plot, Series, Style, count};
+use crate::stdout;
 
 const NUM_Q_HEADS: u32 = 8;
 const NUM_KV_HEADS: u32 = 2;
@@ -324,9 +324,5 @@ fn print(gpu: &Gpu, tokens: u32, data: &Data, rows: &[Row]) -> Result<()> {
         gpu.adapter_info().name,
         gpu.profile()
     );
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever read has had enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("stdout"),
-        _ => Ok(()),
-    }
+    stdout::print(&text)
 }

@@ -9,11 +9,11 @@ mod load;
 mod plot;
 mod report;
 mod serve;
+mod stdout;
 mod template;
 mod verify;
 mod watch;
 
-use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -61,12 +61,11 @@ fn main() -> ExitCode {
 fn completions(shell: clap_complete::Shell) -> ExitCode {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "folio", &mut script);
-    match io::stdout().write_all(&script) {
-        // Whoever read has had enough.
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            eprintln!("error: stdout: {error}");
+    match stdout::write(&script) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
-        _ => ExitCode::SUCCESS,
     }
 }

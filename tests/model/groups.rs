@@ -2,38 +2,16 @@
 
 use std::sync::Arc;
 
-use folio::model::{
-    Decoder, DecoderOptions, Input, LogitRows, Model, ModelOptions, Prompt, Sampling, Streaming, WeightFormat,
-};
-use folio::{ErrorKind, Gpu, KvFormat, LayerGroup, SequenceId};
+use folio::model::{Decoder, DecoderOptions, Input, LogitRows, Model, ModelOptions, Sampling, Streaming, WeightFormat};
+use folio::{ErrorKind, KvFormat, LayerGroup, SequenceId};
 
 use crate::adapter;
 use crate::common::with;
-use crate::decoder::{fixture, generate, tokens};
+use crate::decoder::{fixture, tokens};
+use crate::windows::{decoder, go_on, model, options};
 
 /// Models of which some layers see 12 tokens and the others all; how many groups of layers their caches have.
 const MODELS: [(&str, u32); 3] = [("gemma2", 3), ("gemma3", 2), ("gpt_oss", 2)];
-
-fn model(gpu: &Gpu, name: &str) -> Arc<Model> {
-    Arc::new(Model::load_blocking(gpu, fixture(name), ModelOptions::new(WeightFormat::F32), |_| {}).unwrap())
-}
-
-fn options(num_blocks: u32, keep_all_blocks: bool) -> DecoderOptions {
-    with(DecoderOptions::default(), |o| {
-        (o.num_blocks, o.block_size, o.max_step_tokens) = (num_blocks, 4, 8);
-        (o.k_format, o.v_format) = (KvFormat::F32, KvFormat::F32);
-        o.keep_all_blocks = keep_all_blocks;
-    })
-}
-
-fn decoder(model: &Arc<Model>, options: DecoderOptions) -> Decoder {
-    Decoder::new_blocking(Arc::clone(model), options).unwrap()
-}
-
-fn go_on(decoder: &mut Decoder, sequence: SequenceId, tokens: &[u32], n: usize) -> Vec<u32> {
-    let sampling = with(Sampling::greedy(), |s| s.repetition_penalty = 1.5);
-    generate(decoder, &[Prompt { sequence, tokens, sampling }], n).remove(0)
-}
 
 fn logits(decoder: &mut Decoder, sequence: SequenceId, tokens: &[u32]) -> Vec<f32> {
     let gpu = decoder.gpu().clone();

@@ -14,11 +14,11 @@ use crate::decoder::{fixture, generate, tokens};
 
 const STEP: u32 = 8;
 
-fn model(gpu: &Gpu, name: &str) -> Arc<Model> {
+pub(crate) fn model(gpu: &Gpu, name: &str) -> Arc<Model> {
     Arc::new(Model::load_blocking(gpu, fixture(name), ModelOptions::new(WeightFormat::F32), |_| {}).unwrap())
 }
 
-fn options(num_blocks: u32, keep_all_blocks: bool) -> DecoderOptions {
+pub(crate) fn options(num_blocks: u32, keep_all_blocks: bool) -> DecoderOptions {
     with(DecoderOptions::default(), |o| {
         (o.num_blocks, o.block_size, o.max_step_tokens) = (num_blocks, 4, STEP);
         (o.k_format, o.v_format) = (KvFormat::F32, KvFormat::F32);
@@ -26,12 +26,12 @@ fn options(num_blocks: u32, keep_all_blocks: bool) -> DecoderOptions {
     })
 }
 
-fn decoder(model: &Arc<Model>, options: DecoderOptions) -> Decoder {
+pub(crate) fn decoder(model: &Arc<Model>, options: DecoderOptions) -> Decoder {
     Decoder::new_blocking(Arc::clone(model), options).unwrap()
 }
 
 /// Greedy, but a random model doesn't say one token for ever.
-fn go_on(decoder: &mut Decoder, sequence: SequenceId, tokens: &[u32], n: usize) -> Vec<u32> {
+pub(crate) fn go_on(decoder: &mut Decoder, sequence: SequenceId, tokens: &[u32], n: usize) -> Vec<u32> {
     let sampling = with(Sampling::greedy(), |s| s.repetition_penalty = 1.5);
     generate(decoder, &[Prompt { sequence, tokens, sampling }], n).remove(0)
 }

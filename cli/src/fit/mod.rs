@@ -5,7 +5,6 @@ mod size;
 #[cfg(test)]
 mod tests;
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -14,6 +13,7 @@ use bytesize::ByteSize;
 use folio::model::{Checkpoint, GgufMetadata, ModelConfig, WeightFormat};
 use folio::{Gpu, GpuOptions, KvFormats};
 
+use crate::stdout::print;
 use size::Fit;
 
 /// Say how much memory a model and its cache take, and how long and how many texts fit
@@ -61,14 +61,6 @@ pub(crate) fn run(options: &Options) -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-fn print(text: &str) -> Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever read has had enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("stdout"),
-        _ => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ mod table;
 mod tests;
 
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use folio::verify::{Case, Report};
 use folio::{Gpu, GpuOptions, Profile, ShaderChecks, wgpu};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::stdout::print;
 
 /// Check the kernels of an adapter against exact arithmetic, and say how far off they are
 ///
@@ -73,14 +75,6 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 
 fn page(files: &[PathBuf]) -> Result<()> {
     print(&table::page(&table::read(files)?))
-}
-
-fn print(text: &str) -> Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        // Whoever read has had enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("stdout"),
-        _ => Ok(()),
-    }
 }
 
 /// Whether all is within its bound.
